@@ -1,0 +1,64 @@
+"""A bucket: the parameters of a group that one call of an engine can serve."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.rule import Rule
+
+Coefficients = Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Parameters that share device, dtype and rule.
+
+    Complex tensors appear as their real views, so that an engine meets real numbers only.  An engine writes the
+    parameters and the slots, in place, and nothing else.
+
+    Attributes:
+        rule: the rule, its flags settled.
+        params: the parameters.
+        grads: their gradients, same shapes, any strides; never written.
+        slots: for each of `rule.slots`, the tensors that belong to the parameters.
+        coefficients: for each parameter the numbers of its update; parameters at the same step share one object.
+        options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
+    """
+
+    rule: Rule
+    params: list[Tensor]
+    grads: list[Tensor]
+    options: Mapping[str, Any]
+    slots: list[list[Tensor]] = field(default_factory=list)
+    coefficients: list[Coefficients] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every parameter."""
+        return self.params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of every parameter."""
+        return self.params[0].dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the update is computed: at least float32, rounded once when stored."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...], Coefficients]]:
+        """Yield param, grad, slots and coefficients of one parameter after the other."""
+        slots = zip(*self.slots, strict=True) if self.slots else ((),) * len(self.params)
+        return zip(self.params, self.grads, slots, self.coefficients, strict=True)
+
+    def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
+        """Yield the positions of the parameters that share coefficients, and those."""
+        positions: dict[int, list[int]] = {}
+        for position, coefficients in enumerate(self.coefficients):
+            positions.setdefault(id(coefficients), []).append(position)
+        for shared in positions.values():
+            yield shared, self.coefficients[shared[0]]

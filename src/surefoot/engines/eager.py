@@ -1,0 +1,49 @@
+"""The eager engine: the graph's operations called on tensors, one parameter at a time.
+
+It is the reference for the other engines, takes whatever torch's operators take, and carries gradients through the
+step when `differentiable=True`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from surefoot.engines.bucket import Bucket
+
+
+def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is asked the same question)
+    """Give the reason why a bucket cannot be served; there is none."""
+    return None
+
+
+def run(bucket: Bucket) -> None:
+    """Update every parameter of the bucket and its slots in place.
+
+    With `differentiable`, the rule works on clones: what autograd keeps for the backward pass is then never
+    overwritten by the results.
+    """
+    dtype = bucket.compute_dtype
+    differentiable = bool(bucket.options.get("differentiable"))
+    for param, grad, slots, coefficients in bucket.rows():
+        targets = (param, *slots)
+        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots)]
+        if differentiable:
+            inputs = [tensor.clone() for tensor in inputs]
+        numbers = [coefficients[name] for name in bucket.rule.coefficients]
+        for target, value in zip(targets, evaluate(bucket.rule.graph, [*inputs, *numbers]), strict=True):
+            target.copy_(value)
+
+
+def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Interpret a graph: `inputs` in the order of its placeholders; returns new param and new slots."""
+    values: dict[fx.Node, Any] = {}
+    remaining = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(remaining)
+        elif node.op == "call_function":
+            values[node] = node.target(*[values[a] if isinstance(a, fx.Node) else a for a in node.args])
+        else:
+            return tuple(values[result] for result in node.args[0])
+    raise AssertionError("a graph ends with its output")

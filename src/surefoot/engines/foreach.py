@@ -1,0 +1,130 @@
+"""The foreach engine: the graph interpreted over lists of tensors with `torch._foreach_*`.
+
+A schedule, made once per graph, says which operation may overwrite its first argument: a value computed in this step,
+or a slot on the way to its own new value, when nobody reads it later.  Gradients are never overwritten.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.rule import Rule
+from surefoot.rule.ops import Op
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operation of a schedule: where its arguments stand, and whether it overwrites the first."""
+
+    node: fx.Node
+    op: Op
+    in_place: bool
+    last_read: tuple[fx.Node, ...]
+
+
+def supports(bucket: Bucket) -> str | None:
+    """Give the reason why a bucket cannot be served, if there is one."""
+    return "foreach operations carry no gradients through the step" if bucket.options.get("differentiable") else None
+
+
+def run(bucket: Bucket) -> None:
+    """Update every parameter of the bucket and its slots in place."""
+    for positions, coefficients in bucket.by_coefficients():
+        _run_list(
+            bucket,
+            [[tensors[i] for i in positions] for tensors in (bucket.params, bucket.grads, *bucket.slots)],
+            coefficients,
+        )
+
+
+def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients) -> None:
+    """Run the schedule over lists whose tensors share their coefficients."""
+    dtype = bucket.compute_dtype
+    graph = bucket.rule.graph
+    working = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
+    numbers = [coefficients[name] for name in bucket.rule.coefficients]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values: dict[fx.Node, Any] = dict(zip(inputs, [*working, *numbers], strict=True))
+    for call in schedule(bucket.rule):
+        values[call.node] = _apply(call, [values[a] if isinstance(a, fx.Node) else a for a in call.node.args])
+        for node in call.last_read:
+            del values[node]
+    targets = [stored[0], *stored[2:]]
+    for target, result in zip(targets, outputs(graph), strict=True):
+        if any(kept is not new for kept, new in zip(target, values[result], strict=True)):
+            torch._foreach_copy_(target, values[result])
+
+
+def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Nodes of the new param and the new slots."""
+    results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]  # type: ignore[assignment]
+    return results
+
+
+@functools.cache
+def schedule(rule: Rule) -> tuple[_Call, ...]:
+    """Decide for every operation of a rule whether it works in place, and which values end with it."""
+    graph, results = rule.graph, outputs(rule.graph)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    last_reader = {node: max(node.users, key=order.__getitem__, default=None) for node in order}
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+    lineage = _lineages([inputs[0], *inputs[2:]], results)
+    calls = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        first = node.args[0]
+        free = isinstance(first, fx.Node) and last_reader[first] is node and node.all_input_nodes.count(first) == 1
+        own = free and (first.op == "call_function" or lineage.get(first) is not None)  # type: ignore[union-attr]
+        own = own and (lineage.get(first) in (None, lineage.get(node)))  # type: ignore[arg-type]
+        in_place = own and first.meta["tensor"] and node.target.foreach is not None  # type: ignore[union-attr]
+        in_place = in_place and list(node.args).count(first) == 1
+        ended = tuple(n for n in node.all_input_nodes if last_reader[n] is node)
+        calls.append(_Call(node, node.target, bool(in_place), ended))
+    return tuple(calls)
+
+
+def _lineages(owners: list[fx.Node], results: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:
+    """Map every value on the way from a stored tensor to its own new value, along first arguments, to the tensor.
+
+    Only such a value may stand in the stored tensor's memory: whatever else stood there would be lost, or be taken
+    for the new value of another slot.
+    """
+    lineage: dict[fx.Node, fx.Node] = {}
+    for owner, result in zip(owners, results, strict=True):
+        path = [result]
+        while path[-1].op == "call_function" and isinstance(path[-1].args[0], fx.Node):
+            path.append(path[-1].args[0])
+        if path[-1] is owner:
+            lineage.update(dict.fromkeys(path, owner))
+    return lineage
+
+
+def _apply(call: _Call, args: list[Any]) -> Any:
+    """Evaluate one operation over lists; numbers stay numbers."""
+    if not call.node.meta["tensor"]:
+        return call.op(*args)
+    if call.op.foreach is not None and isinstance(args[0], list):
+        return _foreach(call.op, args, in_place=call.in_place)
+    if call.op.name in ("add", "mul") and isinstance(args[1], list):
+        return _foreach(call.op, [args[1], args[0]], in_place=False)
+    size = next(len(a) for a in args if isinstance(a, list))
+    return [call.op(*(a[i] if isinstance(a, list) else a for a in args)) for i in range(size)]
+
+
+def _foreach(op: Op, args: list[Any], *, in_place: bool) -> Tensors:
+    function: Callable[..., Any] = getattr(torch, f"_foreach_{op.foreach}{'_' if in_place else ''}")
+    if op.name == "add_scaled":
+        result = function(args[0], args[1], alpha=args[2])
+    elif op.arity == 4:  # noqa: PLR2004 (addcmul and addcdiv)
+        result = function(*args[:3], value=args[3])
+    else:
+        result = function(*args)
+    return args[0] if in_place else list(result)

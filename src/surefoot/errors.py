@@ -1,0 +1,13 @@
+"""The errors that are surefoot's own.
+
+Mistakes of a user raise the built-in types that torch.optim raises (ValueError, TypeError, RuntimeError);
+what stands here is about rules, which torch does not have.
+"""
+
+
+class RuleError(Exception):
+    """A rule (an optimizer's `update` or `coefficients`) is not written as a rule must be."""
+
+
+class InternalError(AssertionError):
+    """Surefoot itself is at fault: a pass left a graph that breaks the specification."""

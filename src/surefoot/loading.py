@@ -1,0 +1,321 @@
+"""Verified loading: pair what a state dict holds with what an optimizer has, check all of it, and only then hand it over.
+
+Nothing here changes the optimizer; `Optimizer.load_state_dict` installs the result.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surefoot.rule import Scalar, Slot, scalar_dtype
+
+if TYPE_CHECKING:
+    from surefoot.optimizer import Optimizer
+
+# Hyperparameters that torch.optim gained after dicts without them had been saved; absent, they have the default.
+_LATE_OPTIONS = ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_LINES = 20
+
+
+class LoadReport(NamedTuple):
+    """What of a state dict did not match an optimizer.
+
+    Attributes:
+        missing: what the optimizer has and the state dict does not.
+        unexpected: what the state dict has and the optimizer does not.
+        mismatched: what both have in different form.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+    def __bool__(self) -> bool:
+        """Whether anything did not match."""
+        return any(self)
+
+
+@dataclass
+class Loaded:
+    """A new state and new groups, ready to be installed, and what did not match."""
+
+    state: defaultdict[Any, Any]
+    param_groups: list[dict[str, Any]]
+    report: LoadReport = field(default_factory=lambda: LoadReport([], [], []))
+
+
+class _Pair(NamedTuple):
+    """A parameter, its name for messages, and the key of its saved state."""
+
+    param: Tensor
+    label: str
+    key: Any
+
+
+def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
+    """Prepare the loading of a state dict; see `Optimizer.load_state_dict`."""
+    saved_groups, saved_state = _parts(state_dict)
+    report = LoadReport([], [], [])
+    partners, pairs = _match(optimizer.param_groups, saved_groups, report)
+    groups = [_merged(optimizer, index, partner, report) for index, partner in enumerate(partners)]
+    if strict:
+        _refuse(optimizer, report, saved_groups)
+    for group in groups:
+        optimizer.check_group(group)
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    if not strict:
+        state.update(optimizer.state)
+    for group, group_pairs in zip(groups, pairs, strict=True):
+        for pair in group_pairs:
+            entry = _entry(optimizer, group, pair, saved_state.get(pair.key) or {}, report)
+            if entry or strict:
+                state[pair.param] = entry or {}
+    state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
+    state.update(_other_state(saved_state, saved_groups, report))
+    if strict:
+        _refuse(optimizer, report, saved_groups)
+    return Loaded(state, groups, report)
+
+
+def _parts(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+    """Give groups and state of a state dict, or say why it is none."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        shown = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"not an optimizer's state dict: it needs the keys 'state' and 'param_groups', but got {shown}; if it is a "
+            f"whole checkpoint, pass its optimizer entry"
+        )
+    groups = list(state_dict["param_groups"])
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"not an optimizer's state dict: param_groups[{index}] has no 'params'")
+    return groups, state_dict["state"]
+
+
+# Matching
+
+
+def _match(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], report: LoadReport
+) -> tuple[list[dict[str, Any] | None], list[list[_Pair]]]:
+    """Find for each group its saved group, and for each of its parameters the key of the saved state."""
+    if _names(groups) and _names(saved):
+        return _match_by_name(groups, saved, report)
+    return _match_by_position(groups, saved, report)
+
+
+def _names(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
+    """All parameter names, or None unless every parameter has one that no other has."""
+    if not all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
+        return None
+    names = list(chain.from_iterable(group["param_names"] for group in groups))
+    return names if len(names) == len(set(names)) else None
+
+
+def _match_by_name(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], report: LoadReport
+) -> tuple[list[dict[str, Any] | None], list[list[_Pair]]]:
+    home = {
+        name: (group, key) for group in saved for name, key in zip(group["param_names"], group["params"], strict=True)
+    }
+    partners: list[dict[str, Any] | None] = []
+    pairs = []
+    for index, group in enumerate(groups):
+        named = list(zip(group["param_names"], group["params"], strict=True))
+        report.missing.extend(f"parameter `{name}`" for name, _ in named if name not in home)
+        pairs.append([_Pair(param, f"`{name}`", home[name][1]) for name, param in named if name in home])
+        origins = {id(home[name][0]): home[name][0] for name, _ in named if name in home}
+        partners.append(next(iter(origins.values())) if len(origins) == 1 else None)
+        if len(origins) > 1:
+            report.mismatched.append(
+                f"param_groups[{index}]: its parameters stand in {len(origins)} groups of the state dict, whose options "
+                f"cannot all hold"
+            )
+    here = set(_names(groups) or ())
+    report.unexpected.extend(f"parameter `{name}`" for name in home if name not in here)
+    return partners, pairs
+
+
+def _match_by_position(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], report: LoadReport
+) -> tuple[list[dict[str, Any] | None], list[list[_Pair]]]:
+    if len(groups) != len(saved):
+        report.mismatched.append(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}, but the optimizer has {len(groups)}"
+        )
+    partners: list[dict[str, Any] | None] = [*saved[: len(groups)], *[None] * (len(groups) - len(saved))]
+    pairs = []
+    for index, (group, partner) in enumerate(zip(groups, partners, strict=True)):
+        keys = list(partner["params"]) if partner else []
+        names = group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+        if partner and len(keys) != len(group["params"]):
+            report.mismatched.append(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"param_groups[{index}] has {len(keys)} parameters, but the optimizer's has {len(group['params'])}"
+            )
+        pairs.append([_Pair(p, f"`{n}`", k) for p, n, k in zip(group["params"], names, keys, strict=False)])
+    return partners, pairs
+
+
+# Groups
+
+
+def _merged(
+    optimizer: "Optimizer", index: int, partner: Mapping[str, Any] | None, report: LoadReport
+) -> dict[str, Any]:
+    """Give the group that results from loading `partner` into the group at `index`."""
+    group = optimizer.param_groups[index]
+    if partner is None:
+        return dict(group)
+    known = _hyperparameters(type(optimizer)) or set(optimizer.defaults)
+    late = {name: optimizer.defaults[name] for name in _LATE_OPTIONS if name in optimizer.defaults}
+    required = set(optimizer.defaults) - set(late)
+    missing = sorted(required - set(partner))
+    foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if optimizer.is_declared() else []
+    report.missing.extend(f"param_groups[{index}]: option `{name}`" for name in missing)
+    report.unexpected.extend(f"param_groups[{index}]: option `{name}` of another algorithm" for name in foreign)
+    if missing or foreign:
+        return dict(group)
+    options = deepcopy({name: value for name, value in partner.items() if name != "params"})
+    names = {"param_names": group["param_names"]} if "param_names" in group else {}
+    defaults = _signature_defaults(type(optimizer))
+    return {"params": group["params"], **{n: defaults.get(n, v) for n, v in late.items()}, **options, **names}
+
+
+def _signature_defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _hyperparameters(cls: type) -> set[str]:
+    """Names of the hyperparameters in a class's constructor."""
+    return set(_signature_defaults(cls))
+
+
+def _all_algorithms() -> list[type]:
+    from surefoot import optimizers  # noqa: PLC0415 (optimizers import the base class, which imports this module)
+
+    return [getattr(optimizers, name) for name in optimizers.__all__]
+
+
+def _all_hyperparameters() -> set[str]:
+    return set().union(*(_hyperparameters(cls) for cls in _all_algorithms()))
+
+
+def _lookalikes(groups: list[dict[str, Any]]) -> list[str]:
+    """Name the algorithms whose hyperparameters are those of a state dict."""
+    late = set(_LATE_OPTIONS)
+    names = set(groups[0]) & _all_hyperparameters() - late
+    return sorted(cls.__name__ for cls in _all_algorithms() if _hyperparameters(cls) - late == names)
+
+
+# State of one parameter
+
+
+def _entry(
+    optimizer: "Optimizer", group: Mapping[str, Any], pair: _Pair, saved: Mapping[str, Any], report: LoadReport
+) -> dict[str, Any] | None:
+    """Give the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
+    problems = LoadReport([], [], [])
+    saved = {name: value for name, value in saved.items() if value is not None}
+    if not optimizer.is_declared():
+        return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
+    entry: dict[str, Any] = {}
+    slots: dict[str, Slot] = {slot.name: slot for slot in optimizer.slots}
+    scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in optimizer.scalars}
+    for name, value in saved.items():
+        if name in scalars:
+            entry[name] = _scalar(scalars[name], group, pair, value, problems)
+        elif name in slots:
+            entry[name] = _slot(slots[name], pair, value, problems)
+        else:
+            problems.unexpected.append(f"{pair.label}: state `{name}`")
+    needed = [*scalars, *(s.name for s in slots.values() if _needed(s, group, pair.param))]
+    if saved:
+        problems.missing.extend(f"{pair.label}: state `{name}`" for name in needed if name not in saved)
+    for lines, new in zip(report, problems, strict=True):
+        lines.extend(new)
+    return None if problems.missing or problems.mismatched else entry
+
+
+def _needed(slot: Slot, group: Mapping[str, Any], param: Tensor) -> bool:
+    return (slot.when is None or bool(group.get(slot.when))) and slot.shape_for(param) is not None
+
+
+def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, problems: LoadReport) -> Any:
+    """Put a saved scalar where the optimizer keeps it, in the dtype in which it was saved."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        problems.mismatched.append(f"{pair.label}: state `{scalar.name}` has shape {tuple(value.shape)}, must be one number")
+        return None
+    if not isinstance(value, Tensor | float | int):
+        problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {type(value).__name__}, must be a number")
+        return None
+    on_device = group.get("capturable") or (group.get("fused") and pair.param.device.type != "cpu")
+    device = pair.param.device if on_device else torch.device("cpu")
+    dtype = value.dtype if isinstance(value, Tensor) and value.is_floating_point() else scalar_dtype()
+    return scalar.stored(float(value), device, dtype)
+
+
+def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
+    """Copy a saved slot to its parameter's device, or say why it does not fit."""
+    param = pair.param
+    if not isinstance(value, Tensor):
+        problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {type(value).__name__}, must be a tensor")
+    elif value.shape != slot.shape_for(param):
+        problems.mismatched.append(
+            f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(slot.shape_for(param))}"
+        )
+    elif value.is_complex() != param.is_complex():
+        problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
+    else:
+        dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
+        return dense.to(param.device, copy=True)
+    return None
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
+
+
+def moved(value: Any, device: torch.device, key: Any = None) -> Any:
+    """Copy tensors, in containers too, to a device; dtypes stay, and so does the device of what is called `step`."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if key == "step" else value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: moved(item, device, key=name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return deepcopy(value)
+
+
+def _other_state(saved: Mapping[Any, Any], groups: list[dict[str, Any]], report: LoadReport) -> dict[Any, Any]:
+    """Give state that belongs to no parameter; state of a parameter that stands in no group is unexpected."""
+    keys = set(chain.from_iterable(group["params"] for group in groups))
+    others = {key: value for key, value in saved.items() if key not in keys}
+    report.unexpected.extend(f"state of parameter number {key}" for key in others if isinstance(key, int))
+    return {key: deepcopy(value) for key, value in others.items() if not isinstance(key, int)}
+
+
+def _refuse(optimizer: "Optimizer", report: LoadReport, groups: list[dict[str, Any]]) -> None:
+    """Raise when anything did not match."""
+    if not report:
+        return
+    lines = [f"{kind}: {line}" for kind, found in report._asdict().items() for line in found]
+    shown = [*lines[:_LINES], *([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])]
+    alike = [name for name in _lookalikes(groups) if name != type(optimizer).__name__] if groups else []
+    hint = f"\nIts options are those of {' or '.join(alike)}." if alike and report.missing else ""
+    raise ValueError(
+        f"the state dict does not fit this {type(optimizer).__name__}; nothing was loaded.\n  "
+        + "\n  ".join(shown)
+        + hint
+        + "\nUse strict=False to load what matches."
+    )

@@ -1,0 +1,476 @@
+"""The base class: param groups, state, hooks, zero_grad, the step and the state dict of every optimizer.
+
+It keeps the contract of `torch.optim.Optimizer` and subclasses it so that `isinstance` holds; every documented method
+is ours.  What an algorithm computes stands in `optimizers`, how it is run in `engines`.
+"""
+
+import functools
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_hooks
+from torch.utils.hooks import RemovableHandle
+
+from surefoot.loading import LoadReport, load
+from surefoot.rule import STEP, Scalar, Slot, Sparse
+from surefoot.rule.hyperparameters import Check
+from surefoot.step import ENGINE_OPTIONS, make_state, run_rule
+
+Params = Iterable[Any]
+_HOOK_KINDS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a constructor's hyperparameters from its `locals()`: all but `self` and `params`."""
+    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base class of all optimizers.
+
+    An algorithm is a subclass that either declares a rule (`slots`, `scalars`, `flags`, `coefficients`, `update`) and
+    gets every engine and option for it, or defines a `step` of its own, as with `torch.optim.Optimizer`.
+
+    Args:
+        params: iterable of tensors, of `(name, tensor)` pairs such as `model.named_parameters()`, or of dicts, each
+            with a key `params` and the hyperparameters that differ in that group.
+        defaults: the hyperparameters, used where a group does not give its own.
+
+    Attributes:
+        param_groups: list of dicts: the tensors under `params`, their names under `param_names` if they have
+            names, and the hyperparameters.  Whatever is changed here counts at the next step.
+        state: for each parameter that has been stepped, a dict of its state.
+        defaults: the hyperparameters of the constructor.
+
+    Raises:
+        TypeError: `params` is a tensor or a set, or holds something that is no tensor.
+        ValueError: `params` is empty, holds a tensor twice or a non-leaf tensor, names some tensors but not all, or a
+            hyperparameter is out of its range.
+
+    Example:
+        A rule in full, the sign of a momentum:
+
+        >>> import torch, surefoot
+        >>> class Signum(surefoot.Optimizer):
+        ...     slots = (surefoot.Slot("momentum_buffer"),)
+        ...     def __init__(self, params, lr=1e-3, momentum=0.9, **options):
+        ...         super().__init__(params, dict(lr=lr, momentum=momentum, **options))
+        ...     @staticmethod
+        ...     def update(param, grad, momentum_buffer, c, flags):
+        ...         momentum_buffer = momentum_buffer * c.momentum + grad
+        ...         return torch.add(param, torch.sign(momentum_buffer), alpha=-c.lr), momentum_buffer
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> weight.grad = torch.tensor([3.0, -2.0])
+        >>> Signum([weight], lr=0.5).step()
+        >>> weight.tolist()
+        [0.5, 1.5]
+    """
+
+    slots: ClassVar[tuple[Slot, ...]] = ()
+    """Tensors kept for each parameter, in the order in which `update` takes and returns them."""
+    scalars: ClassVar[tuple[Scalar, ...]] = (STEP,)
+    """Numbers kept for each parameter; `coefficients` takes them by name, `step` already counted."""
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters whose truth shapes the computation: `update` may branch on `flags.name`."""
+    ranges: ClassVar[Mapping[str, Check]] = {}
+    """For each hyperparameter a check that raises when a value is out of range."""
+    sparse: ClassVar[Sparse] = Sparse.REFUSED
+    """What becomes of sparse gradients."""
+    instead_of_sparse: ClassVar[str] = ""
+    """What the refusal of a sparse gradient recommends."""
+    complex_params: ClassVar[bool] = True
+    """Whether complex parameters are taken."""
+    state_at_construction: ClassVar[bool] = False
+    """Whether state exists from the constructor on, rather than from a parameter's first step."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Run hooks and a profiler range around a `step` that the subclass defines."""
+        super().__init_subclass__(**kwargs)
+        if "step" in vars(cls):
+            cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        if self.is_rule():
+            defaults = {**defaults, **{k: v for k, v in ENGINE_OPTIONS.items() if k not in defaults}}
+        self.defaults = defaults
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        self.param_groups: list[dict[str, Any]] = []
+        self._make_hooks()
+        self.check_group(defaults)
+        if isinstance(params, Tensor):
+            raise TypeError(
+                "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+                f"{torch.typename(params)}; give a list: [tensor]"
+            )
+        groups = list(params)
+        if not groups:
+            raise ValueError(
+                "optimizer got an empty parameter list; if it comes from a generator, that may have been used up"
+            )
+        for group in groups if isinstance(groups[0], dict) else [{"params": groups}]:
+            self.add_param_group(group)
+        if self.state_at_construction:
+            make_state(self)
+
+    # What a rule declares
+
+    @classmethod
+    def is_rule(cls) -> bool:
+        """Whether this algorithm is a rule that the engines run."""
+        return cls.update is not Optimizer.update
+
+    @classmethod
+    def is_declared(cls) -> bool:
+        """Whether the class says what state it keeps, so that loading can verify it."""
+        return cls.is_rule() or bool(cls.slots)
+
+    @staticmethod
+    def coefficients(h: SimpleNamespace, **scalars: Any) -> dict[str, Any]:  # noqa: ARG004
+        """Give the numbers of an update that depend on hyperparameters and scalars only.
+
+        Computed once for all parameters that have taken the same number of steps.
+
+        Args:
+            h: the group's hyperparameters as attributes; a number may also be a 0-d tensor.
+            scalars: the parameter's scalars; `step` counts from 1.
+
+        Returns:
+            Numbers by name.  `update` reads them as `c.name`, beside the hyperparameters themselves and `c.fresh`,
+            which is true when a slot has just been made.  A name of a scalar gives that scalar its new value.
+        """
+        return {}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, *slots_coefficients_flags: Any) -> Any:
+        """Give the new parameter and the new slots: `update(param, grad, *slots, c, flags)`.
+
+        Elementwise and out of place, in the operations of `surefoot.rule.ops`.  It is traced, once for each setting
+        of the flags: an `if` on `flags.name` is settled then; on numbers use `torch.where`.
+
+        Args:
+            param: the parameter, seen as real numbers.
+            grad: its gradient, negated under `maximize`.
+            slots_coefficients_flags: the slots (None where a flag leaves one out), then `c`, then `flags`.
+
+        Returns:
+            `(param, *slots)`, None for the slots left out.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:  # noqa: ARG003
+        """Whether an element whose gradient is zero stays as it is, so that a sparse gradient's rows are enough."""
+        return True
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        """Raise when a hyperparameter of a group, or a combination of them, is not allowed.
+
+        Raises:
+            TypeError: a value is not a number.
+            ValueError: a value is out of range.
+            RuntimeError: engine options contradict one another.
+        """
+        for name, check in cls.ranges.items():
+            if name in group:
+                check(name, group[name])
+        if group.get("fused") and group.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if group.get("fused") and group.get("differentiable"):
+            raise RuntimeError("`fused` does not support `differentiable`")
+
+    @classmethod
+    def check_params(cls, params: list[Tensor]) -> None:
+        """Raise ValueError when the algorithm cannot optimize one of these tensors."""
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; a refused one leaves the optimizer and `param_group` as they were.
+
+        Args:
+            param_group: the tensors, or `(name, tensor)` pairs, under `params`, and hyperparameters that differ from
+                the optimizer's defaults.  The dict itself becomes the group.
+
+        Raises:
+            TypeError: not a dict, an unordered collection, or something that is no tensor.
+            ValueError: a parameter is no leaf, or in another group already; only some have names; a hyperparameter is
+                missing or out of range.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = {**param_group, **_params_and_names(param_group)}
+        for param in group["params"]:
+            self._check_tensor(param)
+        for name, default in self.defaults.items():
+            if default is torch_hooks.required and name not in group:
+                raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
+            group.setdefault(name, default)
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
+        self.check_group(group)
+        self._check_membership(group)
+        self.check_params(group["params"])
+        param_group.update(group)
+        self.param_groups.append(param_group)
+
+    def _check_tensor(self, param: Any) -> None:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"optimizer can only optimize Tensors, but one of the params is {torch.typename(param)}")
+        if not self.defaults.get("differentiable") and not (param.is_leaf or param.retains_grad):
+            raise ValueError("can't optimize a non-leaf Tensor; give the tensor it was computed from, or .detach() it")
+
+    def _check_membership(self, group: dict[str, Any]) -> None:
+        """Check names and duplicates against the groups that are there."""
+        params = group["params"]
+        named = "param_names" in group
+        if self.param_groups and named != ("param_names" in self.param_groups[0]):
+            raise ValueError(
+                "all optimizer param groups should be with/without names. cannot add param group "
+                f"{'with' if named else 'without'} names to the optimizer"
+            )
+        if len(params) != len(set(params)):
+            warnings.warn(
+                "optimizer contains a parameter group with duplicate parameters; each of them is stepped as often as "
+                "it stands there, which is rarely meant",
+                stacklevel=4,
+            )
+        if not set(params).isdisjoint(chain.from_iterable(other["params"] for other in self.param_groups)):
+            raise ValueError("some parameters appear in more than one parameter group")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters.
+
+        Args:
+            set_to_none: drop the gradients rather than filling them with zeros.
+        """
+        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            with_grad = [param for param in params if param.grad is not None]
+            if set_to_none:
+                for param in with_grad:
+                    param.grad = None
+                return
+            for param in with_grad:
+                if param.grad.grad_fn is not None:
+                    param.grad.detach_()
+                else:
+                    param.grad.requires_grad_(False)
+            with torch.no_grad():
+                for param in with_grad:
+                    param.grad.zero_()
+
+    # The step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, calls `backward`, and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient, or state, does not fit its parameter; or the engine that was asked for cannot
+                serve it.  Nothing has changed then.
+        """
+        if not self.is_rule():
+            raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
+        loss = self.evaluate(closure)
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            run_rule(self)
+        return loss
+
+    @staticmethod
+    def evaluate(closure: Callable[[], Any] | None) -> Any:
+        """Call the closure, if there is one, with gradients enabled."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    # Hooks
+
+    def _make_hooks(self) -> None:
+        for kind in _HOOK_KINDS:
+            self.__dict__.setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
+        # torch wraps classes whose step has no hooks yet, such as one assigned after the class was made.
+        if not getattr(type(self).step, "hooked", False):
+            type(self).step = with_hooks(type(self).step)  # type: ignore[method-assign]
+
+    def _register(self, kind: str, hook: Callable[..., Any], *, prepend: bool) -> RemovableHandle:
+        hooks: OrderedDict[int, Callable[..., Any]] = getattr(self, f"_optimizer_{kind}_hooks")
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        if prepend:
+            hooks.move_to_end(handle.id, last=False)
+        return handle
+
+    def register_step_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer, args, kwargs)` before each step; it may return new `(args, kwargs)`.
+
+        Args:
+            hook: the hook.
+            prepend: call it before the hooks that are there already.
+
+        Returns:
+            A handle whose `remove()` takes the hook away.
+        """
+        return self._register("step_pre", hook, prepend=prepend)
+
+    def register_step_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer, args, kwargs)` after each step; see `register_step_pre_hook`."""
+        return self._register("step_post", hook, prepend=prepend)
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer)` before `state_dict` is made; see `register_step_pre_hook`."""
+        return self._register("state_dict_pre", hook, prepend=prepend)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer, state_dict)` on each state dict made; it may return another."""
+        return self._register("state_dict_post", hook, prepend=prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer, state_dict)` on a shallow copy of what is to be loaded; it may return another."""
+        return self._register("load_state_dict_pre", hook, prepend=prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(optimizer)` after a state dict has been loaded; see `register_step_pre_hook`."""
+        return self._register("load_state_dict_post", hook, prepend=prepend)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give state and groups as plain containers, with parameters replaced by running numbers.
+
+        Returns:
+            `{"state": {number: {...}}, "param_groups": [{..., "params": [numbers]}]}`, the layout of torch.optim.  Its
+            tensors are the optimizer's own, not copies.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        numbers: dict[Tensor, int] = {}
+        for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+            numbers.setdefault(param, number)
+        groups = [
+            {**{k: v for k, v in group.items() if k != "params"}, "params": [numbers[p] for p in group["params"]]}
+            for group in self.param_groups
+        ]
+        state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
+        result: dict[str, Any] = {"state": state, "param_groups": groups}
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = _or(hook(self, result), result)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
+        """Load what `state_dict` of this class, or of its namesake in torch.optim, has given.
+
+        Parameters are matched by name where both sides have names, by position otherwise.  Tensors are copied; they
+        keep their dtype and go to their parameter's device, step counters to where this optimizer keeps them.  The
+        group's options become those of the state dict.
+
+        Args:
+            state_dict: the dict; it is not changed.
+            strict: refuse unless everything matches.  Otherwise load what matches, leave the rest as it is, and
+                report it.
+
+        Returns:
+            What did not match; empty when strict.
+
+        Raises:
+            ValueError: it does not match (the message lists where), or a hyperparameter is out of range.  The
+                optimizer is as it was.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(hook(self, state_dict), state_dict)
+        loaded = load(self, state_dict, strict=strict)
+        before = dict(self.__dict__)
+        try:
+            self.__setstate__({"state": loaded.state, "param_groups": loaded.param_groups})
+            for hook in self._optimizer_load_state_dict_post_hooks.values():
+                hook(self)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        return loaded.report
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy groups, state and defaults; hooks stay behind, as in torch."""
+        return {name: self.__dict__[name] for name in ("defaults", "state", "param_groups")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave, or a part of it."""
+        self.__dict__.update(state)
+        self._make_hooks()
+
+    def __repr__(self) -> str:
+        """Show the options of every group."""
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            lines += [f"    {name}: {group[name]}" for name in sorted(group) if name != "params"]
+        return "\n".join([*lines, ")"])
+
+
+def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a `step` in its profiler range and in the global and the optimizer's own hooks, in torch's order."""
+    if getattr(step, "hooked", False):
+        return step
+
+    @functools.wraps(step)
+    def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        name = f"Optimizer.step#{type(self).__name__}.step"
+        with torch.autograd.profiler.record_function(name):
+            pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
+            positional: tuple[Any, ...] = (self, *args)
+            for hook in pre:
+                positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
+            result = step(*positional, **kwargs)
+            self._optimizer_step_code()
+            post = chain(self._optimizer_step_post_hooks.values(), torch_hooks._global_optimizer_post_hooks.values())
+            for hook in post:
+                hook(self, positional, kwargs)
+        return result
+
+    hooked_step.hooked = True  # type: ignore[attr-defined]
+    return hooked_step
+
+
+def _new_arguments(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if result is None:
+        return args, kwargs
+    if isinstance(result, tuple) and len(result) == 2:  # noqa: PLR2004 (args and kwargs)
+        return result
+    raise RuntimeError(f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but got {result}.")
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _params_and_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Split what stands under `params` into tensors and, if given, names."""
+    if "params" not in group:
+        raise ValueError(f"a param group needs a key `params`, but has only: {', '.join(map(str, group)) or 'nothing'}")
+    params = group["params"]
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering of tensors in sets "
+            "will change between runs. Please use a list instead."
+        )
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    names = [entry[0] for entry in entries if isinstance(entry, tuple)]
+    if not names:
+        return {"params": entries}
+    if len(names) != len(entries):
+        raise ValueError("all optimizer params should be with/without names. Some param names are missing")
+    return {"params": [entry[1] for entry in entries], "param_names": names}

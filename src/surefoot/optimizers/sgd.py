@@ -1,0 +1,97 @@
+"""Stochastic gradient descent, with or without momentum."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.optimizers.verbs import decay_weights
+from surefoot.rule import Slot, Sparse
+from surefoot.rule.hyperparameters import LR, MOMENTUM, WEIGHT_DECAY, number
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum and Nesterov's variant.
+
+    With the gradient g (plus `weight_decay` * param) and the momentum buffer b, which starts as the first g::
+
+        b = momentum * b + (1 - dampening) * g
+        param -= lr * (g + momentum * b if nesterov else b)
+
+    Without momentum b is g.  Sutskever et al. 2013, "On the importance of initialization and momentum in deep
+    learning", with the learning rate outside the buffer as in torch.
+
+    Sparse gradients update only the rows present; with momentum, whose buffer moves every row, they are made dense.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        momentum: momentum factor, >= 0.
+        dampening: dampening of the gradient in the buffer, any number.
+        weight_decay: L2 penalty, >= 0; 0 with sparse gradients.
+        nesterov: look ahead by one step; needs momentum > 0 and dampening 0.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: engine options contradict one another.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = surefoot.SGD([weight], lr=0.1, momentum=0.9)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> weight.tolist()
+        [0.800000011920929, 1.600000023841858]
+    """
+
+    scalars = ()
+    slots = (Slot("momentum_buffer", when="momentum"),)
+    flags = ("momentum", "nesterov", "weight_decay")
+    ranges = {"lr": LR, "momentum": MOMENTUM, "dampening": number("dampening"), "weight_decay": WEIGHT_DECAY}
+    sparse = Sparse.ROWS
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                "Nesterov momentum requires a momentum and zero dampening, but got "
+                f"momentum={group['momentum']}, dampening={group['dampening']}"
+            )
+
+    @classmethod
+    def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:
+        return not flags["momentum"]
+
+    @staticmethod
+    def coefficients(h: SimpleNamespace) -> dict[str, Any]:
+        return {"neg_lr": -h.lr, "weight": 1 - h.dampening}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, buffer: Tensor, c: Any, flags: SimpleNamespace) -> Any:
+        param, grad = decay_weights(param, grad, c, flags)
+        if flags.momentum:
+            buffer = torch.where(c.fresh, grad, torch.add(buffer * c.momentum, grad, alpha=c.weight))
+            grad = torch.add(grad, buffer, alpha=c.momentum) if flags.nesterov else buffer
+        return torch.add(param, grad, alpha=c.neg_lr), buffer

@@ -1,0 +1,27 @@
+"""Phrases that several rules share, so that each is written once."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Weight decay: as a shrinking of the parameter where decoupled, else as a gradient (L2 penalty)."""
+    if not flags.weight_decay:
+        return param, grad
+    if getattr(flags, "decoupled_weight_decay", False):
+        return param * c.shrink, grad
+    return param, torch.add(grad, param, alpha=c.weight_decay)
+
+
+def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:
+    """Exponential moving average of a square: `decay * average + weight * value**2`."""
+    return torch.addcmul(average * decay, value, value, value=weight)
+
+
+def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
+    """Give the numbers of Adam's two moving averages and of decoupled weight decay."""
+    beta1, beta2 = h.betas
+    return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}

@@ -1,0 +1,85 @@
+"""What an optimizer declares: the state it keeps for each parameter, and how sparse gradients are met."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of state that belongs to one parameter and, unless `shape` says otherwise, looks like it.
+
+    Attributes:
+        name: its key in `optimizer.state[param]`.
+        when: the flag that must be true for the slot to exist; always, if None.
+        init: the initial value of every element: a number, or the name of a hyperparameter.  A complex
+            slot starts with it as real and as imaginary part, as in torch.
+        shape: shape of the slot for a parameter, None where this parameter does not have the slot;
+            the parameter's own shape by default.
+    """
+
+    name: str
+    when: str | None = None
+    init: float | str = 0.0
+    shape: Callable[[Tensor], torch.Size | None] | None = None
+
+    def shape_for(self, param: Tensor) -> torch.Size | None:
+        """Shape of this slot for `param`."""
+        return param.shape if self.shape is None else self.shape(param)
+
+    def new(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Make the slot for `param`, on its device, in its dtype and memory format."""
+        start = float(group[self.init] if isinstance(self.init, str) else self.init)
+        value = complex(start, start) if param.is_complex() else start
+        if self.shape is None:
+            return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+        return param.new_full(self.shape(param) or (), value, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number of state that belongs to one parameter: a 0-d tensor in `optimizer.state[param]`.
+
+    Attributes:
+        name: its key.
+        init: its initial value: a number, or the name of a hyperparameter.
+        integer: kept as a Python int rather than as a tensor.
+    """
+
+    name: str
+    init: float | str = 0.0
+    integer: bool = False
+
+    def new(self, group: Mapping[str, Any], device: torch.device) -> Tensor | int:
+        """Make the scalar with its initial value."""
+        start = float(group[self.init] if isinstance(self.init, str) else self.init)
+        return self.stored(start, device, torch.float32 if group.get("fused") else scalar_dtype())
+
+    def stored(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor | int:
+        """Put `value` in the form in which the state holds it."""
+        return int(value) if self.integer else torch.tensor(value, dtype=dtype, device=device)
+
+
+STEP = Scalar("step")
+
+
+class Sparse(Enum):
+    """What an optimizer does with sparse (COO) gradients."""
+
+    REFUSED = "refused"
+    ROWS = "updates the rows that are present"
+    ONLY = "takes no other"
+
+
+def scalar_dtype() -> torch.dtype:
+    """Dtype of new scalar state: float32, or float64 where that is torch's default dtype."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
+def narrow(value: Any) -> Any:
+    """Round a Python number as scalar state would (see `scalar_dtype`); tensors pass unchanged."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=scalar_dtype()).item()

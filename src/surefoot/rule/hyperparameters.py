@@ -1,0 +1,104 @@
+"""Ranges of hyperparameters: one place for the constructor, groups and loading alike.
+
+A check is a callable `(name, value) -> None` that raises ValueError (or TypeError for what is no number).
+The first words of every message are those of torch.optim; then follows what is allowed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Check = Callable[[str, Any], None]
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real Python or numpy number (booleans are none) or a tensor."""
+    return isinstance(value, torch.Tensor) or (
+        hasattr(value, "__float__") and not isinstance(value, (bool, complex, str))
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from `low` to `high`; NaN is in no interval.
+
+    Attributes:
+        complaint: the message's first words; the value follows them.
+        low: least number allowed.
+        high: greatest number allowed.
+        low_open: whether `low` itself is refused.
+        high_open: whether `high` itself is refused.
+        optional: whether None is allowed.
+    """
+
+    complaint: str
+    low: float = 0.0
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> None:
+        """Raise unless `value` lies in the interval.
+
+        Raises:
+            TypeError: `value` is not a number.
+            ValueError: `value` is outside, NaN, or a tensor of more than one element.
+        """
+        if value is None and self.optional:
+            return
+        if not is_number(value):
+            raise TypeError(f"`{name}` must be a number, but got {value!r} ({type(value).__name__})")
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"Tensor {name} must be 1-element, but its shape is {tuple(value.shape)}; "
+                f"give one number per parameter group"
+            )
+        if not self.contains(float(value)):
+            raise ValueError(f"{self.complaint}{value}; `{name}` must be a number in {self}")
+
+    def contains(self, value: float) -> bool:
+        """Whether `value` is inside."""
+        above = self.low < value if self.low_open else self.low <= value
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        """Write the interval as mathematics does."""
+        left = "(" if self.low_open or self.low == -math.inf else "["
+        right = ")" if self.high_open or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclass(frozen=True)
+class Each:
+    """A sequence of numbers, each with a check of its own."""
+
+    checks: tuple[Interval, ...]
+
+    def __call__(self, name: str, value: Any) -> None:
+        """Raise unless `value` has as many numbers as there are checks and each passes its own."""
+        if not isinstance(value, Sequence) or len(value) != len(self.checks):
+            raise ValueError(f"`{name}` must be {len(self.checks)} numbers, but got {value!r}")
+        for index, (check, item) in enumerate(zip(self.checks, value, strict=True)):
+            check(f"{name}[{index}]", item)
+
+
+def number(name: str) -> Interval:
+    """Allow any number but NaN."""
+    return Interval(f"Invalid {name} value: ", low=-math.inf)
+
+
+def at_least_zero(name: str) -> Interval:
+    """Allow numbers from 0 on, with torch's usual complaint."""
+    return Interval(f"Invalid {name} value: ")
+
+
+LR = Interval("Invalid learning rate: ")
+EPS = at_least_zero("epsilon")
+WEIGHT_DECAY = at_least_zero("weight_decay")
+MOMENTUM = at_least_zero("momentum")
+BETAS = Each(tuple(Interval(f"Invalid beta parameter at index {i}: ", high=1.0, high_open=True) for i in (0, 1)))

@@ -1,0 +1,133 @@
+"""The closed list of operations that a rule may use, each with its meaning for every engine, in one table.
+
+Arguments of an operation are tensors (all of the parameter's shape) or numbers (coefficients and constants).
+An engine reads its own column and nothing else; an operation that is not here is an error that names the rule's line.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | int | bool
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: its name in graphs and generated sources.
+        arity: how many arguments it takes.
+        spellings: the functions that mean it in a rule.  Methods are spelled by `name` or `methods`.
+        eager: its value for tensors, numbers and 0-d tensors that may require gradients.
+        foreach: name of the `torch._foreach_*` function (without the prefix), or None where torch has none;
+            the in-place form has the same name with an underscore at the end.
+        methods: further method names of tensors that mean it.
+        compares: whether its value is a truth value.
+    """
+
+    name: str
+    arity: int
+    spellings: tuple[Callable[..., Any], ...]
+    eager: Callable[..., Any]
+    foreach: str | None = None
+    methods: tuple[str, ...] = ()
+    compares: bool = False
+
+    @property
+    def __name__(self) -> str:
+        """The name that torch.fx gives to nodes of this operation."""
+        return self.name
+
+    def __call__(self, *args: Any) -> Any:
+        """Evaluate eagerly."""
+        return self.eager(*args)
+
+
+def _unary(tensors: Callable[[Tensor], Tensor], numbers: Callable[[float], float]) -> Callable[[Any], Any]:
+    """Make one function out of the one for tensors and the one for Python numbers."""
+    return lambda x: tensors(x) if isinstance(x, Tensor) else numbers(x)
+
+
+def _sign(x: float) -> float:
+    return math.copysign(1.0, x) if x else 0.0
+
+
+def _pick(of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]) -> Callable[[Any, Any], Any]:
+    """Maximum or minimum of tensors, of a tensor and a number, or of two numbers; NaN wins."""
+
+    def pick(x: Any, y: Any) -> Any:
+        if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+            return math.nan if math.isnan(x) or math.isnan(y) else of_numbers(x, y)
+        like = x if isinstance(x, Tensor) else y
+        return of_tensors(torch.as_tensor(x).to(like), torch.as_tensor(y).to(like))
+
+    return pick
+
+
+def _add_scaled(x: Any, y: Any, alpha: Any) -> Any:
+    if isinstance(alpha, Tensor) or not isinstance(x, Tensor):
+        return x + y * alpha
+    return torch.add(x, y, alpha=alpha)
+
+
+def _lerp(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    return torch.lerp(x, y, weight.to(x) if isinstance(weight, Tensor) else weight)
+
+
+def _addcmul(x: Tensor, y: Tensor, z: Tensor, value: Any) -> Tensor:
+    return x + y * z * value if isinstance(value, Tensor) else torch.addcmul(x, y, z, value=value)
+
+
+def _addcdiv(x: Tensor, y: Tensor, z: Tensor, value: Any) -> Tensor:
+    return x + y / z * value if isinstance(value, Tensor) else torch.addcdiv(x, y, z, value=value)
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    """Select; a new tensor, never one of the arguments, so that no engine writes through an alias."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, x, y)
+    chosen = x if condition else y
+    return chosen.clone() if isinstance(chosen, Tensor) else chosen
+
+
+OPS: tuple[Op, ...] = (
+    Op("add", 2, (operator.add, torch.add), operator.add, "add"),
+    Op("sub", 2, (operator.sub, torch.sub), operator.sub, "sub", ("subtract",)),
+    Op("mul", 2, (operator.mul, torch.mul), operator.mul, "mul", ("multiply",)),
+    Op("div", 2, (operator.truediv, torch.div), operator.truediv, "div", ("true_divide",)),
+    Op("pow", 2, (operator.pow, torch.pow), operator.pow, "pow"),
+    Op("neg", 1, (operator.neg, torch.neg), operator.neg, "neg", ("negative",)),
+    Op("abs", 1, (abs, operator.abs, torch.abs), abs, "abs"),
+    Op("sign", 1, (torch.sign,), _unary(torch.sign, _sign), "sign"),
+    Op("sqrt", 1, (torch.sqrt, math.sqrt), _unary(torch.sqrt, math.sqrt), "sqrt"),
+    Op("rsqrt", 1, (torch.rsqrt,), _unary(torch.rsqrt, lambda x: 1 / math.sqrt(x)), "rsqrt"),
+    Op("reciprocal", 1, (torch.reciprocal,), _unary(torch.reciprocal, lambda x: 1 / x), "reciprocal"),
+    Op("exp", 1, (torch.exp, math.exp), _unary(torch.exp, math.exp), "exp"),
+    Op("log", 1, (torch.log, math.log), _unary(torch.log, math.log), "log"),
+    Op("tanh", 1, (torch.tanh, math.tanh), _unary(torch.tanh, math.tanh), "tanh"),
+    Op("maximum", 2, (torch.maximum,), _pick(torch.maximum, max), "maximum"),
+    Op("minimum", 2, (torch.minimum,), _pick(torch.minimum, min), "minimum"),
+    Op("add_scaled", 3, (), _add_scaled, "add"),
+    Op("lerp", 3, (torch.lerp,), _lerp, "lerp"),
+    Op("addcmul", 4, (), _addcmul, "addcmul"),
+    Op("addcdiv", 4, (), _addcdiv, "addcdiv"),
+    Op("where", 3, (torch.where,), _where),
+    Op("gt", 2, (operator.gt, torch.gt), operator.gt, methods=("greater",), compares=True),
+    Op("ge", 2, (operator.ge, torch.ge), operator.ge, compares=True),
+    Op("lt", 2, (operator.lt, torch.lt), operator.lt, methods=("less",), compares=True),
+    Op("le", 2, (operator.le, torch.le), operator.le, compares=True),
+    Op("eq", 2, (operator.eq, torch.eq), operator.eq, compares=True),
+    Op("ne", 2, (operator.ne, torch.ne), operator.ne, compares=True),
+    Op("fill", 2, (torch.full_like,), lambda x, number: torch.zeros_like(x) + number),
+    Op("copy", 1, (torch.clone,), lambda x: x.clone(), methods=("clone",)),
+)
+
+BY_NAME: dict[str, Op] = {op.name: op for op in OPS}
+BY_SPELLING: dict[Callable[..., Any], Op] = {spelling: op for op in OPS for spelling in op.spellings}
+BY_METHOD: dict[str, Op] = BY_NAME | {method: op for op in OPS for method in op.methods}

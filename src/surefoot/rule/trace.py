@@ -1,0 +1,134 @@
+"""From a rule to a graph: `bind` runs a rule's `update` once on symbols and hands the result through the passes.
+
+A graph is a `torch.fx.Graph` whose placeholders are `param`, `grad`, the active slots, and then the coefficients that
+the rule asked for; whose calls are operations of `ops.py`; and whose output is the new param and the new slots.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+from surefoot.errors import RuleError
+from surefoot.rule.declare import Slot
+from surefoot.rule.passes import run_passes
+
+Flags = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A rule with its flags settled.
+
+    Attributes:
+        name: the algorithm's name.
+        flags: the flags, as settled.
+        slots: the slots that exist under these flags, in the order in which the graph returns them.
+        coefficients: names of the numbers that the graph takes, in the order of its placeholders.
+        graph: the update as operations.
+    """
+
+    name: str
+    flags: Flags
+    slots: tuple[Slot, ...]
+    coefficients: tuple[str, ...]
+    graph: fx.Graph
+
+
+class _Tracer(fx.Tracer):
+    """Records with each node the line of the rule that made it."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.root = torch.nn.Module()
+        self.file = file
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["source"] = self.source()
+        return node
+
+    def source(self) -> str:
+        """`file:line` of the innermost frame inside the rule's file."""
+        frame = sys._getframe()
+        while frame.f_back is not None and frame.f_code.co_filename != self.file:
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise RuleError(
+            f"{self.source()}: a rule may branch on flags only, not on the value of `{obj.node.name}`; "
+            f"use torch.where, or declare a flag"
+        )
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise RuleError(f"{self.source()}: a rule is elementwise; `{obj.node.name}` cannot be iterated or unpacked")
+
+
+class _Coefficients:
+    """Stands for the coefficients while tracing: each name asked for becomes a placeholder."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self._tracer = tracer
+        self._proxies: dict[str, fx.Proxy] = {}
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        if name not in self._proxies:
+            last = [node for node in self._tracer.graph.nodes if node.op == "placeholder"][-1]
+            with self._tracer.graph.inserting_after(last):
+                proxy = self._tracer.create_proxy("placeholder", f"c_{name}", (), {})
+            proxy.node.meta["coefficient"] = name
+            self._proxies[name] = proxy
+        return self._proxies[name]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._proxies)
+
+
+@functools.cache
+def bind(optimizer: type, flags: Flags) -> Rule:
+    """Trace the rule of an optimizer class under settled flags; once for each pair.
+
+    Raises:
+        RuleError: the rule is not elementwise, branches on a number, uses an operation outside the list, or does not
+            return what its slots promise.  The message names the file and line.
+    """
+    update: Callable[..., Any] = optimizer.update  # type: ignore[attr-defined]
+    settled = dict(flags)
+    active = tuple(slot for slot in optimizer.slots if slot.when is None or settled[slot.when])  # type: ignore[attr-defined]
+    tracer = _Tracer(inspect.getsourcefile(inspect.unwrap(update)) or "")
+    inputs = {
+        name: tracer.create_proxy("placeholder", name, (), {})
+        for name in ("param", "grad", *(slot.name for slot in active))
+    }
+    coefficients = _Coefficients(tracer)
+    grad = -inputs["grad"] if settled["maximize"] else inputs["grad"]
+    slots = [inputs.get(slot.name) for slot in optimizer.slots]  # type: ignore[attr-defined]
+    returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
+    outputs = _outputs(optimizer, returned, active)
+    tracer.create_node("output", "output", (tuple(value.node for value in outputs),), {})
+    run_passes(tracer.graph)
+    return Rule(optimizer.__name__, flags, active, coefficients.names(), tracer.graph)
+
+
+def _outputs(optimizer: type, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
+    """Check what `update` returned and leave out the slots that do not exist."""
+    values = returned if isinstance(returned, tuple) else (returned,)
+    declared: tuple[Slot, ...] = optimizer.slots  # type: ignore[attr-defined]
+    where = f"{optimizer.__name__}.update"
+    if len(values) != 1 + len(declared):
+        names = ", ".join(("param", *(slot.name for slot in declared)))
+        raise RuleError(f"{where} must return ({names}), but returned {len(values)} values")
+    by_name = {slot.name: value for slot, value in zip(declared, values[1:], strict=True)}
+    outputs = {"param": values[0], **{slot.name: by_name[slot.name] for slot in active}}
+    for name, value in outputs.items():
+        if not isinstance(value, fx.Proxy):
+            raise RuleError(f"{where} must return a tensor for `{name}`, but returned {value!r}")
+    return list(outputs.values())
