@@ -155,7 +155,9 @@ def _match_by_position(
     pairs = []
     for index, (group, partner) in enumerate(zip(groups, partners, strict=True)):
         keys = list(partner["params"]) if partner else []
-        names = group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+        names = group.get("param_names") or [
+            f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
+        ]
         if partner and len(keys) != len(group["params"]):
             report.mismatched.append(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
@@ -221,7 +223,11 @@ def _lookalikes(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _entry(
-    optimizer: "Optimizer", group: Mapping[str, Any], pair: _Pair, saved: Mapping[str, Any], report: LoadReport
+    optimizer: "Optimizer",
+    group: Mapping[str, Any],
+    pair: _Pair,
+    saved: Mapping[str, Any],
+    report: LoadReport,
 ) -> dict[str, Any] | None:
     """Give the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
     problems = LoadReport([], [], [])
@@ -253,7 +259,9 @@ def _needed(slot: Slot, group: Mapping[str, Any], param: Tensor) -> bool:
 def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, problems: LoadReport) -> Any:
     """Put a saved scalar where the optimizer keeps it, in the dtype in which it was saved."""
     if isinstance(value, Tensor) and value.numel() != 1:
-        problems.mismatched.append(f"{pair.label}: state `{scalar.name}` has shape {tuple(value.shape)}, must be one number")
+        problems.mismatched.append(
+            f"{pair.label}: state `{scalar.name}` has shape {tuple(value.shape)}, must be one number"
+        )
         return None
     if not isinstance(value, Tensor | float | int):
         problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {type(value).__name__}, must be a number")

@@ -20,10 +20,17 @@ from torch.utils.hooks import RemovableHandle
 from surefoot.loading import LoadReport, load
 from surefoot.rule import STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check
-from surefoot.step import ENGINE_OPTIONS, make_state, run_rule
+from surefoot.step import make_state, run_rule
 
 Params = Iterable[Any]
-_HOOK_KINDS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+_HOOK_KINDS = (
+    "step_pre",
+    "step_post",
+    "state_dict_pre",
+    "state_dict_post",
+    "load_state_dict_pre",
+    "load_state_dict_post",
+)
 
 
 def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +103,6 @@ class Optimizer(torch.optim.Optimizer):
             cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        if self.is_rule():
-            defaults = {**defaults, **{k: v for k, v in ENGINE_OPTIONS.items() if k not in defaults}}
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -131,14 +136,15 @@ class Optimizer(torch.optim.Optimizer):
         return cls.is_rule() or bool(cls.slots)
 
     @staticmethod
-    def coefficients(h: SimpleNamespace, **scalars: Any) -> dict[str, Any]:  # noqa: ARG004
+    def coefficients(h: SimpleNamespace, *scalars: Any, **named: Any) -> dict[str, Any]:  # noqa: ARG004
         """Give the numbers of an update that depend on hyperparameters and scalars only.
 
         Computed once for all parameters that have taken the same number of steps.
 
         Args:
             h: the group's hyperparameters as attributes; a number may also be a 0-d tensor.
-            scalars: the parameter's scalars; `step` counts from 1.
+            scalars: the parameter's scalars, passed by name; `step` counts from 1.
+            named: the same; an algorithm names what it reads.
 
         Returns:
             Numbers by name.  `update` reads them as `c.name`, beside the hyperparameters themselves and `c.fresh`,
@@ -185,8 +191,7 @@ class Optimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
 
-    @classmethod
-    def check_params(cls, params: list[Tensor]) -> None:
+    def check_params(self, params: list[Tensor]) -> None:
         """Raise ValueError when the algorithm cannot optimize one of these tensors."""
 
     # Groups
@@ -360,7 +365,10 @@ class Optimizer(torch.optim.Optimizer):
         for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
             numbers.setdefault(param, number)
         groups = [
-            {**{k: v for k, v in group.items() if k != "params"}, "params": [numbers[p] for p in group["params"]]}
+            {
+                **{k: v for k, v in group.items() if k != "params"},
+                "params": [numbers[p] for p in group["params"]],
+            }
             for group in self.param_groups
         ]
         state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
@@ -445,7 +453,9 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return hooked_step
 
 
-def _new_arguments(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _new_arguments(
+    result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if result is None:
         return args, kwargs
     if isinstance(result, tuple) and len(result) == 2:  # noqa: PLR2004 (args and kwargs)

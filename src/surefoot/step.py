@@ -6,7 +6,7 @@ Everything that can be refused is refused while buckets are made, before any sta
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
-ENGINE_OPTIONS: Mapping[str, Any] = {
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+class Row(NamedTuple):
+    """A parameter to be stepped by an optimizer that is no rule; its state is there, its step counted."""
+
+    h: SimpleNamespace
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -52,6 +55,25 @@ def run_rule(optimizer: "Optimizer") -> None:
         for whole, part in zip((work.bucket.params, *work.bucket.slots), (present.params, *present.slots), strict=True):
             for tensor, values, row in zip(whole, part, rows, strict=True):
                 tensor[row.index] = values
+
+
+def rows(optimizer: "Optimizer") -> list[Row]:
+    """Give every parameter that has a gradient, negated under `maximize`, with its state; check all of them first."""
+    found = [
+        (group, param, admissible_gradient(optimizer, group, param))
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    return [_row(optimizer, group, param, grad) for group, param, grad in found]
+
+
+def _row(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, grad: Tensor) -> Row:
+    ensure_state(optimizer, group, param, optimizer.slots)
+    state = optimizer.state[param]
+    if "step" in state:
+        state["step"] += 1
+    return Row(hyperparameters(group), param, -grad if group.get("maximize") else grad, state)
 
 
 def make_state(optimizer: "Optimizer") -> None:
@@ -244,6 +266,9 @@ class _SparseRows:
 
 def _present_rows(bucket: Bucket, rows: list[_SparseRows]) -> Bucket:
     """Gather the rows of parameters and slots that have a gradient into a bucket of their own."""
-    params, *slots = ([tensor[row.index] for tensor, row in zip(tensors, rows, strict=True)] for tensors in (bucket.params, *bucket.slots))
+    params, *slots = (
+        [tensor[row.index] for tensor, row in zip(tensors, rows, strict=True)]
+        for tensors in (bucket.params, *bucket.slots)
+    )
     grads = [row.values for row in rows]
     return Bucket(bucket.rule, params, grads, bucket.options, slots, bucket.coefficients)

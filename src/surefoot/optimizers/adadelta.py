@@ -15,7 +15,12 @@ from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, Interval
 class Adadelta(Optimizer):
     slots = (Slot("square_avg"), Slot("acc_delta"))
     flags = ("weight_decay",)
-    ranges = {"lr": LR, "rho": Interval("Invalid rho value: ", high=1.0), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    ranges = {
+        "lr": LR,
+        "rho": Interval("Invalid rho value: ", high=1.0),
+        "eps": EPS,
+        "weight_decay": WEIGHT_DECAY,
+    }
 
     def __init__(
         self,

@@ -44,7 +44,13 @@ class Adam(Optimizer):
 
     @staticmethod
     def update(
-        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maximum: Tensor, c: Any, flags: SimpleNamespace
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        maximum: Tensor,
+        c: Any,
+        flags: SimpleNamespace,
     ) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg = torch.lerp(exp_avg, grad, c.weight1)

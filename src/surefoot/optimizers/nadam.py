@@ -57,9 +57,7 @@ class NAdam(Optimizer):
         }
 
     @staticmethod
-    def update(
-        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace
-    ) -> Any:
+    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg = torch.lerp(exp_avg, grad, c.weight1)
         exp_avg_sq = ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)

@@ -47,7 +47,13 @@ class RMSprop(Optimizer):
 
     @staticmethod
     def update(
-        param: Tensor, grad: Tensor, square_avg: Tensor, buffer: Tensor, grad_avg: Tensor, c: Any, flags: SimpleNamespace
+        param: Tensor,
+        grad: Tensor,
+        square_avg: Tensor,
+        buffer: Tensor,
+        grad_avg: Tensor,
+        c: Any,
+        flags: SimpleNamespace,
     ) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         square_avg = variance = ema_of_square(square_avg, grad, c.alpha, c.weight)

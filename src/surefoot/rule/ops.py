@@ -58,7 +58,9 @@ def _sign(x: float) -> float:
     return math.copysign(1.0, x) if x else 0.0
 
 
-def _pick(of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]) -> Callable[[Any, Any], Any]:
+def _pick(
+    of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]
+) -> Callable[[Any, Any], Any]:
     """Maximum or minimum of tensors, of a tensor and a number, or of two numbers; NaN wins."""
 
     def pick(x: Any, y: Any) -> Any:

@@ -5,7 +5,6 @@ After each of them the graph is checked as far as it has come; engines may rely 
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -162,7 +161,9 @@ def _sub(graph: fx.Graph, input: Argument, other: Argument, *, alpha: Argument =
 
 
 def _with_value(name: str) -> Build:
-    def build(graph: fx.Graph, input: Argument, tensor1: Argument, tensor2: Argument, *, value: Argument = 1) -> fx.Node:  # noqa: A002
+    def build(
+        graph: fx.Graph, input: Argument, tensor1: Argument, tensor2: Argument, *, value: Argument = 1
+    ) -> fx.Node:
         return _call(graph, name, input, tensor1, tensor2, value)
 
     return build

@@ -1,0 +1,104 @@
+"""Adafactor: second moments of matrices kept as one row and one column."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.rule import Slot
+from surefoot.rule.hyperparameters import Each, Interval
+from surefoot.step import rows
+
+
+def _row_shape(param: Tensor) -> torch.Size | None:
+    return torch.Size((*param.shape[:-1], 1)) if param.dim() > 1 else None
+
+
+def _col_shape(param: Tensor) -> torch.Size | None:
+    return torch.Size((*param.shape[:-2], 1, param.shape[-1])) if param.dim() > 1 else None
+
+
+def _vector_shape(param: Tensor) -> torch.Size | None:
+    return param.shape if param.dim() <= 1 else None
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    norm: float = tensor.norm(2).item()
+    return norm / math.sqrt(max(tensor.numel(), 1))
+
+
+class Adafactor(Optimizer):
+    slots = (
+        Slot("row_var", shape=_row_shape),
+        Slot("col_var", shape=_col_shape),
+        Slot("variance", shape=_vector_shape),
+    )
+    ranges = {
+        "lr": Interval("Learning rate should be >= 0 but is: "),
+        "beta2_decay": Interval("beta2_decay should be <= 0 but is: ", low=-torch.inf, high=0.0),
+        "eps": Each(
+            (
+                Interval("epsilon1 should be >= 0 but is: ", optional=True),
+                Interval("epsilon2 should be >= 0 but is: "),
+            )
+        ),
+        "d": Interval("Clipping threshold d should be >= 1 but is: ", low=1.0),
+        "weight_decay": Interval("weight_decay should be >= 0 but is: "),
+    }
+    complex_params = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = self.evaluate(closure)
+        for h, param, grad, state in rows(self):
+            self._step_param(h, param, grad, state)
+        return loss
+
+    def _step_param(self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        compute = torch.promote_types(param.dtype, torch.float32)
+        step, lr, grad = state["step"].item(), float(h.lr), grad.to(compute)
+        eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
+        size = max(h.eps[1], _root_mean_square(param.to(compute))) * min(lr, step**-0.5)
+        variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
+        update = variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+        size /= max(1.0, _root_mean_square(update) / h.d)
+        decayed = param.to(compute) * (1 - lr * h.weight_decay) if h.weight_decay else param.to(compute)
+        param.copy_(torch.add(decayed, update, alpha=-size))
+
+    @staticmethod
+    def _second_moment(grad: Tensor, state: dict[str, Any], weight: float, eps1: float) -> Tensor:
+        """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
+        if grad.dim() <= 1:
+            return _averaged(state["variance"], grad * grad, weight).clone()
+        row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
+        col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
+        return (row @ col).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps1))
+
+
+def _mean_square(grad: Tensor, dim: int) -> Tensor:
+    norm: Tensor = grad.norm(dim=dim, keepdim=True)
+    return norm.square_().div_(grad.size(dim))
+
+
+def _averaged(average: Tensor, value: Tensor, weight: float) -> Tensor:
+    """Move a stored average towards `value` and give it in the dtype of `value`, before it is rounded."""
+    new = torch.lerp(average.to(value.dtype), value, weight)
+    average.copy_(new)
+    return new

@@ -1,0 +1,112 @@
+"""Muon: orthogonalised momentum for the matrices of hidden layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.rule import Slot
+from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
+from surefoot.step import rows
+
+_MOST_NS_STEPS = 99
+
+
+def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Give approximately the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration in bfloat16.
+
+    With X = matrix / max(its Frobenius norm, eps) and coefficients (a, b, c), `steps` times::
+
+        A = X X^T
+        X = a X + (b A + c A A) X
+
+    Args:
+        matrix: two-dimensional, any floating dtype.
+        coefficients: a, b, c of the polynomial.
+        steps: number of iterations.
+        eps: least norm to divide by.
+
+    Returns:
+        A new bfloat16 tensor of the same shape.
+    """
+    a, b, c = coefficients
+    x = matrix.bfloat16()
+    wide = x.T if x.size(0) > x.size(1) else x
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.addmm(wide, polynomial, wide, beta=a)
+    return wide.T if x.size(0) > x.size(1) else wide
+
+
+class Muon(Optimizer):
+    slots = (Slot("momentum_buffer"),)
+    scalars = ()
+    ranges = {
+        "lr": Interval("Learning rate should be >= 0 but is: "),
+        "weight_decay": Interval("weight decay should be >= 0 but is: "),
+        "momentum": Interval("momentum should be >= 0 but is: "),
+        "ns_coefficients": Each((number("ns_coefficients"),) * 3),
+        "eps": at_least_zero("epsilon"),
+        "ns_steps": Interval(
+            "Number of steps must be less than 100 for computational efficiency, but is: ",
+            high=_MOST_NS_STEPS,
+        ),
+    }
+    complex_params = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; `adjust_lr_fn` must be None, "
+                f"'original' or 'match_rms_adamw'"
+            )
+
+    def check_params(self, params: list[Tensor]) -> None:
+        for param in params:
+            if param.dim() != 2:  # noqa: PLR2004 (matrices)
+                raise ValueError(
+                    f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}; give "
+                    f"such parameters to another optimizer, AdamW for instance"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = self.evaluate(closure)
+        for h, param, grad, state in rows(self):
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(grad.to(buffer.dtype), 1 - h.momentum)
+            update = torch.lerp(grad.to(buffer.dtype), buffer, h.momentum) if h.nesterov else buffer
+            direction = newton_schulz(update, h.ns_coefficients, h.ns_steps, h.eps)
+            param.mul_(1 - h.lr * h.weight_decay)
+            param.add_(direction, alpha=-float(h.lr * self._scale(h, param)))
+        return loss
+
+    @staticmethod
+    def _scale(h: SimpleNamespace, param: Tensor) -> float:
+        """Give the factor by which the learning rate follows the shape of a matrix."""
+        height, width = param.shape
+        if h.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(height, width))
+        return math.sqrt(max(1.0, height / max(width, 1)))

@@ -1,0 +1,60 @@
+"""SparseAdam: Adam on the rows that have a gradient."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.rule import Scalar, Slot, Sparse
+from surefoot.rule.hyperparameters import BETAS, Interval
+
+
+class SparseAdam(Optimizer):
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    scalars = (Scalar("step", integer=True),)
+    ranges = {
+        "lr": Interval("Invalid learning rate: ", low_open=True),
+        "betas": BETAS,
+        "eps": Interval("Invalid epsilon value: ", low_open=True),
+    }
+    sparse = Sparse.ONLY
+    complex_params = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
+    def check_params(self, params: list[Tensor]) -> None:
+        group = len(self.param_groups)
+        for kind, indices in (
+            ("Sparse", [i for i, param in enumerate(params) if param.is_sparse]),
+            ("Complex", [i for i, param in enumerate(params) if param.is_complex()]),
+        ):
+            if indices:
+                positions = [[group, index] for index in indices]
+                raise ValueError(
+                    f"{kind} params at indices {positions}: SparseAdam requires {_REQUIRED[kind]} parameter tensors"
+                )
+
+    @staticmethod
+    def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
+        beta1, beta2 = h.betas
+        step_size = h.lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        return {"weight1": 1 - beta1, "weight2": 1 - beta2, "neg_step_size": -step_size}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:  # noqa: ARG004
+        exp_avg = exp_avg + (grad - exp_avg) * c.weight1
+        exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * c.weight2
+        return param + exp_avg / (torch.sqrt(exp_avg_sq) + c.eps) * c.neg_step_size, exp_avg, exp_avg_sq
+
+
+_REQUIRED = {"Sparse": "dense", "Complex": "real"}
