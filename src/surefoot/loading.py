@@ -4,9 +4,10 @@ Nothing here changes the optimizer; `Optimizer.load_state_dict` installs the res
 """
 
 import inspect
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import Scalar, Slot, scalar_dtype
+from surefoot.rule.hyperparameters import is_number
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -69,14 +71,12 @@ def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], *, strict: bool)
         _refuse(optimizer, report, saved_groups)
     for group in groups:
         optimizer.check_group(group)
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    if not strict:
-        state.update(optimizer.state)
+    state = {} if strict else {key: copy(entry) for key, entry in optimizer.state.items()}
     for group, group_pairs in zip(groups, pairs, strict=True):
         for pair in group_pairs:
             entry = _entry(optimizer, group, pair, saved_state.get(pair.key) or {}, report)
-            if entry or strict:
-                state[pair.param] = entry or {}
+            if entry is not None:
+                state[pair.param] = entry
     state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
     state.update(_other_state(saved_state, saved_groups, report))
     if strict:
@@ -92,11 +92,31 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[An
             f"not an optimizer's state dict: it needs the keys 'state' and 'param_groups', but got {shown}; if it is a "
             f"whole checkpoint, pass its optimizer entry"
         )
-    groups = list(state_dict["param_groups"])
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    for problem in _malformed(groups, state):
+        raise ValueError(f"not an optimizer's state dict: {problem}")
+    return list(groups), state
+
+
+def _malformed(groups: Any, state: Any) -> Iterator[str]:
+    """Say what of groups and state is not what it must be."""
+    if not isinstance(groups, list | tuple):
+        yield f"'param_groups' must be a list, but is {type(groups).__name__}"
+        return
     for index, group in enumerate(groups):
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise ValueError(f"not an optimizer's state dict: param_groups[{index}] has no 'params'")
-    return groups, state_dict["state"]
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            yield f"param_groups[{index}] must be a dict with a list 'params'"
+        elif not isinstance(group.get("param_names"), list | tuple | None):
+            yield f"param_groups[{index}]['param_names'] must be a list, but is {group['param_names']!r}"
+        elif not all(isinstance(key, Hashable) for key in group["params"]):
+            yield f"param_groups[{index}]['params'] must hold numbers or names, but is {group['params']!r}"
+    if not isinstance(state, Mapping):
+        yield f"'state' must be a dict, but is {type(state).__name__}"
+        return
+    keys = chain.from_iterable(group["params"] for group in groups)
+    for key in keys:
+        if not isinstance(state.get(key), Mapping | None):
+            yield f"the state of parameter number {key} must be a dict, but is {type(state[key]).__name__}"
 
 
 # Matching
@@ -116,7 +136,7 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
     if not all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         return None
     names = list(chain.from_iterable(group["param_names"] for group in groups))
-    return names if len(names) == len(set(names)) else None
+    return names if all(isinstance(name, str) for name in names) and len(names) == len(set(names)) else None
 
 
 def _match_by_name(
@@ -187,6 +207,8 @@ def _merged(
     if missing or foreign:
         return dict(group)
     options = deepcopy({name: value for name, value in partner.items() if name != "params"})
+    if len(options.get("param_names") or ()) != len(group["params"]):
+        options.pop("param_names", None)
     names = {"param_names": group["param_names"]} if "param_names" in group else {}
     defaults = _signature_defaults(type(optimizer))
     return {"params": group["params"], **{n: defaults.get(n, v) for n, v in late.items()}, **options, **names}
@@ -231,9 +253,9 @@ def _entry(
 ) -> dict[str, Any] | None:
     """Give the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
     problems = LoadReport([], [], [])
-    saved = {name: value for name, value in saved.items() if value is not None}
     if not optimizer.is_declared():
         return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
+    saved = {name: value for name, value in saved.items() if value is not None}
     entry: dict[str, Any] = {}
     slots: dict[str, Slot] = {slot.name: slot for slot in optimizer.slots}
     scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in optimizer.scalars}
@@ -249,7 +271,8 @@ def _entry(
         problems.missing.extend(f"{pair.label}: state `{name}`" for name in needed if name not in saved)
     for lines, new in zip(report, problems, strict=True):
         lines.extend(new)
-    return None if problems.missing or problems.mismatched else entry
+    misses = problems.missing or problems.mismatched or (problems.unexpected and not entry)
+    return None if misses else entry
 
 
 def _needed(slot: Slot, group: Mapping[str, Any], param: Tensor) -> bool:
@@ -263,13 +286,18 @@ def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, p
             f"{pair.label}: state `{scalar.name}` has shape {tuple(value.shape)}, must be one number"
         )
         return None
-    if not isinstance(value, Tensor | float | int):
+    if not is_number(value):
         problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {type(value).__name__}, must be a number")
+        return None
+    number = float(value)
+    if math.isnan(number) or (scalar.integer and not number.is_integer()):
+        kind = "a whole number" if scalar.integer else "a number"
+        problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {number}, must be {kind}")
         return None
     on_device = group.get("capturable") or (group.get("fused") and pair.param.device.type != "cpu")
     device = pair.param.device if on_device else torch.device("cpu")
     dtype = value.dtype if isinstance(value, Tensor) and value.is_floating_point() else scalar_dtype()
-    return scalar.stored(float(value), device, dtype)
+    return scalar.stored(number, device, dtype)
 
 
 def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
@@ -281,7 +309,7 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
         problems.mismatched.append(
             f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(slot.shape_for(param))}"
         )
-    elif value.is_complex() != param.is_complex():
+    elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
     else:
         dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
@@ -319,8 +347,9 @@ def _refuse(optimizer: "Optimizer", report: LoadReport, groups: list[dict[str, A
         return
     lines = [f"{kind}: {line}" for kind, found in report._asdict().items() for line in found]
     shown = [*lines[:_LINES], *([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])]
-    alike = [name for name in _lookalikes(groups) if name != type(optimizer).__name__] if groups else []
-    hint = f"\nIts options are those of {' or '.join(alike)}." if alike and report.missing else ""
+    alike = _lookalikes(groups) if groups else []
+    known = not alike or type(optimizer).__name__ in alike
+    hint = "" if known else f"\nIts options are those of {' or '.join(alike)}."
     raise ValueError(
         f"the state dict does not fit this {type(optimizer).__name__}; nothing was loaded.\n  "
         + "\n  ".join(shown)

@@ -7,7 +7,8 @@ is ours.  What an algorithm computes stands in `optimizers`, how it is run in `e
 import functools
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from surefoot.loading import LoadReport, load
 from surefoot.rule import STEP, Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import Check
-from surefoot.step import make_state, run_rule
+from surefoot.rule.hyperparameters import Check, truth
+from surefoot.state import make_state
+from surefoot.step import ENGINE_OPTIONS, run_rule
 
 Params = Iterable[Any]
 _HOOK_KINDS = (
@@ -107,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
         self._make_hooks()
-        self.check_group(defaults)
+        self.check_group({name: value for name, value in defaults.items() if value is not torch_hooks.required})
         if isinstance(params, Tensor):
             raise TypeError(
                 "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
@@ -186,6 +188,8 @@ class Optimizer(torch.optim.Optimizer):
         for name, check in cls.ranges.items():
             if name in group:
                 check(name, group[name])
+        for name in {"maximize", *ENGINE_OPTIONS, *cls.flags} - set(cls.ranges):
+            truth(name, group.get(name))
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
@@ -303,12 +307,26 @@ class Optimizer(torch.optim.Optimizer):
 
     # Hooks
 
+    _in_step = False
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
     def _make_hooks(self) -> None:
         for kind in _HOOK_KINDS:
             self.__dict__.setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
         # torch wraps classes whose step has no hooks yet, such as one assigned after the class was made.
         if not getattr(type(self).step, "hooked", False):
             type(self).step = with_hooks(type(self).step)  # type: ignore[method-assign]
+
+    def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
+        """Give the hooks of a kind, in order, for the kinds that torch knows under the same names."""
+        return tuple(self.__dict__[f"_optimizer_{kind}_hooks"].values())
 
     def _register(self, kind: str, hook: Callable[..., Any], *, prepend: bool) -> RemovableHandle:
         hooks: OrderedDict[int, Callable[..., Any]] = getattr(self, f"_optimizer_{kind}_hooks")
@@ -359,11 +377,11 @@ class Optimizer(torch.optim.Optimizer):
             `{"state": {number: {...}}, "param_groups": [{..., "params": [numbers]}]}`, the layout of torch.optim.  Its
             tensors are the optimizer's own, not copies.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
+        for hook in self._hooks("state_dict_pre"):
             hook(self)
         numbers: dict[Tensor, int] = {}
         for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
-            numbers.setdefault(param, number)
+            numbers[param] = number  # of a parameter that stands there twice the last, as in torch
         groups = [
             {
                 **{k: v for k, v in group.items() if k != "params"},
@@ -373,7 +391,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
         state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
         result: dict[str, Any] = {"state": state, "param_groups": groups}
-        for hook in self._optimizer_state_dict_post_hooks.values():
+        for hook in self._hooks("state_dict_post"):
             result = _or(hook(self, result), result)
         return result
 
@@ -396,14 +414,14 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: it does not match (the message lists where), or a hyperparameter is out of range.  The
                 optimizer is as it was.
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
         loaded = load(self, state_dict, strict=strict)
         before = dict(self.__dict__)
         try:
             self.__setstate__({"state": loaded.state, "param_groups": loaded.param_groups})
-            for hook in self._optimizer_load_state_dict_post_hooks.values():
+            for hook in self._hooks("load_state_dict_post"):
                 hook(self)
         except BaseException:
             self.__dict__.clear()
@@ -422,11 +440,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """Show the options of every group."""
-        lines = [f"{type(self).__name__} ("]
+        text = f"{type(self).__name__} ("
         for index, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {index}")
-            lines += [f"    {name}: {group[name]}" for name in sorted(group) if name != "params"]
-        return "\n".join([*lines, ")"])
+            options = (f"    {name}: {group[name]}\n" for name in sorted(group) if name != "params")
+            text += f"\nParameter Group {index}\n" + "".join(options)
+        return f"{text})"
 
 
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -436,8 +454,9 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        name = f"Optimizer.step#{type(self).__name__}.step"
-        with torch.autograd.profiler.record_function(name):
+        if self._in_step:  # a step that calls its base's: the hooks have been run already
+            return step(self, *args, **kwargs)
+        with self._stepping(), torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:

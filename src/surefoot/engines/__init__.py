@@ -4,12 +4,13 @@ An engine is a module with `supports(bucket)`, which answers None or the reason 
 It knows graphs and tensors, never an algorithm.
 """
 
+import os
 from typing import Protocol
 
-from surefoot.engines import eager, foreach
+from surefoot.engines import cpu, eager, foreach
 from surefoot.engines.bucket import Bucket, Coefficients
 
-__all__ = ["Bucket", "Coefficients", "Engine", "choose"]
+__all__ = ["Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach"]
 
 _FOREACH_DEVICES = ("cuda", "xpu", "mtia", "privateuseone")
 
@@ -24,20 +25,44 @@ class Engine(Protocol):
         """Update the bucket's parameters and slots in place."""
 
 
+_ENGINES: dict[str, tuple[Engine, ...]] = {"eager": (eager,), "foreach": (foreach,), "fused": (cpu,)}
+
+
 def choose(bucket: Bucket) -> Engine:
-    """Choose the engine for a bucket from the group's `foreach`, `fused` and `differentiable`.
+    """Choose the engine for a bucket: the one asked for, or the first that can serve it.
+
+    Asked for is what `$SUREFOOT_ENGINE` names (eager, foreach or fused), else what the group's `fused=True` or
+    `foreach=True` says; `foreach=False` or `fused=False` alone ask for eager, as in torch.
 
     Raises:
-        RuntimeError: an engine was asked for by `foreach=True` or `fused=True` and cannot serve the bucket.
+        RuntimeError: an engine was asked for and cannot serve the bucket.
+        ValueError: `$SUREFOOT_ENGINE` names no engine.
     """
-    wish = {name: bucket.options.get(name) for name in ("foreach", "fused")}
-    if wish["fused"]:
-        raise RuntimeError(f"`fused=True`: there is no fused engine for {bucket.device.type} yet; use fused=None")
-    if wish["foreach"]:
-        if reason := foreach.supports(bucket):
-            raise RuntimeError(f"`foreach=True` cannot serve {bucket.rule.name} here: {reason}; use foreach=None")
-        return foreach
-    undecided = wish["foreach"] is None and wish["fused"] is None
-    if undecided and bucket.device.type in _FOREACH_DEVICES and foreach.supports(bucket) is None:
-        return foreach
-    return eager
+    wish, asked_by = _wish(bucket)
+    reasons = []
+    for engine in _ENGINES[wish] if wish else _defaults(bucket):
+        reason = engine.supports(bucket)
+        if reason is None:
+            return engine
+        reasons.append(reason)
+    raise RuntimeError(
+        f"`{asked_by}` cannot serve {bucket.rule.name} here: {'; '.join(reasons)}. Leave it out to use another engine"
+    )
+
+
+def _wish(bucket: Bucket) -> tuple[str | None, str]:
+    """Give the name of the engine that was asked for, if any, and by what."""
+    if named := os.environ.get("SUREFOOT_ENGINE"):
+        if named not in _ENGINES:
+            raise ValueError(f"SUREFOOT_ENGINE must be one of {', '.join(_ENGINES)}, but is {named!r}")
+        return ("eager" if bucket.options.get("differentiable") else named), f"SUREFOOT_ENGINE={named}"
+    options = {name: bucket.options.get(name) for name in ("fused", "foreach")}
+    for name, value in options.items():
+        if value:
+            return name, f"{name}=True"
+    return ("eager" if False in options.values() else None), ""
+
+
+def _defaults(bucket: Bucket) -> tuple[Engine, ...]:
+    """Engines to try for a bucket, the best first; the last serves everything."""
+    return (cpu, foreach, eager) if bucket.device.type in _FOREACH_DEVICES else (cpu, eager)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,10 @@ class Bucket:
         params: the parameters.
         grads: their gradients, same shapes, any strides; never written.
         slots: for each of `rule.slots`, the tensors that belong to the parameters.
-        coefficients: for each parameter the numbers of its update; parameters at the same step share one object.
+        coefficients: the numbers of an update, for each set of parameters that shares them.
+        row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
+        plan: what the engine keeps of the bucket between steps.
     """
 
     rule: Rule
@@ -34,6 +37,8 @@ class Bucket:
     options: Mapping[str, Any]
     slots: list[list[Tensor]] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
+    row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    plan: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -53,12 +58,10 @@ class Bucket:
     def rows(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...], Coefficients]]:
         """Yield param, grad, slots and coefficients of one parameter after the other."""
         slots = zip(*self.slots, strict=True) if self.slots else ((),) * len(self.params)
-        return zip(self.params, self.grads, slots, self.coefficients, strict=True)
+        coefficients = (self.coefficients[row] for row in self.row)
+        return zip(self.params, self.grads, slots, coefficients, strict=True)
 
     def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
         """Yield the positions of the parameters that share coefficients, and those."""
-        positions: dict[int, list[int]] = {}
-        for position, coefficients in enumerate(self.coefficients):
-            positions.setdefault(id(coefficients), []).append(position)
-        for shared in positions.values():
-            yield shared, self.coefficients[shared[0]]
+        for row, coefficients in enumerate(self.coefficients):
+            yield np.flatnonzero(self.row == row).tolist(), coefficients

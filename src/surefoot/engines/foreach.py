@@ -7,7 +7,7 @@ or a slot on the way to its own new value, when nobody reads it later.  Gradient
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -64,7 +64,7 @@ def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients)
 
 def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """Nodes of the new param and the new slots."""
-    results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]  # type: ignore[assignment]
+    results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]
     return results
 
 
@@ -72,23 +72,30 @@ def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
 def schedule(rule: Rule) -> tuple[_Call, ...]:
     """Decide for every operation of a rule whether it works in place, and which values end with it."""
     graph, results = rule.graph, outputs(rule.graph)
-    order = {node: position for position, node in enumerate(graph.nodes)}
+    order: dict[fx.Node, int] = {node: position for position, node in enumerate(graph.nodes)}
     last_reader = {node: max(node.users, key=order.__getitem__, default=None) for node in order}
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+    inputs = [node for node in order if node.op == "placeholder" and node.meta["tensor"]]
     lineage = _lineages([inputs[0], *inputs[2:]], results)
     calls = []
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        first = node.args[0]
-        free = isinstance(first, fx.Node) and last_reader[first] is node and node.all_input_nodes.count(first) == 1
-        own = free and (first.op == "call_function" or lineage.get(first) is not None)  # type: ignore[union-attr]
-        own = own and (lineage.get(first) in (None, lineage.get(node)))  # type: ignore[arg-type]
-        in_place = own and first.meta["tensor"] and node.target.foreach is not None  # type: ignore[union-attr]
-        in_place = in_place and list(node.args).count(first) == 1
-        ended = tuple(n for n in node.all_input_nodes if last_reader[n] is node)
-        calls.append(_Call(node, node.target, bool(in_place), ended))
+    for node in order:
+        if node.op == "call_function":
+            ended = tuple(argument for argument in node.all_input_nodes if last_reader[argument] is node)
+            calls.append(_Call(node, _op(node), _may_overwrite(node, ended, lineage), ended))
     return tuple(calls)
+
+
+def _may_overwrite(node: fx.Node, ended: tuple[fx.Node, ...], lineage: dict[fx.Node, fx.Node]) -> bool:
+    """Whether an operation may put its value where its first argument stands."""
+    first = node.args[0]
+    if not isinstance(first, fx.Node) or first not in ended or not first.meta["tensor"]:
+        return False
+    read_once = node.args.count(first) == 1
+    ours = first.op == "call_function" or first in lineage
+    return read_once and ours and lineage.get(first) in (None, lineage.get(node)) and _op(node).foreach is not None
+
+
+def _op(node: fx.Node) -> Op:
+    return cast("Op", node.target)
 
 
 def _lineages(owners: list[fx.Node], results: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:

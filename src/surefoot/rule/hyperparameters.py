@@ -15,10 +15,21 @@ Check = Callable[[str, Any], None]
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real Python or numpy number (booleans are none) or a tensor."""
-    return isinstance(value, torch.Tensor) or (
-        hasattr(value, "__float__") and not isinstance(value, (bool, complex, str))
-    )
+    """Whether `value` is a real Python or numpy number (booleans are none) or a real tensor."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_complex()
+    return hasattr(value, "__float__") and not isinstance(value, (bool, complex, str))
+
+
+def truth(name: str, value: Any) -> None:
+    """Allow what is plainly true or false: booleans, None and single numbers.
+
+    Raises:
+        TypeError: anything else, such as the string "false".
+    """
+    single = is_number(value) and not (isinstance(value, torch.Tensor) and value.numel() != 1)
+    if not (value is None or isinstance(value, bool) or single):
+        raise TypeError(f"`{name}` must be True or False, but got {value!r} ({type(value).__name__})")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,12 @@ def _sub(graph: fx.Graph, input: Argument, other: Argument, *, alpha: Argument =
 
 def _with_value(name: str) -> Build:
     def build(
-        graph: fx.Graph, input: Argument, tensor1: Argument, tensor2: Argument, *, value: Argument = 1
+        graph: fx.Graph,
+        input: Argument,
+        tensor1: Argument,
+        tensor2: Argument,
+        *,
+        value: Argument = 1,  # noqa: A002
     ) -> fx.Node:
         return _call(graph, name, input, tensor1, tensor2, value)
 

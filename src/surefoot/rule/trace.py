@@ -93,24 +93,25 @@ class _Coefficients:
 
 
 @functools.cache
-def bind(optimizer: type, flags: Flags) -> Rule:
+def bind(optimizer: Any, flags: Flags) -> Rule:
     """Trace the rule of an optimizer class under settled flags; once for each pair.
 
     Raises:
         RuleError: the rule is not elementwise, branches on a number, uses an operation outside the list, or does not
             return what its slots promise.  The message names the file and line.
     """
-    update: Callable[..., Any] = optimizer.update  # type: ignore[attr-defined]
+    update: Callable[..., Any] = optimizer.update
     settled = dict(flags)
-    active = tuple(slot for slot in optimizer.slots if slot.when is None or settled[slot.when])  # type: ignore[attr-defined]
+    active = tuple(slot for slot in optimizer.slots if slot.when is None or settled[slot.when])
     tracer = _Tracer(inspect.getsourcefile(inspect.unwrap(update)) or "")
-    inputs = {
+    inputs: dict[str, Any] = {
         name: tracer.create_proxy("placeholder", name, (), {})
         for name in ("param", "grad", *(slot.name for slot in active))
     }
     coefficients = _Coefficients(tracer)
-    grad = -inputs["grad"] if settled["maximize"] else inputs["grad"]
-    slots = [inputs.get(slot.name) for slot in optimizer.slots]  # type: ignore[attr-defined]
+    grad = inputs["grad"] / coefficients.grad_scale if settled.get("scaled") else inputs["grad"]
+    grad = -grad if settled["maximize"] else grad
+    slots = [inputs.get(slot.name) for slot in optimizer.slots]
     returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
     outputs = _outputs(optimizer, returned, active)
     tracer.create_node("output", "output", (tuple(value.node for value in outputs),), {})
@@ -118,10 +119,10 @@ def bind(optimizer: type, flags: Flags) -> Rule:
     return Rule(optimizer.__name__, flags, active, coefficients.names(), tracer.graph)
 
 
-def _outputs(optimizer: type, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
+def _outputs(optimizer: Any, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
     """Check what `update` returned and leave out the slots that do not exist."""
     values = returned if isinstance(returned, tuple) else (returned,)
-    declared: tuple[Slot, ...] = optimizer.slots  # type: ignore[attr-defined]
+    declared: tuple[Slot, ...] = optimizer.slots
     where = f"{optimizer.__name__}.update"
     if len(values) != 1 + len(declared):
         names = ", ".join(("param", *(slot.name for slot in declared)))

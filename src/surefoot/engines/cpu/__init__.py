@@ -1,0 +1,42 @@
+"""The CPU engine: the graph printed as a Numba function, all of a bucket in one call, one pass over memory."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+
+from surefoot.engines.bucket import Bucket
+from surefoot.engines.cpu.source import storage
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def supports(bucket: Bucket) -> str | None:
+    """Give the reason why a bucket cannot be served, if there is one."""
+    return next(_reasons(bucket), None)
+
+
+def _reasons(bucket: Bucket) -> Iterator[str]:
+    if bucket.device.type != "cpu":
+        yield f"parameters are on {bucket.device}, this engine serves the CPU"
+    if bucket.options.get("differentiable"):
+        yield "kernels carry no gradients through the step"
+    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype):
+        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
+    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
+    if strange is not None:
+        yield f"{type(strange).__name__} is not a plain tensor"
+    if len({id(param) for param in bucket.params}) < len(bucket.params):
+        yield "a parameter stands in the group twice, and kernels update all at once"
+    if importlib.util.find_spec("numba") is None:
+        yield "Numba is not installed; pip install numba"
+
+
+def run(bucket: Bucket) -> None:
+    """Update every parameter of the bucket and its slots in place."""
+    from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
+
+    if bucket.plan is None:
+        bucket.plan = Plan(bucket)
+    bucket.plan.run(bucket)
+    torch.autograd.graph.increment_version([*bucket.params, *(tensor for slot in bucket.slots for tensor in slot)])

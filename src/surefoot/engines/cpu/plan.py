@@ -1,0 +1,143 @@
+"""A plan: what the CPU engine keeps of a bucket between steps so that a step costs little more than reading gradients.
+
+A plan is a cache.  `fits` tells whether everything it was made from is still so; if not, the engine makes another.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.engines.cpu.compile import compiled_kernel
+from surefoot.engines.cpu.source import Layout
+from surefoot.engines.cpu.threads import run_on_threads, thread_count
+
+CHUNK = 16384
+"""Elements that a thread takes at a time."""
+PIECE = 32768
+"""Elements of an irregular tensor that are copied at a time."""
+_ONE_THREAD = 65536
+_data_ptr = Tensor.data_ptr
+
+
+class Job:
+    """A table of tensors, cut into items, as a kernel takes it."""
+
+    def __init__(self, kernel: int, arrays: int, sizes: np.ndarray) -> None:
+        self.kernel = kernel
+        self.pointers = np.zeros((arrays, len(sizes)), dtype=np.int64)
+        self.rows = np.zeros(len(sizes), dtype=np.int64)
+        self.size = int(sizes.sum())
+        tensor, start, size = _segments(sizes)
+        first = _items(size)
+        self.items = len(first) - 1
+        self._parts = (first, tensor, start, size)
+        addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
+        self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes)], dtype=np.int64)
+
+    def run(self, coefficients: np.ndarray) -> None:
+        """Run the kernel on all items; `coefficients` is (rows, coefficients per row), float64."""
+        if not self.items:
+            return
+        self._job[0] = 0
+        self._job[7] = coefficients.ctypes.data
+        threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
+        run_on_threads(self.kernel, self._job.ctypes.data, threads)
+
+
+def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut tensors into segments of at most CHUNK elements: index of the tensor, start, size."""
+    counts = -(-sizes // CHUNK)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * CHUNK
+    return tensor, start, np.minimum(CHUNK, sizes[tensor] - start)
+
+
+def _items(sizes: np.ndarray) -> np.ndarray:
+    """Group consecutive segments into items of about CHUNK elements: first segment of each, and the end."""
+    if not len(sizes):
+        return np.zeros(1, dtype=np.int64)
+    item = (np.cumsum(sizes) - sizes) // CHUNK
+    return np.concatenate([np.flatnonzero(np.diff(item, prepend=-1)), [len(sizes)]]).astype(np.int64)
+
+
+class Plan:
+    """A bucket's kernel and pointer table, and the tensors that cannot be seen as flat memory."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.rule = bucket.rule
+        stored = (bucket.params, bucket.grads, *bucket.slots)
+        layout = Layout(bucket.compute_dtype, tuple(tensors[0].dtype for tensors in stored))
+        self.kernel = compiled_kernel(bucket.rule, layout)
+        flat = [_same_memory(tensors) for tensors in zip(*stored, strict=True)]
+        self.regular = np.flatnonzero(flat)
+        self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
+        sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
+        self.job = Job(self.kernel, len(stored), sizes)
+        for row, tensors in enumerate(stored):
+            if row != 1:
+                self.job.pointers[row] = self._pointers(tensors)
+
+    def _pointers(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        pointers = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+        return pointers if not self.irregular else pointers[self.regular]
+
+    def run(self, bucket: Bucket) -> None:
+        """Update the bucket's parameters and slots."""
+        numbers = _numbers(self.rule.coefficients, bucket.coefficients)
+        self.job.pointers[1] = self._pointers(bucket.grads)
+        self.job.rows[:] = bucket.row[self.regular] if self.irregular else bucket.row
+        self.job.run(numbers)
+        for index in self.irregular:
+            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
+            row = int(bucket.row[index])
+            for views in pieces(tensors, PIECE):
+                self._run_piece(views, numbers[row : row + 1])
+
+    def _run_piece(self, views: Sequence[Tensor], numbers: np.ndarray) -> None:
+        """Run on contiguous copies of some views, and copy back what is not the gradient."""
+        copies = [view.contiguous() for view in views]
+        job = Job(self.kernel, len(copies), np.array([copies[0].numel()], dtype=np.int64))
+        job.pointers[:, 0] = [copy.data_ptr() for copy in copies]
+        job.run(numbers)
+        for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
+            if position != 1 and copy.data_ptr() != view.data_ptr():
+                view.copy_(copy)
+
+
+def _numbers(names: Sequence[str], rows: Sequence[Coefficients]) -> np.ndarray:
+    return np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
+
+
+def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
+    """Cut tensors of one shape into views of at most `most` elements, along the first tensor's widest strides."""
+    first = tensors[0]
+    if first.numel() == 0:
+        return
+    if first.numel() <= most:
+        yield tensors
+        return
+    dimension = max((d for d in range(first.dim()) if first.size(d) > 1), key=first.stride)
+    half = first.size(dimension) // 2
+    for start, length in ((0, half), (half, first.size(dimension) - half)):
+        yield from pieces([tensor.narrow(dimension, start, length) for tensor in tensors], most)
+
+
+def _same_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    strides = tensors[0].stride()
+    return all(tensor.stride() == strides for tensor in tensors) and _is_dense(tensors[0])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory without gap or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,0 +1,167 @@
+"""A rule's graph printed as a Numba function: all tensors of a bucket in one call, one pass over memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from surefoot.rule import Rule
+
+# Slots of the job that a kernel is handed: addresses and counts, each an int64.
+JOB = ("next_item", "items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
+       "coefficients", "coefficient_row", "tensors")  # fmt: skip
+
+# For each dtype of storage: the Numba type of an element, and how to load it into and store it from arithmetic.
+_STORAGE: dict[torch.dtype, tuple[str, str, str]] = {
+    torch.float32: ("float32", "real({0})", "float32({0})"),
+    torch.float64: ("float64", "real({0})", "float64({0})"),
+    torch.bfloat16: ("uint16", "real(from_bfloat16({0}))", "to_bfloat16(float32({0}))"),
+    torch.float16: ("uint16", "real(from_half({0}))", "to_half(float32({0}))"),
+}
+
+_EXPRESSIONS: dict[str, str] = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "pow": "{0} ** {1}",
+    "neg": "-{0}",
+    "abs": "abs({0})",
+    "sign": "real({0} > 0) - real({0} < 0)",
+    "sqrt": "math.sqrt({0})",
+    "rsqrt": "real(1) / math.sqrt({0})",
+    "reciprocal": "real(1) / {0}",
+    "exp": "math.exp({0})",
+    "log": "math.log({0})",
+    "tanh": "math.tanh({0})",
+    "maximum": "{0} if ({0} > {1}) | ({0} != {0}) else {1}",
+    "minimum": "{0} if ({0} < {1}) | ({0} != {0}) else {1}",
+    "add_scaled": "{0} + {1} * {2}",
+    "lerp": "{0} + {2} * ({1} - {0}) if {2} < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
+    "addcmul": "{0} + {3} * {1} * {2}",
+    "addcdiv": "{0} + {3} * {1} / {2}",
+    "where": "{1} if {0} != 0 else {2}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "fill": "{1}",
+    "copy": "{0}",
+}
+
+
+def storage(dtype: torch.dtype) -> bool:
+    """Whether kernels can load and store a dtype."""
+    return dtype in _STORAGE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kernel depends on beside the rule.
+
+    Attributes:
+        compute: dtype of the arithmetic, float32 or float64.
+        stored: dtypes of param, grad and the slots, in this order.
+    """
+
+    compute: torch.dtype
+    stored: tuple[torch.dtype, ...]
+
+
+def print_kernel(rule: Rule, layout: Layout) -> str:
+    """Print the source of a rule's kernel."""
+    inputs = [node for node in rule.graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+    arrays = [_identifier(node) for node in inputs]
+    numbers = [f"c_{name}" for name in rule.coefficients]
+    body = "\n".join(f"        {line}" for line in _body(rule.graph, inputs, layout.stored))
+    stored = ", ".join(f"{array} {dtype}" for array, dtype in zip(arrays, layout.stored, strict=True))
+    flags = ", ".join(name for name, value in rule.flags if value) or "none"
+    return _TEMPLATE.format(
+        title=f"{rule.name}, flags: {flags}; {stored}",
+        real=str(layout.compute).removeprefix("torch."),
+        parameters=", ".join([*(f"{a}_" for a in arrays), "n", *numbers]),
+        body=body,
+        count=len(arrays),
+        coefficient_count=len(numbers),
+        job_size=len(JOB),
+        views="\n".join(
+            f"            {a} = carray(pointer(pointers[{i} * tensors + tensor] + start * {d.itemsize}, "
+            f"{_STORAGE[d][0]}(0)), size)"
+            for i, (a, d) in enumerate(zip(arrays, layout.stored, strict=True))
+        ),
+        row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
+        arguments=", ".join([*arrays, "size", *(f"real(coefficients[row + {i}])" for i in range(len(numbers)))]),
+    )
+
+
+def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[torch.dtype, ...]) -> list[str]:
+    """Print the loop's body: loads, operations, stores."""
+    lines = []
+    for node, dtype in zip(inputs, stored, strict=True):
+        name = _identifier(node)
+        lines.append(f"{name} = {_STORAGE[dtype][1].format(f'{name}_[i]')}")
+    for node in graph.nodes:
+        if node.op == "call_function":
+            expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args))
+            lines.append(f"{_identifier(node)} = {expression}")
+    results = next(iter(reversed(graph.nodes))).args[0]
+    own = [(inputs[0], stored[0]), *zip(inputs[2:], stored[2:], strict=True)]
+    for (target, dtype), result in zip(own, results, strict=True):
+        if result is not target:
+            lines.append(f"{_identifier(target)}_[i] = {_STORAGE[dtype][2].format(_identifier(result))}")
+    return lines
+
+
+def _identifier(node: fx.Node) -> str:
+    return f"c_{node.meta['coefficient']}" if "coefficient" in node.meta else str(node.name)
+
+
+def _argument(argument: object) -> str:
+    return _identifier(argument) if isinstance(argument, fx.Node) else f"real({argument!r})"
+
+
+_TEMPLATE = '''"""{title}.
+
+Generated by surefoot; edits are lost.
+"""
+
+import math
+
+from numba import carray, cfunc, float32, float64, int64, njit, types, uint16
+
+from surefoot.engines.cpu.intrinsics import claim, from_half, pointer, to_half
+from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
+
+real = {real}
+
+
+@njit(error_model="numpy", fastmath={{"contract"}}, nogil=True)
+def update({parameters}):
+    for i in range(n):
+{body}
+
+
+@cfunc(types.void(types.int64), error_model="numpy", fastmath={{"contract"}})
+def kernel(job):
+    """Update the tensors of a job; any number of threads may run it on the same job at once."""
+    slots = carray(pointer(job, int64(0)), {job_size})
+    items, tensors = slots[1], slots[9]
+    first_segment = carray(pointer(slots[2], int64(0)), items + 1)
+    segments = first_segment[items]
+    segment_tensor = carray(pointer(slots[3], int64(0)), segments)
+    segment_start = carray(pointer(slots[4], int64(0)), segments)
+    segment_size = carray(pointer(slots[5], int64(0)), segments)
+    pointers = carray(pointer(slots[6], int64(0)), {count} * tensors)
+    coefficient_row = carray(pointer(slots[8], int64(0)), tensors)
+    coefficients = carray(pointer(slots[7], float64(0)), 1)
+    item = claim(job)
+    while item < items:
+        for segment in range(first_segment[item], first_segment[item + 1]):
+            tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
+            {row}
+{views}
+            update({arguments})
+        item = claim(job)
+'''

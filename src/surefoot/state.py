@@ -1,0 +1,145 @@
+"""State of parameters: making it, checking it against its parameter, and its scalars as numbers."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.rule import Flags, Scalar, Slot, Sparse
+
+if TYPE_CHECKING:
+    from surefoot.optimizer import Optimizer
+
+CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
+
+
+def describe(group: Mapping[str, Any], param: Tensor) -> str:
+    """Name a parameter for a message: its name, or its position in the group, and its shape."""
+    position = next(i for i, candidate in enumerate(group["params"]) if candidate is param)
+    name = group["param_names"][position] if "param_names" in group else f"params[{position}]"
+    return f"`{name}` of shape {tuple(param.shape)}"
+
+
+def flags_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Flags:
+    """Settle the flags of a group: the truth of each hyperparameter that shapes the computation."""
+    return tuple((name, bool(group.get(name, False))) for name in ("maximize", *optimizer.flags))
+
+
+def active_slots(optimizer: "Optimizer", flags: Mapping[str, bool]) -> tuple[Slot, ...]:
+    """Give the slots that exist under settled flags."""
+    return tuple(slot for slot in optimizer.slots if slot.when is None or flags[slot.when])
+
+
+def hyperparameters(group: Mapping[str, Any]) -> SimpleNamespace:
+    """Give a group's options as attributes; tensors of one element as 0-d tensors."""
+    return SimpleNamespace(**{name: _zero_dim(value) for name, value in group.items() if name != "params"})
+
+
+def _zero_dim(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim():
+        return value.squeeze()
+    return tuple(_zero_dim(item) for item in value) if isinstance(value, tuple) else value
+
+
+# Checking
+
+
+def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, flags: Flags = ()) -> Tensor:
+    """Give the gradient of a parameter in a layout that its optimizer takes.
+
+    Raises:
+        RuntimeError: a sparse gradient where the optimizer takes none, a dense one where it takes only sparse, a
+            gradient or state whose shape or device is no longer that of the parameter.
+        AssertionError: `capturable=True` on a device where steps cannot be captured.
+    """
+    grad: Tensor = param.grad  # type: ignore[assignment]
+    name = type(optimizer).__name__
+    if group.get("capturable") and param.device.type not in CAPTURABLE_DEVICES:
+        raise AssertionError(
+            f"If capturable=True, params and state_steps must be on supported devices: {list(CAPTURABLE_DEVICES)}, "
+            f"but {describe(group, param)} is on {param.device}"
+        )
+    if param.is_complex() and not optimizer.complex_params:
+        raise RuntimeError(f"{name} does not support complex parameters, but {describe(group, param)} is {param.dtype}")
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {describe(group, param)} has shape {tuple(grad.shape)}; set it to None after changing a "
+            f"parameter's shape"
+        )
+    _check_state(optimizer, group, param)
+    if grad.layout is torch.strided:
+        if optimizer.sparse is Sparse.ONLY:
+            raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
+        return grad.resolve_conj().resolve_neg()
+    if not grad.is_sparse or optimizer.sparse is Sparse.REFUSED:
+        raise RuntimeError(f"{name} does not support sparse gradients{optimizer.instead_of_sparse}")
+    if group.get("weight_decay"):
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
+    return grad.coalesce() if optimizer.rows_suffice(dict(flags)) else grad.to_dense()
+
+
+def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
+    """Refuse state that does not fit its parameter (any more)."""
+    state = optimizer.state.get(param, {})
+    for slot in optimizer.slots:
+        value = state.get(slot.name)
+        if value is not None and (value.shape != slot.shape_for(param) or value.device != param.device):
+            raise RuntimeError(
+                f"state `{slot.name}` of {describe(group, param)} on {param.device} has shape {tuple(value.shape)} on "
+                f"{value.device}; after replacing or moving a parameter, move its state too or delete it with "
+                f"`del optimizer.state[param]`"
+            )
+
+
+# Making
+
+
+def make_state(optimizer: "Optimizer") -> None:
+    """Make the state of every parameter, whether it has a gradient or not."""
+    for group in optimizer.param_groups:
+        slots = active_slots(optimizer, dict(flags_of(optimizer, group)))
+        for param in group["params"]:
+            ensure_state(optimizer, group, param, slots)
+
+
+def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, slots: Sequence[Slot]) -> bool:
+    """Make what is missing of a parameter's state; tell whether a slot was missing."""
+    state = optimizer.state[param]
+    for scalar in optimizer.scalars:
+        if scalar.name not in state:
+            state[scalar.name] = scalar.new(group, scalar_device(group, param))
+    missing = [slot for slot in slots if state.get(slot.name) is None and slot.shape_for(param) is not None]
+    for slot in missing:
+        state[slot.name] = slot.new(param, group)
+    return bool(missing)
+
+
+def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
+    """Device of a parameter's scalars: its own where steps are captured, else the host."""
+    return param.device if group.get("capturable") else torch.device("cpu")
+
+
+# Scalars
+
+
+def read_scalars(states: Sequence[Mapping[str, Any]], scalars: Sequence[Scalar]) -> np.ndarray:
+    """Read the scalars of several parameters: float64 of shape (scalars, parameters)."""
+    rows = [[_value(state[scalar.name]) for state in states] for scalar in scalars]
+    return np.array(rows, dtype=np.float64).reshape(len(scalars), len(states))
+
+
+def write_scalars(states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], values: np.ndarray) -> None:
+    """Write the scalars of several parameters, in place where they are tensors."""
+    for scalar, row in zip(scalars, values.tolist(), strict=True):
+        for state, value in zip(states, row, strict=True):
+            if isinstance(state[scalar.name], Tensor):
+                state[scalar.name].fill_(value)
+            else:
+                state[scalar.name] = type(state[scalar.name])(value)
+
+
+def _value(scalar: Any) -> Any:
+    return scalar.item() if isinstance(scalar, Tensor) else scalar
