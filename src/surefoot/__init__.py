@@ -5,6 +5,7 @@ from importlib.metadata import version
 from surefoot.optimizer import Optimizer
 from surefoot.optimizers import (
     ASGD,
+    LBFGS,
     SGD,
     Adadelta,
     Adafactor,
@@ -23,6 +24,7 @@ from surefoot.rule import Scalar, Slot
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.rule import Scalar, Slot, scalar_dtype
+from surefoot.rule import STEP, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
 
 # Hyperparameters that torch.optim gained after dicts without them had been saved; absent, they have the default.
-_LATE_OPTIONS = ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_LATE_OPTIONS = (
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "fused",
+    "decoupled_weight_decay",
+    "state_dtype",
+)
 _LINES = 20
 
 
@@ -135,20 +143,22 @@ def _names(groups: Iterable[Mapping[str, Any]]) -> list[str] | None:
     """All parameter names, or None unless every parameter has one that no other has."""
     if not all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         return None
-    names = list(chain.from_iterable(group["param_names"] for group in groups))
+    names = list(chain.from_iterable(group.get("param_names") or () for group in groups))
     return names if all(isinstance(name, str) for name in names) and len(names) == len(set(names)) else None
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return list(zip(group.get("param_names") or (), group["params"], strict=True))
 
 
 def _match_by_name(
     groups: list[dict[str, Any]], saved: list[dict[str, Any]], report: LoadReport
 ) -> tuple[list[dict[str, Any] | None], list[list[_Pair]]]:
-    home = {
-        name: (group, key) for group in saved for name, key in zip(group["param_names"], group["params"], strict=True)
-    }
+    home = {name: (group, key) for group in saved for name, key in _named(group)}
     partners: list[dict[str, Any] | None] = []
     pairs = []
     for index, group in enumerate(groups):
-        named = list(zip(group["param_names"], group["params"], strict=True))
+        named = _named(group)
         report.missing.extend(f"parameter `{name}`" for name, _ in named if name not in home)
         pairs.append([_Pair(param, f"`{name}`", home[name][1]) for name, param in named if name in home])
         origins = {id(home[name][0]): home[name][0] for name, _ in named if name in home}
@@ -290,8 +300,9 @@ def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, p
         problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {type(value).__name__}, must be a number")
         return None
     number = float(value)
-    if math.isnan(number) or (scalar.integer and not number.is_integer()):
-        kind = "a whole number" if scalar.integer else "a number"
+    counts = scalar.integer or scalar.name == STEP.name
+    if math.isnan(number) or (counts and not (number >= 0 and number.is_integer())):
+        kind = "a whole number >= 0" if counts else "a number"
         problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {number}, must be {kind}")
         return None
     on_device = group.get("capturable") or (group.get("fused") and pair.param.device.type != "cpu")

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from surefoot.loading import LoadReport, load
 from surefoot.rule import STEP, Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import Check, truth
+from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state
 from surefoot.step import ENGINE_OPTIONS, run_rule
 
@@ -103,6 +103,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         if "step" in vars(cls):
             cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
+        if cls.__doc__ and "{options}" in cls.__doc__:
+            cls.__doc__ = cls.__doc__.replace("{options}", options_text(cls))
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.defaults = defaults
@@ -190,6 +192,7 @@ class Optimizer(torch.optim.Optimizer):
                 check(name, group[name])
         for name in {"maximize", *ENGINE_OPTIONS, *cls.flags} - set(cls.ranges):
             truth(name, group.get(name))
+        storage("state_dtype", group.get("state_dtype"))
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
@@ -197,6 +200,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def check_params(self, params: list[Tensor]) -> None:
         """Raise ValueError when the algorithm cannot optimize one of these tensors."""
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling to the step: where the user asked for `fused=True`, as in torch."""
+        return any(group.get("fused") for group in self.param_groups)
 
     # Groups
 

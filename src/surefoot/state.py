@@ -105,16 +105,15 @@ def make_state(optimizer: "Optimizer") -> None:
             ensure_state(optimizer, group, param, slots)
 
 
-def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, slots: Sequence[Slot]) -> bool:
-    """Make what is missing of a parameter's state; tell whether a slot was missing."""
+def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, slots: Sequence[Slot]) -> list[str]:
+    """Make what is missing of a parameter's state; give the names of what was made."""
     state = optimizer.state[param]
-    for scalar in optimizer.scalars:
-        if scalar.name not in state:
-            state[scalar.name] = scalar.new(group, scalar_device(group, param))
-    missing = [slot for slot in slots if state.get(slot.name) is None and slot.shape_for(param) is not None]
-    for slot in missing:
-        state[slot.name] = slot.new(param, group)
-    return bool(missing)
+    made = {s.name: s.new(group, scalar_device(group, param)) for s in optimizer.scalars if s.name not in state}
+    for slot in slots:
+        if state.get(slot.name) is None and slot.shape_for(param) is not None:
+            made[slot.name] = slot.new(param, group)
+    state.update(made)
+    return list(made)
 
 
 def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:

@@ -70,7 +70,8 @@ class Work:
     bucket: Bucket
     engine: Engine
     states: list[dict[str, Any]] = field(default_factory=list)
-    fresh: list[bool] = field(default_factory=list)
+    made: list[list[str]] = field(default_factory=list)
+    scalars: Any = None
     watch: Watch | None = None
 
     def grads(self) -> list[Any]:
@@ -80,30 +81,41 @@ class Work:
     def attach_state(self) -> None:
         """Make what is missing of the state and put the slots into the bucket."""
         slots = self.bucket.rule.slots
-        self.fresh = [ensure_state(self.optimizer, self.group, param, slots) for param in self.params]
+        self.made = [ensure_state(self.optimizer, self.group, param, slots) for param in self.params]
         self.states = [self.optimizer.state[param] for param in self.params]
         self.bucket.slots = [[_real(state[slot.name]) for state in self.states] for slot in slots]
 
-    def count_step(self) -> None:
-        """Advance the scalars and put the numbers of this step into the bucket."""
+    def detach_state(self) -> None:
+        """Take away what `attach_state` has made."""
+        for param, names in zip(self.params, self.made, strict=False):
+            for name in names:
+                del self.optimizer.state[param][name]
+            if not self.optimizer.state[param]:
+                del self.optimizer.state[param]
+
+    def compute_numbers(self) -> None:
+        """Put the numbers of this step into the bucket, and compute the new scalars."""
+        slots = {slot.name for slot in self.bucket.rule.slots}
+        fresh = [not slots.isdisjoint(names) for names in self.made]
         scalars = self.optimizer.scalars
         values = self.watch.read() if self.watch else read_scalars(self.states, scalars)
-        distinct, row = _distinct(values, self.fresh)
+        distinct, row = _distinct(values, fresh)
         numbers = [_coefficients(self, column, fresh=fresh) for column, fresh in distinct]
         self.bucket.coefficients, self.bucket.row = [number for number, _ in numbers], row
         new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
-        if self.watch:
-            self.watch.write(new[:, row])
-        else:
-            write_scalars(self.states, scalars, new[:, row])
+        self.scalars = new[:, row]
 
     def run(self) -> None:
-        """Step the bucket's parameters, and forget their gradients."""
+        """Count the step, update the bucket's parameters, and forget their gradients."""
+        if self.watch:
+            self.watch.write(self.scalars)
+        else:
+            write_scalars(self.states, self.optimizer.scalars, self.scalars)
         if self.bucket.grads[0].is_sparse:
             _run_rows(self.engine, self.bucket)
         else:
             self.engine.run(self.bucket)
-        self.bucket.grads, self.fresh = [], []
+        self.bucket.grads, self.made, self.scalars = [], [], None
 
 
 def run_rule(optimizer: "Optimizer") -> None:
@@ -114,14 +126,28 @@ def run_rule(optimizer: "Optimizer") -> None:
     kept: Kept = optimizer.__dict__.pop("_kept", None) or Kept()
     works = kept.works(optimizer, signatures)
     if works is None:
-        works = [work for group in optimizer.param_groups for work in _divide(optimizer, group)]
-        for work in works:
-            work.attach_state()
+        works = _new_works(optimizer)
         kept = Kept.of(optimizer, signatures, works)
+    else:
+        for work in works:
+            work.compute_numbers()
     for work in works:
-        work.count_step()
         work.run()
     optimizer.__dict__["_kept"] = kept
+
+
+def _new_works(optimizer: "Optimizer") -> list[Work]:
+    """Make works with state and numbers; whatever goes wrong, no state is left that was not there."""
+    works = [work for group in optimizer.param_groups for work in _divide(optimizer, group)]
+    try:
+        for work in works:
+            work.attach_state()
+            work.compute_numbers()
+    except BaseException:
+        for work in works:
+            work.detach_state()
+        raise
+    return works
 
 
 def signature(optimizer: "Optimizer", group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from surefoot.optimizers.adagrad import Adagrad
 from surefoot.optimizers.adam import Adam, AdamW
 from surefoot.optimizers.adamax import Adamax
 from surefoot.optimizers.asgd import ASGD
+from surefoot.optimizers.lbfgs import LBFGS
 from surefoot.optimizers.muon import Muon
 from surefoot.optimizers.nadam import NAdam
 from surefoot.optimizers.radam import RAdam
@@ -16,6 +17,7 @@ from surefoot.optimizers.sparse_adam import SparseAdam
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",

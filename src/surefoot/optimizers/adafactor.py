@@ -31,6 +31,50 @@ def _root_mean_square(tensor: Tensor) -> float:
 
 
 class Adafactor(Optimizer):
+    """Adafactor: second moments of matrices kept as one row and one column, steps relative to the parameter.
+
+    With the gradient g, t the number of the step, w = t**beta2_decay and rms(x) the root mean square of all elements::
+
+        row_var += w * (mean(g**2, over columns) - row_var)
+        col_var += w * (mean(g**2, over rows) - col_var)
+        v = row_var * col_var / max(mean(row_var), eps1)
+        u = g / sqrt(max(v, eps1**2))
+        size = max(eps2, rms(param)) * min(lr, 1 / sqrt(t))
+        param = (1 - lr * weight_decay) * param - size * u / max(1, rms(u) / d)
+
+    A vector, or a single number, keeps all of its second moment: variance += w * (g**2 - variance), which is v.  Of a
+    tensor with more than two dimensions the last two make the matrices.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: greatest step in units of the parameter, a number or a tensor of one element, >= 0.
+        beta2_decay: power at which old second moments fade, <= 0.
+        eps: (eps1, eps2), the least root of a second moment and the least size of a parameter, >= 0; eps1 None is the
+            machine epsilon of the parameter's dtype.
+        d: greatest root mean square of an update before it is clipped, >= 1.
+        weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
+        foreach: taken for torch's sake; there is one implementation.
+        maximize: ascend rather than descend.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: in `step`, a gradient is sparse or a parameter complex.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.Adafactor([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.8419, -1.8419]
+
+    Paper: Shazeer & Stern 2018, "Adafactor: adaptive learning rates with sublinear memory cost", algorithms 4 and 5
+    without first moment, with torch's lr and weight decay.
+
+    Other than in torch, eps1 None is resolved for each parameter by itself, and empty parameters are taken.
+    """
+
     slots = (
         Slot("row_var", shape=_row_shape),
         Slot("col_var", shape=_col_shape),

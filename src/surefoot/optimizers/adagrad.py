@@ -13,6 +13,44 @@ from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, at_least_zero
 
 
 class Adagrad(Optimizer):
+    """Adagrad: a rate for each element, from the sum of its squared gradients.
+
+    With the gradient g (plus `weight_decay` * param) and t the number of the step::
+
+        sum += g**2
+        param -= lr / (1 + (t - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+    Sparse gradients update only the rows present.  State exists from the constructor on, so that `share_memory` can
+    give it to several processes.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        lr_decay: decay of the learning rate, per step, >= 0.
+        weight_decay: L2 penalty, a number >= 0; 0 with sparse gradients.
+        initial_accumulator_value: what `sum` starts from, in the units of g**2, >= 0.
+        eps: added to the root, in its units, >= 0.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse with weight decay.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.Adagrad([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.9, -1.9]
+
+    Paper: Duchi, Hazan & Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization",
+    equation 1 with a diagonal matrix.
+
+    Other than in torch, a group's own `initial_accumulator_value` counts.
+    """
+
     slots = (Slot("sum", init="initial_accumulator_value"),)
     flags = ("weight_decay",)
     ranges = {
@@ -38,6 +76,7 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
         capturable: bool = False,
     ) -> None:
         super().__init__(params, arguments(locals()))

@@ -13,6 +13,38 @@ from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
 
 
 class Adamax(Optimizer):
+    """Adam in the infinity norm.
+
+    With the gradient g (plus `weight_decay` * param) and t the number of the step::
+
+        exp_avg = beta1 * exp_avg + (1 - beta1) * g
+        exp_inf = max(beta2 * exp_inf, |g| + eps)
+        param -= lr / (1 - beta1**t) * exp_avg / exp_inf
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        betas: (beta1, beta2), decay of the average of g and of the greatest |g|, numbers in [0, 1).
+        eps: added to |g|, in its units, >= 0.
+        weight_decay: L2 penalty, a number >= 0.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.Adamax([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.9, -1.9]
+
+    Paper: Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 2, with torch's eps.
+    """
+
     slots = (Slot("exp_avg"), Slot("exp_inf"))
     flags = ("weight_decay",)
     ranges = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
@@ -30,6 +62,7 @@ class Adamax(Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -13,6 +13,44 @@ from surefoot.rule.hyperparameters import LR, WEIGHT_DECAY, number
 
 
 class ASGD(Optimizer):
+    """Averaged stochastic gradient descent.
+
+    With the gradient g (plus `weight_decay` * param) and t the number of the step::
+
+        param = (1 - lambd * eta) * param - eta * g
+        ax += mu * (param - ax)
+        eta = lr / (1 + lambd * lr * t)**alpha
+        mu = 1 / max(1, t - t0)
+
+    eta starts as lr and mu as 1; a changed lr thus counts one step later.  The average stands in
+    `optimizer.state[param]["ax"]`; copy it into the parameter when training ends.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        lambd: decay of the parameter and of eta, any number.
+        alpha: power of the decay of eta, any number.
+        t0: number of steps before the average begins, any number.
+        weight_decay: L2 penalty, a number >= 0.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.ASGD([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.8, -1.6]
+
+    Papers: Polyak & Juditsky 1992, "Acceleration of stochastic approximation by averaging"; Xu 2011, "Towards optimal
+    one pass large scale learning with averaged stochastic gradient descent", section 4, for eta.
+    """
+
     slots = (Slot("ax"),)
     scalars = (STEP, Scalar("eta", init="lr"), Scalar("mu", init=1.0))
     flags = ("weight_decay",)
@@ -38,6 +76,7 @@ class ASGD(Optimizer):
         capturable: bool = False,
         *,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -45,6 +45,49 @@ def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
 
 
 class Muon(Optimizer):
+    """Muon: momentum, made orthogonal, for the matrices of hidden layers.
+
+    With the gradient g and orthogonal(u), the nearest semi-orthogonal matrix (see `newton_schulz`)::
+
+        momentum_buffer = momentum * momentum_buffer + (1 - momentum) * g
+        u = momentum * momentum_buffer + (1 - momentum) * g if nesterov else momentum_buffer
+        param = (1 - lr * weight_decay) * param - lr * scale * orthogonal(u)
+
+    For a matrix of A rows and B columns scale is sqrt(max(1, A / B)), or 0.2 * sqrt(max(A, B)) with
+    `adjust_lr_fn="match_rms_adamw"`, which lets a learning rate of AdamW serve.
+
+    Args:
+        params: matrices, named matrices or groups of them; see `surefoot.Optimizer`.  Embeddings, output layers, biases
+            and norms are better left to AdamW.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
+        momentum: decay of the average of g, >= 0, sensibly below 1.
+        nesterov: look ahead by one step.
+        ns_coefficients: (a, b, c) of the Newton-Schulz iteration, any numbers.
+        eps: least norm by which a matrix is divided, >= 0.
+        ns_steps: number of iterations, from 0 to 99.
+        adjust_lr_fn: None or `"original"`, or `"match_rms_adamw"`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter is no matrix.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: in `step`, a gradient is sparse or a parameter complex.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = surefoot.Muon([weight], lr=1.0)
+        >>> weight.grad = torch.tensor([[3.0, 0.0], [0.0, -3.0]])
+        >>> optimizer.step()
+        >>> weight.diagonal().sign().tolist()
+        [-1.0, 1.0]
+
+    Papers: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, "Muon is
+    scalable for LLM training", section 2.2, for `"match_rms_adamw"`.
+
+    Other than in torch, parameters that are no matrices are refused in later groups too, and with bfloat16 parameters
+    and nesterov=False the buffer keeps its norm.
+    """
+
     slots = (Slot("momentum_buffer"),)
     scalars = ()
     ranges = {

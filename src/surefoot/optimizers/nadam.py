@@ -13,6 +13,47 @@ from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY, at_least
 
 
 class NAdam(Optimizer):
+    """Adam with Nesterov's momentum.
+
+    With the gradient g (plus `weight_decay` * param, unless that is decoupled), t the number of the step, and
+    mu(t) = beta1 * (1 - 0.96**(t * momentum_decay) / 2)::
+
+        exp_avg = beta1 * exp_avg + (1 - beta1) * g
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g**2
+        mu_product *= mu(t)
+        denom = sqrt(exp_avg_sq / (1 - beta2**t)) + eps
+        param -= lr * (1 - mu(t)) / (1 - mu_product) * g / denom
+        param -= lr * mu(t + 1) / (1 - mu_product * mu(t + 1)) * exp_avg / denom
+
+    Where weight decay is decoupled, param *= 1 - lr * weight_decay comes first.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers in [0, 1).
+        eps: added to the root, in its units, >= 0.
+        weight_decay: L2 penalty, or shrinking of the parameter where decoupled, a number >= 0.
+        momentum_decay: how fast the momentum grows to beta1, per step, >= 0.
+        decoupled_weight_decay: shrink the parameter by lr * weight_decay (AdamW) rather than adding to the gradient.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.NAdam([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.8944, -1.8944]
+
+    Paper: Dozat 2016, "Incorporating Nesterov momentum into Adam", with the momentum schedule of its section 3; as in
+    torch the average of g decays by beta1, not by mu(t).
+    """
+
     slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
     scalars = (STEP, Scalar("mu_product", init=1.0))
     flags = ("weight_decay", "decoupled_weight_decay")
@@ -39,6 +80,7 @@ class NAdam(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -13,6 +13,49 @@ from surefoot.rule.hyperparameters import EPS, LR, MOMENTUM, WEIGHT_DECAY, at_le
 
 
 class RMSprop(Optimizer):
+    """RMSprop: gradients divided by a running root mean square, or by a running standard deviation.
+
+    With the gradient g (plus `weight_decay` * param)::
+
+        square_avg = alpha * square_avg + (1 - alpha) * g**2
+        grad_avg = alpha * grad_avg + (1 - alpha) * g                     (if centered)
+        v = square_avg - grad_avg**2 if centered else square_avg
+        momentum_buffer = momentum * momentum_buffer + g / (sqrt(v) + eps)
+        param -= lr * momentum_buffer
+
+    Without momentum the buffer is g / (sqrt(v) + eps).
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, >= 0.
+        alpha: decay of the averages, >= 0, sensibly below 1.
+        eps: added to the root, in its units, >= 0.
+        weight_decay: L2 penalty, a number >= 0.
+        momentum: momentum factor, >= 0.
+        centered: divide by the standard deviation; v then may come out below zero by rounding, which gives NaN as in
+            torch.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.RMSprop([weight], lr=0.01)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.9, -1.9]
+
+    Papers: Tieleman & Hinton 2012, "Neural networks for machine learning", lecture 6.5; Graves 2013, "Generating
+    sequences with recurrent neural networks", equations 38 to 45, for the centered form.  Eps stands outside the root,
+    as in torch.
+
+    Other than in torch, `momentum` and `centered` may be switched on later.
+    """
+
     slots = (Slot("square_avg"), Slot("momentum_buffer", when="momentum"), Slot("grad_avg", when="centered"))
     flags = ("momentum", "centered", "weight_decay")
     ranges = {
@@ -38,6 +81,7 @@ class RMSprop(Optimizer):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -13,6 +13,39 @@ from surefoot.rule.hyperparameters import LR, Each, number
 
 
 class Rprop(Optimizer):
+    """Resilient propagation: a step size for each element, which follows the sign of the gradient only.
+
+    With the gradient g and prev, the gradient of the step before::
+
+        factor = eta_minus if g * prev < 0 else eta_plus if g * prev > 0 else 1
+        step_size = min(max(step_size * factor, least), most)
+        prev = g = 0 if g * prev < 0 else g
+        param -= sign(g) * step_size
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: the first step size, a number or a tensor of one element, >= 0; later changes have no effect.
+        etas: (eta_minus, eta_plus), factors of the step size with 0 < eta_minus < 1 < eta_plus.
+        step_sizes: (least, most), bounds of the step size, in the units of the parameter.
+        {options}
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = surefoot.Rprop([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [0.9, -1.9]
+
+    Papers: Riedmiller & Braun 1993, "A direct adaptive method for faster backpropagation learning: the RPROP
+    algorithm"; Igel & Huesken 2000, "Improving the Rprop learning algorithm", the variant iRprop- of section 3.
+    """
+
     slots = (Slot("prev"), Slot("step_size", init="lr"))
     ranges = {"lr": LR, "step_sizes": Each((number("step size"), number("step size")))}
 
@@ -28,6 +61,7 @@ class Rprop(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, arguments(locals()))
 
@@ -45,9 +79,7 @@ class Rprop(Optimizer):
     @staticmethod
     def update(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, c: Any, flags: SimpleNamespace) -> Any:  # noqa: ARG004
         agreement = grad * prev
-        # What is neither is zero, or NaN, which stays.
-        unsigned = torch.where(agreement == 0, 1.0, agreement)
-        factor = torch.where(agreement > 0, c.grow, torch.where(agreement < 0, c.shrink, unsigned))
+        factor = torch.where(agreement > 0, c.grow, torch.where(agreement < 0, c.shrink, 1.0))
         step_size = torch.clamp(step_size * factor, c.least, c.most)
         grad = torch.where(agreement < 0, 0.0, grad)
         return torch.addcmul(param, torch.sign(grad), step_size, value=-1), grad, step_size

@@ -67,6 +67,7 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
         capturable: bool = False,
     ) -> None:
         super().__init__(params, arguments(locals()))

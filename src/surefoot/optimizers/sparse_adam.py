@@ -12,6 +12,39 @@ from surefoot.rule.hyperparameters import BETAS, Interval
 
 
 class SparseAdam(Optimizer):
+    """Adam on the rows that have a gradient, such as those of an embedding that were looked up.
+
+    In the rows present in the sparse gradient g, and with t the number of the parameter's step::
+
+        exp_avg += (1 - beta1) * (g - exp_avg)
+        exp_avg_sq += (1 - beta2) * (g**2 - exp_avg_sq)
+        param -= lr * sqrt(1 - beta2**t) / (1 - beta1**t) * exp_avg / (sqrt(exp_avg_sq) + eps)
+
+    Other rows and their moments stay as they are.  Repeated indices are summed first.
+
+    Args:
+        params: dense real tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate, a number or a tensor of one element, > 0.
+        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers in [0, 1).
+        eps: added to the root, before its bias is corrected, > 0.
+        maximize: ascend rather than descend.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter is sparse or complex.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: in `step`, a gradient is dense.
+
+    Example:
+        >>> embedding = torch.nn.Embedding.from_pretrained(torch.ones(3, 2), freeze=False, sparse=True)
+        >>> optimizer = surefoot.SparseAdam(embedding.parameters(), lr=0.1)
+        >>> embedding(torch.tensor([2])).sum().backward()
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in embedding.weight[:, 0].tolist()]
+        [1.0, 1.0, 0.9]
+
+    Paper: Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 1, in the form of its section 2.
+    """
+
     slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
     scalars = (Scalar("step", integer=True),)
     ranges = {

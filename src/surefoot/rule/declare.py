@@ -32,12 +32,14 @@ class Slot:
         return param.shape if self.shape is None else self.shape(param)
 
     def new(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """Make the slot for `param`, on its device, in its dtype and memory format."""
+        """Make the slot for `param`, on its device, in its dtype (or the group's `state_dtype`) and memory format."""
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
         value = complex(start, start) if param.is_complex() else start
+        dtype = group.get("state_dtype") or param.dtype
+        dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         if self.shape is None:
-            return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
-        return param.new_full(self.shape(param) or (), value, requires_grad=False)
+            return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        return param.new_full(self.shape(param) or (), value, dtype=dtype, requires_grad=False)
 
 
 @dataclass(frozen=True)

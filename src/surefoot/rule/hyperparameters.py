@@ -4,6 +4,7 @@ A check is a callable `(name, value) -> None` that raises ValueError (or TypeErr
 The first words of every message are those of torch.optim; then follows what is allowed.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,32 @@ def at_least_zero(name: str) -> Interval:
     """Allow numbers from 0 on, with torch's usual complaint."""
     return Interval(f"Invalid {name} value: ")
 
+
+def storage(name: str, value: Any) -> None:
+    """Raise unless `value` is None or a dtype in which state can be stored."""
+    if value is not None and value not in _STORAGE:
+        raise ValueError(f"`{name}` must be None or one of {', '.join(map(str, _STORAGE))}, but got {value!r}")
+
+
+def options_text(optimizer: type) -> str:
+    """Describe the engine options that a class's constructor takes, for its docstring."""
+    names = inspect.signature(optimizer).parameters
+    lines = [line for name, line in _OPTIONS.items() if name in names]
+    return "\n        ".join(lines)
+
+
+_STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OPTIONS = {
+    "maximize": "maximize: ascend rather than descend.",
+    "foreach": """foreach: True runs lists of tensors at once with `torch._foreach_*`; False one parameter at a time.
+            None chooses the fastest engine.""",
+    "fused": """fused: True runs generated kernels, and raises where they cannot serve; None uses them where they can.
+            With True a GradScaler leaves unscaling and skipping to the step.""",
+    "capturable": "capturable: keep the step count on the parameter's device, for graph capture; not on a CPU.",
+    "differentiable": "differentiable: let gradients flow through the step.  Runs one parameter at a time.",
+    "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance; the
+            parameter's own if None.  Arithmetic is in float32 or better either way.""",
+}
 
 LR = Interval("Invalid learning rate: ")
 EPS = at_least_zero("epsilon")

@@ -163,11 +163,11 @@ def _sub(graph: fx.Graph, input: Argument, other: Argument, *, alpha: Argument =
 def _with_value(name: str) -> Build:
     def build(
         graph: fx.Graph,
-        input: Argument,
+        input: Argument,  # noqa: A002
         tensor1: Argument,
         tensor2: Argument,
         *,
-        value: Argument = 1,  # noqa: A002
+        value: Argument = 1,
     ) -> fx.Node:
         return _call(graph, name, input, tensor1, tensor2, value)
 

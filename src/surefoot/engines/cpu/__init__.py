@@ -39,4 +39,3 @@ def run(bucket: Bucket) -> None:
     if bucket.plan is None:
         bucket.plan = Plan(bucket)
     bucket.plan.run(bucket)
-    torch.autograd.graph.increment_version([*bucket.params, *(tensor for slot in bucket.slots for tensor in slot)])

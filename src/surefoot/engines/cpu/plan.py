@@ -4,8 +4,10 @@ A plan is a cache.  `fits` tells whether everything it was made from is still so
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients
@@ -75,6 +77,7 @@ class Plan:
         self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
         sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
         self.job = Job(self.kernel, len(stored), sizes)
+        self.written = [*bucket.params, *chain.from_iterable(bucket.slots)]
         for row, tensors in enumerate(stored):
             if row != 1:
                 self.job.pointers[row] = self._pointers(tensors)
@@ -94,6 +97,7 @@ class Plan:
             row = int(bucket.row[index])
             for views in pieces(tensors, PIECE):
                 self._run_piece(views, numbers[row : row + 1])
+        torch.autograd.graph.increment_version(self.written)
 
     def _run_piece(self, views: Sequence[Tensor], numbers: np.ndarray) -> None:
         """Run on contiguous copies of some views, and copy back what is not the gradient."""

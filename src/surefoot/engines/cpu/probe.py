@@ -33,10 +33,12 @@ def kernel(job):
             call(slots[8], handle, place)
             differs |= record[2] != answer[0]
             record[2] = answer[0]
-            call(slots[9], handle, place)
-            sizes = carray(pointer(answer[0], int64(0)), DIMENSIONS)
-            call(slots[10], handle, place)
-            strides = carray(pointer(answer[0], int64(0)), DIMENSIONS)
+            sizes = strides = carray(pointer(place, int64(0)), DIMENSIONS)
+            if record[2]:
+                call(slots[9], handle, place)
+                sizes = carray(pointer(answer[0], int64(0)), DIMENSIONS)
+                call(slots[10], handle, place)
+                strides = carray(pointer(answer[0], int64(0)), DIMENSIONS)
             for dimension in range(min(record[2], DIMENSIONS)):
                 differs |= record[3 + 2 * dimension] != sizes[dimension]
                 differs |= record[4 + 2 * dimension] != strides[dimension]

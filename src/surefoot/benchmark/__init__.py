@@ -1,0 +1,51 @@
+"""Timing optimizers against torch.optim and against the traffic floor: cases, contenders, rounds, results.
+
+Nothing here prints or draws; `surefoot bench` and the scripts in `benchmarks/` do.
+"""
+
+from surefoot.benchmark.cases import DTYPES, SHAPE_LISTS, VARIANTS, Case, ShapeList, Variant, cases
+from surefoot.benchmark.contenders import COMPILED, FLOOR, FOR_LOOP, FOREACH, FUSED, OURS, TORCH, contenders_of
+from surefoot.benchmark.floor import floor_of
+from surefoot.benchmark.results import (
+    Measurement,
+    Quartiles,
+    Result,
+    circumstances,
+    geometric_mean,
+    read_csv,
+    results,
+    write_csv,
+)
+from surefoot.benchmark.rounds import SECONDS, check_memory, gradients, measure, wrong_contenders
+
+__all__ = [
+    "COMPILED",
+    "DTYPES",
+    "FLOOR",
+    "FOREACH",
+    "FOR_LOOP",
+    "FUSED",
+    "OURS",
+    "SECONDS",
+    "SHAPE_LISTS",
+    "TORCH",
+    "VARIANTS",
+    "Case",
+    "Measurement",
+    "Quartiles",
+    "Result",
+    "ShapeList",
+    "Variant",
+    "cases",
+    "check_memory",
+    "circumstances",
+    "contenders_of",
+    "floor_of",
+    "geometric_mean",
+    "gradients",
+    "measure",
+    "read_csv",
+    "results",
+    "write_csv",
+    "wrong_contenders",
+]

@@ -1,0 +1,65 @@
+"""The command `surefoot`: one file per command, gathered here.
+
+Nothing here may import torch: a command imports what it needs when it runs, so that `--help` answers at once.
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from surefoot.cli.demo import demo
+from surefoot.cli.explain import explain
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="surefoot",
+    help="Optimizers for PyTorch: the names of torch.optim, each algorithm written once and run fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(explain)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        torch, python = _version_of("torch"), platform.python_version()
+        typer.echo(f"surefoot {_version_of('surefoot')}, torch {torch}, Python {python}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of surefoot, torch and Python, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it with status 130 and no traceback, whatever it was doing."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,1 @@
+"""The parts of `surefoot demo`: text, model, recipes, training, progress, report, picture."""

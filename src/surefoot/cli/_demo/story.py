@@ -1,0 +1,76 @@
+"""The demo from its first line to its picture, with options that are already checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from surefoot.cli._demo import report
+from surefoot.cli._demo.errors import DemoError
+from surefoot.cli._demo.model import continue_text
+from surefoot.cli._demo.progress import progress
+from surefoot.cli._demo.text import Corpus, help_topics
+from surefoot.cli._demo.training import Comparison, Plan, compare
+
+PROMPT = "The "
+SAMPLE_LENGTH = 400
+
+Save = Callable[[Comparison, Path], None]
+
+
+def _picture_saver(console: Console) -> Save | None:
+    """Give the function that draws and saves, or say before the training why there will be no picture."""
+    try:
+        from surefoot.cli._demo.picture import save  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        console.print(
+            "There will be no picture: matplotlib is missing. Install it with: pip install 'surefoot[plot]'",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return None
+    return save
+
+
+def _save(save: Save, comparison: Comparison, out: Path) -> None:
+    try:
+        save(comparison, out)
+    except OSError as error:
+        raise DemoError(f"--out: '{out}' could not be written ({error}); name a file elsewhere") from error
+
+
+def _write_sample(console: Console, comparison: Comparison, corpus: Corpus) -> None:
+    written = continue_text(comparison.model, corpus.encode(PROMPT), SAMPLE_LENGTH, comparison.plan.seed)
+    report.print_sample(console, PROMPT, corpus.decode(written), comparison.plan.labels[1])
+
+
+def tell(plan: Plan, out: Path, console: Console) -> Comparison:
+    """Train, report, let the model write, and draw.
+
+    Args:
+        plan: what to train.
+        out: where the picture goes; known to be writable.
+        console: where the rest goes.
+
+    Returns:
+        What was reported.
+
+    Raises:
+        DemoError: if it cannot go on; the text says why and what to do.
+    """
+    save = _picture_saver(console)
+    corpus = Corpus.of(help_topics())
+    report.introduce(console, plan, len(corpus.train), torch.get_num_threads())
+    with progress(console, plan) as watch:
+        comparison = compare(plan, corpus, watch)
+    report.print_table(console, comparison)
+    _write_sample(console, comparison, corpus)
+    if save is not None:
+        _save(save, comparison, out)
+        console.print(f"\nPicture: {out}", markup=False, highlight=False, soft_wrap=True)
+    return comparison

@@ -1,0 +1,109 @@
+"""Showing what an algorithm does and how it is run: operations, generated source, traffic, the choice of engine."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from surefoot.engines import ENGINES, Bucket, choose
+from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.rule import Rule, bind
+from surefoot.state import flags_of
+
+if TYPE_CHECKING:
+    from surefoot.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one step moves for each element of a parameter, read and written once."""
+
+    read: int
+    written: int
+
+    def __str__(self) -> str:
+        """Write the sum and its parts."""
+        return f"{self.read + self.written} bytes per element ({self.read} read, {self.written} written)"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of some parameters of a group: the engine that gets them, and why those before it do not."""
+
+    parameters: int
+    elements: int
+    kind: str
+    engine: str
+    refusals: tuple[str, ...]
+
+
+def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
+    """Give the rule of an optimizer under a group's flags.
+
+    Raises:
+        ValueError: the algorithm is no rule.
+    """
+    algorithm: Any = type(optimizer)
+    if not optimizer.is_rule():
+        raise ValueError(
+            f"{algorithm.__name__} is not elementwise: it has a step of its own, which torch's operators run, and "
+            f"neither a graph nor a kernel"
+        )
+    return bind(algorithm, (("scaled", False), *flags_of(optimizer, group)))
+
+
+def layout_of(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype | None = None) -> Layout:
+    """Give the layout of a rule's kernel for parameters of a dtype."""
+    stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
+    return Layout(torch.promote_types(dtype, torch.float32), stored)
+
+
+def operations(graph: fx.Graph) -> Iterator[str]:
+    """Yield a graph's operations, one a line, each with the line of the rule it comes from."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            arguments = ", ".join(str(argument) for argument in node.args)
+            place = str(node.meta["source"]).rsplit("/", 1)[-1]
+            yield f"{node.name} = {node.target.name}({arguments})".ljust(60) + f"  # {place}"
+        elif node.op == "output":
+            yield f"return {', '.join(str(value) for value in node.args[0])}"
+
+
+def traffic(layout: Layout) -> Traffic:
+    """Count the bytes that a kernel moves for each element: everything read, all but the gradient written."""
+    sizes = [dtype.itemsize for dtype in layout.stored]
+    return Traffic(sum(sizes), sum(sizes) - sizes[1])
+
+
+def source(optimizer: "Optimizer", dtype: torch.dtype) -> str:
+    """Print the kernel that would be generated for a dtype, for the first group's options."""
+    group = optimizer.param_groups[0]
+    rule = rule_of(optimizer, group)
+    return print_kernel(rule, layout_of(rule, dtype, group.get("state_dtype")))
+
+
+def choices(optimizer: "Optimizer") -> list[Choice]:
+    """Tell which engine the parameters of an optimizer would get, as if each had a gradient of its own layout."""
+    return [choice for group in optimizer.param_groups for choice in _choices_of_group(optimizer, group)]
+
+
+def _choices_of_group(optimizer: "Optimizer", group: Mapping[str, Any]) -> Iterator[Choice]:
+    rule = rule_of(optimizer, group)
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in group["params"]:
+        kinds.setdefault((param.device, param.dtype), []).append(param)
+    for (device, dtype), params in kinds.items():
+        real = [torch.view_as_real(p) if p.is_complex() else p for p in params]
+        bucket = Bucket(rule, real, real, dict(group))
+        engine = choose(bucket)
+        before = ENGINES[: ENGINES.index(engine)]
+        refusals = tuple(f"{_name(other)}: {reason}" for other in before if (reason := other.supports(bucket)))
+        kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+        yield Choice(len(params), sum(p.numel() for p in params), kind, _name(engine), refusals)
+
+
+def _name(engine: Any) -> str:
+    name: str = engine.__name__
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,533 @@
+"""L-BFGS: a quasi-Newton method over all parameters at once, which evaluates the model as often as it needs to.
+
+Here stands the method; how far to go along a direction is found in `line_search`.  Parameters and gradients are seen as
+one flat vector of real numbers, made anew whenever it is needed, so that nothing can go stale between steps.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from numbers import Integral
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.loading import LoadReport
+from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
+from surefoot.rule import Sparse
+from surefoot.rule.hyperparameters import LR, Interval, at_least_zero
+from surefoot.state import admissible_gradient, hyperparameters
+
+SMALLEST_CURVATURE = 1e-10
+"""A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
+
+Weight = Callable[[Tensor], Tensor]
+"""Multiplies a vector by C."""
+
+
+COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn")
+"""What all groups must have alike."""
+
+
+class LBFGS(Optimizer):
+    """Limited-memory BFGS, with steps of fixed length or with a line search for the strong Wolfe conditions.
+
+    With theta all parameters in one vector and g its gradient, an iteration does::
+
+        d = -H g
+        theta += t d
+
+    H approximates the inverse Hessian.  It comes from the last `history_size` iterations, each with the step s it took
+    and the change y of the gradient over it: from the oldest to the newest, and starting with gamma I, where
+    gamma = y.s / y.y of the newest::
+
+        H = (I - rho s y') H (I - rho y s') + rho s s',   rho = 1 / y.s
+
+    A pair with y.s <= 1e-10 is left out.  The step length t is `lr`, or what the line search finds from there; in the
+    very first iteration, where d = -g, it is min(1, 1 / |g|_1) * `lr`.  A `step` ends after `max_iter` iterations, when
+    `max_eval` evaluations are used up, or when max |g| <= `tolerance_grad`, -g.d < `tolerance_change`,
+    max |t d| <= `tolerance_change`, or the loss changed by less than `tolerance_change`.
+
+    Groups may differ in `lr`, and in nothing else.  The lr of a group then is the scale of its parameters: with r the
+    greatest lr and c = lr / r, the method runs over theta / sqrt(c) with the learning rate r.  That is, H starts from
+    gamma C instead of gamma I, where the diagonal matrix C holds the c of each parameter and gamma = y.s / y.C y, and
+    the very first d is -C g: at first a group moves by its own lr times -g, later as the curvature tells.  (To multiply
+    the parts of one direction by different lr may lead uphill.)  A group of lr 0 counts as constant, unless all are 0.
+
+    A parameter without gradient counts as one whose gradient is zero; sparse gradients are made dense; a complex number
+    counts as two real ones.  State stands with the first parameter, on its device, in the gradients' dtype.  When the
+    closure raises, or the step is interrupted, parameters and state are as before the step.
+
+    Args:
+        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
+        lr: learning rate: the step length in units of d, a number or a tensor of one element, >= 0.
+        max_iter: greatest number of iterations in one step, >= 0.
+        max_eval: number of evaluations of the closure after which a step ends, >= 0; by default 1.25 * `max_iter`.
+        tolerance_grad: greatest element of a gradient that counts as zero, >= 0.
+        tolerance_change: change of the loss, or of any parameter, that counts as none, >= 0.
+        history_size: number of pairs remembered, a whole number >= 1; each takes twice the memory of the parameters.
+        line_search_fn: `"strong_wolfe"`, or None for steps of fixed length.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a group has another value than the first one.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: `line_search_fn` is another one.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([-1.0, 2.0]))
+        >>> optimizer = surefoot.LBFGS([weight], line_search_fn="strong_wolfe")
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = (1 - weight[0]) ** 2 + 100 * (weight[1] - weight[0] ** 2) ** 2
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(3):
+        ...     loss = optimizer.step(closure)
+        >>> torch.allclose(weight, torch.ones(2), atol=1e-3)
+        True
+
+    Papers: Nocedal 1980, "Updating quasi-Newton matrices with limited storage"; Liu & Nocedal 1989, "On the limited
+    memory BFGS method for large scale optimization", algorithm 2.1; Nocedal & Wright 2006, "Numerical Optimization",
+    algorithms 7.4, 7.5 and, for the line search, 3.5 and 3.6.
+
+    Other than in torch there may be groups, several devices and any strides; all hyperparameters are checked, and so is
+    the state that is loaded; a step that fails changes nothing; and the line search steps back from a point where loss
+    or slope is NaN or infinite.
+    """
+
+    scalars = ()
+    ranges = {
+        "lr": LR,
+        "max_iter": at_least_zero("max_iter"),
+        "max_eval": at_least_zero("max_eval"),
+        "tolerance_grad": at_least_zero("tolerance_grad"),
+        "tolerance_change": at_least_zero("tolerance_change"),
+        "history_size": Interval("Invalid history_size value: ", low=1),
+    }
+    sparse = Sparse.ROWS
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+    ) -> None:
+        if max_eval is None:
+            self.ranges["max_iter"]("max_iter", max_iter)
+            max_eval = max_iter * 5 // 4 if math.isfinite(max_iter) else max_iter
+        super().__init__(params, arguments(locals()))
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        history_size, search = group.get("history_size", 1), group.get("line_search_fn")
+        if not isinstance(history_size, Integral):
+            raise TypeError(f"`history_size` must be a whole number, but got {history_size!r}")
+        if search not in (None, "strong_wolfe"):
+            raise RuntimeError(
+                f"only 'strong_wolfe' is supported as `line_search_fn`, or None for steps of fixed length, "
+                f"but got {search!r}"
+            )
+
+    @classmethod
+    def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:  # noqa: ARG003
+        return False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it takes the options of the first one, `lr` excepted, and all state starts afresh.
+
+        Raises:
+            ValueError: as `surefoot.Optimizer.add_param_group`, or the group gives another value to such an option.
+        """
+        if self.param_groups and isinstance(param_group, dict):
+            _refuse_disagreement([*self.param_groups, param_group])
+        super().add_param_group(param_group)
+        param_group.update({name: self.param_groups[0][name] for name in COMMON})
+        self.state.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
+        """Load what `state_dict` of this class, or of its namesake in torch.optim, has given.
+
+        See `surefoot.Optimizer.load_state_dict`; flat vectors must have as many elements as the parameters.
+        """
+        misfits: list[str] = []
+
+        def verify(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any] | None:
+            misfits.extend(_misfits(self.param_groups, incoming))
+            if misfits and strict:
+                raise ValueError(
+                    "the state dict does not fit this LBFGS; nothing was loaded.\n  " + "\n  ".join(misfits)
+                )
+            return {**incoming, "state": {}} if misfits else None
+
+        state = self.state
+        # The last of the pre-hooks sees what will be loaded.
+        handle = self.register_load_state_dict_pre_hook(verify)
+        try:
+            report = super().load_state_dict(state_dict, strict)
+        finally:
+            handle.remove()
+        if misfits:
+            self.state = state
+            report.mismatched.extend(misfits)
+        return report
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Run up to `max_iter` iterations.
+
+        Args:
+            closure: clears the gradients, evaluates the model, calls `backward`, and returns the loss: a number or a
+                tensor of one element.
+
+        Returns:
+            What the closure returned the first time.
+
+        Raises:
+            TypeError: there is no closure, or it returned no loss.
+            ValueError: groups differ in another option than `lr`.
+            RuntimeError: state or a gradient does not fit the parameters.  Whatever is raised, also by the
+                closure, parameters and state are as before the step.
+        """
+        if closure is None:
+            raise TypeError("LBFGS evaluates the model several times in a step: call step(closure), not step()")
+        _refuse_disagreement(self.param_groups)
+        variables = _Variables(self)
+        if not variables.params:
+            return self.evaluate(closure)
+        memory = self._recall(variables)
+        with torch.no_grad():
+            before = variables.copy()
+            try:
+                options = hyperparameters(self.param_groups[0])
+                result = _Run(closure, variables, memory, options).minimize()
+            except BaseException:
+                variables.restore(before)
+                raise
+        self.state[variables.params[0]].update(memory.entry())
+        return result
+
+    def _recall(self, variables: "_Variables") -> "_Memory":
+        """Take over the state, which stands with the first parameter, without handing out its lists."""
+        state = self.state.get(variables.params[0], {})
+        if misfits := list(_vector_misfits(state, sum(variables.sizes))):
+            raise RuntimeError(
+                f"{misfits[0]}; after changing a parameter's shape start afresh with `optimizer.state.clear()`"
+            )
+        names = {each.name for each in fields(_Memory)}
+        known = {name: value for name, value in state.items() if name in names and value is not None}
+        copy: dict[str, Any] = {n: [*value] if isinstance(value, list | tuple) else value for n, value in known.items()}
+        return _Memory(**copy)
+
+
+@dataclass
+class _Memory:
+    """What one iteration leaves to the next, under the keys that it has in the state."""
+
+    func_evals: int = 0
+    n_iter: int = 0
+    d: Tensor | None = None
+    """The direction of the last iteration."""
+    t: Step = 0.0
+    """How far it was followed."""
+    old_dirs: list[Tensor] = field(default_factory=list)
+    """The changes y of the gradient, the oldest first."""
+    old_stps: list[Tensor] = field(default_factory=list)
+    """The steps s over which it changed."""
+    ro: list[Tensor] = field(default_factory=list)
+    """1 / y.s for each of these pairs."""
+    H_diag: Tensor | float = 1
+    """The scale gamma of the inverse Hessian before any pair is applied."""
+    prev_flat_grad: Tensor | None = None
+    """The gradient where the last iteration began."""
+    prev_loss: float = math.nan
+    """The loss there."""
+    al: list[Tensor | None] | None = None
+    """The coefficients of the pairs in the last direction; torch keeps them."""
+
+    def follow(self, grad: Tensor) -> None:
+        """Move to the device and dtype of the gradients, which change with the model's; the step length to the host."""
+        for name in ("d", "prev_flat_grad", "H_diag"):
+            setattr(self, name, _as(getattr(self, name), grad))
+        for past in (self.old_dirs, self.old_stps, self.ro):
+            past[:] = [_as(item, grad) for item in past]
+        self.t = _on_host(self.t)
+
+    def learn(self, step: Tensor, change: Tensor, weighted: Weight, history_size: int) -> None:
+        """Remember a pair, unless the curvature along it is not positive; forget what is too old."""
+        curvature = change.dot(step)
+        if not curvature > SMALLEST_CURVATURE:
+            return
+        for past, new in ((self.old_dirs, change), (self.old_stps, step), (self.ro, 1.0 / curvature)):
+            past.append(new)
+            del past[:-history_size]
+        self.H_diag = curvature / change.dot(weighted(change))
+
+    def newton(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
+        """Give -H grad by the two loops of algorithm 7.4."""
+        pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
+        direction = grad.neg()
+        parts: list[Tensor] = []
+        for change, step, rho in reversed(pairs):
+            parts.insert(0, step.dot(direction) * rho)
+            _add_multiple(direction, change, -parts[0])
+        direction = weighted(direction.mul(self.H_diag))
+        for (change, step, rho), part in zip(pairs, parts, strict=True):
+            _add_multiple(direction, step, part - change.dot(direction) * rho)
+        self.al = [*parts, *[None] * (history_size - len(parts))]
+        return direction
+
+    def entry(self) -> dict[str, Any]:
+        """Give the state; before the first iteration it is the counters only."""
+        if self.d is None:
+            return {"func_evals": self.func_evals, "n_iter": self.n_iter}
+        return {name: value for name, value in vars(self).items() if name != "al" or value is not None}
+
+
+class _Variables:
+    """The parameters of all groups as one vector of real numbers."""
+
+    def __init__(self, optimizer: LBFGS) -> None:
+        self.optimizer = optimizer
+        self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+        self.params = [param for _, param in self.owners]
+        self.sizes = [_real(param).numel() for param in self.params]
+        rates = [_on_host(hyperparameters(group).lr) for group in optimizer.param_groups]
+        self.rate: Step = max(rates, key=float)
+        shares = [1.0 if rate == self.rate else float(rate) / float(self.rate) for rate in rates]
+        self.shares = [
+            share for share, group in zip(shares, optimizer.param_groups, strict=True) for _ in group["params"]
+        ]
+
+    def gradient(self) -> Tensor:
+        """Collect the gradients on the first parameter's device."""
+        device = self.params[0].device
+        return torch.cat([self._gradient_of(group, param).to(device) for group, param in self.owners])
+
+    def _gradient_of(self, group: Mapping[str, Any], param: Tensor) -> Tensor:
+        if param.grad is None:
+            return _real(param).new_zeros(_real(param).numel())
+        return _real(admissible_gradient(self.optimizer, group, param)).reshape(-1)
+
+    def copy(self) -> list[Tensor]:
+        """Copy the values of the parameters."""
+        return [_real(param).clone() for param in self.params]
+
+    def restore(self, values: list[Tensor]) -> None:
+        """Give the parameters the values of a copy."""
+        for param, value in zip(self.params, values, strict=True):
+            _real(param).copy_(value)
+
+    def advance(self, step: Step, direction: Tensor) -> None:
+        """Add a multiple of the direction, except where the learning rate is 0."""
+        factor = float(step)
+        for param, part, share in zip(self.params, torch.split(direction, self.sizes), self.shares, strict=True):
+            if share and factor:
+                values = _real(param)
+                values.add_(part.view(values.shape).to(values.device), alpha=factor)
+
+    def weighted(self, vector: Tensor) -> Tensor:
+        """Give C times the vector."""
+        return self._times(vector, self.shares)
+
+    def moving(self, vector: Tensor) -> Tensor:
+        """Give the vector with zeros where the learning rate is 0."""
+        return self._times(vector, [1.0 if share else 0.0 for share in self.shares])
+
+    def _times(self, vector: Tensor, factors: list[float]) -> Tensor:
+        if set(factors) == {1.0}:
+            return vector
+        parts = zip(torch.split(vector, self.sizes), factors, strict=True)
+        return torch.cat([part.mul(factor) if factor else torch.zeros_like(part) for part, factor in parts])
+
+
+class _Run:
+    """The iterations of one step."""
+
+    loss: float
+    grad: Tensor
+
+    def __init__(
+        self, closure: Callable[[], Any], variables: _Variables, memory: _Memory, options: SimpleNamespace
+    ) -> None:
+        self.closure = closure
+        self.variables = variables
+        self.memory = memory
+        self.options = options
+        self.evaluations = 0
+
+    def minimize(self) -> Any:
+        """Iterate until there is a reason to stop.
+
+        Returns:
+            What the closure returned the first time.
+        """
+        result = self._evaluate()
+        self.memory.follow(self.grad)
+        iterations, more = 0, not self._is_stationary()
+        while more and iterations < self.options.max_iter:
+            iterations += 1
+            more = self._iterate(last=iterations >= self.options.max_iter)
+        return result
+
+    def _evaluate(self) -> Any:
+        result = Optimizer.evaluate(self.closure)
+        if result is None:
+            raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
+        self.loss = float(result.detach() if isinstance(result, Tensor) else result)
+        self.grad = self.variables.gradient()
+        self.evaluations += 1
+        self.memory.func_evals += 1
+        return result
+
+    def _iterate(self, *, last: bool) -> bool:
+        """Move once; tell whether to go on."""
+        memory = self.memory
+        direction, slope = self._aim()
+        memory.n_iter += 1
+        memory.d, memory.prev_flat_grad, memory.prev_loss = direction, self.grad, self.loss
+        if slope > -self.options.tolerance_change:
+            return False
+        if self.options.line_search_fn:
+            self._search(direction, slope)
+            self.variables.advance(memory.t, direction)
+        else:
+            self.variables.advance(memory.t, direction)
+            if not last:  # with stochastic closures one more evaluation would tell nothing
+                self._evaluate()
+        return not (last or self._is_done(direction))
+
+    def _aim(self) -> tuple[Tensor, Tensor]:
+        """Give the direction and, on the host, the slope along it; settle the step to try first."""
+        memory, variables, history_size = self.memory, self.variables, self.options.history_size
+        grad = variables.moving(self.grad)
+        if memory.d is None or memory.prev_flat_grad is None:
+            direction = variables.weighted(grad.neg())
+            memory.t = min(1.0, 1.0 / grad.abs().sum().cpu()) * variables.rate
+        else:
+            change = variables.moving(self.grad.sub(memory.prev_flat_grad))
+            memory.learn(memory.d.mul(memory.t), change, variables.weighted, history_size)
+            direction = variables.moving(memory.newton(grad, variables.weighted, history_size))
+            memory.t = variables.rate
+        return direction, grad.dot(direction).cpu()
+
+    def _search(self, direction: Tensor, slope: Tensor) -> None:
+        """Find the step length, and leave the parameters where they are."""
+        origin, memory, options = self.variables.copy(), self.memory, self.options
+
+        def evaluate(step: Step) -> Trial:
+            self.variables.advance(step, direction)
+            self._evaluate()
+            self.variables.restore(origin)
+            slope = self.grad.dot(direction).cpu()
+            exists = not (math.isnan(self.loss) or slope.isnan())
+            return Trial(step, self.loss if exists else math.inf, slope, self.grad)
+
+        start = Trial(0, self.loss, slope, self.grad)
+        budget = options.max_eval - self.evaluations
+        wolfe = StrongWolfe(evaluate, start, lambda: _largest(direction).cpu(), budget)
+        memory.t, self.loss, _, self.grad = wolfe.search(memory.t)
+
+    def _is_stationary(self) -> bool:
+        return bool(_largest(self.variables.moving(self.grad)) <= self.options.tolerance_grad)
+
+    def _is_done(self, direction: Tensor) -> bool:
+        options, memory = self.options, self.memory
+        return (
+            self.evaluations >= options.max_eval
+            or self._is_stationary()
+            or bool(_largest(direction.mul(memory.t)) <= options.tolerance_change)
+            or abs(self.loss - memory.prev_loss) < options.tolerance_change
+        )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _largest(vector: Tensor) -> Tensor:
+    return vector.abs().max() if vector.numel() else vector.new_zeros(())
+
+
+def _on_host(value: Any) -> Any:
+    """Copy a learning rate that is a tensor: schedulers change such a one in place, and the state keeps it."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _as(value: Any, like: Tensor) -> Any:
+    return value.to(like) if isinstance(value, Tensor) else value
+
+
+def _add_multiple(total: Tensor, vector: Tensor, factor: Tensor) -> None:
+    """Add in place; the factor is read on the host only where that is for nothing."""
+    if total.is_cpu:
+        total.add_(vector, alpha=factor.item())
+    else:
+        total.addcmul_(vector, factor)
+
+
+def _refuse_disagreement(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError when groups differ in more than their learning rate."""
+    first = groups[0] if groups else {}
+    for (index, group), name in product(enumerate(groups), COMMON):
+        if name in first and group.get(name, first[name]) != first[name]:
+            raise ValueError(
+                "LBFGS doesn't support per-parameter options (parameter groups) except `lr`, but "
+                f"param_groups[{index}] has {name}={group[name]!r} and param_groups[0] {name}={first[name]!r}; "
+                "give all groups the same"
+            )
+
+
+def _misfits(groups: list[dict[str, Any]], incoming: Any) -> list[str]:
+    """Say why flat vectors in a state dict do not belong to these parameters."""
+    if not _well_formed(incoming):
+        return []  # the base class refuses it
+    saved, state = incoming["param_groups"], incoming["state"]
+    _refuse_disagreement(saved)
+    keys = [key for group in saved for key in group["params"]]
+    lines = [
+        f"state of parameter number {key}: LBFGS keeps its state with the first parameter"
+        for key, entry in state.items()
+        if key in keys[1:] and key != keys[0] and "func_evals" in entry
+    ]
+    names, saved_names = ([n for group in side for n in group.get("param_names", ())] for side in (groups, saved))
+    if names != saved_names and set(names) == set(saved_names):
+        lines.append("the parameters have the same names in another order, and flat vectors follow the order")
+    size = sum(_real(param).numel() for group in groups for param in group["params"])
+    return [*lines, *_vector_misfits(state.get(keys[0], {}) if keys else {}, size)]
+
+
+def _well_formed(incoming: Any) -> bool:
+    if not isinstance(incoming, Mapping) or not {"state", "param_groups"} <= incoming.keys():
+        return False
+    groups, state = incoming["param_groups"], incoming["state"]
+    if not isinstance(groups, list | tuple) or not isinstance(state, Mapping):
+        return False
+    lists = all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups)
+    return lists and all(isinstance(entry, Mapping) for entry in state.values())
+
+
+def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
+    """Say which flat vectors do not have `size` elements, and whether there are as many of each kind."""
+    lists = {name: state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")}
+    for name, items in lists.items():
+        if not isinstance(items, list | tuple):
+            yield f"state `{name}` is {type(items).__name__}, must be a list"
+            return
+    vectors = {name: state[name] for name in ("d", "prev_flat_grad") if state.get(name) is not None}
+    vectors |= {f"{name}[{i}]": v for name in ("old_dirs", "old_stps") for i, v in enumerate(lists[name])}
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            yield f"state `{name}` is {type(vector).__name__}, must be a tensor"
+        elif vector.shape != (size,):
+            yield f"state `{name}` has shape {tuple(vector.shape)}, but the parameters have {size} real elements in all"
+    if len({len(items) for items in lists.values()}) > 1:
+        yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())

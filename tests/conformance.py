@@ -1,0 +1,319 @@
+"""The conformance table: one row per optimizer, and the parameters and gradients that generic tests give to every row.
+
+An algorithm is added to the tests by one row here.  What it can do is read from attributes of its class, and what it
+must compute from its oracle: the class of the same name in torch.optim, run by its for-loop.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_optimizers import optim_db
+
+import surefoot
+from surefoot.rule import Sparse
+
+Params = dict[str, Tensor]
+Options = dict[str, Any]
+
+ENGINES: dict[str, Options] = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "cpu": {"fused": True}}
+COMPILED = {"cpu"}
+"""Engines that compile a kernel for each setting of the flags, which takes most of a second: they get fewer settings."""
+STEPS = 7
+
+
+def any_param(param: Tensor) -> bool:
+    return True
+
+
+def with_elements(param: Tensor) -> bool:
+    return param.numel() > 0
+
+
+def a_matrix(param: Tensor) -> bool:
+    return param.dim() == 2 and param.numel() > 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer.
+
+    Attributes:
+        ours: the class under test.
+        oracle: the class that says what it must compute.
+        more: sets of hyperparameters to try, beyond torch's database and all combinations of the class's flags.
+        admits: which parameters the oracle takes.
+        needs_closure: whether `step` asks for a closure.
+        same_bits: whether our order of operations is the oracle's; otherwise results agree to rounding.
+    """
+
+    ours: type[surefoot.Optimizer]
+    oracle: type[torch.optim.Optimizer]
+    more: tuple[Options, ...] = ()
+    admits: Callable[[Tensor], bool] = any_param
+    needs_closure: bool = False
+    same_bits: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.ours.__name__
+
+    @property
+    def elementwise(self) -> bool:
+        return self.ours.is_rule() and self.ours.sparse is not Sparse.ONLY
+
+    @property
+    def defaults(self) -> Options:
+        return self.ours([torch.zeros(1, 1)]).defaults
+
+    def variants(self, *, few: bool = False) -> list[Options]:
+        """Give every set of hyperparameters to compare, each once; of the combinations of flags only some if `few`."""
+        found = (*self.flag_variants(few=few), *torch_variants(self.oracle), *self.more)
+        return list({str(sorted((self.defaults | options).items())): options for options in reversed(found)}.values())[
+            ::-1
+        ]
+
+    def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
+        """Give all combinations of the flags that the constructor takes; if `few`, no flag, each by itself, and all."""
+        flags = [name for name in FLAGS if name in inspect.signature(self.ours).parameters]
+        for setting in itertools.product((0, 1), repeat=len(flags)):
+            options = {name: FLAGS[name][on] for name, on in zip(flags, setting, strict=True)}
+            allowed = not options.get("nesterov") or options["momentum"]
+            if allowed and not (few and 1 < sum(setting) < len(flags)):
+                yield options
+
+    def all_flags(self) -> Options:
+        """Give hyperparameters that set every flag of the class."""
+        return [*self.flag_variants()][-1]
+
+    def engines(self, wanted: Iterable[str]) -> list[str]:
+        """Give the engines that the constructor has options for; "default" stands for those without any."""
+        names = inspect.signature(self.ours).parameters.keys()
+        return [name for name in wanted if ENGINES[name].keys() <= names] or ["default"]
+
+    def build(self, params: Iterable[Any], options: Options, engine: str = "default") -> surefoot.Optimizer:
+        return self.ours(params, **deepcopy(options), **ENGINES.get(engine, {}))
+
+    def slots_of(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Give the parameters and slots among `results`."""
+        slots = {slot.name for slot in self.ours.slots}
+        return {name: value for name, value in found.items() if " of " not in name or name.split(" of ")[0] in slots}
+
+    def build_oracle(self, params: Iterable[Any], options: Options, *, foreach: bool = False) -> torch.optim.Optimizer:
+        wish = {"foreach": foreach} if "foreach" in inspect.signature(self.oracle).parameters else {}
+        return self.oracle(params, **deepcopy(options), **wish)
+
+
+FLAGS: dict[str, tuple[Any, Any]] = {
+    "amsgrad": (False, True),
+    "centered": (False, True),
+    "decoupled_weight_decay": (False, True),
+    "maximize": (False, True),
+    "momentum": (0, 0.9),
+    "nesterov": (False, True),
+    "weight_decay": (0, 0.1),
+}
+
+ROWS = (
+    Row(
+        surefoot.SGD, torch.optim.SGD, more=({"momentum": 0.9, "dampening": -0.5}, {"weight_decay": torch.tensor(0.1)})
+    ),
+    Row(
+        surefoot.Adam,
+        torch.optim.Adam,
+        more=({"betas": (0.0, 0.0)}, {"betas": (0.5, 0.3), "eps": 0.0}, {"weight_decay": torch.tensor(0.1)}),
+    ),
+    Row(surefoot.AdamW, torch.optim.AdamW, more=({"betas": (0.5, 0.3)},)),
+    Row(surefoot.NAdam, torch.optim.NAdam, more=({"betas": (0.0, 0.9)}, {"momentum_decay": 0.0})),
+    Row(surefoot.RAdam, torch.optim.RAdam, more=({"betas": (0.5, 0.9)}, {"betas": (0.9, 0.7)})),
+    Row(surefoot.Adamax, torch.optim.Adamax, more=({"betas": (0.0, 0.5)},)),
+    Row(surefoot.Adadelta, torch.optim.Adadelta, more=({"rho": 0.0}, {"rho": 1.0})),
+    Row(surefoot.Adagrad, torch.optim.Adagrad, more=({"eps": 0.1, "lr_decay": 2},)),
+    Row(surefoot.RMSprop, torch.optim.RMSprop, more=({"alpha": 0.5, "centered": True},)),
+    Row(surefoot.Rprop, torch.optim.Rprop, more=({"step_sizes": (0.009, 0.011)},)),
+    Row(surefoot.ASGD, torch.optim.ASGD, more=({"t0": 2, "lambd": 0.5}, {"t0": 0, "alpha": 0.5})),
+    Row(surefoot.Adafactor, torch.optim.Adafactor, more=({"eps": (1e-3, 0.1)},), admits=with_elements),
+    Row(
+        surefoot.Muon,
+        torch.optim.Muon,
+        more=({"nesterov": False}, {"adjust_lr_fn": "original"}, {"adjust_lr_fn": "match_rms_adamw"}),
+        admits=a_matrix,
+    ),
+    Row(surefoot.SparseAdam, torch.optim.SparseAdam, more=({"betas": (0.0, 0.5)},), same_bits=False),
+)
+ELEMENTWISE = tuple(row for row in ROWS if row.elementwise)
+DENSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.ONLY and not row.needs_closure)
+
+
+def torch_variants(oracle: type[torch.optim.Optimizer]) -> list[Options]:
+    """Give the flag sets of torch's own database.
+
+    Those for `capturable=True` are of use on CUDA only; here they are tried without it, for their other options.
+    """
+    info = next((info for info in optim_db if info.optim_cls is oracle), None)
+    inputs = info.optim_inputs_func(device="cuda", dtype=torch.float32) if info else []
+    return [{name: value for name, value in one.kwargs.items() if name != "capturable"} for one in inputs]
+
+
+def label(options: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in options.items()).replace(" ", "") or "default"
+
+
+def cases(rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test over rows and their variants, and over the engines that each row takes.
+
+    With `only_flags` the variants are combinations of flags, for compiled engines none and all of them.
+    """
+    found = []
+    for row in rows:
+        for engine in row.engines(engines) if engines else [None]:
+            variants = row.flag_variants() if only_flags else row.variants(few=engine in COMPILED)
+            if only_flags and engine in COMPILED:
+                variants = iter(({}, row.all_flags()))
+            for options in variants:
+                values = [row, options] if engine is None else [engine, row, options]
+                names = [row.name, label(options)] if engine is None else [engine, row.name, label(options)]
+                found.append(pytest.param(*values, id="-".join(names)))
+    return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
+
+
+def each_row(rows: Iterable[Row]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in rows])
+
+
+each_engine = pytest.mark.parametrize("engine", list(ENGINES))
+
+
+# What is optimized
+
+
+def zoo(dtype: torch.dtype, admits: Callable[[Tensor], bool] = any_param) -> Params:
+    """Make parameters of every kind, with the same values at each call."""
+    normal = normals(dtype, seed=0)
+    params = {
+        "0-d": normal(),
+        "empty": normal(0),
+        "odd": normal(7),
+        "matrix": normal(33, 17),
+        "long": normal(20_011),
+        "channels_last": normal(2, 3, 5, 7).to(memory_format=torch.channels_last),
+        "strided view": normal(8, 10)[:, ::2],
+        "offset view": normal(40)[3:],
+        "transposed": normal(5, 6).t(),
+        "late": normal(4, 9),
+        "now and then": normal(9),
+        "never": normal(3, 3),
+    }
+    return {name: param.requires_grad_() for name, param in params.items() if admits(param)}
+
+
+def normals(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    """Give a function from shapes to random tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, dtype=dtype, generator=generator)
+
+
+def gradients(params: Params, step: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Make the gradients of a step: of all layouts, some of them zero, some missing.
+
+    They are drawn in `dtype` and cast to that of the parameter, so that an oracle in float64 meets the same values.
+    """
+    normal = normals(dtype, seed=100 + step)
+    found: dict[str, Tensor | None] = {}
+    for name, param in params.items():
+        grad = normal(*param.shape).to(param.dtype)
+        if name == "matrix" and step == 2:
+            grad = grad[:1, :1].expand(param.shape)
+        if name == "offset view" or step == 3:
+            grad = grad * (grad.abs() > 1) if step != 3 else torch.zeros_like(grad)
+        if step % 2:
+            grad = grad.t().contiguous().t() if grad.dim() == 2 else torch.empty_like(param).copy_(grad)
+        missing = name == "never" or (name == "late" and step < 2) or (name == "now and then" and step % 3 == 1)
+        found[name] = None if missing else grad
+    return found
+
+
+def groups(params: Params) -> list[dict[str, Any]]:
+    """Divide parameters into two groups."""
+    tensors = list(params.values())
+    return [{"params": tensors[: len(tensors) // 2]}, {"params": tensors[len(tensors) // 2 :]}]
+
+
+def train(
+    optimizer: torch.optim.Optimizer,
+    params: Params,
+    dtype: torch.dtype,
+    steps: Iterable[int] = range(STEPS),
+    *,
+    plain: bool = False,
+) -> None:
+    """Take steps; the learning rate is halved on the way, a number by replacing it, a tensor in place.
+
+    With `plain` all gradients are contiguous; torch's foreach writes into some, which not every layout survives.
+    """
+    for step in steps:
+        if step == 4:
+            halve_lr(optimizer)
+        for name, grad in gradients(params, step, dtype).items():
+            params[name].grad = (
+                grad.clone(memory_format=torch.contiguous_format) if plain and grad is not None else grad
+            )
+        optimizer.step()
+
+
+def halve_lr(optimizer: torch.optim.Optimizer) -> None:
+    for lr in {id(group["lr"]): group["lr"] for group in optimizer.param_groups}.values():
+        if isinstance(lr, Tensor):
+            lr.mul_(0.5)
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] *= 0.5
+
+
+def results(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Any]:
+    """Give parameters and state by name."""
+    found: dict[str, Any] = {}
+    for name, param in params.items():
+        found[name] = param.detach()
+        found |= {f"{key} of {name}": value for key, value in optimizer.state.get(param, {}).items()}
+    return found
+
+
+# How results are compared
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Give the bits of a tensor as integers, those of any NaN as -1."""
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().contiguous()
+    return flat.view(_BITS[flat.element_size()]).masked_fill(flat.isnan(), -1)
+
+
+def same(actual: Any, expected: Any) -> bool:
+    """Whether two values have the same type, dtype, shape and bits; all NaN are equal."""
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return type(actual) is type(expected) and actual == expected
+    if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
+        return False
+    return torch.equal(bits(actual), bits(expected)) if actual.is_floating_point() else torch.equal(actual, expected)
+
+
+def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not same(actual[name], value)] == []
+
+
+def assert_close(actual: Mapping[str, Any], expected: Mapping[str, Any], **tolerance: float) -> None:
+    """Assert agreement, to the rounding of the dtype unless a tolerance is given."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )

@@ -1,0 +1,31 @@
+"""What holds for every test: threads, and the count of what was compared."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+# Before torch is imported: waiting threads of one worker would take the other's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("SUREFOOT_CACHE_DIR", str(Path(__file__).parents[1] / ".kernels"))
+
+import torch
+
+# Workers of pytest-xdist share the cores; tests of threads set their own number.
+torch.set_num_threads(1)
+# torch warns unless told whether to check them.
+torch.sparse.check_sparse_tensor_invariants.enable()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many configurations were compared: an algorithm, its hyperparameters, a dtype, a kind of data."""
+    counts = Counter(
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "compared"
+    )
+    if counts:
+        terminalreporter.section("configurations compared and equal")
+    for what, count in sorted(counts.items()):
+        terminalreporter.write_line(f"{count:5d}  {what}")

@@ -1,0 +1,144 @@
+"""What tests of the contract share: every algorithm, its twin in torch, training that repeats, and exact comparison."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from surefoot import optimizers
+
+ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__]
+EAGER = {"foreach": False}
+"""Options of the eager engine, which gives torch's bits and needs no compiler."""
+ENGINES = {"eager": EAGER, "default": {}}
+OURS_ONLY = {"fused", "capturable", "state_dtype"}
+"""Options that surefoot has for every rule, torch for some."""
+
+
+def twin(cls):
+    """Give torch's class of the same name."""
+    return getattr(torch.optim, cls.__name__)
+
+
+def name_of(value: Any) -> str:
+    """Name a parametrized value in a test's identifier."""
+    return getattr(value, "__name__", str(value))
+
+
+def make_params(
+    shapes: Iterable[tuple[int, ...]] = ((3, 4), (5, 2)), dtype: torch.dtype = torch.float32, seed: int = 0
+):
+    """Make parameters; matrices by default, since every algorithm takes those."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    """Name parameters `p0`, `p1`, ..."""
+    return [(f"p{index}", param) for index, param in enumerate(params)]
+
+
+def make(cls, params: Any = None, **options: Any):
+    """Make an optimizer on the eager engine, if it can choose."""
+    eager = EAGER if "foreach" in accepted(cls) else {}
+    return cls(make_params() if params is None else params, **(eager | options))
+
+
+def pair(cls, groups: Any = None, **options: Any):
+    """Make an optimizer of surefoot and its twin over equal parameters; `groups(params)` makes their groups."""
+    return tuple(make(kind, (groups or list)(make_params()), **deepcopy(options)) for kind in (cls, twin(cls)))
+
+
+def accepted(cls) -> set[str]:
+    """Names of the arguments of a constructor."""
+    return set(
+        cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount + cls.__init__.__code__.co_kwonlyargcount]
+    )
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All parameters of an optimizer, in order."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def set_grads(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Give every parameter a gradient that depends on the seed and its position only; sparse for SparseAdam."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in params_of(optimizer):
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = (
+            grad.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam | optimizers.SparseAdam) else grad
+        )
+
+
+def train(optimizer: torch.optim.Optimizer, first: int = 0, steps: int = 3) -> torch.optim.Optimizer:
+    """Step with the gradients of seeds `first`, `first + 1`, ...; with a closure, which LBFGS needs."""
+    for seed in range(first, first + steps):
+
+        def closure(seed: int = seed) -> torch.Tensor:
+            set_grads(optimizer, seed)
+            return torch.tensor(1.0)
+
+        optimizer.step(closure)
+    return optimizer
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copy everything that a user can see of an optimizer and its parameters."""
+    numbers = {param: number for number, param in enumerate(params_of(optimizer))}
+    return deepcopy(
+        {
+            "values": [param.detach() for param in numbers],
+            "state": {numbers.get(key, key): value for key, value in optimizer.state.items() if value != {}},
+            "groups": [
+                {**group, "params": [numbers[param] for param in group["params"]]} for group in optimizer.param_groups
+            ],
+            "defaults": optimizer.defaults,
+        }
+    )
+
+
+def difference(left: Any, right: Any, path: str = "") -> str | None:
+    """Say where two nested values first differ, bit by bit; None if they do not."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        same = left.dtype == right.dtype and left.shape == right.shape and left.layout == right.layout
+        same = same and torch.equal(*(torch.nan_to_num(t.detach().to_dense(), nan=1e30) for t in (left, right)))
+    elif type(left) is not type(right):
+        same = False
+    elif isinstance(left, Mapping):
+        if left.keys() != right.keys():
+            return f"{path}: keys {sorted(map(str, left))} and {sorted(map(str, right))}"
+        found = [difference(left[key], right[key], f"{path}[{key!r}]") for key in left]
+        return next(filter(None, found), None)
+    elif isinstance(left, list | tuple):
+        if len(left) != len(right):
+            return f"{path}: lengths {len(left)} and {len(right)}"
+        found = [difference(*items, f"{path}[{index}]") for index, items in enumerate(zip(left, right, strict=True))]
+        return next(filter(None, found), None)
+    else:
+        same = left == right or left is right
+    return None if same else f"{path}: {left!r} and {right!r}"
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Assert that two nested values are equal bit by bit."""
+    assert difference(left, right) is None, difference(left, right)
+
+
+def assert_as_torch(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
+    """Assert that an optimizer is where its twin is: parameters, state, and the options that torch has.
+
+    SparseAdam cannot choose the eager engine and is equal to rounding.
+    """
+    ours_, theirs_ = snapshot(ours), snapshot(theirs)
+    for group, model in zip(ours_["groups"], theirs_["groups"], strict=True):
+        assert set(group) - set(model) <= OURS_ONLY
+        assert_same({name: group.get(name) for name in model}, model)
+    if type(ours).__name__ == "SparseAdam":
+        for part in ("values", "state"):
+            torch.testing.assert_close(ours_[part], theirs_[part])
+    else:
+        assert_same(ours_["values"], theirs_["values"])
+        assert_same(ours_["state"], theirs_["state"])
