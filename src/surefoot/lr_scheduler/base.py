@@ -275,6 +275,13 @@ class LRScheduler(torch_schedulers.LRScheduler):
         """Tell which groups have the learning rate that this scheduler set."""
         return [bool(now == last) for now, last in zip(self._read(), self._last_lr, strict=True)]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copy's or a pickle's attributes; its optimizer has lost the notice of steps."""
+        self.__dict__.update(state)
+        count_steps(self.optimizer)
+        if state.get("_step_count", 0) > 1:
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
     def _go_on(self, untouched: Sequence[bool]) -> None:
         pairs = zip(self.optimizer.param_groups, untouched, self._last_lr, strict=True)
         for group, mine, lr in pairs:

@@ -48,6 +48,7 @@ _CHECKS = {
     **dict.fromkeys(("every", "period", "timescale", "up"), _POSITIVE),
     "down": _interval(0.0, low_open=True, optional=True),
     "mult": _interval(1.0),
+    "curve": lambda *_: None,
 }
 _REGISTRY: dict[str, type["Curve"]] = {}
 
@@ -127,8 +128,8 @@ class Curve:
         return f"{self.name}({', '.join(f'{field}={value!r}' for field, value in _fields(self))})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain data: the curve's name under `curve`, and its fields."""
-        return {"curve": self.name, **{field: _encode(value) for field, value in _fields(self)}}
+        """Give plain data: the curve's name under `schedule`, and its fields."""
+        return {"schedule": self.name, **{field: _encode(value) for field, value in _fields(self)}}
 
     def to_json(self, indent: int | None = None) -> str:
         """Give `to_dict` as JSON text."""
@@ -142,9 +143,11 @@ class Curve:
             ValueError: no such curve, a wrong field, or a value out of range.
         """
         values = dict(data)
-        name = values.pop("curve", None)
+        name = str(values.pop("schedule", None))
         if name not in _REGISTRY:
-            raise ValueError(f"there is no curve {name!r}; `curve` must be one of: {', '.join(sorted(_REGISTRY))}")
+            raise ValueError(
+                f"there is no schedule {name!r}; `schedule` must be one of: {', '.join(sorted(_REGISTRY))}"
+            )
         try:
             return _REGISTRY[name](**{field: _decode(value) for field, value in values.items()})
         except TypeError as error:
@@ -160,7 +163,7 @@ class Curve:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError(  # noqa: TRY004 (the text is at fault)
-                f"a schedule's JSON is an object with a key `curve`, but got {text[:40]!r}"
+                f"a schedule's JSON is an object with a key `schedule`, but got {text[:40]!r}"
             )
         return Curve.from_dict(data)
 
@@ -198,6 +201,8 @@ def _plain(value: Any) -> Any:
 
 
 def _check(curve: Curve, field: str, value: Any) -> None:
+    if field == "curve" and not isinstance(value, Curve):
+        raise TypeError(f"{curve.name}: `curve` must be a curve, but got {value!r}")
     try:
         _CHECKS[field](field, value)
     except (TypeError, ValueError) as error:
