@@ -169,11 +169,11 @@ def test_one_cycle_is_torchs_in_units_of_its_max_lr(steps, pct_start, three_phas
         three_phase=three_phase,
         anneal_strategy=shape[:3].replace("lin", "linear"),
     )
+    optimizer.step()
     curve = one_cycle(steps, pct_start, shape=shape, three_phase=three_phase)
     seen = []
     for _ in range(steps):
         seen.append(scheduler.get_last_lr()[0])
-        optimizer.step()
         scheduler.step()
     assert curve(range(steps)) == pytest.approx(seen, rel=1e-9)
 
@@ -272,12 +272,16 @@ BAD = {
     "before the beginning": (lambda: constant()(-1), ValueError, "a schedule has steps >= 0, but got -1"),
     "nan step": (lambda: constant()(math.nan), ValueError, "a schedule has steps >= 0, but got nan"),
     "unknown": (
-        lambda: Curve.from_dict({"curve": "x"}),
+        lambda: Curve.from_dict({"schedule": "x"}),
         ValueError,
-        "there is no curve 'x'; `curve` must be one of: abs",
+        "there is no schedule 'x'; `schedule` must be one of: abs",
     ),
-    "field": (lambda: Curve.from_dict({"curve": "step", "x": 1}), ValueError, "the fields of a step do not fit: .*x"),
-    "no object": (lambda: Curve.from_json("[1]"), ValueError, "a schedule's JSON is an object with a key `curve`"),
+    "field": (
+        lambda: Curve.from_dict({"schedule": "step", "x": 1}),
+        ValueError,
+        "the fields of a step do not fit: .*x",
+    ),
+    "no object": (lambda: Curve.from_json("[1]"), ValueError, "a schedule's JSON is an object with a key `schedule`"),
     "no JSON": (lambda: Curve.from_json("{"), ValueError, "Expecting"),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Union, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from surefoot.rule.hyperparameters import Interval
+from surefoot.rule.hyperparameters import Check, Interval
 
 Array = NDArray[np.float64]
 Number = float | int
@@ -42,7 +42,7 @@ def _interval(low: float, high: float = math.inf, *, low_open: bool = False, opt
 _ANY = _interval(-math.inf, low_open=True)
 _POSITIVE = _interval(0.0, low_open=True)
 _NOT_NEGATIVE = _interval(0.0)
-_CHECKS = {
+_CHECKS: dict[str, Check] = {
     **dict.fromkeys(("factor", "start", "end", "low", "high", "gamma"), _ANY),
     **dict.fromkeys(("steps", "power", "decay"), _NOT_NEGATIVE),
     **dict.fromkeys(("every", "period", "timescale", "up"), _POSITIVE),

@@ -45,8 +45,10 @@ def parse(text: str) -> Curve:
         raise ValueError(f"a schedule has at most {LONGEST} characters, but got {len(text)}; put it into a JSON file")
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} is no schedule: {error}") from None
+    except SyntaxError as error:
+        raise ValueError(f"{text!r} is no schedule: {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError("the schedule is nested too deeply; put it into a JSON file") from None
     curve = _Reader(text.strip()).read(tree.body)
     if not isinstance(curve, Curve):
         raise ValueError(f"{text!r} is no schedule but {curve!r}; write, for instance, constant({curve!r})")  # noqa: TRY004
