@@ -46,9 +46,9 @@ def plot(
 
     An expression is made of the functions in surefoot.lr_scheduler.schedules: constant(factor), linear(start, end,
     steps), cosine(start, end, steps), polynomial(start, end, steps, power), exponential(gamma),
-    inverse_sqrt(timescale), step(every, gamma), restarts(curve, period, mult), warmup(steps, then), join(curve, curve, at=[step]),
-    warmup_stable_decay(warmup, stable, decay), one_cycle(steps), cosine_with_warmup(warmup, total), ...; curves are
-    multiplied with *.
+    inverse_sqrt(timescale), step(every, gamma), restarts(curve, period, mult), warmup(steps, then),
+    join(curve, curve, at=[step]), warmup_stable_decay(warmup, stable, decay), one_cycle(steps),
+    cosine_with_warmup(warmup, total), ...; curves are multiplied with *.
 
     Example: surefoot lr plot "cosine_with_warmup(100, 1000)" "warmup_stable_decay(100, 700, 200)" --lr 3e-4
     """
