@@ -162,7 +162,7 @@ class AveragedModel(Module):
         super().__init__()
         if avg_fn is not None and multi_avg_fn is not None:
             raise AssertionError("Only one of avg_fn and multi_avg_fn should be provided")
-        self.module = deepcopy(model)
+        self.module = deepcopy(model, _lazy_buffers(model))
         if device is not None:
             self.module = self.module.to(device)
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
@@ -200,6 +200,12 @@ class AveragedModel(Module):
         average_all = self.multi_avg_fn or get_swa_multi_avg_fn()
         for (device, _), (averages, currents) in _by_kind(pairs).items():
             average_all(averages, currents, self.n_averaged.to(device))
+
+
+def _lazy_buffers(model: Module) -> dict[int, Any]:
+    """Give what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
+    lazy = [buffer for buffer in model.buffers() if is_lazy(buffer)]
+    return {id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
 
 
 def _pairs(averaged: Module, model: Module, kind: str) -> list[tuple[Tensor, Tensor]]:

@@ -59,7 +59,7 @@ def plot(
     curves = {text: _read(text) for text in schedules}
     count = steps or default_steps(list(curves.values()))
     console = Console(width=width)
-    console.print(_drawing(curves, count, lr, console.width, height))
+    console.print(_drawing(curves, count, lr, console.width, height), soft_wrap=True)
     if png is not None:
         try:
             figure(curves, count, png, scale=lr, ylabel="factor" if lr == 1 else "learning rate")

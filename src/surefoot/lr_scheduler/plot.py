@@ -10,6 +10,7 @@ import numpy as np
 from surefoot.lr_scheduler.curves import Array, Curve
 
 DEFAULT_STEPS = 1000
+_MOST_STEPS = 100_000
 COLORS = ("#1f5fa8", "#d1602b", "#2e8b57", "#8a4fa3", "#b8860b", "#4d4d4d")
 _FIRST_BRAILLE = 0x2800
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
@@ -117,6 +118,8 @@ def layers(
         The lines of each curve, and the values of the lowest and the highest line.
     """
     at = np.linspace(0, steps - 1, 2 * width)
-    drawn = [scale * curve(at) for curve in curves]
-    low, high = min(0.0, *(values.min() for values in drawn)), max(float(values.max()) for values in drawn)
-    return [braille(values, low, high, width, height) for values in drawn], float(low), high
+    # The axis is that of all steps: a peak may lie between two columns.
+    every = np.linspace(0, steps - 1, min(steps, _MOST_STEPS))
+    seen = [scale * curve(every) for curve in curves]
+    low, high = min(0.0, *(float(values.min()) for values in seen)), max(float(values.max()) for values in seen)
+    return [braille(scale * curve(at), low, high, width, height) for curve in curves], low, high

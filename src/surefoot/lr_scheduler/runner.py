@@ -108,21 +108,28 @@ class Dial:
     """One number of one param group and its schedule.
 
     Args:
-        group: the param group.
-        index: its number.
+        optimizer: whose group it is; loading a state gives it new groups, so none is kept here.
+        index: the number of the param group.
         name: the hyperparameter.
         item: which number of a tuple, None if it is no tuple.
         schedule: steps to factors, or to values if it is `Absolute`.
     """
 
-    def __init__(self, group: dict[str, Any], index: int, name: str, item: int | None, schedule: Function) -> None:
-        self.group = group
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, index: int, name: str, item: int | None, schedule: Function
+    ) -> None:
+        self.optimizer = optimizer
         self.index = index
         self.name = name
         self.item = item
         self.schedule = schedule
         self.base = 0.0
         self.last: float | None = None
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The param group."""
+        return self.optimizer.param_groups[self.index]
 
     def start(self) -> None:
         """Take the initial value: the group's `initial_...`, or the present one, which is then noted there."""
@@ -198,17 +205,17 @@ def _dials(optimizer: torch.optim.Optimizer, name: str, setting: Setting) -> lis
         if name not in group:
             known = ", ".join(key for key in group if key != "params")
             raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
-        dials += [Dial(group, index, name, item, part) for item, part in _parts(name, group[name], one)]
+        dials += [Dial(optimizer, index, name, item, part) for item, part in _parts(name, group[name], one)]
     return dials
 
 
 def _parts(name: str, value: Any, setting: Any) -> list[tuple[int | None, Function]]:
     """Give the numbers of a hyperparameter that have a schedule: their places and their schedules."""
     several = isinstance(value, tuple)
+    needed = f"a tuple of {len(value)} schedules, None for what stays" if several else "one schedule"
     parts = setting if isinstance(setting, tuple) else (setting,)
     if several != isinstance(setting, tuple) or (several and len(parts) != len(value)):
-        what = f"a tuple of {len(value)} numbers; give a tuple of {len(value)} schedules, None for what stays"
-        raise ValueError(f"{name} is {what if several else 'one number; give one schedule'}, but got {setting!r}")
+        raise ValueError(f"{name} is {value!r} and needs {needed}, but got {setting!r}")
     for part in parts:
         if part is not None and not callable(part):
             raise TypeError(f"the schedule of {name} must be a curve or a function, but got {part!r}")
