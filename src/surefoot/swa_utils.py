@@ -204,8 +204,9 @@ class AveragedModel(Module):
 
 def _lazy_buffers(model: Module) -> dict[int, Any]:
     """Give what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
+    new: Any = UninitializedBuffer  # torch's stub has no signature for it
     lazy = [buffer for buffer in model.buffers() if is_lazy(buffer)]
-    return {id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
+    return {id(buffer): new(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
 
 
 def _pairs(averaged: Module, model: Module, kind: str) -> list[tuple[Tensor, Tensor]]:

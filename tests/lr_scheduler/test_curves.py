@@ -67,7 +67,7 @@ def combined(parts):
         | st.builds(scale, parts, number)
         | st.builds(restarts, parts, positive, st.floats(1, 3), st.floats(0, 1))
         | st.builds(absolute, parts)
-        | st.builds(lambda n, a: warmup(n, a), length, parts)
+        | st.builds(warmup, length, parts)
     )
 
 
@@ -261,7 +261,7 @@ BAD = {
     "points": (lambda: piecewise([(5, 1), (5, 2)]), ValueError, "piecewise: `points` must increase"),
     "pairs": (lambda: piecewise([1, 2]), ValueError, r"piecewise: `points` must be pairs \(step, factor\)"),
     "join": (lambda: join(constant(), at=[3]), ValueError, "join: 1 curves need 0 milestones, one less, but got"),
-    "join nothing": (lambda: join(), ValueError, r"join: it takes one or more curves, but got \(\)"),
+    "join nothing": (join, ValueError, r"join: it takes one or more curves, but got \(\)"),
     "product": (lambda: product(3), ValueError, r"product: it takes one or more curves, but got \(3,\)"),
     "not a curve": (lambda: restarts(3, 5), TypeError, "restarts: `curve` must be a curve, but got 3"),
     "shape": (

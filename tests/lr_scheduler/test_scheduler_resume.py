@@ -19,12 +19,6 @@ from surefoot.lr_scheduler import Schedule, schedules
 from surefoot.swa_utils import SWALR
 
 EPOCHS = 200
-FACTORIES = {
-    name: (
-        lambda cls: lambda optimizer, last_epoch=-1, **arguments: cls(optimizer, last_epoch=last_epoch, **arguments)
-    )(getattr(ours, name))
-    for name in ALL
-}
 
 
 def fresh_with_initial_lr(like):
@@ -49,7 +43,7 @@ def test_last_epoch_resumes_any_scheduler(name, resume):
     @settings(quick, max_examples=8)
     @given(ALL[name], st.integers(1, EPOCHS - 1))
     def check(arguments, at):
-        make = FACTORIES[name]
+        make = getattr(ours, name)
         before = make(sgd(momentum=0.9), **arguments)
         run(before, at)
         after = make(resume(before.optimizer), last_epoch=at - 1, **arguments)
