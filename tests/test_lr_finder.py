@@ -11,6 +11,15 @@ import surefoot
 from surefoot.lr_finder import LRCurve, find_lr
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors as small as these are done before a second thread wakes up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Task:
     """A small regression with everything that training changes: dropout, running statistics, random numbers."""
 

@@ -12,6 +12,16 @@ from surefoot import swa_utils as ours
 from surefoot.lr_scheduler import Schedule
 from surefoot.lr_scheduler.schedules import cosine
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors as small as these are done before a second thread wakes up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 UPDATES = 20
 FUNCTIONS = {
     "swa": lambda lib: {},

@@ -264,6 +264,16 @@ BAD = {
     "join nothing": (join, ValueError, r"join: it takes one or more curves, but got \(\)"),
     "product": (lambda: product(3), ValueError, r"product: it takes one or more curves, but got \(3,\)"),
     "not a curve": (lambda: restarts(3, 5), TypeError, "restarts: `curve` must be a curve, but got 3"),
+    "absolute": (
+        lambda: absolute(constant()) * 2,
+        ValueError,
+        "scale: `absolute` goes around a whole schedule, but got it",
+    ),
+    "absolute in a join": (
+        lambda: join(absolute(constant())),
+        ValueError,
+        "join: `absolute` goes around a whole sched",
+    ),
     "shape": (
         lambda: warmup(5, shape="round"),
         ValueError,

@@ -40,7 +40,7 @@ MISTAKES = {
     "": "'' is no schedule: ",
     "3": "'3' is no schedule but 3; write, for instance, constant(3)",
     "cosin(1, 0, 5)": "there is no schedule 'cosin'; there are: absolute, constant, ",
-    "warmup(10, cosine(1, 0, -5))": "`steps` must be a number in [0, inf)\n  warmup(10, cosine(1, 0, -5))\n             ^",
+    "warmup(9, cosine(1, 0, -5))": "a number in [0, inf)\n  warmup(9, cosine(1, 0, -5))\n            ^",
     "cosine(1, 0)": "missing 1 required positional argument: 'steps'\n  cosine(1, 0)\n  ^",
     "cosine(1, 0, 1/0)": "division by zero",
     "constant() + constant()": "`*` is for schedules and numbers, `+ - /` are for numbers",

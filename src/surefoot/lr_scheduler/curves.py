@@ -48,8 +48,13 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("every", "period", "timescale", "up"), _POSITIVE),
     "down": _interval(0.0, low_open=True, optional=True),
     "mult": _interval(1.0),
-    "curve": lambda *_: None,
 }
+
+
+def _pass(name: str, value: Any) -> None:
+    """Pass: the curve looks at this field itself."""
+
+
 _REGISTRY: dict[str, type["Curve"]] = {}
 
 
@@ -83,8 +88,7 @@ class Curve:
         for field, value in _fields(self):
             plain = _plain(value)
             object.__setattr__(self, field, plain)
-            if field in _CHECKS:
-                _check(self, field, plain)
+            _check(self, field, plain)
 
     def at(self, steps: Array) -> Array:
         """Give the factors at the steps, a 1-d array of float64 numbers >= 0."""
@@ -201,10 +205,12 @@ def _plain(value: Any) -> Any:
 
 
 def _check(curve: Curve, field: str, value: Any) -> None:
+    if any(isinstance(part, Absolute) for part in (value if isinstance(value, tuple) else (value,))):
+        raise ValueError(f"{curve.name}: `absolute` goes around a whole schedule, but got it as a part: {value!r}")
     if field == "curve" and not isinstance(value, Curve):
         raise TypeError(f"{curve.name}: `curve` must be a curve, but got {value!r}")
     try:
-        _CHECKS[field](field, value)
+        _CHECKS.get(field, _pass)(field, value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{curve.name}: {error}") from None
 
@@ -547,7 +553,7 @@ class Cyclic(Curve):
 class Absolute(Curve):
     """A curve whose values are the hyperparameter itself rather than factors of its initial value.
 
-    It tells `Schedule` so; as a function it is the curve it holds.
+    It tells `Schedule` so, and goes around a whole schedule; as a function it is the curve it holds.
     """
 
     curve: Curve
