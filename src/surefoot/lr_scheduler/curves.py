@@ -465,9 +465,9 @@ class Join(Curve):
     def at(self, steps: Array) -> Array:
         active = np.searchsorted(self.milestones, steps, side="right")
         factors = np.empty_like(steps)
-        for index, (curve, begin) in enumerate(zip(self.curves, (0, *self.milestones), strict=True)):
+        for index in set(active.tolist()):
             chosen = active == index
-            factors[chosen] = curve.at(steps[chosen] - begin)
+            factors[chosen] = self.curves[index].at(steps[chosen] - (0, *self.milestones)[index])
         return factors
 
     def horizon(self) -> float:

@@ -67,8 +67,11 @@ class Schedule(LRScheduler):
 
     def _update_lr(self, epoch: int | None = None) -> None:
         target = self.last_epoch + 1 if epoch is None else epoch
+        # Groups share schedules, and a schedule takes longer than all else.
+        schedules = {id(dial.schedule): dial.schedule for dial in self._dials}
+        factors = {key: float(schedule(target)) for key, schedule in schedules.items()}
         for dial in self._dials:
-            dial.turn(self.last_epoch, target)
+            dial.turn(self.last_epoch, factors[id(dial.schedule)])
         self.last_epoch = target
         self._last_lr = self._read()
 
@@ -153,16 +156,16 @@ class Dial:
             values[self.item] = value
             self.group[self.name] = tuple(values)
 
-    def turn(self, present: int, target: int) -> None:
-        """Set the value for step `target`; one changed at step `present` by someone else becomes the measure."""
+    def turn(self, present: int, factor: float) -> None:
+        """Set the value for a factor; one changed at step `present` by someone else becomes the measure."""
         if isinstance(self.schedule, Absolute):
-            self.write(self.schedule(target))
+            self.write(factor)
         else:
             value = self.read()
             if self.last is not None and value != self.last:
                 # From a factor 0 there is no way back to a measure: the value itself is the new one.
                 self.base = value / (float(self.schedule(present)) or 1.0)
-            self.write(self.base * float(self.schedule(target)))
+            self.write(self.base * factor)
         # Read again, since a float32 tensor has rounded it.
         self.last = self.read()
 
