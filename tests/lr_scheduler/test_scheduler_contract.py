@@ -104,6 +104,14 @@ def test_errors_have_torchs_type_and_begin_with_its_words(case):
     assert words in torchs_text
 
 
+def test_composites_do_not_take_a_schedule():
+    schedule = ours.Schedule(OPTIMIZER, lr=ours.schedules.constant())
+    with pytest.raises(
+        ValueError, match=r"SequentialLR does not take a Schedule, but got one at index 0; combine its val"
+    ):
+        ours.SequentialLR(OPTIMIZER, [schedule], [])
+
+
 def test_errors_show_what_came():
     for case in ("constant", "linear start", "linear end", "factor", "no length", "anneal"):
         _, text = error(ours, REFUSED[case][0])

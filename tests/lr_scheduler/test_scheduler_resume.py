@@ -11,7 +11,7 @@ import torch.optim.lr_scheduler as torchs
 from hypothesis import given
 from hypothesis import strategies as st
 from lr_scheduler_helpers import rates, run, sgd, values
-from test_scheduler_parity import ALL, CHAINED, quick, settings
+from test_scheduler_parity import ALL, quick, settings
 
 import surefoot
 from surefoot import lr_scheduler as ours
@@ -102,25 +102,25 @@ def test_a_state_dict_alone_restores_the_rate():
 
 
 @pytest.mark.parametrize("order", ["optimizer first", "scheduler first", "scheduler only"])
-@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.parametrize("name", ALL)
 def test_state_dicts_resume_in_any_order_and_survive_a_manual_change(name, order):
     """pytorch#29697, for all; the rate was changed by hand before the checkpoint."""
 
     @settings(quick, max_examples=4)
-    @given(CHAINED[name], st.integers(1, EPOCHS - 1))
+    @given(ALL[name], st.integers(1, EPOCHS - 1))
     def check(arguments, at):
-        before = getattr(ours, name)(sgd(), **arguments)
+        before = getattr(ours, name)(sgd(momentum=0.9), **arguments)
         run(before, at)
         if order != "scheduler only":
             before.optimizer.param_groups[0]["lr"] = 0.0123
-        after = getattr(ours, name)(sgd(), **arguments)
+        after = getattr(ours, name)(sgd(momentum=0.9), **arguments)
         loads = [
             lambda: after.optimizer.load_state_dict(before.optimizer.state_dict()),
             lambda: after.load_state_dict(before.state_dict()),
         ]
         for load in {"optimizer first": loads, "scheduler first": loads[::-1], "scheduler only": loads[1:]}[order]:
             load()
-        assert run(after, EPOCHS - at) == run(before, EPOCHS - at)
+        assert run(after, EPOCHS - at, values) == run(before, EPOCHS - at, values)
 
     check()
 
@@ -192,7 +192,7 @@ def nested_by_formula(epoch):
 
 
 def test_nested_sequences_are_what_they_say():
-    """pytorch#162591 and #152081: torch's composites do not nest."""
+    """Torch's composites do not: see `test_torchs_composites_do_not_nest`."""
     seen = [rate for rate, _ in run(nested(sgd()), 40)]
     assert seen == pytest.approx([0.1 * nested_by_formula(epoch) for epoch in range(41)], rel=1e-13, abs=1e-17)
 
@@ -209,6 +209,16 @@ def test_nested_sequences_resume(at):
     by_pickle = pickle.loads(pickle.dumps(before))  # noqa: S301 (our own bytes)
     for after in (by_epoch, by_state, by_pickle):
         assert run(after, 40 - at) == expected[at:]
+
+
+def test_chained_schedulers_resume_by_last_epoch_on_a_loaded_optimizer():
+    def parts(optimizer, last_epoch=-1):
+        linear = ours.LinearLR(optimizer, 0.1, 1.0, 30, last_epoch)
+        return ours.ChainedScheduler([linear, ours.StepLR(optimizer, 7, 0.5, last_epoch)])
+
+    before = parts(sgd())
+    run(before, 14)
+    assert run(parts(loaded(before.optimizer), 13), 30) == run(before, 30)
 
 
 def test_torchs_composites_do_not_nest():
@@ -268,7 +278,7 @@ def test_a_cosine_composes_with_other_schedules():
 
 
 def test_a_schedule_jumps_in_the_closed_form():
-    """pytorch#184517: closed forms for all, so that any step can be reached from any other."""
+    """pytorch#184517 and #152081, closed forms and correct resume: any step is reached from any other."""
     curve = schedules.one_cycle(100) * schedules.multi_step([20, 20, 50], 0.3)
     schedule = Schedule(sgd(), lr=curve)
     seen = run(schedule, 99)

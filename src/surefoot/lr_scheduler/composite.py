@@ -9,6 +9,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from surefoot.lr_scheduler.base import LRScheduler, as_if_stepped, put
+from surefoot.lr_scheduler.runner import Schedule
 
 
 class Composite(LRScheduler):
@@ -36,6 +37,11 @@ class Composite(LRScheduler):
                 f"{name} does not support `ReduceLROnPlateau` scheduler as it requires additional kwargs to be "
                 f"specified when calling `step`, but got one at index {index} in the given schedulers sequence; step "
                 "it on its own"
+            )
+        if isinstance(scheduler, Schedule):
+            raise ValueError(  # noqa: TRY004 (as for ReduceLROnPlateau)
+                f"{name} does not take a Schedule, but got one at index {index}; combine its values instead, by "
+                "join(...) or by *, and give the result to one Schedule"
             )
         if scheduler.optimizer is not optimizer:
             raise ValueError(

@@ -116,10 +116,12 @@ class Curve:
         """
         steps = np.asarray(step, dtype=np.float64)
         flat = steps.reshape(-1)
-        if not (flat >= 0).all():
+        # NaN is not below 0, but nothing is above it either.
+        if not flat.min(initial=0.0) >= 0:
             raise ValueError(f"a schedule has steps >= 0, but got {step!r}")
-        factors = np.broadcast_to(self.at(flat), flat.shape)
-        return float(factors[0]) if steps.ndim == 0 else factors.reshape(steps.shape).copy()
+        factors = np.empty_like(flat)
+        factors[:] = self.at(flat)
+        return float(factors[0]) if steps.ndim == 0 else factors.reshape(steps.shape)
 
     def __mul__(self, other: Union["Curve", Number]) -> "Curve":
         """Give the product with a curve or with a number."""

@@ -126,9 +126,17 @@ class CyclingMomentum(LRScheduler):
 
     def _write(self, lrs: Sequence[Rate]) -> None:
         super()._write(lrs)
+        self._write_momenta([True] * len(lrs))
+
+    def _go_on(self, untouched: Sequence[bool]) -> None:
+        super()._go_on(untouched)
+        self._write_momenta(untouched)
+
+    def _write_momenta(self, chosen: Sequence[bool]) -> None:
         if self.cycle_momentum:
-            for group, momentum in zip(self.optimizer.param_groups, self._momenta(), strict=True):
-                put_momentum(group, momentum)
+            for group, momentum, mine in zip(self.optimizer.param_groups, self._momenta(), chosen, strict=True):
+                if mine:
+                    put_momentum(group, momentum)
 
 
 # The height's factor from gamma and what is counted, and what that is.
