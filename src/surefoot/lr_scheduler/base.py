@@ -1,4 +1,3 @@
-# ruff: noqa: SLF001 (torch's own names: schedulers of both kinds drive one optimizer)
 """What every scheduler shares: positions, writing into groups, warnings, state dicts, resuming.
 
 A scheduler is its arguments and a formula; nothing here knows any of them.  The classes keep the contract of

@@ -1,4 +1,3 @@
-# ruff: noqa: SLF001 (torch's own names: parts may be torch's schedulers)
 """Schedulers of schedulers: one after the other, or all at once."""
 
 from bisect import bisect_right

@@ -1,6 +1,6 @@
-"""Draw the pictures of `schedules.md`: the curve of each schedule, and of each scheduler of torch's names.
+"""Draw the pictures of `docs/schedules.md`: the curve of each schedule, and of each scheduler of torch's names.
 
-Run it in this folder: `python draw_schedules.py`.
+`python benchmarks/draw_schedules.py` writes them to `docs/pictures`.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from surefoot.lr_finder import find_lr
 from surefoot.lr_scheduler.expression import parse
 from surefoot.lr_scheduler.plot import COLORS, figure, load_pyplot, save, style
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 CURVES = {
     "constant": ["constant(0.5)"],
