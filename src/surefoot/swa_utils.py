@@ -217,23 +217,23 @@ def _pairs(averaged: Module, model: Module, kind: str) -> list[tuple[Tensor, Ten
             f"the model has {len(theirs)} {kind}, but the average was made of {len(ours)}; make a new AveragedModel "
             "when you add or remove modules"
         )
-    pairs = [
-        (_made_like(average, current).detach(), current.detach().to(average.device))
-        for average, current in zip(ours, theirs, strict=True)
-        if not is_lazy(current)
-    ]
+    pairs = [(_made_like(average, current), current) for average, current in zip(ours, theirs, strict=True)]
+    if any(is_lazy(current) for current in theirs):
+        pairs = [(average, current) for average, current in pairs if not is_lazy(current)]
     for average, current in pairs:
         if average.shape != current.shape:
             raise ValueError(
                 f"the model has a tensor of shape {tuple(current.shape)} where the average has "
                 f"{tuple(average.shape)}; give the model that was averaged"
             )
+    if any(average.device != current.device for average, current in pairs):
+        pairs = [(average, current.to(average.device)) for average, current in pairs]
     return pairs
 
 
 def _made_like(average: Tensor, current: Tensor) -> Tensor:
     """Make the tensor of a lazy module, once the model has made its own."""
-    if isinstance(average, UninitializedParameter | UninitializedBuffer):
+    if isinstance(average, UninitializedParameter | UninitializedBuffer) and not is_lazy(current):
         average.materialize(current.shape, dtype=current.dtype)
     return average
 
@@ -244,7 +244,7 @@ def _by_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Any, tuple[list[Ten
     for average, current in pairs:
         averages, currents = kinds[average.device, average.dtype]
         averages.append(average)
-        currents.append(current.to(average.dtype))
+        currents.append(current if current.dtype == average.dtype else current.to(average.dtype))
     return kinds
 
 
