@@ -1,0 +1,120 @@
+"""The command `surefoot lr`: learning-rate schedules in the terminal and as pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from surefoot.lr_scheduler.curves import Curve
+
+app = typer.Typer(
+    name="lr",
+    help="Learning-rate schedules.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_TERMINAL_COLORS = ("bright_blue", "yellow", "green", "magenta", "cyan", "red")
+_AXIS = 11
+
+
+@app.callback()
+def _group() -> None:
+    """Learning-rate schedules."""
+
+
+@app.command()
+def plot(
+    schedules: Annotated[
+        list[str],
+        typer.Argument(
+            help='Schedules: expressions such as "warmup(100, cosine(1, 0, 900))", or JSON files.', show_default=False
+        ),
+    ],
+    steps: Annotated[int | None, typer.Option(min=1, help="How many steps to draw; by default all.")] = None,
+    lr: Annotated[float, typer.Option(help="The learning rate that the factors are multiplied with.")] = 1.0,
+    png: Annotated[
+        Path | None, typer.Option("--png", "-o", help="Also write a picture, of the type that the name ends in.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=20, help="Columns; by default those of the terminal.")] = None,
+    height: Annotated[int, typer.Option(min=3, help="Lines of the drawing.")] = 14,
+) -> None:
+    """Draw schedules, several on the same axes.
+
+    An expression is made of the functions in surefoot.lr_scheduler.schedules: constant(factor), linear(start, end,
+    steps), cosine(start, end, steps), polynomial(start, end, steps, power), exponential(gamma),
+    inverse_sqrt(timescale), step(every, gamma), restarts(curve, period, mult), warmup(steps, then),
+    join(curve, curve, at=[step]), warmup_stable_decay(warmup, stable, decay), one_cycle(steps),
+    cosine_with_warmup(warmup, total), ...; curves are multiplied with *.
+
+    Example: surefoot lr plot "cosine_with_warmup(100, 1000)" "warmup_stable_decay(100, 700, 200)" --lr 3e-4
+    """
+    from rich.console import Console  # noqa: PLC0415 (commands import when they run)
+
+    from surefoot.lr_scheduler.plot import default_steps, figure  # noqa: PLC0415
+
+    curves = {text: _read(text) for text in schedules}
+    count = steps or default_steps(list(curves.values()))
+    console = Console(width=width)
+    console.print(_drawing(curves, count, lr, console.width, height), soft_wrap=True)
+    if png is not None:
+        try:
+            figure(curves, count, png, scale=lr, ylabel="factor" if lr == 1 else "learning rate")
+        except (ImportError, OSError, ValueError) as error:
+            raise typer.BadParameter(f"{png} was not written: {error}", param_hint="--png") from None
+        console.print(f"wrote {png}")
+
+
+def _read(text: str) -> "Curve":
+    """Make a schedule of an expression, or of a file if it names one."""
+    from surefoot.lr_scheduler.curves import Curve  # noqa: PLC0415
+    from surefoot.lr_scheduler.expression import parse  # noqa: PLC0415
+
+    try:
+        if text.endswith(".json"):
+            return Curve.from_json(Path(text).read_text(encoding="utf-8"))
+        return parse(text)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="SCHEDULES") from None
+
+
+def _drawing(curves: "dict[str, Curve]", steps: int, lr: float, width: int, height: int) -> "Text":
+    """Give the curves in colours on common axes, and what they are."""
+    from rich.text import Text  # noqa: PLC0415
+
+    from surefoot.lr_scheduler.plot import layers  # noqa: PLC0415
+
+    columns = width - _AXIS - 1
+    drawn, low, high = layers(list(curves.values()), steps, lr, columns, height)
+    text = Text(no_wrap=True, overflow="crop")
+    for line in range(height):
+        value = high + (low - high) * line / (height - 1)
+        text.append(f"{value:{_AXIS - 1}.3g} " if line % 3 == 0 or line == height - 1 else " " * _AXIS, style="dim")
+        text.append("│", style="dim")
+        text.append_text(_overlaid([layer[line] for layer in drawn]))
+        text.append("\n")
+    last = f"{steps - 1} steps"
+    text.append(" " * _AXIS + "└" + "─" * columns + "\n", style="dim")
+    text.append(" " * (_AXIS + 1) + "0" + last.rjust(columns - 1) + "\n", style="dim")
+    for index, label in enumerate(curves):
+        text.append(f"{' ' * _AXIS} ⣀⣀ ", style=_color(index)).append(f"{label}\n")
+    text.rstrip()
+    return text
+
+
+def _color(index: int) -> str:
+    return _TERMINAL_COLORS[index % len(_TERMINAL_COLORS)]
+
+
+def _overlaid(layers: list[str]) -> "Text":
+    """Give one line of all curves; where two meet, the later one is seen."""
+    from rich.text import Text  # noqa: PLC0415
+
+    line = Text()
+    for cells in zip(*layers, strict=True):
+        seen = [index for index, cell in enumerate(cells) if cell != " "]
+        line.append(cells[seen[-1]] if seen else " ", style=_color(seen[-1]) if seen else "")
+    return line

@@ -1,0 +1,329 @@
+"""What every scheduler shares: positions, writing into groups, warnings, state dicts, resuming.
+
+A scheduler is its arguments and a formula; nothing here knows any of them.  The classes keep the contract of
+`torch.optim.lr_scheduler` and subclass its base so that `isinstance` holds; every method is ours.
+"""
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler as torch_schedulers
+
+Rate = float | Tensor
+
+EPOCH_WARNING = (
+    "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. It selects "
+    "the closed form of the schedule, where there is one; call `step()` without it, or use "
+    "`surefoot.lr_scheduler.Schedule`, whose `set_step(n)` jumps to any step"
+)
+ORDER_WARNING = (
+    "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first, otherwise the "
+    "first value of the schedule is skipped"
+)
+REPLACED_WARNING = (
+    "Seems like `optimizer.step()` has been overridden after learning rate scheduler initialization, so whether it "
+    "precedes `lr_scheduler.step()` cannot be told; replace it before the scheduler is made"
+)
+GET_LR_WARNING = "To get the last learning rate computed by the scheduler, please use `get_last_lr()`."
+
+
+def copied(value: Any) -> Any:
+    """Give a number as it is and a tensor as a clone."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def put(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set a hyperparameter; a tensor is filled in place, so that captured graphs see the new value."""
+    if isinstance(group[name], Tensor):
+        with torch.no_grad():
+            group[name].fill_(float(value))
+    else:
+        group[name] = value
+
+
+def put_momentum(group: dict[str, Any], value: Any) -> None:
+    """Set `betas[0]` where the group has betas, `momentum` otherwise."""
+    if "betas" not in group:
+        put(group, "momentum", value)
+    elif isinstance(group["betas"][0], Tensor):
+        group["betas"][0].fill_(float(value))
+    else:
+        group["betas"] = (value, *group["betas"][1:])
+
+
+def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Give the optimizer back, or raise TypeError if it is none."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+    return optimizer
+
+
+def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
+    """Give one value for each group: those of a list or tuple, or the same for all.
+
+    Raises:
+        ValueError: the list has another length than `param_groups`.
+    """
+    count = len(optimizer.param_groups)
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(
+            f"{name} must have the same length as optimizer.param_groups. {name} has {len(values)} values, "
+            f"param_groups has {count}."
+        )
+    return [copied(item) for item in values]
+
+
+def function_state(function: Callable[..., Any] | None) -> dict[str, Any] | None:
+    """Give what a state dict keeps of a callable: the attributes of an object, nothing of a function."""
+    attributes = getattr(function, "__dict__", None)
+    return None if attributes is None or isinstance(function, FunctionType) else dict(attributes)
+
+
+def restore_function(function: Callable[..., Any] | None, attributes: Mapping[str, Any] | None) -> None:
+    """Give a callable object the attributes that `function_state` took."""
+    if function is not None and attributes is not None:
+        vars(function).update(attributes)
+
+
+def count_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer's `step` note that it was called, as torch's schedulers do and look for."""
+    step = optimizer.step
+    if getattr(step, "_wrapped_by_lr_sched", False):
+        return
+    owner = weakref.ref(optimizer)
+    function = getattr(step, "__func__", None)
+    # A bound method kept by the wrapper would keep the optimizer alive; what a user has put there is kept as it is.
+    bind = function.__get__ if function is not None else lambda *_: step
+
+    @functools.wraps(function or step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        instance: Any = owner()
+        instance._opt_called = True
+        return bind(instance, type(instance))(*args, **kwargs)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = counted  # type: ignore[method-assign]
+
+
+@contextmanager
+def as_if_stepped(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Keep schedulers from warning that the optimizer has not stepped, while one is run up to where it was."""
+    before = getattr(optimizer, "_opt_called", False)
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer._opt_called = before  # type: ignore[attr-defined]
+
+
+class LRScheduler(torch_schedulers.LRScheduler):
+    """Base class of all schedulers.
+
+    A subclass defines `get_lr`, as with torch, or starts from `Recursive`.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; what it is changes in place, group by group.
+        last_epoch: -1 to start.  `k - 1` to be where a scheduler is after `k` calls of `step`: then every group needs
+            an `initial_lr`, which the optimizer's state dict carries.
+
+    Attributes:
+        last_epoch: how often `step` has been called.
+        base_lrs: the groups' initial learning rates.
+
+    Raises:
+        TypeError: `optimizer` is no optimizer.
+        KeyError: `last_epoch` is not -1 and a group has no `initial_lr`.
+
+    Note:
+        The constructor sets the learning rates, as in torch; so load an optimizer's state after it, or give
+        `last_epoch`.
+    """
+
+    _get_lr_called_within_step: bool = False
+    _is_initial: bool = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
+        self.optimizer = check_optimizer(optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            if last_epoch == -1:
+                group.setdefault("initial_lr", copied(group["lr"]))
+            elif "initial_lr" not in group:
+                raise KeyError(
+                    f"param 'initial_lr' is not specified in param_groups[{index}] when resuming scheduler with "
+                    f"last_epoch={last_epoch}; load the optimizer's state dict first, set the group's 'initial_lr', "
+                    "or make the scheduler with last_epoch=-1 and use its load_state_dict"
+                )
+        self.base_lrs = [copied(group["initial_lr"]) for group in optimizer.param_groups]
+        self.last_epoch = last_epoch
+        count_steps(optimizer)
+        self._initial_step()
+
+    # What a subclass says
+
+    def get_lr(self) -> list[Rate]:
+        """Give each group's learning rate at `last_epoch`; meant to be called by `step` only.
+
+        To read the present rates use `get_last_lr`.
+        """
+        if not self._get_lr_called_within_step:
+            warnings.warn(GET_LR_WARNING, UserWarning, stacklevel=2)
+        return self._new_lrs()
+
+    def _new_lrs(self) -> list[Rate]:
+        raise NotImplementedError(f"{type(self).__name__} defines no `get_lr`")
+
+    def _get_closed_form_lr(self) -> list[Rate]:
+        """Give the rates at `last_epoch` from the initial ones, whatever the present ones are."""
+        return self.get_lr()
+
+    # Moving on
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move on by one; call it after `optimizer.step()`.
+
+        Args:
+            epoch: deprecated: go to this position, by the closed form where there is one.
+        """
+        if self._step_count == 1:
+            self._warn_about_order()
+        self._step_count += 1
+        if epoch is not None:
+            warnings.warn(EPOCH_WARNING, UserWarning, stacklevel=2)
+        self._update_lr(epoch)
+
+    def _warn_about_order(self) -> None:
+        if not getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
+            warnings.warn(REPLACED_WARNING, UserWarning, stacklevel=3)
+        elif not getattr(self.optimizer, "_opt_called", False):
+            warnings.warn(ORDER_WARNING, UserWarning, stacklevel=3)
+
+    def _initial_step(self) -> None:
+        self._step_count = 0
+        self._is_initial = True
+        try:
+            self.step()
+        finally:
+            self._is_initial = False
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._get_lr_called_within_step = True
+        try:
+            lrs = self.get_lr() if epoch is None else self._get_closed_form_lr()
+        finally:
+            self._get_lr_called_within_step = False
+        self._write(lrs)
+
+    def _rewind(self) -> None:
+        """Forget every position, the constructor's included; `_initial_step` begins anew."""
+        self.last_epoch = -1
+
+    def _write(self, lrs: Sequence[Rate]) -> None:
+        """Put the rates into the groups and note them."""
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            put(group, "lr", lr)
+        self._last_lr = self._read()
+
+    def _read(self) -> list[Rate]:
+        return [copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_last_lr(self) -> list[Rate]:
+        """Give each group's learning rate as this scheduler last set it, tensors as copies."""
+        return self._last_lr
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all attributes but the optimizer."""
+        return {name: value for name, value in self.__dict__.items() if name != "optimizer"}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a state dict of this class, or of its namesake in torch.
+
+        A group whose learning rate is still the one that this scheduler set gets the saved one, so that a scheduler
+        goes on exactly, whether or not the optimizer's state is loaded, before or after.  (torch leaves it.)
+
+        Raises:
+            ValueError: it was made for another number of groups; the scheduler is as it was.
+        """
+        self._check_groups(state_dict)
+        untouched = self._untouched()
+        self._take(dict(state_dict))
+        self._go_on(untouched)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
+        saved, present = len(state_dict.get("_last_lr", self._last_lr)), len(self.optimizer.param_groups)
+        if saved != present:
+            raise ValueError(
+                f"the state dict of this {type(self).__name__} has learning rates for {saved} param groups, but the "
+                f"optimizer has {present}; give the optimizer the groups it had when the state was saved"
+            )
+
+    def _untouched(self) -> list[bool]:
+        """Tell which groups have the learning rate that this scheduler set."""
+        return [bool(now == last) for now, last in zip(self._read(), self._last_lr, strict=True)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a copy's or a pickle's attributes; its optimizer has lost the notice of steps."""
+        self.__dict__.update(state)
+        count_steps(self.optimizer)
+        if state.get("_step_count", 0) > 1:
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _go_on(self, untouched: Sequence[bool]) -> None:
+        pairs = zip(self.optimizer.param_groups, untouched, self._last_lr, strict=True)
+        for group, mine, lr in pairs:
+            if mine:
+                put(group, "lr", copied(lr))
+
+
+class _LRScheduler(LRScheduler):
+    """The base class under its former name."""
+
+
+class Recursive(LRScheduler):
+    """A schedule that computes each rate from the one before it, so that other changes of the rate survive.
+
+    A subclass says in `_next_lr` how, and may say the closed form: as a factor in `_factor`, or in
+    `_get_closed_form_lr`.
+    """
+
+    def _next_lr(self, epoch: int, lr: Rate, index: int) -> Rate:
+        """Give group `index`'s rate at `epoch` from the one at `epoch - 1`, or, at 0, from the initial one."""
+        raise NotImplementedError
+
+    def _factor(self) -> float:
+        """Give the rate at `last_epoch` in units of the initial one."""
+        raise NotImplementedError
+
+    def _new_lrs(self) -> list[Rate]:
+        if self._is_initial and self.last_epoch > 0:
+            return [self._resumed_lr(index, lr) for index, lr in enumerate(self._read())]
+        return [self._next_lr(self.last_epoch, lr, index) for index, lr in enumerate(self._read())]
+
+    def _get_closed_form_lr(self) -> list[Rate]:
+        factor = self._factor()
+        return [base * factor for base in self.base_lrs]
+
+    def _resumed_lr(self, index: int, lr: Rate) -> Rate:
+        """Give the rate for a constructor's `last_epoch`.
+
+        A rate other than the initial one comes from a loaded optimizer and is right as it is; the initial one is
+        taken through all epochs, so that the bits are those of a run that was not interrupted.
+        """
+        if lr != self.base_lrs[index]:
+            return lr
+        for epoch in range(self.last_epoch + 1):
+            lr = self._next_lr(epoch, lr, index)
+        return lr

@@ -1,0 +1,196 @@
+"""Schedulers of schedulers: one after the other, or all at once."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler as torch_schedulers
+
+from surefoot.lr_scheduler.base import LRScheduler, as_if_stepped, put
+from surefoot.lr_scheduler.runner import Schedule
+
+
+class Composite(LRScheduler):
+    """What `SequentialLR` and `ChainedScheduler` share; abstract.
+
+    Composites nest.  Each begins its parts anew, whatever their constructors have done to the rates.
+    """
+
+    _schedulers: Sequence[torch_schedulers.LRScheduler]
+
+    def _adopt(self, optimizer: torch.optim.Optimizer, schedulers: Sequence[torch_schedulers.LRScheduler]) -> None:
+        for index, scheduler in enumerate(schedulers):
+            self._check_part(optimizer, scheduler, index)
+        self._schedulers = schedulers
+        self.optimizer = optimizer
+
+    def _check_part(self, optimizer: torch.optim.Optimizer, scheduler: Any, index: int) -> None:
+        name = type(self).__name__
+        if not hasattr(scheduler, "optimizer"):
+            raise TypeError(
+                f"{name} at index {index} should have `optimizer` as its attribute, but is a {type(scheduler).__name__}"
+            )
+        if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau):
+            raise ValueError(  # noqa: TRY004 (torch's type)
+                f"{name} does not support `ReduceLROnPlateau` scheduler as it requires additional kwargs to be "
+                f"specified when calling `step`, but got one at index {index} in the given schedulers sequence; step "
+                "it on its own"
+            )
+        if isinstance(scheduler, Schedule):
+            raise ValueError(  # noqa: TRY004 (as for ReduceLROnPlateau)
+                f"{name} does not take a Schedule, but got one at index {index}; combine its values instead, by "
+                "join(...) or by *, and give the result to one Schedule"
+            )
+        if scheduler.optimizer is not optimizer:
+            raise ValueError(
+                f"{name} expects all schedulers to belong to the same optimizer, but got scheduler "
+                f"{type(scheduler).__name__} at index {index} with another {type(scheduler.optimizer).__name__}"
+            )
+
+    def _reset_lrs(self) -> None:
+        for group in self.optimizer.param_groups:
+            put(group, "lr", group["initial_lr"])
+
+    def _rewind(self) -> None:
+        for scheduler in self._schedulers:
+            if isinstance(scheduler, LRScheduler):
+                scheduler._rewind()
+            else:
+                scheduler.last_epoch = -1
+
+    def step(self) -> None:  # type: ignore[override]
+        """Move on by one; call it after `optimizer.step()`."""
+        self._update_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all attributes but the optimizer, and the state dicts of the schedulers."""
+        return {
+            **super().state_dict(),
+            "_schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+        }
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
+        super()._check_groups(state_dict)
+        saved, present = len(state_dict["_schedulers"]), len(self._schedulers)
+        if saved != present:
+            raise ValueError(
+                f"the state dict of this {type(self).__name__} is of {saved} schedulers, but it has {present}"
+            )
+        for scheduler, state in zip(self._schedulers, state_dict["_schedulers"], strict=True):
+            if isinstance(scheduler, LRScheduler):
+                scheduler._check_groups(state)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        for scheduler, part in zip(self._schedulers, state.pop("_schedulers"), strict=True):
+            if isinstance(scheduler, LRScheduler):
+                scheduler._take(dict(part))
+            else:
+                scheduler.load_state_dict(part)
+        super()._take(state)
+
+
+class SequentialLR(Composite):
+    """One scheduler after the other, each counting its epochs from its own beginning.
+
+    Args:
+        optimizer: any optimizer.
+        schedulers: at least one, of this optimizer; composites are allowed.
+        milestones: the epochs at which the second and later ones begin.
+        last_epoch: see `LRScheduler`.  The schedulers are run to where they were, about 10 µs per epoch;
+            `load_state_dict` needs no such time.
+
+    Raises:
+        TypeError: something in the list is no scheduler.
+        ValueError: there is no scheduler, one of another optimizer, a `ReduceLROnPlateau`, or a wrong number of
+            milestones.
+
+    Note:
+        Where torch goes wrong, this equals a run that was not interrupted: `last_epoch` other than -1, and a
+        `SequentialLR` or `ChainedScheduler` inside.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedulers: list[torch_schedulers.LRScheduler],
+        milestones: list[int],
+        last_epoch: int = -1,
+    ) -> None:
+        if len(schedulers) < 1:
+            raise ValueError(f"{type(self).__name__} expects at least one scheduler, but got no scheduler.")
+        self._adopt(optimizer, schedulers)
+        if len(milestones) != len(schedulers) - 1:
+            raise ValueError(
+                "Sequential Schedulers expects number of schedulers provided to be one more than the number of "
+                f"milestone points, but got number of schedulers {len(schedulers)} and the number of milestones to be "
+                f"equal to {len(milestones)}"
+            )
+        self._milestones = milestones
+        self._reset_lrs()
+        self._rewind()
+        self._initial_step()
+        with as_if_stepped(optimizer):
+            for _ in range(last_epoch + 1):
+                self._update_lr()
+
+    def _rewind(self) -> None:
+        super()._rewind()
+        self.last_epoch = -1
+
+    def _initial_step(self) -> None:
+        self.last_epoch = 0
+        self._active()._initial_step()
+        self._last_lr = self._read()
+
+    def _active(self) -> torch_schedulers.LRScheduler:
+        return self._schedulers[bisect_right(self._milestones, self.last_epoch)]
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        begins = self.last_epoch in self._milestones or epoch is not None
+        if begins:
+            self._active()._update_lr(0)
+        else:
+            self._active().step()
+        self._last_lr = self._read()
+
+
+class ChainedScheduler(Composite):
+    """Several schedulers at once, each working on the rates that the one before it left.
+
+    Args:
+        schedulers: at least one; chaining makes sense of those that compute a rate from the one before.
+        optimizer: the schedulers' optimizer; that of the first by default.
+
+    Raises:
+        TypeError: something in the list is no scheduler.
+        ValueError: there is no scheduler, one of another optimizer, or a `ReduceLROnPlateau`.
+    """
+
+    def __init__(
+        self,
+        schedulers: Sequence[torch_schedulers.LRScheduler],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if len(schedulers) < 1:
+            raise ValueError(
+                f"{type(self).__name__} expects at least one scheduler to be chained, but got no scheduler."
+            )
+        self._adopt(optimizer or schedulers[0].optimizer, schedulers)
+        self._last_lr = self._read()
+
+    def _initial_step(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler._initial_step()
+        self._last_lr = self._read()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if epoch is not None:
+            self._reset_lrs()
+            self._rewind()
+            self._initial_step()
+            return
+        for scheduler in self._schedulers:
+            scheduler.step()
+        self._last_lr = self._read()

@@ -1,0 +1,125 @@
+"""Drawing: curves as text for a terminal, and as figures by matplotlib, which is imported when first needed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surefoot.lr_scheduler.curves import Array, Curve
+
+DEFAULT_STEPS = 1000
+_MOST_STEPS = 100_000
+COLORS = ("#1f5fa8", "#d1602b", "#2e8b57", "#8a4fa3", "#b8860b", "#4d4d4d")
+_FIRST_BRAILLE = 0x2800
+_DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+
+
+def default_steps(curves: Sequence[Curve]) -> int:
+    """Give how many steps to draw: to the last horizon and a little on, or 1000 where nothing ends."""
+    last = max(curve.horizon() for curve in curves)
+    return math.ceil(last * 1.05) if last else DEFAULT_STEPS
+
+
+def load_pyplot() -> Any:
+    """Import matplotlib.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt  # noqa: PLC0415 (optional, and slow to import)
+    except ImportError as error:
+        raise ImportError("to draw figures surefoot needs matplotlib: pip install 'surefoot[plot]'") from error
+    return plt
+
+
+def style(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Give axes the looks that all of surefoot's figures share."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(visible=True, color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, path: str | Path | None) -> Any:
+    """Write a figure to a file, if there is one, and give it back."""
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def figure(
+    curves: Mapping[str, Curve],
+    steps: int | None = None,
+    path: str | Path | None = None,
+    *,
+    scale: float = 1.0,
+    ylabel: str = "factor",
+) -> Any:
+    """Draw curves with matplotlib.
+
+    Args:
+        curves: the curves by their labels; without labels where there is only one.
+        steps: how many; see `default_steps`.
+        path: a file to write.
+        scale: what the factors are multiplied with, such as a learning rate.
+        ylabel: what is drawn.
+
+    Returns:
+        The figure, closed for pyplot, so that many can be drawn; notebooks show it all the same.
+    """
+    pyplot = load_pyplot()
+    at = np.arange(steps or default_steps(list(curves.values())))
+    result, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for index, (label, curve) in enumerate(curves.items()):
+        axes.plot(at, scale * curve(at), color=COLORS[index % len(COLORS)], linewidth=1.8, label=label)
+    if len(curves) > 1:
+        result.legend(loc="outside lower center", frameon=False, fontsize=8)
+    style(axes, "step", ylabel)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    pyplot.close(result)
+    return save(result, path)
+
+
+def braille(values: Array, low: float, high: float, width: int, height: int) -> list[str]:
+    """Draw values as a line of braille dots, two by four to a character.
+
+    Args:
+        values: `2 * width` of them, from left to right.
+        low: the value of the lowest dots.
+        high: the value of the highest.
+        width: in characters.
+        height: in lines.
+
+    Returns:
+        The lines, from top to bottom; a character without dots is a space.
+    """
+    rows = 4 * height
+    span = high - low or 1.0
+    levels = np.clip(((high - values) / span * (rows - 1)).round().astype(int), 0, rows - 1)
+    cells = np.zeros((height, width), dtype=int)
+    before = np.concatenate([levels[:1], levels[:-1]])
+    for column, (a, b) in enumerate(zip(before.tolist(), levels.tolist(), strict=True)):
+        # The dots between two neighbours join the line where it is steep.
+        for row in {b, *range(min(a, b) + 1, max(a, b))}:
+            cells[row // 4, column // 2] |= _DOTS[row % 4, column % 2]
+    return ["".join(chr(_FIRST_BRAILLE + cell) if cell else " " for cell in line) for line in cells.tolist()]
+
+
+def layers(
+    curves: Sequence[Curve], steps: int, scale: float, width: int, height: int
+) -> tuple[list[list[str]], float, float]:
+    """Draw each curve as text on the same axes.
+
+    Returns:
+        The lines of each curve, and the values of the lowest and the highest line.
+    """
+    at = np.linspace(0, steps - 1, 2 * width)
+    # The axis is that of all steps: a peak may lie between two columns.
+    every = np.linspace(0, steps - 1, min(steps, _MOST_STEPS))
+    seen = [scale * curve(every) for curve in curves]
+    low, high = min(0.0, *(float(values.min()) for values in seen)), max(float(values.max()) for values in seen)
+    return [braille(scale * curve(at), low, high, width, height) for curve in curves], low, high

@@ -1,0 +1,334 @@
+"""Averages of a model's weights over training: stochastic weight averaging (SWA) and exponential moving averages (EMA).
+
+The names and the contract of `torch.optim.swa_utils`.  All averaging goes through `lerp_all`, so that one function
+knows how many tensors are averaged at once.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+from surefoot.lr_scheduler.base import Rate, Recursive, per_group
+
+__all__ = [
+    "SWALR",
+    "AveragedModel",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+]
+
+Tensors = Sequence[Tensor]
+Count = Tensor | int
+AverageOne = Callable[[Tensor, Tensor, Count], Tensor]
+AverageAll = Callable[[Tensors, Tensors, Count], None]
+
+
+@torch.no_grad()
+def lerp_all(averages: Tensors, currents: Tensors, weight: float) -> None:
+    """Move averages towards the current values: `average += weight * (current - average)`, in place.
+
+    Args:
+        averages: tensors of one device and dtype.
+        currents: as many, of the same shapes.
+        weight: in [0, 1].  Integers are averaged as real numbers and cut off.
+    """
+    if averages[0].is_floating_point() or averages[0].is_complex():
+        torch._foreach_lerp_(list(averages), list(currents), weight)
+        return
+    for average, current in zip(averages, currents, strict=True):
+        average.copy_(average * (1 - weight) + current * weight)
+
+
+def _checked_decay(decay: float) -> float:
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"Invalid decay value {decay} provided. Please provide a value in [0,1] range.")
+    return decay
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
+    """Give the function that updates exponential moving averages of many tensors in place.
+
+    `average = decay * average + (1 - decay) * current`
+
+    Args:
+        decay: in [0, 1]; the average is over about `1 / (1 - decay)` updates.
+
+    Raises:
+        ValueError: `decay` is out of range.
+    """
+    weight = 1 - _checked_decay(decay)
+
+    def ema_update(averages: Tensors, currents: Tensors, _: Count) -> None:
+        lerp_all(averages, currents, weight)
+
+    return ema_update
+
+
+def get_swa_multi_avg_fn() -> AverageAll:
+    """Give the function that updates equally weighted averages of many tensors in place.
+
+    `average += (current - average) / (n_averaged + 1)`
+    """
+
+    def swa_update(averages: Tensors, currents: Tensors, num_averaged: Count) -> None:
+        lerp_all(averages, currents, 1 / (int(num_averaged) + 1))
+
+    return swa_update
+
+
+def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
+    """Give the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
+    _checked_decay(decay)
+
+    @torch.no_grad()
+    def ema_update(average: Tensor, current: Tensor, _: Count) -> Tensor:
+        return decay * average + (1 - decay) * current
+
+    return ema_update
+
+
+def get_swa_avg_fn() -> AverageOne:
+    """Give the function that returns the new equally weighted average of one tensor; see `get_swa_multi_avg_fn`."""
+
+    @torch.no_grad()
+    def swa_update(average: Tensor, current: Tensor, num_averaged: Count) -> Tensor:
+        return average + (current - average) / (num_averaged + 1)
+
+    return swa_update
+
+
+class AveragedModel(Module):
+    """A copy of a model whose parameters are the average of the model's over training.
+
+    The first `update_parameters` copies, each later one averages.  With batch normalisation either average the buffers
+    as well (`use_buffers`) or call `update_bn` at the end.
+
+    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"; for EMA pass
+    `multi_avg_fn=get_ema_multi_avg_fn(0.999)`.
+
+    Args:
+        model: what is averaged.
+        device: where the copy lives; the model's own device by default.
+        avg_fn: `(average, current, n_averaged) -> new average`, for each tensor.
+        multi_avg_fn: `(averages, currents, n_averaged) -> None`, in place, for all tensors of one device and dtype.
+            Without either, all updates weigh the same.
+        use_buffers: average the buffers too; otherwise they are copied at each update.
+
+    Attributes:
+        module: the copy.
+        n_averaged: how many updates there were, an int64 tensor of one element.
+
+    Raises:
+        AssertionError: both functions are given.
+
+    Example:
+        >>> import torch
+        >>> from surefoot.swa_utils import AveragedModel
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> average = AveragedModel(model)
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)
+        ...     average.update_parameters(model)
+        >>> average.module.weight.item()
+        3.0
+
+    Note:
+        Unlike torch: parameters that lazy modules make later are taken over, and a model with another number of
+        tensors is refused instead of averaged in part.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(
+        self,
+        model: Module,
+        device: int | torch.device | None = None,
+        avg_fn: AverageOne | None = None,
+        multi_avg_fn: AverageAll | None = None,
+        use_buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise AssertionError("Only one of avg_fn and multi_avg_fn should be provided")
+        self.module = deepcopy(model, _lazy_buffers(model))
+        if device is not None:
+            self.module = self.module.to(device)
+        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
+        self.avg_fn = avg_fn
+        self.multi_avg_fn = multi_avg_fn
+        self.use_buffers = use_buffers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged model."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: Module) -> None:
+        """Take the model's present parameters into the average.
+
+        Raises:
+            ValueError: the model has other tensors than the one that was copied; the average is as it was.
+        """
+        pairs = _pairs(self.module, model, "parameters")
+        buffers = _pairs(self.module, model, "buffers")
+        averaged, copied = ([*pairs, *buffers], []) if self.use_buffers else (pairs, buffers)
+        if self.n_averaged == 0:
+            averaged, copied = [], [*averaged, *copied]
+        for average, current in copied:
+            average.copy_(current)
+        if averaged:
+            self._average(averaged)
+        self.n_averaged += 1
+
+    def _average(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        if self.avg_fn is not None:
+            for average, current in pairs:
+                average.copy_(self.avg_fn(average, current, self.n_averaged.to(average.device)))
+            return
+        average_all = self.multi_avg_fn or get_swa_multi_avg_fn()
+        for (device, _), (averages, currents) in _by_kind(pairs).items():
+            average_all(averages, currents, self.n_averaged.to(device))
+
+
+def _lazy_buffers(model: Module) -> dict[int, Any]:
+    """Give what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
+    new: Any = UninitializedBuffer  # torch's stub has no signature for it
+    lazy = [buffer for buffer in model.buffers() if is_lazy(buffer)]
+    return {id(buffer): new(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
+
+
+def _pairs(averaged: Module, model: Module, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """Pair the tensors of both modules, those of the model brought to the average's device."""
+    ours, theirs = (list(getattr(module, kind)()) for module in (averaged, model))
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"the model has {len(theirs)} {kind}, but the average was made of {len(ours)}; make a new AveragedModel "
+            "when you add or remove modules"
+        )
+    pairs = [(_made_like(average, current), current) for average, current in zip(ours, theirs, strict=True)]
+    if any(is_lazy(current) for current in theirs):
+        pairs = [(average, current) for average, current in pairs if not is_lazy(current)]
+    for average, current in pairs:
+        if average.shape != current.shape:
+            raise ValueError(
+                f"the model has a tensor of shape {tuple(current.shape)} where the average has "
+                f"{tuple(average.shape)}; give the model that was averaged"
+            )
+    if any(average.device != current.device for average, current in pairs):
+        pairs = [(average, current.to(average.device)) for average, current in pairs]
+    return pairs
+
+
+def _made_like(average: Tensor, current: Tensor) -> Tensor:
+    """Make the tensor of a lazy module, once the model has made its own."""
+    if isinstance(average, UninitializedParameter | UninitializedBuffer) and not is_lazy(current):
+        average.materialize(current.shape, dtype=current.dtype)
+    return average
+
+
+def _by_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Any, tuple[list[Tensor], list[Tensor]]]:
+    """Sort pairs by device and dtype of the average; the model's values are brought to its dtype."""
+    kinds: defaultdict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for average, current in pairs:
+        averages, currents = kinds[average.device, average.dtype]
+        averages.append(average)
+        currents.append(current if current.dtype == average.dtype else current.to(average.dtype))
+    return kinds
+
+
+@contextmanager
+def _cumulative(model: Module) -> Iterator[bool]:
+    """Let batch normalisation take plain means over all batches; everything is put back at the end."""
+    modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [module.momentum for module in modules]
+    training = {module: module.training for module in model.modules()} if modules else {}
+    for normalisation in modules:
+        normalisation.reset_running_stats()
+        normalisation.momentum = None
+    try:
+        yield bool(modules)
+    finally:
+        for normalisation, momentum in zip(modules, momenta, strict=True):
+            normalisation.momentum = momentum
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def update_bn(loader: Iterable[Any], model: Module, device: int | torch.device | None = None) -> None:
+    """Compute the running statistics of batch normalisation anew, in one pass over the data.
+
+    Args:
+        loader: batches: tensors, or lists or tuples whose first item is the tensor to give to the model.
+        model: the model, usually an `AveragedModel`.
+        device: where to bring the batches.
+    """
+    with _cumulative(model) as needed:
+        if not needed:
+            return
+        model.train()
+        for batch in loader:
+            inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            model(inputs if device is None else inputs.to(device))
+
+
+def _share(strategy: str, fraction: float) -> float:
+    """Give how much of the way has been gone after a fraction of the time."""
+    fraction = max(0.0, min(1.0, fraction))
+    return (1 - math.cos(math.pi * fraction)) / 2 if strategy == "cos" else fraction
+
+
+class SWALR(Recursive):
+    """Go from the present rate to `swa_lr` in `anneal_epochs`, and stay there.
+
+    Args:
+        optimizer: any optimizer; its groups get a key `swa_lr`.
+        swa_lr: the last rate, or a list with one per param group.
+        anneal_epochs: how many epochs it takes, an integer >= 0.
+        anneal_strategy: `"cos"` or `"linear"`.
+        last_epoch: see `LRScheduler`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        swa_lr: float | Sequence[float],
+        anneal_epochs: int = 10,
+        anneal_strategy: str = "cos",
+        last_epoch: int = -1,
+    ) -> None:
+        if anneal_strategy not in ("cos", "linear"):
+            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
+        if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
+            raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
+        for group, lr in zip(optimizer.param_groups, per_group("swa_lr", optimizer, swa_lr), strict=True):
+            group["swa_lr"] = lr
+        self._anneal_strategy = anneal_strategy
+        self.anneal_epochs = anneal_epochs
+        super().__init__(optimizer, last_epoch)
+
+    def _next_lr(self, epoch: int, lr: Rate, index: int) -> Rate:
+        last = self.optimizer.param_groups[index]["swa_lr"]
+        epoch = max(1, epoch) if self.anneal_epochs == 0 else epoch
+        before, now = (_share(self._anneal_strategy, e / max(1, self.anneal_epochs)) for e in (epoch - 1, epoch))
+        first: Rate = last if before == 1 else (lr - before * last) / (1 - before)
+        new: Rate = last * now + first * (1 - now)
+        return new
+
+    def _get_closed_form_lr(self) -> list[Rate]:
+        return self.get_lr()

@@ -1,0 +1,267 @@
+"""Averaged models: torch's contract, and what is right where torch goes wrong."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.optim.swa_utils as torchs
+from torch import nn
+
+from surefoot import swa_utils as ours
+from surefoot.lr_scheduler import Schedule
+from surefoot.lr_scheduler.schedules import cosine
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors as small as these are done before a second thread wakes up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+UPDATES = 20
+FUNCTIONS = {
+    "swa": lambda lib: {},
+    "swa one": lambda lib: {"avg_fn": lib.get_swa_avg_fn()},
+    "swa all": lambda lib: {"multi_avg_fn": lib.get_swa_multi_avg_fn()},
+    "ema one": lambda lib: {"avg_fn": lib.get_ema_avg_fn(0.9)},
+    "ema all": lambda lib: {"multi_avg_fn": lib.get_ema_multi_avg_fn(0.9)},
+}
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).to(dtype)
+
+
+def train(models, updates=UPDATES):
+    """Change all models alike, and update each one's average."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(updates):
+        inputs = torch.randn(16, 4, generator=generator)
+        noise = [torch.randn(param.shape, generator=generator) for param in models[0][0].parameters()]
+        for model, average in models:
+            model(inputs.to(next(model.parameters()).dtype))
+            with torch.no_grad():
+                for param, change in zip(model.parameters(), noise, strict=True):
+                    param.add_(change.to(param.dtype), alpha=0.1)
+            average.update_parameters(model)
+
+
+def distance(average, oracle):
+    """The largest distance of an average to one in float64, in units of the latter's largest element."""
+    pairs = zip(average.module.parameters(), oracle.module.parameters(), strict=True)
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_averages_are_torchs(kind, use_buffers):
+    runs = [(network(), None) for _ in range(2)] + [(network(torch.float64), None)]
+    libraries = (ours, torchs, torchs)
+    # torch cannot average integers with its own function for many tensors.
+    buffers = [use_buffers and not (kind == "swa all" and library is torchs) for library in libraries]
+    runs = [
+        (model, library.AveragedModel(model, use_buffers=use, **FUNCTIONS[kind](library)))
+        for (model, _), library, use in zip(runs, libraries, buffers, strict=True)
+    ]
+    train(runs)
+    mine, theirs, oracle = (average for _, average in runs)
+    assert distance(mine, oracle) <= distance(theirs, oracle) * 1.5 + 1e-7
+    if "one" in kind or kind == "ema all":
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+    if buffers[0] == buffers[1]:
+        for a, b in zip(mine.buffers(), theirs.buffers(), strict=True):
+            assert torch.allclose(a.double(), b.double(), atol=1e-6)
+    assert mine.n_averaged.item() == UPDATES
+    assert mine.n_averaged.dtype == torch.int64
+
+
+def test_the_first_update_copies_and_swa_is_the_mean():
+    model = nn.Linear(1, 1, bias=False)
+    average = ours.AveragedModel(model)
+    for value in (2.0, 4.0, 9.0):
+        nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == 5.0
+    assert average(torch.ones(1, 1)).item() == 5.0
+
+
+def test_integers_are_averaged_as_numbers():
+    for kind, expected in (("swa", 2), ("ema all", 1)):
+        for library in (ours, torchs):
+            model = nn.BatchNorm1d(2)
+            average = library.AveragedModel(model, use_buffers=True, **FUNCTIONS[kind](library))
+            for count in (1, 2, 6):
+                model.num_batches_tracked.fill_(count)
+                average.update_parameters(model)
+            assert average.module.num_batches_tracked.item() == expected
+
+
+def test_complex_and_mixed_dtypes_are_averaged():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+            self.high = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.imaginary = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+
+    model = Mixed()
+    average = ours.AveragedModel(model, multi_avg_fn=ours.get_ema_multi_avg_fn(0.5))
+    for value in (0, 1, 1j):
+        with torch.no_grad():
+            model.low.fill_(abs(value))
+            model.high.fill_(abs(value))
+            model.imaginary.fill_(value)
+        average.update_parameters(model)
+    assert average.module.low.tolist() == average.module.high.tolist() == [0.75] * 3
+    assert average.module.imaginary.tolist() == [0.25 + 0.5j] * 3
+
+
+def test_a_float32_average_of_a_bfloat16_model():
+    model = network(torch.bfloat16)
+    average = ours.AveragedModel(model, multi_avg_fn=ours.get_ema_multi_avg_fn(0.99))
+    average.module.float()
+    train([(model, average)], 3)
+    assert {param.dtype for param in average.parameters()} == {torch.float32}
+
+
+def test_parameters_of_lazy_modules_are_taken_over():
+    """torch fails: the copy's parameters stay without shape."""
+    for library, works in ((ours, True), (torchs, False)):
+        model = nn.Sequential(nn.LazyLinear(3), *([nn.LazyBatchNorm1d()] if works else []))
+        average = library.AveragedModel(model)
+        inputs = torch.randn(5, 4)
+        model(inputs)
+        if not works:
+            with pytest.raises((ValueError, RuntimeError)):
+                average.update_parameters(model)
+            continue
+        for _ in range(3):
+            average.update_parameters(model)
+        assert torch.allclose(average.module[0].weight, model[0].weight)
+        model.eval()
+        average.eval()
+        assert torch.allclose(average(inputs), model(inputs), atol=1e-6)
+
+
+def test_lazy_modules_that_have_not_run_are_passed_over():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    average = ours.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average.module[0].weight, model[0].weight)
+
+
+def test_it_lives_on_its_device_and_in_its_state_dict():
+    model = network()
+    average = ours.AveragedModel(model, device=torch.device("cpu"))
+    train([(model, average)], 4)
+    again = ours.AveragedModel(network())
+    again.load_state_dict(average.state_dict())
+    assert set(average.state_dict()) == set(torchs.AveragedModel(network()).state_dict())
+    torchs.AveragedModel(network()).load_state_dict(average.state_dict())
+    other = copy.deepcopy(model)
+    train([(model, average), (other, again)], 4)
+    for a, b in zip(average.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_model_is_refused_before_anything_changes():
+    model, larger = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = ours.AveragedModel(model)
+    average.update_parameters(model)
+    before = average.module.weight.clone()
+    with pytest.raises(ValueError, match="the model has 4 parameters, but the average was made of 2; make a new Aver"):
+        average.update_parameters(larger)
+    with pytest.raises(
+        ValueError, match=r"a tensor of shape \(2, 3\) where the average has \(2, 2\); give the model that"
+    ):
+        average.update_parameters(nn.Linear(3, 2))
+    assert torch.equal(average.module.weight, before)
+    assert average.n_averaged.item() == 1
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_decay_out_of_range_is_refused(decay):
+    for make in (ours.get_ema_avg_fn, ours.get_ema_multi_avg_fn):
+        with pytest.raises(ValueError, match=f"Invalid decay value {decay} provided"):
+            make(decay)
+
+
+def test_two_functions_are_refused():
+    with pytest.raises(AssertionError, match="Only one of avg_fn and multi_avg_fn should be provided"):
+        ours.AveragedModel(network(), avg_fn=ours.get_swa_avg_fn(), multi_avg_fn=ours.get_swa_multi_avg_fn())
+
+
+@pytest.mark.parametrize("name", torchs.__all__)
+def test_signatures_are_torchs(name):
+    mine, theirs = (inspect.signature(getattr(lib, name)).parameters.values() for lib in (ours, torchs))
+    assert [(p.name, p.kind, p.default) for p in mine] == [(p.name, p.kind, p.default) for p in theirs]
+
+
+def batches(kind):
+    generator = torch.Generator().manual_seed(2)
+    inputs = [torch.randn(16, 4, generator=generator) for _ in range(5)]
+    return {"tensors": inputs, "lists": [[x, 0] for x in inputs], "tuples": [(x, 0) for x in inputs]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "lists", "tuples"])
+def test_update_bn_is_torchs(kind):
+    models = []
+    for library in (ours, torchs):
+        model = network()
+        model[1].momentum = 0.3
+        model.eval()
+        library.update_bn(batches(kind), model, torch.device("cpu"))
+        assert model[1].momentum == 0.3
+        assert not model.training
+        models.append(model)
+    for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_update_bn_puts_everything_back_after_an_exception():
+    model = network()
+    model[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="out of data"):
+        ours.update_bn(iter(lambda: (_ for _ in ()).throw(ValueError("out of data")), None), model)
+    assert model[1].momentum == 0.1
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_update_bn_without_batch_norm_reads_no_data():
+    ours.update_bn(iter([1 / 1, None]), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anneal_strategy": "x"}, "anneal_strategy must be one of 'cos' or 'linear', instead got x"),
+        ({"anneal_epochs": -1}, "anneal_epochs must be equal or greater than 0, got -1"),
+        ({"swa_lr": [0.1, 0.2]}, "swa_lr must have the same length as optimizer.param_groups"),
+    ],
+)
+def test_mistakes_with_swalr_are_named(options, message):
+    for library in (ours, torchs):
+        optimizer = torch.optim.SGD(network().parameters(), 0.1)
+        with pytest.raises(ValueError, match=message):
+            library.SWALR(optimizer, **{"swa_lr": 0.1, **options})
+
+
+def test_swalr_follows_another_schedule():
+    optimizer = torch.optim.SGD(network().parameters(), 0.1)
+    schedule = Schedule(optimizer, lr=cosine(1, 0, 20))
+    optimizer.step()
+    for _ in range(10):
+        schedule.step()
+    swa = ours.SWALR(optimizer, 0.2, anneal_epochs=5, anneal_strategy="linear")
+    seen = []
+    for _ in range(7):
+        swa.step()
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.08, 0.11, 0.14, 0.17, 0.2, 0.2, 0.2])
