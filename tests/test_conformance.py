@@ -8,6 +8,10 @@ import inspect
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import surefoot
 from conformance import (
     DENSE,
     ELEMENTWISE,
@@ -28,10 +32,6 @@ from conformance import (
     train,
     zoo,
 )
-from torch import Tensor
-from torch.autograd import gradcheck
-
-import surefoot
 from surefoot.rule import Sparse
 
 OTHERS = [name for name in ENGINES if name != "eager"]

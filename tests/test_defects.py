@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.distributed
-from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import surefoot
+from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals
 
 each_16_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import surefoot
 from helpers import (
     ALGORITHMS,
     assert_as_torch,
@@ -15,8 +17,6 @@ from helpers import (
     snapshot,
     train,
 )
-
-import surefoot
 
 SCALED = [cls for cls in ALGORITHMS if cls not in (surefoot.SparseAdam, getattr(surefoot, "LBFGS", None))]
 """GradScaler takes neither closures nor, on the CPU, gradients that are sparse."""

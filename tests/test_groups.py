@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same, params_of
 from torch import nn
 
 import surefoot
+from helpers import assert_same, params_of
 from surefoot.groups import parameter_groups
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import assert_same, make, name_of, set_grads, snapshot, train
 from torch.optim import optimizer as torch_hooks
 
 import surefoot
+from helpers import assert_same, make, name_of, set_grads, snapshot, train
 
 KINDS = ["step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
 

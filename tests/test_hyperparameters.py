@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import ALGORITHMS, assert_same, make, make_params, name_of, snapshot, train
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import surefoot
+from helpers import ALGORITHMS, assert_same, make, make_params, name_of, snapshot, train
 from surefoot.rule.hyperparameters import Each, Interval
 
 NAN, INF = math.nan, math.inf

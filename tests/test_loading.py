@@ -9,9 +9,12 @@ import operator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import surefoot
 from helpers import (
     ALGORITHMS,
-    ENGINES,
     accepted,
     assert_as_torch,
     assert_same,
@@ -25,10 +28,6 @@ from helpers import (
     train,
     twin,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-import surefoot
 
 LBFGS = getattr(surefoot, "LBFGS", None)
 """Its state is one flat vector of all parameters; its own tests load it."""

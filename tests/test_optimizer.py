@@ -8,6 +8,11 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch import multiprocessing, nn
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import required
+
+import surefoot
 from helpers import (
     ALGORITHMS,
     ENGINES,
@@ -25,11 +30,6 @@ from helpers import (
     train,
     twin,
 )
-from torch import multiprocessing, nn
-from torch.optim import lr_scheduler
-from torch.optim.optimizer import required
-
-import surefoot
 
 each_algorithm = pytest.mark.parametrize("cls", ALGORITHMS, ids=name_of)
 each_engine = pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
@@ -296,7 +296,7 @@ def test_state_dict_refers_to_the_tensors_and_keeps_foreign_keys():
 
 
 def pickled(optimizer):
-    return pickle.loads(pickle.dumps(optimizer))  # noqa: S301 (made one line above)
+    return pickle.loads(pickle.dumps(optimizer))
 
 
 def saved(optimizer):

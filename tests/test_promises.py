@@ -8,6 +8,9 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
+
+import surefoot
 from conformance import (
     DENSE,
     ELEMENTWISE,
@@ -26,9 +29,6 @@ from conformance import (
     train,
     zoo,
 )
-from torch import Tensor
-
-import surefoot
 
 SOME = ("odd", "matrix", "channels_last", "strided view", "transposed", "late")
 
@@ -568,7 +568,7 @@ def test_a_model_in_another_dtype_goes_on(engine, row):
 
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
-)  # noqa: S301
+)
 @each_row(DENSE)
 @each_engine
 def test_copies_go_on(engine, row, copied):

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import ENGINES, STEPS, assert_close, assert_same, each_engine, gradients, results, train, zoo
-from torch import Tensor
 
 import surefoot
+from conformance import ENGINES, STEPS, assert_close, assert_same, each_engine, gradients, train, zoo
 from surefoot.errors import RuleError
 from surefoot.rule.ops import OPS
 

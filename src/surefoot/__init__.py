@@ -1,7 +1,11 @@
 """Optimizers for PyTorch: the names of torch.optim, each algorithm written once and run by fast engines."""
 
+import importlib
 from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+from surefoot.groups import parameter_groups
 from surefoot.optimizer import Optimizer
 from surefoot.optimizers import (
     ASGD,
@@ -22,6 +26,9 @@ from surefoot.optimizers import (
 )
 from surefoot.rule import Scalar, Slot
 
+if TYPE_CHECKING:
+    from surefoot import lr_finder, lr_scheduler, swa_utils
+
 __all__ = [
     "ASGD",
     "LBFGS",
@@ -41,6 +48,18 @@ __all__ = [
     "Scalar",
     "Slot",
     "SparseAdam",
+    "lr_finder",
+    "lr_scheduler",
+    "parameter_groups",
+    "swa_utils",
 ]
 
 __version__ = version("surefoot")
+_ON_FIRST_USE = ("lr_finder", "lr_scheduler", "swa_utils")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import what a step does not need when it is first asked for."""
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"surefoot.{name}")
+    raise AttributeError(f"module 'surefoot' has no attribute {name!r}")

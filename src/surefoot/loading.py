@@ -1,4 +1,4 @@
-"""Verified loading: pair what a state dict holds with what an optimizer has, check all of it, and only then hand it over.
+"""Verified loading: pair what a state dict holds with what an optimizer has, check it all, and only then hand it over.
 
 Nothing here changes the optimizer; `Optimizer.load_state_dict` installs the result.
 """
@@ -165,8 +165,8 @@ def _match_by_name(
         partners.append(next(iter(origins.values())) if len(origins) == 1 else None)
         if len(origins) > 1:
             report.mismatched.append(
-                f"param_groups[{index}]: its parameters stand in {len(origins)} groups of the state dict, whose options "
-                f"cannot all hold"
+                f"param_groups[{index}]: its parameters stand in {len(origins)} groups of the state dict, whose "
+                f"options cannot all hold"
             )
     here = set(_names(groups) or ())
     report.unexpected.extend(f"parameter `{name}`" for name in home if name not in here)
@@ -317,8 +317,9 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
     if not isinstance(value, Tensor):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {type(value).__name__}, must be a tensor")
     elif value.shape != slot.shape_for(param):
+        expected = _shape(slot.shape_for(param))
         problems.mismatched.append(
-            f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(slot.shape_for(param))}"
+            f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {expected}"
         )
     elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")

@@ -387,9 +387,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         for hook in self._hooks("state_dict_pre"):
             hook(self)
-        numbers: dict[Tensor, int] = {}
-        for number, param in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
-            numbers[param] = number  # of a parameter that stands there twice the last, as in torch
+        # A parameter that stands there twice has the last of its numbers, as in torch.
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        numbers = {param: number for number, param in enumerate(params)}
         groups = [
             {
                 **{k: v for k, v in group.items() if k != "params"},

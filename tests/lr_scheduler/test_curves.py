@@ -86,7 +86,7 @@ def test_a_step_alone_and_in_an_array_give_the_same_bits(curve, steps):
 @settings(quick, max_examples=300)
 @given(curves | st.builds(absolute, curves))
 def test_json_expressions_and_pickles_give_an_equal_curve(curve):
-    for twin in (Curve.from_json(curve.to_json()), parse(repr(curve)), pickle.loads(pickle.dumps(curve))):  # noqa: S301
+    for twin in (Curve.from_json(curve.to_json()), parse(repr(curve)), pickle.loads(pickle.dumps(curve))):
         assert twin == curve
         assert hash(twin) == hash(curve)
         assert twin(range(50)).tolist() == curve(range(50)).tolist()

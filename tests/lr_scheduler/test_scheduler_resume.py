@@ -206,7 +206,7 @@ def test_nested_sequences_resume(at):
     by_epoch = nested(loaded(before.optimizer), at - 1)
     by_state = nested(sgd())
     by_state.load_state_dict(copy.deepcopy(before.state_dict()))
-    by_pickle = pickle.loads(pickle.dumps(before))  # noqa: S301 (our own bytes)
+    by_pickle = pickle.loads(pickle.dumps(before))
     for after in (by_epoch, by_state, by_pickle):
         assert run(after, 40 - at) == expected[at:]
 

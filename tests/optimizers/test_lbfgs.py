@@ -546,7 +546,7 @@ def test_a_new_shape_is_refused_until_state_is_cleared():
 
 
 @each_search
-@pytest.mark.parametrize("copy", [deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])  # noqa: S301
+@pytest.mark.parametrize("copy", [deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_alike_and_apart(copy, search):
     optimizer = LBFGS(start(rosenbrock), lr=torch.tensor(0.5), max_iter=4, **search)
     minimize(optimizer, rosenbrock, 2)

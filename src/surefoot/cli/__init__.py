@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from surefoot.cli import lr
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(explain)
+app.add_typer(lr.app)
 
 
 def _version_of(package: str) -> str:

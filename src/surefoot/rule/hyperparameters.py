@@ -131,8 +131,8 @@ _OPTIONS = {
             With True a GradScaler leaves unscaling and skipping to the step.""",
     "capturable": "capturable: keep the step count on the parameter's device, for graph capture; not on a CPU.",
     "differentiable": "differentiable: let gradients flow through the step.  Runs one parameter at a time.",
-    "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance; the
-            parameter's own if None.  Arithmetic is in float32 or better either way.""",
+    "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance;
+            the parameter's own if None.  Arithmetic is in float32 or better either way.""",
 }
 
 LR = Interval("Invalid learning rate: ")
