@@ -24,7 +24,7 @@ Options = dict[str, Any]
 
 ENGINES: dict[str, Options] = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "cpu": {"fused": True}}
 COMPILED = {"cpu"}
-"""Engines that compile a kernel for each setting of the flags, which takes most of a second: they get fewer settings."""
+"""Engines that compile a kernel for each setting of the flags, in most of a second: they get fewer settings."""
 STEPS = 7
 
 
@@ -50,7 +50,6 @@ class Row:
         more: sets of hyperparameters to try, beyond torch's database and all combinations of the class's flags.
         admits: which parameters the oracle takes.
         needs_closure: whether `step` asks for a closure.
-        same_bits: whether our order of operations is the oracle's; otherwise results agree to rounding.
     """
 
     ours: type[surefoot.Optimizer]
@@ -58,7 +57,6 @@ class Row:
     more: tuple[Options, ...] = ()
     admits: Callable[[Tensor], bool] = any_param
     needs_closure: bool = False
-    same_bits: bool = True
 
     @property
     def name(self) -> str:
@@ -74,10 +72,8 @@ class Row:
 
     def variants(self, *, few: bool = False) -> list[Options]:
         """Give every set of hyperparameters to compare, each once; of the combinations of flags only some if `few`."""
-        found = (*self.flag_variants(few=few), *torch_variants(self.oracle), *self.more)
-        return list({str(sorted((self.defaults | options).items())): options for options in reversed(found)}.values())[
-            ::-1
-        ]
+        found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
+        return list({str(sorted((self.defaults | options).items())): options for options in found}.values())
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
         """Give all combinations of the flags that the constructor takes; if `few`, no flag, each by itself, and all."""
@@ -145,10 +141,17 @@ ROWS = (
         more=({"nesterov": False}, {"adjust_lr_fn": "original"}, {"adjust_lr_fn": "match_rms_adamw"}),
         admits=a_matrix,
     ),
-    Row(surefoot.SparseAdam, torch.optim.SparseAdam, more=({"betas": (0.0, 0.5)},), same_bits=False),
+    Row(surefoot.SparseAdam, torch.optim.SparseAdam, more=({"betas": (0.0, 0.5)},)),
+    Row(
+        surefoot.LBFGS,
+        torch.optim.LBFGS,
+        more=({"history_size": 2, "max_iter": 7}, {"line_search_fn": "strong_wolfe", "max_iter": 4, "max_eval": 5}),
+        needs_closure=True,
+    ),
 )
 ELEMENTWISE = tuple(row for row in ROWS if row.elementwise)
 DENSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.ONLY and not row.needs_closure)
+SPARSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.REFUSED and not row.needs_closure)
 
 
 def torch_variants(oracle: type[torch.optim.Optimizer]) -> list[Options]:
@@ -173,13 +176,12 @@ def cases(rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool 
     found = []
     for row in rows:
         for engine in row.engines(engines) if engines else [None]:
-            variants = row.flag_variants() if only_flags else row.variants(few=engine in COMPILED)
-            if only_flags and engine in COMPILED:
-                variants = iter(({}, row.all_flags()))
+            variants = row.variants(few=engine in COMPILED)
+            if only_flags:
+                variants = [{}, row.all_flags()] if engine in COMPILED else [*row.flag_variants()]
             for options in variants:
-                values = [row, options] if engine is None else [engine, row, options]
-                names = [row.name, label(options)] if engine is None else [engine, row.name, label(options)]
-                found.append(pytest.param(*values, id="-".join(names)))
+                asked = [engine] if engine else []
+                found.append(pytest.param(*asked, row, options, id="-".join((*asked, row.name, label(options)))))
     return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
 
 

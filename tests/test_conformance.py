@@ -18,6 +18,7 @@ from conformance import (
     ENGINES,
     FLAGS,
     ROWS,
+    SPARSE,
     STEPS,
     Options,
     Row,
@@ -32,7 +33,6 @@ from conformance import (
     train,
     zoo,
 )
-from surefoot.rule import Sparse
 
 OTHERS = [name for name in ENGINES if name != "eager"]
 number_or_tensor = pytest.mark.parametrize("lr", ["number", "tensor"])
@@ -85,6 +85,31 @@ def test_eager_has_the_bits_of_the_for_loop(row, options, dtype, lr, record_prop
     equal = assert_close if row.ours is surefoot.Adafactor and lr == "tensor" else assert_same
     equal(results(optimizer, ours), results(oracle, theirs))
     record_property("compared", f"eager: {'same bits as' if equal is assert_same else 'to rounding with'} the for-loop")
+
+
+# What evaluates the model itself
+
+
+@cases([row for row in ROWS if row.needs_closure])
+def test_with_a_closure_it_goes_the_way_of_torch(row, options, record_property):
+    ways = []
+    for build in (row.build, row.build_oracle):
+        params = {
+            name: param for name, param in zoo(torch.float64).items() if name in ("0-d", "odd", "matrix", "never")
+        }
+        optimizer = build(params.values(), options)
+
+        def closure(params=params, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = sum(((1 - param) ** 2 + (param**2 - param.detach().mean()) ** 2).sum() for param in params.values())
+            loss.backward()
+            params["never"].grad = None
+            return loss
+
+        losses = {f"loss {step}": optimizer.step(closure).detach() for step in range(3)}
+        ways.append({name: param.detach() for name, param in params.items()} | losses)
+    assert_close(*ways, rtol=1e-6, atol=1e-8)
+    record_property("compared", "default: with a closure, to rounding with torch")
 
 
 # The other engines: no farther from float64 than torch's own
@@ -237,6 +262,9 @@ def differentiable(row, options, param, *grads):
 
 @cases(ELEMENTWISE)
 def test_differentiable_has_the_same_bits(row, options, record_property):
+    options = in_numbers(
+        options
+    )  # tensors take part in the arithmetic, in their own dtype, so that gradients reach them
     normal = normals(torch.float32, seed=1)
     param, *grads = (normal(40) for _ in range(4))
     plain = param.clone().requires_grad_()
@@ -273,6 +301,18 @@ def tunable():
             yield row, name
 
 
+@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adam])
+def test_tensors_that_require_gradients_are_checked_in_silence(cls):
+    """Torch warns, as a rule once, when such a tensor is read as a number."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        cls([torch.ones(2, requires_grad=True)], lr=torch.tensor(0.1, requires_grad=True))
+    finally:
+        torch.set_warn_always(always)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # the test above looks at this
 @pytest.mark.parametrize(("row", "name"), [pytest.param(row, name, id=f"{row.name}-{name}") for row, name in tunable()])
 def test_gradients_flow_to_hyperparameters(row, name):
     """As far as a hyperparameter acts at once, not through a number that is kept in the state."""
@@ -292,7 +332,6 @@ def test_gradients_flow_to_hyperparameters(row, name):
 
 # Sparse gradients
 
-SPARSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.REFUSED)
 LAYOUTS = {
     "rows": ((10, 3), 1, 6),
     "elements": ((5, 7), 2, 20),
@@ -333,7 +372,7 @@ def dense(value):
     return value.to_dense() if isinstance(value, Tensor) and value.is_sparse else value
 
 
-@each_row(ROWS)
+@each_row([row for row in ROWS if not row.needs_closure])
 def test_sparse_gradients_are_refused_by_those_that_cannot_take_them(row):
     param = torch.ones(4, 3, requires_grad=True)
     param.grad = sparse_gradient((4, 3), 1, 2, 0, torch.float32)

@@ -126,6 +126,7 @@ def test_asgd_keeps_inf_and_the_precision_of_its_state(engine):
     assert_close({"param": ours, **optimizer.state[ours]}, {"param": theirs, **oracle.state[theirs]})
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # tested with conformance
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("cls", [surefoot.Adam, surefoot.AdamW])
 def test_differentiable_adam_takes_a_learning_rate_of_zero(cls, decay):
@@ -251,15 +252,16 @@ def mesh(tmp_path_factory):
 
 
 @each_row(DENSE)
-@each_engine
+@pytest.mark.parametrize("engine", ["default", "eager", "foreach"])
 def test_sharded_parameters(engine, row, mesh):
-    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail."""
+    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  Kernels that take plain tensors leave these to others."""
     values = normals(torch.float32, seed=1)(8, 4)
     sharded, plain = (
         distribute_tensor(values.clone(), mesh, [Shard(0)]).requires_grad_(),
         values.clone().requires_grad_(),
     )
-    optimizer, twin = (row.build([param], row.all_flags(), row.engines([engine])[0]) for param in (sharded, plain))
+    engine = row.engines([engine])[0] if engine in ENGINES else engine
+    optimizer, twin = (row.build([param], row.all_flags(), engine) for param in (sharded, plain))
     for number in range(2):
         grad = normals(torch.float32, seed=2 + number)(8, 4)
         step(optimizer, sharded, distribute_tensor(grad, mesh, [Shard(0)]))

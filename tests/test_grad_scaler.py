@@ -18,7 +18,7 @@ from helpers import (
     train,
 )
 
-SCALED = [cls for cls in ALGORITHMS if cls not in (surefoot.SparseAdam, getattr(surefoot, "LBFGS", None))]
+SCALED = [cls for cls in ALGORITHMS if cls not in (surefoot.SparseAdam, surefoot.LBFGS)]
 """GradScaler takes neither closures nor, on the CPU, gradients that are sparse."""
 each_algorithm = pytest.mark.parametrize("cls", SCALED, ids=name_of)
 
@@ -75,16 +75,10 @@ def test_unscale_then_clip_as_torch(cls):
     assert_as_torch(ours, theirs)
 
 
-def hidden(cls, clip):
-    return pytest.mark.xfail(
-        cls is surefoot.NAdam and clip is None, reason="its coefficient `grad_scale` hides the scaler's", strict=True
-    )
-
-
 @pytest.mark.parametrize(
     ("cls", "options", "clip"),
     [
-        pytest.param(cls, options, clip, id=f"{cls.__name__}-{clip}", marks=hidden(cls, clip))
+        pytest.param(cls, options, clip, id=f"{cls.__name__}-{clip}")
         for cls, options in [(surefoot.SGD, {"momentum": 0.9}), (surefoot.AdamW, {}), (surefoot.NAdam, {})]
         for clip in (None, 0.1)
     ],

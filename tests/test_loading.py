@@ -11,10 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim._stateless import swap_in_optimizer_params_and_state
 
 import surefoot
 from helpers import (
     ALGORITHMS,
+    ENGINES,
     accepted,
     assert_as_torch,
     assert_same,
@@ -29,9 +33,8 @@ from helpers import (
     twin,
 )
 
-LBFGS = getattr(surefoot, "LBFGS", None)
-"""Its state is one flat vector of all parameters; its own tests load it."""
-PER_PARAM = [cls for cls in ALGORITHMS if cls is not LBFGS]
+PER_PARAM = [cls for cls in ALGORITHMS if cls is not surefoot.LBFGS]
+"""The state of LBFGS is one flat vector of all parameters; its own tests load it."""
 OPTIONS = {
     "SGD": [{}, {"momentum": 0.9, "nesterov": True}],
     "Adam": [{}, {"amsgrad": True, "weight_decay": 0.1}],
@@ -194,6 +197,32 @@ def test_a_strided_slot_keeps_its_strides():
     target = surefoot.SGD([weight.detach().clone()])
     target.load_state_dict(stepped(surefoot.SGD, [weight]).state_dict())
     assert state_of(target)[0]["momentum_buffer"].stride() == weight.stride()
+
+
+# Tools of torch that load
+
+
+def test_torchs_distributed_checkpoints():
+    models = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2)]
+    source, target = (
+        make(surefoot.AdamW, model.parameters(), lr=lr) for model, lr in zip(models, (0.1, 0.5), strict=True)
+    )
+    state_dict = get_optimizer_state_dict(models[0], train(source))
+    assert "0.weight" in state_dict["state"]
+    set_optimizer_state_dict(models[1], target, state_dict)
+    assert_same(snapshot(target)["state"], snapshot(source)["state"])
+    assert target.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
+def test_torchs_swapping_of_parameters_and_state(options):
+    optimizer = train(surefoot.AdamW(make_params(), **options))
+    before, state_dict = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
+    others = dict(enumerate(copies(optimizer)))
+    with swap_in_optimizer_params_and_state(optimizer, others, state_dict):
+        train(optimizer, first=3)
+    assert_same(snapshot(optimizer), before)
+    assert_same(list(others.values()), snapshot(train(optimizer, first=3))["values"])
 
 
 # Dicts of other times
@@ -650,7 +679,7 @@ CORRUPTIONS = st.lists(
 
 
 @pytest.mark.parametrize(("cls", "options"), FUZZED, ids=lambda value: getattr(value, "__name__", ""))
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(corruptions=CORRUPTIONS, names=st.booleans(), strict=st.booleans())
 def test_a_corrupt_dict_loads_right_or_changes_nothing(cls, options, corruptions, names, strict):
     target = fuzzed_dict(cls, options, names=names)

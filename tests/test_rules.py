@@ -78,40 +78,37 @@ MIXTURES = {
     **dict.fromkeys(("math.sqrt", "math.exp", "math.log", "math.tanh"), ("n",)),
 }
 SPECIAL = (0.0, -0.0, 1.0, -1.5, 0.3, 1e-40, -1e30, torch.inf, -torch.inf, torch.nan)
-NUMBERS = (0.1, -2.0, 0.0, -0.0, torch.inf, torch.nan)
+NUMBERS = (0.1, 0.5, -0.5, 1.0, 2.0, -2.0, 3.0, 0.0, -0.0, torch.inf, torch.nan)
 
 
 def method(name):
-    def call(first, *others):
-        return getattr(first, name)(*others)
-
-    call.__name__ = f".{name}"
-    return call
+    return lambda first, *others: getattr(first, name)(*others)
 
 
 def spellings(op):
     """Give every way in which a rule may write an operation."""
     if op.name in WITH_KEYWORDS:
-        return {"": WITH_KEYWORDS[op.name]}
-    functions = {f"{function.__module__}.".lstrip("_") + function.__name__: function for function in op.spellings}
+        return {"torch": WITH_KEYWORDS[op.name]}
+    functions = {f"{function.__module__}.{function.__name__}".lstrip("_"): function for function in op.spellings}
     return functions | {f".{name}": method(name) for name in op.methods}
 
 
-def mixtures(op):
-    """Give every way to write an operation with every mixture of tensors and numbers that torch takes there."""
+def mixtures(*ops):
+    """Give every way to write operations with every mixture of tensors and numbers that torch takes there."""
     return [
-        (spelling, kinds)
+        (op, name, spelling, kinds)
+        for op in ops
         for kinds in map("".join, itertools.product("tn", repeat=op.arity))
         for name, spelling in spellings(op).items()
         if kinds in MIXTURES.get(name, MIXTURES.get(op.name, (kinds,))) and not (name[0] == "." and kinds[0] == "n")
     ]
 
 
-def operation_rule(op):
-    """Make a rule with a slot for the value of an operation in each of its mixtures."""
+def rule_of_mixtures(mixed):
+    """Make a rule with a slot for the value of each mixture."""
 
-    class Operation(surefoot.Optimizer):
-        slots = (*map(surefoot.Slot, "xyz"), *(surefoot.Slot(f"out{index}") for index in range(len(mixtures(op)))))
+    class Operations(surefoot.Optimizer):
+        slots = (*map(surefoot.Slot, "xyz"), *(surefoot.Slot(f"out{index}") for index in range(len(mixed))))
         scalars = ()
 
         @staticmethod
@@ -119,13 +116,13 @@ def operation_rule(op):
             x, y, z, *_, c, _ = slots_coefficients_flags
             tensors_and_numbers = ((x, c.a), (y, c.b), (z, c.d), (param, c.e))
             outputs = []
-            for spelling, kinds in mixtures(op):
+            for op, _, spelling, kinds in mixed:
                 value = spelling(*(pair[kind == "n"] for pair, kind in zip(tensors_and_numbers, kinds, strict=False)))
                 value = torch.where(value, 1.0, 0.0) if op.compares else value
                 outputs.append(value if "t" in kinds else torch.full_like(x, value))
             return param, x, y, z, *outputs
 
-    return Operation
+    return Operations
 
 
 def in_torch(spelling, arguments):
@@ -136,12 +133,9 @@ def in_torch(spelling, arguments):
         return spelling(*(torch.as_tensor(argument, dtype=torch.float64) for argument in arguments))
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-@each_engine
-def test_operations_are_those_of_torch(engine, op):
-    rule = operation_rule(op)
-    only_numbers = any("t" not in kinds for _, kinds in mixtures(op))
-    for dtype, number in itertools.product((torch.float32, torch.float64), (0.5,) if only_numbers else NUMBERS):
+def assert_operations_are_torchs(engine, mixed, numbers):
+    rule = rule_of_mixtures(mixed)
+    for dtype, number in itertools.product((torch.float32, torch.float64), numbers):
         x = torch.tensor(SPECIAL, dtype=dtype).repeat_interleave(len(SPECIAL))
         y = torch.tensor(SPECIAL, dtype=dtype).repeat(len(SPECIAL))
         tensors = (x, y, y.roll(3), x.roll(7))
@@ -151,18 +145,32 @@ def test_operations_are_those_of_torch(engine, op):
         optimizer.state[param] = {slot.name: torch.zeros_like(x) for slot in rule.slots}
         optimizer.state[param] |= {name: tensor.clone() for name, tensor in zip("xyz", tensors, strict=False)}
         optimizer.step()
-        # From numbers alone torch.where makes a tensor of the default dtype.
-        plain = torch.tensor(number, dtype=dtype) if op.name == "where" else number
-        for index, (spelling, kinds) in enumerate(mixtures(op)):
+        tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
+        for index, (op, name, spelling, kinds) in enumerate(mixed):
+            # From numbers alone torch.where makes a tensor of the default dtype.
+            plain = torch.tensor(number, dtype=dtype) if op.name == "where" else number
             arguments = [tensor if kind == "t" else plain for tensor, kind in zip(tensors, kinds, strict=False)]
             expected = torch.as_tensor(in_torch(spelling, arguments), dtype=dtype).expand(x.shape)
-            actual = optimizer.state[param][f"out{index}"]
-            what = f"{op.name} as {getattr(spelling, '__name__', spelling)} of {kinds}, number {number}, {dtype}"
+            what = f"{name} for {op.name} of {kinds} with {number}, {dtype}"
+            actual, expected = {what: optimizer.state[param][f"out{index}"]}, {what: expected}
             if engine == "eager" and kinds[0] == "t":
-                assert_same({what: actual}, {what: expected})
+                assert_same(actual, expected)
             else:
-                info = torch.finfo(dtype)
-                assert_close({what: actual}, {what: expected}, rtol=8 * info.eps, atol=info.tiny)
+                assert_close(actual, expected, **tolerance)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@each_engine
+def test_operations_are_those_of_torch(engine, op):
+    mixed = [mixture for mixture in mixtures(op) if "t" in mixture[-1]]
+    assert_operations_are_torchs(engine, mixed, NUMBERS if any("n" in kinds for *_, kinds in mixed) else (1.0,))
+
+
+@pytest.mark.parametrize("module", ["operator", "torch", "math"])
+@each_engine
+def test_operations_on_numbers_alone(engine, module):
+    mixed = [mixture for mixture in mixtures(*OPS) if "t" not in mixture[-1] and mixture[1].startswith(module)]
+    assert_operations_are_torchs(engine, mixed, (0.5,))
 
 
 # Errors of a rule
@@ -298,7 +306,7 @@ def test_what_an_update_returns_is_checked(returned, message):
 @each_engine
 def test_a_missing_coefficient_is_named(engine):
     rule = rule_of(lambda param, grad, first, second, c, flags: (param - grad * c.rate, first, second))
-    with pytest.raises(RuleError, match=r"^Rule.update reads c.rate, which is neither .* there are: .*fresh, lr"):
+    with pytest.raises(RuleError, match=r"^Rule.update reads c.rate, which is neither .* there are: .*fresh"):
         step_once(rule, engine)
 
 

@@ -112,4 +112,5 @@ def _reusable(work: "Work") -> bool:
     from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
 
     scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
-    return work.engine is cpu and not work.bucket.grads[0].is_sparse and Numbers.can_hold(scalars)
+    plain = all(type(param) in cpu.PLAIN for param in work.params)
+    return work.engine is cpu and plain and not work.bucket.grads[0].is_sparse and Numbers.can_hold(scalars)

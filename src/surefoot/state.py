@@ -1,5 +1,6 @@
 """State of parameters: making it, checking it against its parameter, and its scalars as numbers."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,29 @@ def active_slots(optimizer: "Optimizer", flags: Mapping[str, bool]) -> tuple[Slo
 
 def hyperparameters(group: Mapping[str, Any]) -> SimpleNamespace:
     """Give a group's options as attributes; tensors of one element as 0-d tensors."""
-    return SimpleNamespace(**{name: _zero_dim(value) for name, value in group.items() if name != "params"})
+    return SimpleNamespace(**{name: _zero_dim(value) for name, value in group.items() if _is_option(name)})
+
+
+def _is_option(name: Any) -> bool:
+    return isinstance(name, str) and name != "params"
 
 
 def _zero_dim(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dim():
         return value.squeeze()
     return tuple(_zero_dim(item) for item in value) if isinstance(value, tuple) else value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Give what an engine works on: of a sharded tensor this process's shard, of a complex one its real view."""
+    if (sharded := _sharded_type()) is not None and isinstance(tensor, sharded):
+        tensor = sharded.to_local(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _sharded_type() -> Any:
+    """DTensor, if anything has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 # Checking
@@ -73,12 +90,21 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
     if grad.layout is torch.strided:
         if optimizer.sparse is Sparse.ONLY:
             raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
-        return grad.resolve_conj().resolve_neg()
+        laid_out: Tensor = _laid_out_like(param, grad).resolve_conj().resolve_neg()
+        return laid_out
     if not grad.is_sparse or optimizer.sparse is Sparse.REFUSED:
         raise RuntimeError(f"{name} does not support sparse gradients{optimizer.instead_of_sparse}")
     if group.get("weight_decay"):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
     return grad.coalesce() if optimizer.rows_suffice(dict(flags)) else grad.to_dense()
+
+
+def _laid_out_like(param: Any, grad: Any) -> Any:
+    """Give a sharded parameter's gradient in the parameter's own placements."""
+    sharded = _sharded_type()
+    if sharded is None or not isinstance(param, sharded) or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(param.device_mesh, param.placements)
 
 
 def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
@@ -107,12 +133,15 @@ def make_state(optimizer: "Optimizer") -> None:
 
 def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, slots: Sequence[Slot]) -> list[str]:
     """Make what is missing of a parameter's state; give the names of what was made."""
-    state = optimizer.state[param]
-    made = {s.name: s.new(group, scalar_device(group, param)) for s in optimizer.scalars if s.name not in state}
+    state = optimizer.state.get(param, {})
+    made: dict[str, Any] = {
+        s.name: s.new(group, scalar_device(group, param)) for s in optimizer.scalars if s.name not in state
+    }
     for slot in slots:
         if state.get(slot.name) is None and slot.shape_for(param) is not None:
             made[slot.name] = slot.new(param, group)
-    state.update(made)
+    if made:
+        optimizer.state[param].update(made)
     return list(made)
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from surefoot.engines import Bucket, Coefficients, Engine, choose, eager
@@ -22,6 +21,7 @@ from surefoot.state import (
     ensure_state,
     flags_of,
     hyperparameters,
+    local,
     read_scalars,
     write_scalars,
 )
@@ -54,7 +54,7 @@ def rows(optimizer: "Optimizer") -> list[Row]:
 
 def _row(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, grad: Tensor) -> Row:
     ensure_state(optimizer, group, param, optimizer.slots)
-    state = optimizer.state[param]
+    state = optimizer.state.get(param, {})
     if "step" in state:
         state["step"] += 1
     return Row(hyperparameters(group), param, -grad if group.get("maximize") else grad, state)
@@ -82,15 +82,15 @@ class Work:
         """Make what is missing of the state and put the slots into the bucket."""
         slots = self.bucket.rule.slots
         self.made = [ensure_state(self.optimizer, self.group, param, slots) for param in self.params]
-        self.states = [self.optimizer.state[param] for param in self.params]
-        self.bucket.slots = [[_real(state[slot.name]) for state in self.states] for slot in slots]
+        self.states = [self.optimizer.state.get(param, {}) for param in self.params]
+        self.bucket.slots = [[local(state[slot.name]) for state in self.states] for slot in slots]
 
     def detach_state(self) -> None:
         """Take away what `attach_state` has made."""
         for param, names in zip(self.params, self.made, strict=False):
             for name in names:
                 del self.optimizer.state[param][name]
-            if not self.optimizer.state[param]:
+            if not self.optimizer.state.get(param, True):
                 del self.optimizer.state[param]
 
     def compute_numbers(self) -> None:
@@ -175,15 +175,11 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
             bucket = Bucket(bind(algorithm, flags), [], [], {name: group.get(name) for name in ENGINE_OPTIONS})
             works[key] = Work(optimizer, group, [], bucket, eager)
         works[key].params.append(param)
-        works[key].bucket.params.append(_real(param))
-        works[key].bucket.grads.append(grad if grad.is_sparse else _real(grad))
+        works[key].bucket.params.append(local(param))
+        works[key].bucket.grads.append(grad if grad.is_sparse else local(grad))
     for work in works.values():
         work.engine = choose(work.bucket)
         yield work
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _distinct(values: np.ndarray, fresh: list[bool]) -> tuple[list[tuple[tuple[float, ...], bool]], np.ndarray]:
@@ -206,18 +202,18 @@ def _coefficients(work: Work, values: tuple[float, ...], *, fresh: bool) -> tupl
     numbers: dict[str, Any] = {
         name: value for name, value in vars(h).items() if isinstance(value, float | int | Tensor)
     }
-    numbers |= {"fresh": fresh, "grad_scale": getattr(optimizer, "grad_scale", None), **derived}
+    numbers |= {"fresh": fresh, "loss_scale": getattr(optimizer, "grad_scale", None), **derived}
     if missing := [name for name in work.bucket.rule.coefficients if name not in numbers]:
         raise RuleError(
             f"{work.bucket.rule.name}.update reads c.{missing[0]}, which is neither a hyperparameter nor given by "
             f"`coefficients`; there are: {', '.join(sorted(numbers))}"
         )
     keep = bool(work.group.get("differentiable"))
-    new = [float(derived.get(name, value)) for name, value in scalars.items()]
-    return {name: _number(numbers[name], keep) for name in work.bucket.rule.coefficients}, new
+    new = [float(_number(derived.get(name, value), keep_tensors=False)) for name, value in scalars.items()]
+    return {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}, new
 
 
-def _number(value: Any, keep_tensors: bool) -> Any:
+def _number(value: Any, *, keep_tensors: bool) -> Any:
     return value.item() if isinstance(value, Tensor) and not keep_tensors else value
 
 
@@ -226,7 +222,7 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
     index = [tuple(grad.indices()) for grad in bucket.grads]
     whole = [bucket.params, *bucket.slots]
     params, *slots = [[t[i] for t, i in zip(tensors, index, strict=True)] for tensors in whole]
-    values = [_real(grad.values()) for grad in bucket.grads]
+    values = [local(grad.values()) for grad in bucket.grads]
     engine.run(replace(bucket, params=params, grads=values, slots=slots))
     for tensors, parts in zip(whole, (params, *slots), strict=True):
         for tensor, part, i in zip(tensors, parts, index, strict=True):

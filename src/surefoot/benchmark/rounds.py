@@ -29,6 +29,7 @@ from surefoot.benchmark.contenders import (
     empty_compile_cache,
 )
 from surefoot.benchmark.results import Measurement
+from surefoot.errors import InternalError
 from surefoot.explain import rule_of
 
 SECONDS = 3.0
@@ -71,6 +72,7 @@ def measure(case: Case, *, seconds: float = SECONDS, compiled: bool = False) -> 
 
     Raises:
         MemoryError: the machine has not enough free memory.
+        InternalError: our own step computes something else than torch's.
     """
     check_memory(case, compiled=compiled)
     start = perf_counter()
@@ -79,6 +81,8 @@ def measure(case: Case, *, seconds: float = SECONDS, compiled: bool = False) -> 
         makers = contenders_of(case.variant, compiled=compiled)
         contenders = {name: _prepare(case, make, grads) for name, make in makers.items()}
     wrong = {*_wrong(contenders), *wrong_contenders(case.variant, case.dtype)}
+    if OURS in wrong:
+        raise InternalError(f"{case}: surefoot's step computes something else than torch's for-loop")
     right = {name: contender for name, contender in contenders.items() if name not in wrong}
     compiling = contenders[COMPILED].compile_seconds if compiled else 0.0
     return Measurement(case, _rounds(right, grads, start + compiling + seconds), sorted(wrong), compiling)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from surefoot.cli import lr
+from surefoot.cli.bench import bench
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(bench)
 app.command()(demo)
 app.command()(explain)
 app.add_typer(lr.app)

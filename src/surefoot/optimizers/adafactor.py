@@ -121,7 +121,7 @@ class Adafactor(Optimizer):
         eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
         size = max(h.eps[1], _root_mean_square(param.to(compute))) * min(lr, step**-0.5)
         variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
-        update = variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+        update = variance.clamp(min=eps1 * eps1).rsqrt() * grad
         size /= max(1.0, _root_mean_square(update) / h.d)
         decayed = param.to(compute) * (1 - lr * h.weight_decay) if h.weight_decay else param.to(compute)
         param.copy_(torch.add(decayed, update, alpha=-size))
@@ -130,15 +130,15 @@ class Adafactor(Optimizer):
     def _second_moment(grad: Tensor, state: dict[str, Any], weight: float, eps1: float) -> Tensor:
         """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
         if grad.dim() <= 1:
-            return _averaged(state["variance"], grad * grad, weight).clone()
+            return _averaged(state["variance"], grad * grad, weight)
         row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
         col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
-        return (row @ col).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps1))
+        return (row @ col) / row.mean(dim=-2, keepdim=True).clamp(min=eps1)
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
     norm: Tensor = grad.norm(dim=dim, keepdim=True)
-    return norm.square_().div_(grad.size(dim))
+    return norm.square() / grad.size(dim)
 
 
 def _averaged(average: Tensor, value: Tensor, weight: float) -> Tensor:

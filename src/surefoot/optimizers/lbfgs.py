@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
-from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,7 +105,7 @@ class LBFGS(Optimizer):
         "max_eval": at_least_zero("max_eval"),
         "tolerance_grad": at_least_zero("tolerance_grad"),
         "tolerance_change": at_least_zero("tolerance_change"),
-        "history_size": Interval("Invalid history_size value: ", low=1),
+        "history_size": Interval("Invalid history_size value: ", low=1, whole=True),
     }
     sparse = Sparse.ROWS
 
@@ -129,9 +128,7 @@ class LBFGS(Optimizer):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        history_size, search = group.get("history_size", 1), group.get("line_search_fn")
-        if not isinstance(history_size, Integral):
-            raise TypeError(f"`history_size` must be a whole number, but got {history_size!r}")
+        search = group.get("line_search_fn")
         if search not in (None, "strong_wolfe"):
             raise RuntimeError(
                 f"only 'strong_wolfe' is supported as `line_search_fn`, or None for steps of fixed length, "

@@ -99,6 +99,7 @@ class Muon(Optimizer):
         "ns_steps": Interval(
             "Number of steps must be less than 100 for computational efficiency, but is: ",
             high=_MOST_NS_STEPS,
+            whole=True,
         ),
     }
     complex_params = False

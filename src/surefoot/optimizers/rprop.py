@@ -47,7 +47,7 @@ class Rprop(Optimizer):
     """
 
     slots = (Slot("prev"), Slot("step_size", init="lr"))
-    ranges = {"lr": LR, "step_sizes": Each((number("step size"), number("step size")))}
+    ranges = {"lr": LR, "etas": Each((number("eta"),) * 2), "step_sizes": Each((number("step size"),) * 2)}
 
     def __init__(
         self,

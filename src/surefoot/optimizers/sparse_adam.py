@@ -73,9 +73,7 @@ class SparseAdam(Optimizer):
         ):
             if indices:
                 positions = [[group, index] for index in indices]
-                raise ValueError(
-                    f"{kind} params at indices {positions}: SparseAdam requires {_REQUIRED[kind]} parameter tensors"
-                )
+                raise ValueError(f"{kind} params at indices {positions}: SparseAdam {_REFUSALS[kind]}")
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
@@ -90,4 +88,4 @@ class SparseAdam(Optimizer):
         return param + exp_avg / (torch.sqrt(exp_avg_sq) + c.eps) * c.neg_step_size, exp_avg, exp_avg_sq
 
 
-_REQUIRED = {"Sparse": "dense", "Complex": "real"}
+_REFUSALS = {"Sparse": "requires dense parameter tensors", "Complex": "does not support complex parameters"}

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def is_number(value: object) -> bool:
     """Whether `value` is a real Python or numpy number (booleans are none) or a real tensor."""
     if isinstance(value, torch.Tensor):
         return not value.is_complex()
-    return hasattr(value, "__float__") and not isinstance(value, (bool, complex, str))
+    return hasattr(value, "__float__") and not isinstance(value, (complex, str))
 
 
 def truth(name: str, value: Any) -> None:
@@ -44,6 +45,7 @@ class Interval:
         low_open: whether `low` itself is refused.
         high_open: whether `high` itself is refused.
         optional: whether None is allowed.
+        whole: whether only whole numbers, of an integer type, are allowed.
     """
 
     complaint: str
@@ -52,6 +54,7 @@ class Interval:
     low_open: bool = False
     high_open: bool = False
     optional: bool = False
+    whole: bool = False
 
     def __call__(self, name: str, value: Any) -> None:
         """Raise unless `value` lies in the interval.
@@ -71,6 +74,8 @@ class Interval:
             )
         if not self.contains(float(value)):
             raise ValueError(f"{self.complaint}{value}; `{name}` must be a number in {self}")
+        if self.whole and not isinstance(value, Integral):
+            raise TypeError(f"`{name}` must be a whole number, but got {value!r}")
 
     def contains(self, value: float) -> bool:
         """Whether `value` is inside."""

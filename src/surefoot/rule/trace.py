@@ -109,7 +109,7 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
         for name in ("param", "grad", *(slot.name for slot in active))
     }
     coefficients = _Coefficients(tracer)
-    grad = inputs["grad"] / coefficients.grad_scale if settled.get("scaled") else inputs["grad"]
+    grad = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
     grad = -grad if settled["maximize"] else grad
     slots = [inputs.get(slot.name) for slot in optimizer.slots]
     returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))

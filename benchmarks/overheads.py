@@ -1,0 +1,245 @@
+"""What surefoot costs beside its steps: imports, first steps, memory, Python per tensor.
+
+    python benchmarks/overheads.py                # all of it, in about five minutes on two quiet cores
+    python benchmarks/overheads.py import memory  # some of it
+
+It prints a table and writes `benchmarks/results/overheads.csv`.  What depends on a fresh process runs in one.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import Parameter
+
+import surefoot
+from surefoot.benchmark import SHAPE_LISTS, VARIANTS, Case, Quartiles, circumstances, measure, write_csv
+
+IMPORT = """
+import torch
+from time import perf_counter
+start = perf_counter()
+import surefoot
+print(perf_counter() - start)
+"""
+MEBIBYTE = 1 << 20
+SIDE, TENSORS = 2000, 4
+"""Parameters in the measurement of memory: a temporary of the size of one takes 15 MiB."""
+TORCH = "torch foreach"
+
+
+class Line(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        what: the quantity.
+        of: the optimizer or engine.
+        case: under which circumstances.
+        value: median; then the quartiles.
+        unit: of the values.
+        most: what it must not exceed, NaN for a value that stands there to compare with.
+    """
+
+    what: str
+    of: str
+    case: str
+    value: float
+    q1: float
+    q3: float
+    unit: str
+    most: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the value is in its limit."""
+        if np.isnan(self.most):
+            return ""
+        return f"{'at most' if self.value <= self.most else '**over**'} {self.most:g}"
+
+
+def main() -> None:
+    """Measure what is asked for, print and write it; or be the fresh process of a measurement."""
+    parser = argparse.ArgumentParser(description="Measure what surefoot costs beside its steps.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{', '.join(PARTS)}; all")
+    parser.add_argument("--repeat", type=int, default=3, help="processes for each value")
+    parser.add_argument("--optimizer", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        name, *arguments = options.child
+        print(json.dumps(CHILDREN[name](*arguments)))
+        return
+    lines: list[Line] = []
+    for part in options.parts or PARTS:
+        for line in PARTS[part](options.optimizer, options.repeat):
+            print(f"{line.what}, {line.of}, {line.case}: {line.value:.3g} {line.unit}", file=sys.stderr, flush=True)
+            lines.append(line)
+    print(markdown(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    columns = ("machine", "date", "torch", "threads", *Line._fields)
+    write_csv(options.out / "overheads.csv", ((*circumstances(), *line) for line in lines), columns)
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """Write the table."""
+    rows = [f"| {line.what} | {line.of} | {line.case} | {_value(line)} | {line.verdict} |" for line in lines]
+    return "\n".join(["| what | of | case | median (quartiles) | limit |", "|---|---|---|---|---|", *rows])
+
+
+def _value(line: Line) -> str:
+    return f"{line.value:.3g} ({line.q1:.3g} to {line.q3:.3g}) {line.unit}"
+
+
+def _line(what: str, of: str, case: str, values: Sequence[float], unit: str, most: float = np.nan) -> Line:
+    return Line(what, of, case, *Quartiles.of(np.array(values)), unit, most)
+
+
+def _child(*arguments: str, cache: str | None = None) -> Any:
+    """Run this script in a fresh process and give what it measured."""
+    environment = {**os.environ, **({"SUREFOOT_CACHE_DIR": cache} if cache else {})}
+    command = [sys.executable, __file__, "--child", *arguments]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603 (ourselves)
+    return json.loads(done.stdout)
+
+
+# Imports
+
+
+def imports(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
+    """Time `import surefoot` where torch is imported already."""
+    command = [sys.executable, "-c", IMPORT]
+    run = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(2 * repeat + 1)]  # noqa: S603
+    yield _line("import", "surefoot", "after torch", [float(done.stdout) for done in run], "s", 0.1)
+
+
+# First steps
+
+
+def first_steps(variants: Sequence[str], repeat: int) -> Iterator[Line]:
+    """Time the first step of a process, when no kernel is in the cache folder and when it is there."""
+    for variant in variants:
+        yield from _first_steps(variant, "tiny", repeat)
+    yield from _first_steps("Adam", "overhead", repeat)
+    yield from _first_steps("Adam", "large", repeat)
+
+
+def _first_steps(variant: str, shapes: str, repeat: int) -> Iterator[Line]:
+    cold, warm = [], []
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(_child("first", variant, shapes, cache=cache))
+            warm.append(_child("first", variant, shapes, cache=cache))
+    title = SHAPE_LISTS[shapes].title
+    yield _line("first step", variant, f"{title}, nothing cached", cold, "s", 1.5)
+    yield _line("first step", variant, f"{title}, kernel on disk", warm, "s", 0.4)
+
+
+def _first_step(variant: str, shapes: str) -> float:
+    params = [Parameter(torch.zeros(shape)) for shape in SHAPE_LISTS[shapes].shapes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return _timed(_ours(variant, params).step)
+
+
+def _ours(variant: str, params: list[Parameter]) -> surefoot.Optimizer:
+    made: surefoot.Optimizer = getattr(surefoot, VARIANTS[variant].optimizer)(params, **VARIANTS[variant].options)
+    return made
+
+
+def _timed(step: Callable[[], object]) -> float:
+    start = perf_counter()
+    step()
+    return perf_counter() - start
+
+
+# Memory
+
+
+def memory(variants: Sequence[str], repeat: int) -> Iterator[Line]:
+    """Measure how far the first step, and a later one, exceed the state; and, to compare with, torch's foreach."""
+    for variant in variants:
+        yield from _memory(variant, "surefoot", "contiguous", repeat, 1.0)
+    yield from _memory("Adam", "surefoot", "transposed", repeat, 1.0)
+    yield from _memory("Adam", TORCH, "contiguous", 1, np.nan)
+
+
+def _memory(variant: str, engine: str, layout: str, repeat: int, most: float) -> Iterator[Line]:
+    measured = [_child("memory", variant, engine, layout) for _ in range(repeat)]
+    of = variant if engine == "surefoot" else f"{variant}, {engine}"
+    for step in ("first", "later"):
+        values = [each[step] / MEBIBYTE for each in measured]
+        yield _line("memory beyond the state", of, f"{step} step, {layout}", values, "MiB", most)
+
+
+def _memory_of_steps(variant: str, engine: str, layout: str) -> Mapping[str, float]:
+    """Give the bytes by which a first and a later step exceed the state, in a process that has compiled already."""
+    _optimizer(variant, engine, layout, 300)[0].step()
+    optimizer, state = _optimizer(variant, engine, layout, SIDE)
+    gc.collect()
+    first = _peak(optimizer.step) - state()
+    return {"first": first, "later": _peak(optimizer.step)}
+
+
+def _optimizer(variant: str, engine: str, layout: str, side: int) -> tuple[torch.optim.Optimizer, Callable[[], int]]:
+    """Make an optimizer of square matrices, and what counts the bytes of its state."""
+    params = [torch.full((side, side), 1.0) for _ in range(TENSORS)]
+    leaves = [Parameter(param.t() if layout == "transposed" else param) for param in params]
+    for param in leaves:
+        param.grad = torch.full((side, side), 0.5)
+    optimizer: torch.optim.Optimizer = (
+        getattr(torch.optim, VARIANTS[variant].optimizer)(leaves, foreach=True, **VARIANTS[variant].options)
+        if engine == TORCH
+        else _ours(variant, leaves)
+    )
+
+    def state_bytes() -> int:
+        tensors = (value for state in optimizer.state.values() for value in state.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+    return optimizer, state_bytes
+
+
+def _peak(step: Callable[[], object]) -> int:
+    """Give the bytes by which the process grew during a step, at most.  Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the mark of most memory starts anew
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+# Python
+
+
+def python(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
+    """Measure what a tensor of one element costs in a step, which is all overhead."""
+    shapes = SHAPE_LISTS["overhead"]
+    for variant in variants:
+        measurement = measure(Case(VARIANTS[variant], shapes, torch.float32), seconds=2.0)
+        for name, most in (("surefoot", 0.5), (measurement.best_of_torch, np.nan)):
+            of = variant if name == "surefoot" else f"{variant}, {name}"
+            values = 1e6 * measurement.seconds[name] / len(shapes.shapes)
+            yield _line("a tensor in a step", of, shapes.title, list(values), "us", most)
+
+
+PARTS = {"import": imports, "first-step": first_steps, "memory": memory, "python": python}
+CHILDREN: Mapping[str, Callable[..., Any]] = {"first": _first_step, "memory": _memory_of_steps}
+
+
+if __name__ == "__main__":
+    main()

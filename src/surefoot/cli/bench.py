@@ -1,0 +1,211 @@
+"""The command `surefoot bench`: how fast optimizers step on this machine, against torch.optim and the traffic floor."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from surefoot.benchmark import Case, Measurement, Quartiles
+
+INTERRUPTED = 130
+ALL = "all"
+
+
+def _names(what: str) -> Callable[[list[str]], list[str]]:
+    """Make the check of a repeatable option whose values are names of `surefoot.benchmark.<what>`, or `all`."""
+
+    def check(given: list[str]) -> list[str]:
+        # torch takes a second to import, for which `--help` need not wait.
+        from surefoot import benchmark  # noqa: PLC0415
+
+        known = {name.casefold(): name for name in getattr(benchmark, what)}
+        return list(known.values()) if ALL in map(str.casefold, given) else [_spelt(name, known) for name in given]
+
+    return check
+
+
+def _spelt(name: str, known: dict[str, str]) -> str:
+    if name.casefold() in known:
+        return known[name.casefold()]
+    nearest = get_close_matches(name.casefold(), known, n=1)
+    hint = f"; did you mean {known[nearest[0]]}?" if nearest else ";"
+    raise typer.BadParameter(f"there is no {name!r}{hint} Choose of {', '.join(known.values())}, or {ALL}.")
+
+
+def _seconds(seconds: float) -> float:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise typer.BadParameter(f"{seconds:g} seconds cannot be measured: give a positive number.")
+    return seconds
+
+
+def _csv(path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    folder = path.absolute().parent
+    for refused, reason in (
+        (path.is_dir(), "it is a folder"),
+        (not folder.is_dir(), f"there is no folder '{folder}'"),
+        (not os.access(path if path.exists() else folder, os.W_OK), "it is write-protected"),
+    ):
+        if refused:
+            raise typer.BadParameter(f"'{path}' cannot be written: {reason}. Name a file in a folder of yours.")
+    return path
+
+
+def bench(
+    optimizer: Annotated[
+        list[str],
+        typer.Option(
+            callback=_names("VARIANTS"),
+            metavar="NAME",
+            help="An optimizer, AdamW or SGD+momentum for instance, or all; may be repeated.",
+        ),
+    ] = ["AdamW"],  # noqa: B006 (typer's way to give a default; nobody changes it)
+    model: Annotated[
+        list[str],
+        typer.Option(
+            callback=_names("SHAPE_LISTS"),
+            metavar="NAME",
+            help="Parameters: overhead (1000 x 1), tiny (1000 x 1 k), medium (200 x 100 k), large (8 x 4 M), mlp1000, "
+            "resnet50, gpt2-small, or all; may be repeated.",
+        ),
+    ] = ["tiny", "medium", "large"],  # noqa: B006
+    dtype: Annotated[
+        list[str],
+        typer.Option(callback=_names("DTYPES"), metavar="NAME", help="float32, bfloat16, or all; may be repeated."),
+    ] = ["float32"],  # noqa: B006
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also torch.compile(step), which may compile for minutes.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(callback=_seconds, metavar="X", help="Time for each line of the table.")
+    ] = 3.0,
+    csv: Annotated[
+        Path | None, typer.Option(callback=_csv, metavar="PATH", help="Write all times and their spread there.")
+    ] = None,
+) -> None:
+    """Time steps of optimizers against those of torch.optim.
+
+    All implementations run interleaved in one process. R is the time of the best
+    of torch's over ours. F is our time over that of the traffic floor, a kernel
+    that reads and writes the same memory and only adds.
+    """
+    from rich.console import Console  # noqa: PLC0415
+
+    from surefoot.benchmark import cases, check_memory  # noqa: PLC0415
+
+    selected = cases(optimizer, model, dtype)
+    try:
+        for case in selected:
+            check_memory(case, compiled=compiled)
+    except MemoryError as error:
+        typer.echo(f"surefoot bench: {error}.", err=True)
+        raise typer.Exit(1) from None
+    console = Console(highlight=False)
+    done: list[Measurement] = []
+    try:
+        _measure(console, selected, done, seconds, compiled=compiled)
+    except KeyboardInterrupt:
+        _tell(console, done, csv)
+        typer.echo("surefoot bench: interrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _tell(console, done, csv)
+
+
+def _measure(
+    console: "Console", selected: Sequence["Case"], done: list["Measurement"], seconds: float, *, compiled: bool
+) -> None:
+    """Measure one case after the other, and add each to `done`."""
+    from surefoot.benchmark import measure  # noqa: PLC0415
+
+    with console.status("") as status:
+        for number, case in enumerate(selected, start=1):
+            status.update(f"{case} ({number} of {len(selected)})")
+            done.append(measure(case, seconds=seconds, compiled=compiled))
+
+
+def _tell(console: "Console", done: Sequence["Measurement"], csv: Path | None) -> None:
+    """Print what has been measured, and write it if that is wanted."""
+    from surefoot import benchmark  # noqa: PLC0415
+
+    if not done:
+        return
+    machine, _, torch, threads = benchmark.circumstances()
+    console.print(f"{machine}, {threads} thread{'s' if threads > 1 else ''}, torch {torch}")
+    for _, measurements in groupby(done, key=_parameters):
+        console.print()
+        console.print(table(list(measurements)))
+    console.print()
+    for line in notes(done):
+        console.print(line, soft_wrap=True)
+    if csv is not None:
+        benchmark.write_csv(csv, (line for measurement in done for line in benchmark.results(measurement)))
+        console.print(f"Written: {csv}", soft_wrap=True)
+
+
+def table(measurements: Sequence["Measurement"]) -> "Table":
+    """Make the table of measurements that share their parameters: a line for each optimizer."""
+    from rich.table import Table  # noqa: PLC0415
+
+    from surefoot.benchmark import COMPILED, FLOOR, OURS, TORCH  # noqa: PLC0415
+
+    compiled = (COMPILED,) if any(COMPILED in measurement.seconds for measurement in measurements) else ()
+    contenders = (*TORCH, *compiled, OURS, FLOOR)
+    title = f"{_parameters(measurements[0])}: milliseconds a step"
+    made = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
+    made.add_column("", no_wrap=True, min_width=16)
+    for name in (*contenders, "R", "F"):
+        style = "bold" if name == OURS else None
+        made.add_column(name.replace(" ", "\n"), justify="right", style=style, no_wrap=True, min_width=8)
+    for measurement in measurements:
+        made.add_row(measurement.case.variant.name, *_cells(measurement, contenders))
+    return made
+
+
+def _parameters(measurement: "Measurement") -> str:
+    return f"{measurement.case.shapes.title}, {measurement.case.dtype_name}"
+
+
+def _cells(measurement: "Measurement", contenders: Iterable[str]) -> Iterator[str]:
+    for name in contenders:
+        if name in measurement.wrong:
+            yield "wrong"
+        else:
+            yield _digits(measurement.milliseconds(name).median) if name in measurement.seconds else "-"
+    yield _ratio(measurement.speedup())
+    yield _ratio(measurement.over_floor())
+
+
+def _digits(number: float) -> str:
+    """Write three digits, and all of those before the point."""
+    return f"{number:#.3g}" if number < 100 else f"{number:.0f}"  # noqa: PLR2004
+
+
+def _ratio(quartiles: "Quartiles") -> str:
+    half = (quartiles.q3 - quartiles.q1) / 2
+    return f"{quartiles.median:.2f} ±{half / quartiles.median:.0%}"
+
+
+def notes(done: Sequence["Measurement"]) -> Iterable[str]:
+    """Give the lines under the table."""
+    from surefoot.benchmark import COMPILED, geometric_mean  # noqa: PLC0415
+
+    yield "R: time of torch's best / surefoot's. F: surefoot's / traffic floor. Medians ± half the quartiles' distance."
+    for title, part in groupby(done, key=_parameters):
+        ratios = [measurement.speedup().median for measurement in part]
+        if len(ratios) > 1:
+            yield f"{title}: geometric mean of R {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+    compiling = [measurement.compile_seconds for measurement in done if COMPILED in measurement.seconds]
+    if compiling:
+        yield f"torch.compile took {min(compiling):.1f} to {max(compiling):.1f} s; it does not count in R."
+    if any(measurement.wrong for measurement in done):
+        yield "wrong: left out, its step computes something else than torch's for-loop."
