@@ -254,7 +254,7 @@ def mesh(tmp_path_factory):
 @each_row(DENSE)
 @pytest.mark.parametrize("engine", ["default", "eager", "foreach"])
 def test_sharded_parameters(engine, row, mesh):
-    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  Kernels that take plain tensors leave these to others."""
+    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  (Kernels leave these to others.)"""
     values = normals(torch.float32, seed=1)(8, 4)
     sharded, plain = (
         distribute_tensor(values.clone(), mesh, [Shard(0)]).requires_grad_(),

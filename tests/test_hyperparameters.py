@@ -138,7 +138,7 @@ def test_every_number_of_every_algorithm_has_a_range():
         assert numbers - free <= set(cls.ranges), cls
 
 
-@pytest.mark.parametrize("value", ["0.1", None, [0.1], 1j, True, torch.tensor(1j), {}], ids=repr)
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], 1j, torch.tensor(1j), {}], ids=repr)
 def test_what_is_no_number_is_a_type_error(value):
     optimizer = surefoot.AdamW(make_params())
     for entrance in ENTRANCES:

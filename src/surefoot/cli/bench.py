@@ -37,8 +37,8 @@ def _spelt(name: str, known: dict[str, str]) -> str:
     if name.casefold() in known:
         return known[name.casefold()]
     nearest = get_close_matches(name.casefold(), known, n=1)
-    hint = f"; did you mean {known[nearest[0]]}?" if nearest else ";"
-    raise typer.BadParameter(f"there is no {name!r}{hint} Choose of {', '.join(known.values())}, or {ALL}.")
+    hint = f"did you mean {known[nearest[0]]}? Choose" if nearest else "choose"
+    raise typer.BadParameter(f"there is no {name!r}; {hint} of {', '.join(known.values())}, or {ALL}.")
 
 
 def _seconds(seconds: float) -> float:

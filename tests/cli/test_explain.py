@@ -1,0 +1,60 @@
+"""The command `surefoot explain`."""
+
+import pytest
+from typer.testing import CliRunner
+
+from surefoot.cli import app
+
+
+def explain(*arguments):
+    result = CliRunner().invoke(app, ["explain", *arguments], terminal_width=300)
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_it_shows_operations_source_traffic_and_engine():
+    code, output = explain("nadam", "--dtype", "bfloat16", "-o", "weight_decay=0.1")
+    assert code == 0
+    assert output.startswith("NAdam flags that are on: weight_decay")
+    assert "traffic: 14 bytes per element (8 read, 6 written)" in output
+    assert "lerp(exp_avg, add_scaled, c_weight1)" in output
+    assert "# nadam.py:" in output
+    assert "exp_avg = real(from_bfloat16(exp_avg_[i]))" in output
+    assert output.endswith("1 parameters (16 elements) of bfloat16 on cpu: cpu")
+
+
+def test_it_says_who_gets_a_model_and_why(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\n\ndef build():\n"
+        "    model = torch.nn.Linear(3, 2)\n"
+        "    model.bias = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))\n"
+        "    return model\n"
+    )
+    code, output = explain("SGD", "--no-source", "--model", f"{tmp_path}/net.py:build", "-o", "differentiable=True")
+    assert code == 0
+    assert "1 parameters (6 elements) of float32 on cpu: eager" in output
+    assert "1 parameters (2 elements) of float64 on cpu: eager" in output
+    assert "not cpu: kernels carry no gradients through the step" in output
+
+
+def test_an_algorithm_with_a_step_of_its_own():
+    code, output = explain("Muon")
+    assert code == 0
+    assert output == "Muon is not elementwise: torch's operators run a step of its own."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Nadan"], "there is no optimizer 'Nadan'; did you mean NAdam? There are ASGD, LBFGS, SGD"),
+        (["SGD", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
+        (["SGD", "-o", "lr"], "must be name=value with a Python literal as value, but is 'lr'"),
+        (["SGD", "-o", "lr=x y"], "must be name=value with a Python literal as value, but is 'lr=x y'"),
+        (["SGD", "-o", "lr=-1"], "Invalid learning rate: -1; `lr` must be a number in [0, inf)"),
+        (["SGD", "-o", "speed=1"], "unexpected keyword argument 'speed'"),
+        (["SGD", "--model", "nothing.py:f"], "must be FILE.py:FUNCTION of a file, but is 'nothing.py:f'"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, message):
+    code, output = explain(*arguments)
+    assert code == 2
+    assert message in output

@@ -1,0 +1,282 @@
+"""The CPU engine: its kernels on disk, its threads, its plans, and what it answers when it cannot serve."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import surefoot
+from surefoot.engines.cpu import compile as compiling
+from surefoot.engines.cpu import plan, tensors, threads
+from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.explain import rule_of
+
+SIZES = (1, 1000, plan.CHUNK - 1, plan.CHUNK, 3 * plan.CHUNK + 5)
+
+
+def make(cls=surefoot.AdamW, sizes=SIZES, dtype=torch.float32, **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+    return cls(params, **options), params
+
+
+def train(optimizer, params, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+    return [param.detach().clone() for param in params]
+
+
+def source_of(cls=surefoot.AdamW):
+    optimizer, _ = make(cls)
+    rule = rule_of(optimizer, optimizer.param_groups[0])
+    return print_kernel(rule, Layout(torch.float32, (torch.float32,) * (2 + len(rule.slots))))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for kernels."""
+    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+# Kernels on disk
+
+
+def test_source_and_code_are_kept_and_found_again(cache):
+    source = source_of()
+    compiling.load(source, "adamw")
+    path = next(cache.glob("adamw_*.py"))
+    assert path.read_text() == source
+    before = path.with_suffix(".o").stat().st_mtime_ns
+    compiling.load(source, "adamw")
+    assert path.with_suffix(".o").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\x00" * 4096], ids=["empty", "short", "zeros"])
+def test_a_damaged_entry_is_compiled_again(cache, damage):
+    source = source_of(surefoot.SGD)
+    compiling.load(source, "sgd")
+    path = next(cache.glob("*.o"))
+    good = path.read_bytes()
+    path.write_bytes(damage)
+    compiling.load(source, "sgd")
+    assert path.read_bytes()[:32] == compiling._DIGEST(path.read_bytes()[32:]).digest()
+    assert len(path.read_bytes()) == len(good)
+
+
+def test_every_flipped_byte_of_an_entry_is_noticed(cache):
+    compiling.load(source_of(surefoot.SGD), "sgd")
+    path = next(cache.glob("*.o"))
+    good = path.read_bytes()
+    for position in range(0, len(good), 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        assert compiling._read(path) is None
+    path.write_bytes(good)
+    assert compiling._read(path) == good[32:]
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "file" / "kernels"))
+    assert compiling.load(source_of(surefoot.SGD), "sgd") != 0
+
+
+_FILL = """
+import torch, surefoot
+param = torch.ones(5, requires_grad=True)
+optimizer = surefoot.Adamax([param], lr=0.5, fused=True)
+param.grad = torch.full((5,), 2.0)
+optimizer.step()
+assert torch.equal(param, torch.full((5,), 0.5)), param
+"""
+
+
+def test_two_processes_may_fill_the_folder_at_once(cache):
+    run = [subprocess.Popen([sys.executable, "-c", _FILL]) for _ in range(2)]  # noqa: S603 (our own code)
+    assert [process.wait(timeout=120) for process in run] == [0, 0]
+    assert not list(cache.glob("*.tmp"))
+    assert len(list(cache.glob("adamax_*.o"))) == 1
+
+
+def test_a_kernel_from_disk_needs_no_numba(cache):
+    check = "import sys\nassert 'numba' not in sys.modules"
+    for code in (_FILL, _FILL + check):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603
+
+
+# Threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
+def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
+    if portable:
+        monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
+    results = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(plan, "thread_count", lambda count=count: count)
+        results.append(train(*make(dtype=dtype)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_same_bits_however_the_work_is_cut(monkeypatch, chunk):
+    sizes = (1, 5, 1003, 4096)
+    expected = train(*make(surefoot.NAdam, sizes))
+    monkeypatch.setattr(plan, "CHUNK", chunk)
+    assert all(map(torch.equal, expected, train(*make(surefoot.NAdam, sizes))))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the OpenMP library that torch loads on Linux")
+def test_the_openmp_pool_is_torchs():
+    assert threads._gomp_parallel() is not None
+
+
+def test_a_forked_child_uses_one_thread(monkeypatch):
+    monkeypatch.setattr(threads, "_forked", True)
+    assert threads.thread_count() == 1
+
+
+def test_items_cover_every_element_once():
+    sizes = np.array([0, 1, plan.CHUNK, 0, 5 * plan.CHUNK + 3, 2, 2, 0])
+    tensor, start, size = plan._segments(sizes)
+    covered = [set() for _ in sizes]
+    for t, first, count in zip(tensor, start, size, strict=True):
+        new = set(range(first, first + count))
+        assert not covered[t] & new
+        covered[t] |= new
+    assert [len(elements) for elements in covered] == sizes.tolist()
+    first = plan._items(size)
+    assert first[0] == 0
+    assert first[-1] == len(size)
+    assert (np.diff(first) > 0).all()
+
+
+def test_pieces_cover_every_element_once():
+    base = torch.zeros(7, 2, 30, 3).transpose(0, 2)
+    for (piece,) in plan.pieces([base], 11):
+        assert piece.numel() <= 11
+        piece.add_(1)
+    assert (base == 1).all()
+
+
+def test_two_optimizers_step_in_two_threads():
+    expected = train(*make(), steps=20)
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(lambda _: train(*make(), steps=20), range(4)):
+            assert all(map(torch.equal, expected, result))
+
+
+# Plans
+
+
+def test_a_plan_is_used_again_and_given_up():
+    optimizer, params = make()
+    train(optimizer, params)
+    works = optimizer._kept.found
+    train(optimizer, params)
+    assert optimizer._kept.found is works
+    optimizer.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
+    train(optimizer, params, steps=1)
+    assert optimizer._kept.found is not works
+
+
+def test_a_plan_keeps_no_gradient_alive():
+    optimizer, params = make()
+    train(optimizer, params)
+    assert all(work.bucket.grads == [] for work in optimizer._kept.found)
+
+
+def test_without_torchs_shortcuts_the_answers_are_the_same(monkeypatch):
+    expected = train(*make())
+    monkeypatch.setattr(tensors, "_interface", lambda: None)
+    monkeypatch.setattr(tensors, "_GUARDED_RELEASES", ())
+    assert all(map(torch.equal, expected, train(*make())))
+
+
+CHANGES = {
+    "data": lambda t: setattr(t, "data", torch.randn(4, 3)),
+    "data of another shape": lambda t: setattr(t, "data", t.data[:2]),
+    "data in other order": lambda t: setattr(t, "data", t.data.view(3, 4).t()),
+    "dtype": lambda t: setattr(t, "data", t.data.double()),
+    "set_": lambda t: t.set_(torch.randn(4, 3)),
+    "resize_": lambda t: t.resize_(2, 2),
+    "transposed": lambda t: t.t_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_watch_sees_what_changes_a_tensors_memory(change):
+    watched = [torch.randn(4, 3) for _ in range(5)]
+    watch = tensors.Watched(watched)
+    assert not watch.changed()
+    change(watched[3])
+    assert watch.changed()
+
+
+@pytest.mark.parametrize("guarded", [tensors._GUARDED_RELEASES, ()], ids=["guards", "facts"])
+@pytest.mark.parametrize(
+    "other", [None, torch.zeros(3), torch.zeros(4, 2).t(), torch.zeros(2, 4).double(), torch.zeros(1, 2, 4)]
+)
+def test_metadata_of_gradients(monkeypatch, guarded, other):
+    monkeypatch.setattr(tensors, "_GUARDED_RELEASES", guarded)
+    seen = tensors.Metadata([torch.ones(2, 4), torch.ones(3)])
+    assert seen.same([torch.zeros(2, 4), torch.zeros(3)])
+    assert not seen.same([other, torch.zeros(3)])
+
+
+def test_numbers_are_read_and_rounded_as_their_tensors():
+    scalars = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
+    numbers = tensors.Numbers(scalars)
+    assert numbers.read().tolist() == [scalars[0].item(), 0.1]
+    numbers.write(np.array([1 / 3, 1 / 3]))
+    assert [scalar.item() for scalar in scalars] == [torch.tensor(1 / 3).item(), 1 / 3]
+
+
+# What it cannot serve
+
+
+def test_fused_says_why_it_cannot_serve():
+    param = torch.ones(3).requires_grad_()
+    param.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = surefoot.AdamW([param, param], fused=True)
+    with pytest.raises(
+        RuntimeError, match=r"`fused=True` cannot serve AdamW here: a parameter stands in the group twice"
+    ):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_the_environment_overrides_the_engine(monkeypatch):
+    monkeypatch.setenv("SUREFOOT_ENGINE", "eager")
+    optimizer, params = make(fused=True)
+    train(optimizer, params)
+    assert not optimizer._kept.found
+    monkeypatch.setenv("SUREFOOT_ENGINE", "quick")
+    with pytest.raises(ValueError, match="SUREFOOT_ENGINE must be one of eager, foreach, fused, but is 'quick'"):
+        train(*make())
+
+
+def test_state_may_be_wider_than_parameters():
+    optimizer, params = make(dtype=torch.bfloat16, state_dtype=torch.float32)
+    train(optimizer, params)
+    assert {optimizer.state[p]["exp_avg"].dtype for p in params} == {torch.float32}
+    with pytest.raises(ValueError, match="`state_dtype` must be None or one of torch.float32"):
+        make(state_dtype=torch.int8)
+
+
+def test_a_gradient_in_other_order_is_right():
+    param = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    other = param.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    for tensor in (param, other):
+        tensor.grad = torch.ones(64, 64, 3, 3) * torch.arange(64.0)[:, None, None, None]
+        surefoot.AdamW([tensor], fused=True).step()
+    assert torch.equal(param, other)

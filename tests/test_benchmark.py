@@ -1,0 +1,323 @@
+"""The benchmark: what is measured, that contenders and floor are what they claim, and the arithmetic of ratios."""
+
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import surefoot
+from surefoot import benchmark, explain
+from surefoot.benchmark import (
+    COMPILED,
+    DTYPES,
+    FLOOR,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    OURS,
+    SHAPE_LISTS,
+    VARIANTS,
+    Case,
+    Measurement,
+    Quartiles,
+    Result,
+    ShapeList,
+    contenders_of,
+    floor_of,
+    rounds,
+)
+
+FEW = ShapeList("few", "3 x 5", ((5,),) * 3)
+ADAMW = Case(VARIANTS["AdamW"], SHAPE_LISTS["large"], torch.float32)
+
+
+def a_measurement(case=ADAMW, **changes):
+    """Make a measurement of four rounds, in which torch's fused implementation is the best."""
+    times = {FOR_LOOP: 30.0, FOREACH: 40.0, FUSED: 9.0, OURS: 6.0, FLOOR: 5.0} | changes
+    drift = np.array([1.0, 1.0, 2.0, 2.0])
+    return Measurement(case, {name: 1e-3 * value * drift for name, value in times.items() if value}, compile_seconds=7)
+
+
+def script(name):
+    """Import a script of the folder `benchmarks`."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Cases
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("overhead", 1000, 1000),
+        ("tiny", 1000, 1_000_000),
+        ("medium", 200, 20_000_000),
+        ("large", 8, 32_000_000),
+        ("mlp1000", 2000, 4_160_000),
+        ("resnet50", 161, 25_557_032),
+        ("gpt2-small", 148, 124_439_808),
+    ],
+)
+def test_shapes_are_those_of_the_models(name, tensors, elements):
+    assert len(SHAPE_LISTS[name].shapes) == tensors
+    assert SHAPE_LISTS[name].elements == elements
+    assert len(SHAPE_LISTS) == 7
+
+
+def test_variants():
+    assert len(VARIANTS) == 13
+    assert {variant.optimizer for variant in VARIANTS.values()} == {
+        *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+    }
+
+
+def test_cases_are_all_combinations_each_once():
+    found = benchmark.cases(["AdamW", "SGD", "AdamW"], ["tiny"], ["float32", "bfloat16"])
+    assert [str(case) for case in found] == [
+        "AdamW, 1000 x 1 k, float32",
+        "SGD, 1000 x 1 k, float32",
+        "AdamW, 1000 x 1 k, bfloat16",
+        "SGD, 1000 x 1 k, bfloat16",
+    ]
+
+
+# The floor
+
+
+def loads_and_stores(optimizer, dtype):
+    """Count what the loop of an optimizer's kernel loads and stores."""
+    source = explain.source(optimizer, dtype)
+    return len(re.findall(r"^ +\w+ = .*\w_\[i\]", source, re.MULTILINE)), len(
+        re.findall(r"^ +\w+_\[i\] =", source, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_the_floor_moves_the_same_bytes_by_the_same_engine(variant, dtype):
+    params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype))]
+    optimizer = getattr(surefoot, variant.optimizer)(params, **variant.options)
+    floor = floor_of(optimizer)
+    arrays = 2 + len(explain.rule_of(optimizer, optimizer.param_groups[0]).slots)
+    assert loads_and_stores(floor, dtype) == loads_and_stores(optimizer, dtype) == (arrays, arrays - 1)
+    layouts = [explain.layout_of(explain.rule_of(o, o.param_groups[0]), dtype) for o in (optimizer, floor)]
+    assert layouts[0] == layouts[1]
+    assert [choice.engine for o in (optimizer, floor) for choice in explain.choices(o)] == ["cpu", "cpu"]
+
+
+def test_the_floor_adds_the_gradient_to_everything():
+    param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    floor = floor_of(surefoot.Adam([param]))
+    param.grad = torch.tensor([0.5, 0.25])
+    floor.step()
+    assert param.tolist() == [1.5, 2.25]
+    assert {name: slot.tolist() for name, slot in floor.state[param].items()} == {
+        "slot0": [0.5, 0.25],
+        "slot1": [0.5, 0.25],
+    }
+
+
+# Contenders
+
+
+def test_contenders():
+    assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, FLOOR]
+    assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, FLOOR]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_contenders_of_torch_leave_the_shared_gradients_alone(variant):
+    grads = benchmark.gradients(Case(variant, FEW, torch.float32))
+    before = [grad.clone() for grad in grads]
+    for name, make in contenders_of(variant).items():
+        if name not in (OURS, FLOOR):  # of ours that is promised, and tested elsewhere
+            rounds._prepare(Case(variant, FEW, torch.float32), make, grads)
+    assert all(map(torch.equal, grads, before))
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="a defect of torch 2.13")
+def test_an_implementation_that_computes_something_else_is_left_out():
+    assert benchmark.wrong_contenders(VARIANTS["SGD"], torch.bfloat16) == [FUSED]
+    assert benchmark.wrong_contenders(VARIANTS["SGD"], torch.float32) == []
+
+
+def test_a_step_that_does_nothing_is_wrong():
+    grads = benchmark.gradients(Case(VARIANTS["SGD"], FEW, torch.float32))
+    case = Case(VARIANTS["SGD"], FEW, torch.float32)
+    makers = {FOR_LOOP: contenders_of(case.variant)[FOR_LOOP], "idle": lambda _: lambda: None}
+    assert rounds._wrong({name: rounds._prepare(case, make, grads) for name, make in makers.items()}) == ["idle"]
+
+
+def test_gradients_are_the_same_every_time_and_own_their_memory():
+    case = Case(VARIANTS["SGD"], ShapeList("two", "two", ((3, 2), (2**20 + 3,))), torch.bfloat16)
+    small, big = benchmark.gradients(case)
+    assert (small.shape, big.shape, big.dtype) == ((3, 2), (2**20 + 3,), torch.bfloat16)
+    assert torch.equal(big[:3], big[2**20 :])
+    assert small.untyped_storage().nbytes() == 12
+    assert all(map(torch.equal, benchmark.gradients(case), (small, big)))
+
+
+# Measuring
+
+
+def test_measuring():
+    measurement = benchmark.measure(Case(VARIANTS["AdamW"], FEW, torch.float32), seconds=0)
+    assert set(measurement.seconds) == {FOR_LOOP, FOREACH, FUSED, OURS, FLOOR}
+    assert {len(values) for values in measurement.seconds.values()} == {rounds.FEWEST_ROUNDS}
+    assert all((values > 0).all() for values in measurement.seconds.values())
+    assert (measurement.wrong, measurement.compile_seconds) == ([], 0)
+
+
+def test_contenders_get_about_the_same_time_in_a_round():
+    assert rounds._steps_in_a_block({"slow": 0.02, "fast": 0.0005, "middling": 0.013}) == {
+        "slow": 1,
+        "fast": 40,
+        "middling": 2,
+    }
+    assert rounds._steps_in_a_block({"slow": 2.0, "fast": 0.01}) == {"slow": 1, "fast": 5}
+
+
+def test_what_does_not_fit_into_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(rounds, "_free_memory", lambda: 1e9)
+    with pytest.raises(MemoryError) as caught:
+        benchmark.measure(ADAMW)
+    # 32 million elements of 4 bytes: a gradient, 3 arrays of each of 5 contenders, 3 temporaries
+    assert str(caught.value) == (
+        "AdamW, 8 x 4 M, float32: measuring takes about 2.4 GB of memory, but only 1.0 GB are free; "
+        "choose smaller parameters or bfloat16"
+    )
+    monkeypatch.setattr(rounds, "_free_memory", lambda: 3e9)
+    benchmark.check_memory(ADAMW)
+
+
+# Arithmetic
+
+
+def test_ratios_are_taken_within_a_round():
+    measurement = a_measurement()
+    assert measurement.best_of_torch == FUSED
+    assert measurement.milliseconds() == pytest.approx((9.0, 6.0, 12.0))
+    assert measurement.speedup() == pytest.approx((1.5, 1.5, 1.5))
+    assert measurement.over_floor() == pytest.approx((1.2, 1.2, 1.2))
+    assert measurement.speedup(FOR_LOOP).median == pytest.approx(0.3)
+
+
+def test_compiling_does_not_count_as_torchs_best():
+    assert a_measurement(**{COMPILED: 1.0}).best_of_torch == FUSED
+    assert a_measurement(**{FUSED: None}).best_of_torch == FOR_LOOP
+
+
+def test_quartiles_and_means():
+    assert Quartiles.of(np.arange(5.0)) == (2.0, 1.0, 3.0)
+    assert benchmark.geometric_mean([1, 10, 100]) == pytest.approx(10)
+    with pytest.raises(ValueError, match="no geometric mean of nothing"):
+        benchmark.geometric_mean([])
+
+
+def test_lines_of_the_csv_file_come_back(tmp_path):
+    measurement = a_measurement(**{COMPILED: 3.0, FUSED: None})
+    left_out = Measurement(measurement.case, measurement.seconds, [FUSED], 7.0)
+    lines = benchmark.results(left_out)
+    benchmark.write_csv(tmp_path / "x.csv", lines)
+    header = (tmp_path / "x.csv").read_text().splitlines()[0]
+    assert header == (
+        "machine,date,torch,threads,variant,shapes,dtype,contender,ms,ms_q1,ms_q3,r,r_q1,r_q3,f,f_q1,f_q3,ms_min,"
+        "rounds,compile_s,note"
+    )
+    back = {line.contender: line for line in benchmark.read_csv(tmp_path / "x.csv")}
+    assert list(back) == [FOR_LOOP, FOREACH, OURS, FLOOR, COMPILED, FUSED]
+    ours = back[OURS]
+    assert ours[2:8] == (torch.__version__, torch.get_num_threads(), "AdamW", "large", "float32", OURS)
+    assert (ours.ms, ours.ms_min, ours.r, ours.f, ours.rounds, ours.note) == (9.0, 6.0, 5.0, 1.2, 4, "")
+    assert (back[COMPILED].compile_s, back[FLOOR].f, back[FOR_LOOP].r) == (7.0, 1.0, 1.0)
+    assert math.isnan(ours.compile_s)
+    assert math.isnan(back[FUSED].ms)
+    assert (back[FUSED].rounds, back[FUSED].note) == (0, "left out: its step computes something else")
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return script("cpu")
+
+
+@pytest.fixture
+def found():
+    """Lines of two optimizers, two lists of parameters and two dtypes; R is 1.5, and 4.5 for NAdam."""
+    selected = benchmark.cases(["AdamW", "NAdam"], ["tiny", "large"], ["float32", "bfloat16"])
+    changes = {"AdamW": {}, "NAdam": {FUSED: None, FOR_LOOP: 27.0}}
+    return [line for case in selected for line in benchmark.results(a_measurement(case, **changes[case.variant.name]))]
+
+
+def test_tables(cpu, found):
+    lines = cpu.markdown(found).splitlines()
+    mean = f"**{math.sqrt(1.5 * 4.5):.2f}** (1.50 to 4.50)"
+    assert f"| 1000 x 1 k | {mean} | {mean} |" in lines
+    assert "| 8 x 4 M: F, our time / traffic floor | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in lines
+    assert "| NAdam | bfloat16 | 4.50 (4.50-4.50) | 4.50 (4.50-4.50) | 1.20 (1.20-1.20) |" in lines
+
+
+def test_the_picture_shows_every_median(cpu, found):
+    figure = cpu.draw(found)
+    titles = ["1000 x 1 k", "8 x 4 M", "8 x 4 M: against the floor"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    for axes, values in zip(figure.axes, ([1.5, 4.5], [1.5, 4.5], [1.2, 1.2]), strict=True):
+        dots = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
+        assert [sorted(each) for each in dots] == [pytest.approx(values)] * 2
+        low, high = axes.get_xlim()
+        assert low < 1 < max(values) < high
+
+
+def test_the_matrix_from_end_to_end(cpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "measure", lambda case, **_: a_measurement(case))
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "--optimizer", "AdamW", "--dtype", "float32", "--out", str(tmp_path)])
+    cpu.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.csv", "cpu.md", "cpu.png"]
+    assert len(benchmark.read_csv(tmp_path / "cpu.csv")) == 5 * len(SHAPE_LISTS)
+    printed = capsys.readouterr().out
+    assert "  1/7  AdamW, 1000 x 1, float32" in printed
+    assert (tmp_path / "cpu.md").read_text() in printed
+
+
+def test_what_was_measured_before_an_interruption_is_kept(cpu, tmp_path, monkeypatch):
+    def interrupt_on_large(case, **_):
+        if case.shapes.name == "large":
+            raise KeyboardInterrupt
+        return a_measurement(case)
+
+    monkeypatch.setattr(cpu, "measure", interrupt_on_large)
+    monkeypatch.setattr(
+        sys, "argv", ["cpu.py", "--optimizer", "AdamW", "--model", "tiny", "large", "--out", str(tmp_path)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        cpu.main()
+    assert {line.shapes for line in benchmark.read_csv(tmp_path / "cpu.csv")} == {"tiny"}
+
+
+def test_overheads_are_judged_by_their_limits():
+    overheads = script("overheads")
+    lines = [
+        overheads._line("import", "surefoot", "after torch", [0.05, 0.07, 0.09], "s", 0.1),
+        overheads._line("import", "surefoot", "after torch", [0.2], "s", 0.1),
+        overheads._line("a tensor in a step", "Adam, torch fused", "1000 x 1", [7.0], "us"),
+    ]
+    assert overheads.markdown(lines).splitlines()[2:] == [
+        "| import | surefoot | after torch | 0.07 (0.06 to 0.08) s | at most 0.1 |",
+        "| import | surefoot | after torch | 0.2 (0.2 to 0.2) s | **over** 0.1 |",
+        "| a tensor in a step | Adam, torch fused | 1000 x 1 | 7 (7 to 7) us |  |",
+    ]
+
+
+def test_the_columns_are_documented():
+    assert [name for name in Result._fields if f"        {name.split('_q')[0]}:" not in Result.__doc__] == []
