@@ -2,8 +2,9 @@
 
 import importlib
 from importlib.metadata import version
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from surefoot.groups import parameter_groups
 from surefoot.optimizer import Optimizer
@@ -56,10 +57,13 @@ __all__ = [
 
 __version__ = version("surefoot")
 _ON_FIRST_USE = ("lr_finder", "lr_scheduler", "swa_utils")
+_OF_TORCH = ("swap_in_optimizer_params_and_state",)
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import what a step does not need when it is first asked for."""
+def __getattr__(name: str) -> Any:
+    """Import what a step does not need when it is first asked for; torch's tools for any optimizer are torch's."""
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"surefoot.{name}")
+    if name in _OF_TORCH:
+        return getattr(torch.optim, name)
     raise AttributeError(f"module 'surefoot' has no attribute {name!r}")

@@ -108,9 +108,7 @@ def _build(place: str) -> Any:
     file, colon, function = place.rpartition(":")
     path = Path(file)
     if not colon or not path.is_file():
-        raise typer.BadParameter(
-            f"must be FILE.py:FUNCTION with a file that exists, but is {place!r}", param_hint="--model"
-        )
+        raise typer.BadParameter(f"must be FILE.py:FUNCTION of a file, but is {place!r}", param_hint="--model")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise typer.BadParameter(f"{file} is not a Python file", param_hint="--model")
