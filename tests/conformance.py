@@ -26,6 +26,8 @@ ENGINES: dict[str, Options] = {"eager": {"foreach": False}, "foreach": {"foreach
 COMPILED = {"cpu"}
 """Engines that compile a kernel for each setting of the flags, in most of a second: they get fewer settings."""
 STEPS = 7
+STEADY = 4
+"""The step from which on every parameter has a gradient of the same layout, so that engines can keep their plans."""
 
 
 def any_param(param: Tensor) -> bool:
@@ -222,7 +224,7 @@ def normals(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
 
 
 def gradients(params: Params, step: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Make the gradients of a step: of all layouts, some of them zero, some missing.
+    """Make the gradients of a step: in the first ones of all layouts, some zero, some missing; from STEADY on alike.
 
     They are drawn in `dtype` and cast to that of the parameter, so that an oracle in float64 meets the same values.
     """
@@ -230,15 +232,27 @@ def gradients(params: Params, step: int, dtype: torch.dtype) -> dict[str, Tensor
     found: dict[str, Tensor | None] = {}
     for name, param in params.items():
         grad = normal(*param.shape).to(param.dtype)
-        if name == "matrix" and step == 2:
-            grad = grad[:1, :1].expand(param.shape)
-        if name == "offset view" or step == 3:
-            grad = grad * (grad.abs() > 1) if step != 3 else torch.zeros_like(grad)
-        if step % 2:
-            grad = grad.t().contiguous().t() if grad.dim() == 2 else torch.empty_like(param).copy_(grad)
-        missing = name == "never" or (name == "late" and step < 2) or (name == "now and then" and step % 3 == 1)
-        found[name] = None if missing else grad
+        if name == "offset view":
+            grad = grad * (grad.abs() > 1)
+        if name == "never" or (step < STEADY and _missing(name, step)):
+            found[name] = None
+        else:
+            found[name] = _laid_out(name, grad, step) if step < STEADY else torch.empty_like(param).copy_(grad)
     return found
+
+
+def _missing(name: str, step: int) -> bool:
+    return (name == "late" and step < 2) or (name == "now and then" and step % 3 == 1)
+
+
+def _laid_out(name: str, grad: Tensor, step: int) -> Tensor:
+    if step == 3:
+        grad = torch.zeros_like(grad)
+    if name == "matrix" and step == 2:
+        return grad[:1, :1].expand(grad.shape)
+    if name == "channels_last" and step % 2:
+        return grad.to(memory_format=torch.channels_last)
+    return grad.t().contiguous().t() if grad.dim() == 2 and step % 2 else grad
 
 
 def groups(params: Params) -> list[dict[str, Any]]:
@@ -260,7 +274,7 @@ def train(
     With `plain` all gradients are contiguous; torch's foreach writes into some, which not every layout survives.
     """
     for step in steps:
-        if step == 4:
+        if step == STEADY + 1:
             halve_lr(optimizer)
         for name, grad in gradients(params, step, dtype).items():
             params[name].grad = (

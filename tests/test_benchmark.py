@@ -177,13 +177,11 @@ def test_measuring():
     assert (measurement.wrong, measurement.compile_seconds) == ([], 0)
 
 
-def test_contenders_get_about_the_same_time_in_a_round():
-    assert rounds._steps_in_a_block({"slow": 0.02, "fast": 0.0005, "middling": 0.013}) == {
-        "slow": 1,
-        "fast": 40,
-        "middling": 2,
-    }
-    assert rounds._steps_in_a_block({"slow": 2.0, "fast": 0.01}) == {"slow": 1, "fast": 5}
+def test_contenders_get_the_same_time_in_a_round(monkeypatch):
+    durations = iter([9.0, 1.0, 3.0, 1.5, 1.0, 99.0])
+    monkeypatch.setattr(rounds, "_timed", lambda step: step())
+    assert rounds._block(lambda: next(durations), share=6.0) == 1.25
+    assert next(durations) == 99.0
 
 
 def test_what_does_not_fit_into_memory_is_refused(monkeypatch):

@@ -15,6 +15,7 @@ from conformance import (
     DENSE,
     ELEMENTWISE,
     ENGINES,
+    SPARSE,
     STEPS,
     Params,
     assert_close,
@@ -526,6 +527,57 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         CHANGES[change](stepped, params)
         train(stepped, params, torch.float32, steps=range(2, 5))
     (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
+
+
+@pytest.mark.parametrize("kind", ["negated", "conjugated"])
+@each_row(ELEMENTWISE)
+@each_engine
+def test_gradients_may_be_lazily_negated_or_conjugated(engine, row, kind):
+    """Torch marks such views with a bit and leaves their memory as it is."""
+    values = normals(torch.complex64, seed=1)(3, 20)
+    start = values[0] if kind == "conjugated" else values[0].real.clone()
+    lazy, plain = start.clone().requires_grad_(), start.clone().requires_grad_()
+    optimizer, twin = row.build([lazy], row.all_flags(), engine), row.build([plain], row.all_flags(), engine)
+    for value in values:
+        lazy.grad = value.conj() if kind == "conjugated" else value.conj().imag
+        plain.grad = lazy.grad.resolve_conj().resolve_neg().clone()
+        optimizer.step()
+        twin.step()
+    assert torch.equal(lazy, plain)
+
+
+@each_row([row for row in SPARSE if row.elementwise])
+@each_engine
+def test_gradients_may_be_sparse_in_some_steps_and_dense_in_others(engine, row):
+    for flags in row.flag_variants():
+        options = {**flags, "weight_decay": 0}
+        ours, plain = (torch.ones(6, 2, requires_grad=True) for _ in range(2))
+        optimizer, twin = row.build([ours], options, engine), row.build([plain], options, engine)
+        for step, layout in enumerate(("sparse", "sparse", "dense", "dense", "empty", "sparse", "sparse")):
+            grad = torch.zeros(6, 2)
+            grad[step % 6] = 0.0 if layout == "empty" else step + 1.0
+            plain.grad = grad
+            ours.grad = grad if layout == "dense" else grad.to_sparse(1)
+            optimizer.step()
+            twin.step()
+        assert_close({"param": ours}, {"param": plain})
+
+
+@each_row(ELEMENTWISE)
+@each_engine
+def test_parameters_may_be_swapped(engine, row):
+    """As `module.to` does under `torch.__future__.set_swap_module_params_on_conversion`."""
+    param, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.full((3,), 9.0))
+    optimizer = row.build([param], {}, engine)
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    other.grad = torch.ones(3)
+    param.grad = torch.ones(3)
+    torch.utils.swap_tensors(param, other)
+    optimizer.step()
+    assert (param > 5).all()
+    assert (param < 9).all()
 
 
 @each_row(ELEMENTWISE)

@@ -170,7 +170,7 @@ def _agree(contender: Contender, reference: Contender) -> bool:
 
 def _rounds(contenders: Mapping[str, Contender], grads: list[Tensor], deadline: float) -> dict[str, np.ndarray]:
     """Give the seconds of a step in each round, for each contender; rounds are run until the deadline."""
-    counts = _steps_in_a_block({name: contender.warm_up[-1] for name, contender in contenders.items()})
+    share = min(_LONGEST_BLOCK, max(contender.warm_up[-1] for contender in contenders.values()))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order, draw = list(contenders), random.Random(0)  # noqa: S311 (not a secret)
     gc.collect()
@@ -179,23 +179,23 @@ def _rounds(contenders: Mapping[str, Contender], grads: list[Tensor], deadline: 
         while len(seconds[OURS]) < FEWEST_ROUNDS or perf_counter() < deadline:
             draw.shuffle(order)
             for name in order:
-                seconds[name].append(_block(contenders[name].step, counts[name]))
+                seconds[name].append(_block(contenders[name].step, share))
             torch._foreach_neg_(grads)  # averages must not settle, where a variance becomes zero; in one call
     finally:
         gc.enable()
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def _steps_in_a_block(seconds: Mapping[str, float]) -> dict[str, int]:
-    """Share a round out so that every contender, whatever its step takes, gets about the same time."""
-    longest = min(max(seconds.values()), _LONGEST_BLOCK)
-    return {name: max(1, round(longest / value)) for name, value in seconds.items()}
+def _block(step: Step, share: float) -> float:
+    """Give the median time of a step; as many are taken as fill the share, so that all contenders get about the same.
 
-
-def _block(step: Step, count: int) -> float:
-    """Give the median time of some steps after one that is not counted: it finds the caches full of another's data."""
+    The first is not counted: it finds the caches full of another contender's data.
+    """
     step()
-    return float(np.median([_timed(step) for _ in range(count)]))
+    times: list[float] = []
+    while sum(times) < share:
+        times.append(_timed(step))
+    return float(np.median(times))
 
 
 def _timed(step: Step) -> float:
