@@ -16,6 +16,7 @@ from conformance import (
     ELEMENTWISE,
     ENGINES,
     SPARSE,
+    STEADY,
     STEPS,
     Params,
     assert_close,
@@ -31,6 +32,9 @@ from conformance import (
     zoo,
 )
 
+BEFORE = range(STEADY - 2, STEADY + 2)
+AFTER = range(STEADY + 2, STEADY + 5)
+"""Steps before and after what a test does; in the last ones before, and in all after, a plan may be used again."""
 SOME = ("odd", "matrix", "channels_last", "strided view", "transposed", "late")
 
 
@@ -39,10 +43,10 @@ def some(dtype: torch.dtype = torch.float32, admits=lambda param: True) -> Param
 
 
 def started(row, engine, options=None):
-    """Make an optimizer that has taken two steps."""
+    """Make an optimizer that has taken steps."""
     params = some()
     optimizer = row.build(groups(params), row.all_flags() if options is None else options, engine)
-    train(optimizer, params, torch.float32, steps=range(2))
+    train(optimizer, params, torch.float32, steps=BEFORE)
     return optimizer, params
 
 
@@ -71,16 +75,16 @@ def test_checkpoints_of_torch_go_on_here_and_ours_there(engine, row):
     ours, theirs = some(admits=row.admits), some(admits=row.admits)
     optimizer = row.build(groups(ours), row.all_flags(), row.engines([engine])[0])
     oracle = row.build_oracle(groups(theirs), row.all_flags())
-    train(oracle, theirs, torch.float32, steps=range(2))
-    for taker, giver, start in ((optimizer, oracle, 2), (oracle, optimizer, 4)):
+    train(oracle, theirs, torch.float32, steps=BEFORE)
+    for taker, giver, start in ((optimizer, oracle, STEADY + 2), (oracle, optimizer, STEADY + 5)):
         for name in theirs:
             (ours if taker is optimizer else theirs)[name].data.copy_((theirs if taker is optimizer else ours)[name])
         wishes = [{name: group[name] for name in ("foreach", "fused") if name in group} for group in taker.param_groups]
         taker.load_state_dict(copy.deepcopy(giver.state_dict()))  # torch keeps the very tensors
         for group, wish in zip(taker.param_groups, wishes, strict=True):
             group.update(wish)
-        train(optimizer, ours, torch.float32, steps=range(start, start + 2))
-        train(oracle, theirs, torch.float32, steps=range(start, start + 2))
+        train(optimizer, ours, torch.float32, steps=range(start, start + 3))
+        train(oracle, theirs, torch.float32, steps=range(start, start + 3))
     (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
 
 
@@ -177,7 +181,7 @@ def test_a_parameter_that_overlaps_itself_is_refused(engine, row):
 def test_a_step_is_seen_by_autograd(engine, row):
     """What was saved for the backward pass, and changed since, raises; what was not changed does not."""
     optimizer, params = started(row, engine)
-    for name, grad in gradients(params, 2, torch.float32).items():
+    for name, grad in gradients(params, STEADY + 2, torch.float32).items():
         params[name].grad = None if name == "odd" else grad
     slots = {slot.name for slot in row.ours.slots}
     saved = [param for name, param in params.items() if name != "odd"]
@@ -217,7 +221,7 @@ def test_same_bits_run_after_run_for_any_number_of_threads(engine, row, threads)
             "small": torch.ones(3, requires_grad=True),
         }
         optimizer = row.build(params.values(), row.all_flags(), engine)
-        train(optimizer, params, torch.float32, steps=range(2))
+        train(optimizer, params, torch.float32, steps=range(STEADY, STEADY + 3))
         outcomes.append(results(optimizer, params))
     for outcome in outcomes[1:]:
         assert_same(outcome, outcomes[0])
@@ -291,8 +295,8 @@ def test_a_refused_step_changes_nothing(engine, row, spoil):
     last = torch.ones(2, 3, requires_grad=True)
     optimizer.add_param_group({"params": [last]})
     params["new"] = last
-    train(optimizer, params, torch.float32, steps=[2])
-    for name, grad in gradients(params, 3, torch.float32).items():
+    train(optimizer, params, torch.float32, steps=[STEADY + 2, STEADY + 3])
+    for name, grad in gradients(params, STEADY + 4, torch.float32).items():
         params[name].grad = grad + 1
     spoil(optimizer, last)
     before = snapshot(optimizer)
@@ -306,7 +310,7 @@ def test_a_refused_step_changes_nothing(engine, row, spoil):
 def test_a_closure_that_raises_changes_nothing(engine, row):
     params = some(admits=row.admits)
     optimizer = row.build(groups(params), {}, row.engines([engine])[0])
-    train(optimizer, params, torch.float32, steps=[0])
+    train(optimizer, params, torch.float32, steps=BEFORE)
     before = snapshot(optimizer)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
@@ -339,7 +343,7 @@ def test_a_refused_group_changes_nothing(row, group):
 def test_a_failed_load_changes_nothing(engine, row):
     params = some(admits=row.admits)
     optimizer = row.build(groups(params), row.all_flags(), row.engines([engine])[0])
-    train(optimizer, params, torch.float32, steps=[0])
+    train(optimizer, params, torch.float32, steps=BEFORE)
     before = snapshot(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     entry = saved["state"][max(saved["state"])]
@@ -381,9 +385,9 @@ def test_a_forked_child_steps(engine):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks where threads run
         child = os.fork()
-    train(optimizer, params, torch.float32, steps=[2])
+    train(optimizer, params, torch.float32, steps=AFTER)
     twin, theirs = started(row, engine)
-    train(twin, theirs, torch.float32, steps=[2])
+    train(twin, theirs, torch.float32, steps=AFTER)
     right = all(torch.equal(params[name], theirs[name]) for name in params)
     if child == 0:
         os._exit(0 if right else 1)
@@ -477,7 +481,7 @@ def other_shape(optimizer, params):
 
 def loaded(optimizer, params):
     saved = copy.deepcopy(optimizer.state_dict())
-    train(optimizer, params, torch.float32, steps=[5])
+    train(optimizer, params, torch.float32, steps=[STEADY + 2])
     optimizer.load_state_dict(saved)
 
 
@@ -523,9 +527,9 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         row.build_oracle(groups(theirs), row.all_flags()),
     )
     for stepped, params in ((optimizer, ours), (oracle, theirs)):
-        train(stepped, params, torch.float32, steps=range(2))
+        train(stepped, params, torch.float32, steps=BEFORE)
         CHANGES[change](stepped, params)
-        train(stepped, params, torch.float32, steps=range(2, 5))
+        train(stepped, params, torch.float32, steps=AFTER)
     (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
 
 
@@ -587,9 +591,9 @@ def test_flags_switched_on_later_count(engine, row):
     params = some()
     off = {name: type(value)() for name, value in row.all_flags().items()}
     optimizer = row.build(groups(params), off, engine)
-    train(optimizer, params, torch.float32, steps=range(2))
+    train(optimizer, params, torch.float32, steps=BEFORE)
     set_option(**row.all_flags())(optimizer, params)
-    train(optimizer, params, torch.float32, steps=range(2, 4))
+    train(optimizer, params, torch.float32, steps=AFTER)
     slots = {slot.name for slot in row.ours.slots}
     assert slots <= optimizer.state[params["matrix"]].keys()
     assert all(param.isfinite().all() for param in params.values())
@@ -610,8 +614,8 @@ def test_a_model_in_another_dtype_goes_on(engine, row):
     for param in params.values():
         param.data = param.data.double()
         param.grad = None
-    train(optimizer, params, torch.float64, steps=range(2, 4))
-    train(oracle, theirs, torch.float64, steps=range(2, 4))
+    train(optimizer, params, torch.float64, steps=AFTER)
+    train(oracle, theirs, torch.float64, steps=AFTER)
     assert_close(
         {n: p.detach() for n, p in params.items()}, {n: p.detach() for n, p in theirs.items()}, rtol=1e-5, atol=1e-6
     )
@@ -626,10 +630,10 @@ def test_a_model_in_another_dtype_goes_on(engine, row):
 def test_copies_go_on(engine, row, copied):
     params = some(admits=row.admits)
     optimizer = row.build(groups(params), row.all_flags(), row.engines([engine])[0])
-    train(optimizer, params, torch.float32, steps=range(2))
+    train(optimizer, params, torch.float32, steps=BEFORE)
     twin, theirs = copied((optimizer, params))
     for stepped, tensors in ((optimizer, params), (twin, theirs)):
-        train(stepped, tensors, torch.float32, steps=range(2, 5))
+        train(stepped, tensors, torch.float32, steps=AFTER)
     assert_same(results(twin, theirs), results(optimizer, params))
 
 
@@ -637,7 +641,7 @@ def test_copies_go_on(engine, row, copied):
 def test_engines_may_be_changed_between_steps(row):
     ours, theirs = some(), some()
     optimizer, oracle = row.build(groups(ours), row.all_flags()), row.build_oracle(groups(theirs), row.all_flags())
-    for step, options in enumerate([*ENGINES.values()] * 2):
+    for step, options in enumerate([options for options in ENGINES.values() for _ in range(3)] * 2):
         for group in optimizer.param_groups:
             group.update({"foreach": None, "fused": None} | options)
         train(optimizer, ours, torch.float32, steps=[step])

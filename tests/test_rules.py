@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surefoot
-from conformance import COMPILED, ENGINES, STEPS, assert_close, assert_same, each_engine, gradients, train, zoo
+from conformance import COMPILED, ENGINES, STEADY, STEPS, assert_close, assert_same, each_engine, gradients, train, zoo
 from surefoot.errors import RuleError
 from surefoot.rule.ops import OPS
 
@@ -38,7 +38,7 @@ def lion_by_hand(params, dtype, lr=1e-4, weight_decay=0.0, sign=1):
     momenta = {name: torch.zeros_like(param) for name, param in params.items()}
     with torch.no_grad():
         for step in range(STEPS):
-            lr = lr / 2 if step == 4 else lr
+            lr = lr / 2 if step == STEADY + 1 else lr
             for name, grad in gradients(params, step, dtype).items():
                 if grad is not None:
                     direction = momenta[name].lerp(sign * grad, 1 - 0.9).sign()

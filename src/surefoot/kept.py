@@ -4,7 +4,7 @@ Whatever a user may change counts at the next step, so everything is compared wi
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_, itemgetter
@@ -35,21 +35,25 @@ class Watch:
         numbers = list(chain.from_iterable(tensors for _, tensors in self._entries[: len(scalars)]))
         self._numbers = Numbers(numbers)
         self._shape = (len(scalars), len(work.params))
-        self._tensors = Watched([*work.params, *chain.from_iterable(tensors for _, tensors in self._entries)])
+        # Parameters are looked at from outside: a reference held here would keep them from being swapped.
+        self._params, self._pointers = Metadata(work.params), addresses(work.params)
+        self._tensors = Watched(list(chain.from_iterable(tensors for _, tensors in self._entries)))
         self._grads = Metadata(work.grads())
         self._scalar_tensors = numbers
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
         grads = work.grads()
-        if not self._grads.same(grads) or self._tensors.changed():
+        if not self._grads.same(grads) or not self._params.same(work.params) or self._tensors.changed():
+            return False
+        if not np.array_equal(self._pointers, addresses(work.params)):
             return False
         try:
             if not all(_same(map(entry, work.states), tensors) for entry, tensors in self._entries):
                 return False
         except KeyError:
             return False
-        work.bucket.grads = [torch.view_as_real(grad) for grad in grads] if grads[0].is_complex() else grads
+        work.bucket.grads = grads
         return True
 
     def read(self) -> np.ndarray:
@@ -60,6 +64,11 @@ class Watch:
         """Write the scalars."""
         self._numbers.write(values.ravel())
         torch.autograd.graph.increment_version(self._scalar_tensors)
+
+
+def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Give the addresses of tensors' memory."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 @dataclass(eq=False)
@@ -112,5 +121,10 @@ def _reusable(work: "Work") -> bool:
     from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
 
     scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
-    plain = all(type(param) in cpu.PLAIN for param in work.params)
-    return work.engine is cpu and plain and not work.bucket.grads[0].is_sparse and Numbers.can_hold(scalars)
+    return work.engine is cpu and all(map(_plain, work.params, work.grads())) and Numbers.can_hold(scalars)
+
+
+def _plain(param: Tensor, grad: Tensor) -> bool:
+    """Whether an engine works on a parameter and its gradient themselves rather than on something made from them."""
+    made_from = grad.layout is not torch.strided or grad.is_neg() or param.is_complex()
+    return type(param) in cpu.PLAIN and not made_from

@@ -214,7 +214,7 @@ def _coefficients(work: Work, values: tuple[float, ...], *, fresh: bool) -> tupl
 
 
 def _number(value: Any, *, keep_tensors: bool) -> Any:
-    return value.item() if isinstance(value, Tensor) and not keep_tensors else value
+    return value.detach().item() if isinstance(value, Tensor) and not keep_tensors else value
 
 
 def _run_rows(engine: Engine, bucket: Bucket) -> None:

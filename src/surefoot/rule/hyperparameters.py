@@ -72,7 +72,7 @@ class Interval:
                 f"Tensor {name} must be 1-element, but its shape is {tuple(value.shape)}; "
                 f"give one number per parameter group"
             )
-        if not self.contains(float(value)):
+        if not self.contains(float(value.detach() if isinstance(value, torch.Tensor) else value)):
             raise ValueError(f"{self.complaint}{value}; `{name}` must be a number in {self}")
         if self.whole and not isinstance(value, Integral):
             raise TypeError(f"`{name}` must be a whole number, but got {value!r}")

@@ -67,7 +67,7 @@ def _pick(
         if not isinstance(x, Tensor) and not isinstance(y, Tensor):
             return math.nan if math.isnan(x) or math.isnan(y) else of_numbers(x, y)
         like = x if isinstance(x, Tensor) else y
-        return of_tensors(torch.as_tensor(x).to(like), torch.as_tensor(y).to(like))
+        return of_tensors(*(torch.as_tensor(z, dtype=like.dtype, device=like.device) for z in (x, y)))
 
     return pick
 
@@ -90,6 +90,10 @@ def _addcdiv(x: Tensor, y: Tensor, z: Tensor, value: Any) -> Tensor:
     return x + y / z * value if isinstance(value, Tensor) else torch.addcdiv(x, y, z, value=value)
 
 
+def _fill(x: Tensor, number: Any) -> Tensor:
+    return torch.zeros_like(x) + number if isinstance(number, Tensor) else torch.full_like(x, number)
+
+
 def _where(condition: Any, x: Any, y: Any) -> Any:
     """Select; a new tensor, never one of the arguments, so that no engine writes through an alias."""
     if isinstance(condition, Tensor):
@@ -107,12 +111,12 @@ OPS: tuple[Op, ...] = (
     Op("neg", 1, (operator.neg, torch.neg), operator.neg, "neg", ("negative",)),
     Op("abs", 1, (abs, operator.abs, torch.abs), abs, "abs"),
     Op("sign", 1, (torch.sign,), _unary(torch.sign, _sign), "sign"),
-    Op("sqrt", 1, (torch.sqrt, math.sqrt), _unary(torch.sqrt, math.sqrt), "sqrt"),
+    Op("sqrt", 1, (torch.sqrt,), _unary(torch.sqrt, math.sqrt), "sqrt"),
     Op("rsqrt", 1, (torch.rsqrt,), _unary(torch.rsqrt, lambda x: 1 / math.sqrt(x)), "rsqrt"),
     Op("reciprocal", 1, (torch.reciprocal,), _unary(torch.reciprocal, lambda x: 1 / x), "reciprocal"),
-    Op("exp", 1, (torch.exp, math.exp), _unary(torch.exp, math.exp), "exp"),
-    Op("log", 1, (torch.log, math.log), _unary(torch.log, math.log), "log"),
-    Op("tanh", 1, (torch.tanh, math.tanh), _unary(torch.tanh, math.tanh), "tanh"),
+    Op("exp", 1, (torch.exp,), _unary(torch.exp, math.exp), "exp"),
+    Op("log", 1, (torch.log,), _unary(torch.log, math.log), "log"),
+    Op("tanh", 1, (torch.tanh,), _unary(torch.tanh, math.tanh), "tanh"),
     Op("maximum", 2, (torch.maximum,), _pick(torch.maximum, max), "maximum"),
     Op("minimum", 2, (torch.minimum,), _pick(torch.minimum, min), "minimum"),
     Op("add_scaled", 3, (), _add_scaled, "add"),
@@ -126,7 +130,7 @@ OPS: tuple[Op, ...] = (
     Op("le", 2, (operator.le, torch.le), operator.le, compares=True),
     Op("eq", 2, (operator.eq, torch.eq), operator.eq, compares=True),
     Op("ne", 2, (operator.ne, torch.ne), operator.ne, compares=True),
-    Op("fill", 2, (torch.full_like,), lambda x, number: torch.zeros_like(x) + number),
+    Op("fill", 2, (torch.full_like,), _fill),
     Op("copy", 1, (torch.clone,), lambda x: x.clone(), methods=("clone",)),
 )
 

@@ -5,6 +5,7 @@ After each of them the graph is checked as far as it has come; engines may rely 
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -57,16 +58,27 @@ def divide_by_tensor(graph: fx.Graph) -> None:
             node.target, node.args = BY_NAME["mul"], (inverse, number)
 
 
+def simple_powers(graph: fx.Graph) -> None:
+    """Write powers that torch computes by simpler operations as these; the values at infinity and zero are theirs."""
+    for node in graph.nodes:
+        if node.target is BY_NAME["pow"] and node.meta["tensor"] and node.args[1] in _POWERS:
+            name = _POWERS[node.args[1]]
+            node.target = BY_NAME[name]
+            node.args = (node.args[0],) * BY_NAME[name].arity
+
+
 def select_tensors(graph: fx.Graph) -> None:
-    """Give a selection between two numbers the parameter's dtype, which its condition does not tell."""
+    """Give numbers that a selection chooses the parameter's shape and dtype, which its condition does not tell."""
     param = next(iter(graph.nodes))
     for node in list(graph.nodes):
-        if node.target is BY_NAME["where"] and node.meta["tensor"] and not any(map(_is_tensor, node.args[1:])):
-            condition, number, other = node.args
-            with graph.inserting_before(node):
-                filled = _call(graph, "fill", param, other)
-            filled.meta.update(node.meta)
-            node.args = (condition, number, filled)
+        if node.target is not BY_NAME["where"] or not node.meta["tensor"]:
+            continue
+        for position in (1, 2):
+            if not _is_tensor(node.args[position]):
+                with graph.inserting_before(node):
+                    filled = _call(graph, "fill", param, node.args[position])
+                filled.meta.update(node.meta)
+                node.update_arg(position, filled)
 
 
 def copy_outputs(graph: fx.Graph) -> None:
@@ -94,6 +106,7 @@ PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     to_operations,
     mark_tensors,
     divide_by_tensor,
+    simple_powers,
     select_tensors,
     copy_outputs,
     remove_unused,
@@ -185,6 +198,7 @@ def _square(graph: fx.Graph, input: Argument) -> fx.Node:  # noqa: A002
     return _call(graph, "mul", input, input)
 
 
+_POWERS: dict[Any, str] = {2: "mul", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _FORMS: dict[str, Build] = {
     torch.add.__name__: _add,
     operator.add.__name__: _add,

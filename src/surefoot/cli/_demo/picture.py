@@ -53,19 +53,23 @@ def _time_label(outcome: Outcome) -> str:
 
 
 def _draw_times(axes: Axes, comparison: Comparison) -> None:
-    """Draw a bar for each library: the median of its step times, with the range of nine tenths of them."""
-    names = " and ".join(comparison.outcomes[0].clock.optimizers)
-    longest = 0.0
-    for place, (outcome, colour) in enumerate(zip(comparison.outcomes, COLOURS, strict=True)):
-        low, middle, high = np.percentile(outcome.clock.optimizer_ms, (5, 50, 95))
-        axes.barh(place, middle, height=0.55, color=colour, alpha=0.8)
+    """Draw a bar for each library: the median of its step times, with the range of the middle half of them.
+
+    Quartiles, and an axis that follows the medians, keep the bars in sight when another program disturbed some steps.
+    """
+    clocks = [outcome.clock for outcome in comparison.outcomes]
+    quartiles = np.array([np.percentile(clock.optimizer_ms, (25, 50, 75)) for clock in clocks])
+    end = 1.8 * quartiles[:, 1].max()
+    for place, (low, middle, high) in enumerate(quartiles):
+        axes.barh(place, middle, height=0.55, color=COLOURS[place], alpha=0.8)
         axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black", capsize=4)
-        axes.annotate(_time_label(outcome), (high, place), xytext=(8, 0), textcoords="offset points", va="center")
-        longest = max(longest, high)
+        label_at = (min(high, 0.6 * end), place - 0.36)
+        axes.annotate(_time_label(comparison.outcomes[place]), label_at, ha="left", va="bottom")
     axes.set_yticks((0, 1), comparison.plan.libraries)
     axes.invert_yaxis()
-    axes.set(title=f"Time in step() of {names}", xlabel="time per step [ms]: median, and the 5th to 95th percentile")
-    axes.set_xlim(0, 1.65 * longest)
+    axes.set_xlim(0, end)
+    names = " and ".join(clocks[0].optimizers)
+    axes.set(title=f"Time in step() of {names}", xlabel="time per step [ms]: median, and the middle half of the steps")
 
 
 def _headline(comparison: Comparison) -> str:

@@ -37,7 +37,7 @@ _EXPRESSIONS: dict[str, str] = {
     "maximum": "{0} if ({0} > {1}) | ({0} != {0}) else {1}",
     "minimum": "{0} if ({0} < {1}) | ({0} != {0}) else {1}",
     "add_scaled": "{0} + {1} * {2}",
-    "lerp": "{0} + {2} * ({1} - {0}) if {2} < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
+    "lerp": "{0} + {2} * ({1} - {0}) if abs({2}) < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
     "addcmul": "{0} + {3} * {1} * {2}",
     "addcdiv": "{0} + {3} * {1} / {2}",
     "where": "{1} if {0} != 0 else {2}",

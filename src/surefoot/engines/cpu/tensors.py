@@ -58,12 +58,17 @@ class Metadata:
 
 
 def _facts(tensors: Sequence[Tensor | None]) -> list[object]:
-    return [t if t is None else (type(t), t.dtype, t.shape, t.stride(), t.is_neg(), t.is_conj()) for t in tensors]
+    return [
+        t
+        if t is None
+        else (type(t), t.layout, t.dtype, t.shape, t.layout is torch.strided and t.stride(), t.is_neg(), t.is_conj())
+        for t in tensors
+    ]
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:
     """Make torch's own comparison of many tensors in one call, in releases in which it is known to be safe."""
-    if not torch.__version__.startswith(_GUARDED_RELEASES):
+    if not torch.__version__.startswith(_GUARDED_RELEASES) or any(t.layout is not torch.strided for t in tensors):
         return None
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guards: Any = torch._C._dynamo.guards
