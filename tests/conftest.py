@@ -18,21 +18,8 @@ torch.set_num_threads(1)
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 KNOWN_BUGS: dict[str, str] = {
-    r"test_eager_has_the_bits.*Rprop-step_sizes=.0.009.*float64": "maximum(tensor, number) is rounded to float32",
-    r"test_operations_are_those_of_torch\[(eager|foreach)-(maximum|minimum)\]": "the same",
-    r"test_operations_are_those_of_torch\[eager-(fill|where)\]": "a fill with -0.0 gives 0.0",
-    r"test_operations_are_those_of_torch\[foreach-where\]": "where(number, number, tensor) gives a number, no tensor",
-    r"test_operations_are_those_of_torch\[foreach-add_scaled\]": "torch.add(tensor, number, alpha=number) raises",
-    r"test_operations_are_those_of_torch\[cpu-lerp\]": "lerp asks weight < 0.5 where torch asks |weight| < 0.5",
-    r"test_operations_are_those_of_torch\[cpu-pow\]": "x**0.5 is no sqrt: inf for -inf, 0.0 for -0.0",
-    r"test_operations_on_numbers_alone\[.*-math\]": "math.sqrt and others stand in the table but cannot be traced",
     r"test_an_error_in_a_rule.*-(number_for_tensor|tensor_for_number)\]": "TypeError, or nothing, instead of RuleError",
-    r"test_tensors_that_require_gradients_are_checked_in_silence": "float() of a tensor that requires gradients",
     r"test_gradients_flow_to_hyperparameters\[(NAdam-betas|Rprop-lr|ASGD-lr)\]": "cut where state carries the number",
-    r"test_sparse_gradients\[cpu-SGD-maximize=True": "kept works skip to_dense: wrong values, errors, a segfault",
-    r"test_gradients_may_be_sparse_in_some_steps.*\[cpu-SGD\]": "the same: wrong values, may end in a segfault",
-    r"test_gradients_may_be_lazily.*\[cpu-": "kept works skip resolve_neg and resolve_conj: wrong signs, errors",
-    r"test_parameters_may_be_swapped\[cpu-": "kept works hold references to parameters",
 }
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""
 

@@ -63,8 +63,9 @@ def _draw_times(axes: Axes, comparison: Comparison) -> None:
     for place, (low, middle, high) in enumerate(quartiles):
         axes.barh(place, middle, height=0.55, color=COLOURS[place], alpha=0.8)
         axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black", capsize=4)
-        label_at = (min(high, 0.6 * end), place - 0.36)
-        axes.annotate(_time_label(comparison.outcomes[place]), label_at, ha="left", va="bottom")
+        # Below the whisker, which may cross the whole width.
+        label = _time_label(comparison.outcomes[place])
+        axes.annotate(label, (middle, place), xytext=(8, -8), textcoords="offset points", va="top")
     axes.set_yticks((0, 1), comparison.plan.libraries)
     axes.invert_yaxis()
     axes.set_xlim(0, end)

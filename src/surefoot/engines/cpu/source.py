@@ -24,7 +24,8 @@ _EXPRESSIONS: dict[str, str] = {
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
     "div": "{0} / {1}",
-    "pow": "{0} ** {1}",
+    # As torch: the two powers that are roots are so at infinity and zero too.
+    "pow": "math.sqrt({0}) if {1} == real(0.5) else real(1) / math.sqrt({0}) if {1} == real(-0.5) else {0} ** {1}",
     "neg": "-{0}",
     "abs": "abs({0})",
     "sign": "real({0} > 0) - real({0} < 0)",
