@@ -141,8 +141,9 @@ def test_neighbours_in_shared_storages_stay(engine, row, dtype):
                 storages.append(storage)
                 for param, state in zip(params, laid, strict=True):
                     optimizer.state[param][slot] = state
-        before = [gaps(storage.detach()) for storage in storages]
+        before, version = [gaps(storage.detach()) for storage in storages], grad_memory._version
         optimizer.step()
+        assert grad_memory._version == version
         twin.step()
         assert all(torch.equal(gaps(storage.detach()), old) for storage, old in zip(storages, before, strict=True))
     assert torch.equal(grad_memory, in_views(grads)[0])
@@ -548,6 +549,22 @@ def test_gradients_may_be_lazily_negated_or_conjugated(engine, row, kind):
         optimizer.step()
         twin.step()
     assert torch.equal(lazy, plain)
+
+
+@each_row(ELEMENTWISE)
+@each_engine
+def test_gradients_may_change_their_strides(engine, row):
+    ours, plain = (normals(torch.float32, seed=1)(4, 6).requires_grad_() for _ in range(2))
+    optimizer, twin = row.build([ours], row.all_flags(), engine), row.build([plain], row.all_flags(), engine)
+    for step, layout in enumerate(("rows", "rows", "columns", "columns", "one", "one", "rows", "rows", "strided")):
+        grad = normals(torch.float32, seed=step)(4, 6) if layout != "one" else torch.ones(1, 1).expand(4, 6)
+        ours.grad = {"columns": grad.t().contiguous().t(), "strided": grad.repeat_interleave(2, 1)[:, ::2]}.get(
+            layout, grad
+        )
+        plain.grad = grad.contiguous()
+        optimizer.step()
+        twin.step()
+    assert torch.equal(ours, plain)
 
 
 @each_row([row for row in SPARSE if row.elementwise])
