@@ -126,5 +126,5 @@ def _reusable(work: "Work") -> bool:
 
 def _plain(param: Tensor, grad: Tensor) -> bool:
     """Whether an engine works on a parameter and its gradient themselves rather than on something made from them."""
-    made_from = grad.layout is not torch.strided or grad.is_neg() or param.is_complex()
+    made_from = grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor() or param.is_complex()
     return type(param) in cpu.PLAIN and not made_from

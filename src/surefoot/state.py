@@ -91,7 +91,7 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
         if optimizer.sparse is Sparse.ONLY:
             raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
         laid_out: Tensor = _laid_out_like(param, grad).resolve_conj().resolve_neg()
-        return laid_out
+        return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
     if not grad.is_sparse or optimizer.sparse is Sparse.REFUSED:
         raise RuntimeError(f"{name} does not support sparse gradients{optimizer.instead_of_sparse}")
     if group.get("weight_decay"):

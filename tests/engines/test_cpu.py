@@ -240,6 +240,17 @@ def test_numbers_are_read_and_rounded_as_their_tensors():
     assert [scalar.item() for scalar in scalars] == [torch.tensor(1 / 3).item(), 1 / 3]
 
 
+def test_gradients_without_memory_are_zeros():
+    optimizer, params = make(surefoot.SGD, sizes=(3,), momentum=0.9)
+    ordinary, expected = make(surefoot.SGD, sizes=(3,), momentum=0.9)
+    for step in range(4):
+        params[0].grad = torch._efficientzerotensor(3) if step % 2 else torch.ones(3)
+        expected[0].grad = torch.zeros(3) if step % 2 else torch.ones(3)
+        optimizer.step()
+        ordinary.step()
+    assert torch.equal(params[0], expected[0])
+
+
 # What it cannot serve
 
 

@@ -61,7 +61,16 @@ def _facts(tensors: Sequence[Tensor | None]) -> list[object]:
     return [
         t
         if t is None
-        else (type(t), t.layout, t.dtype, t.shape, t.layout is torch.strided and t.stride(), t.is_neg(), t.is_conj())
+        else (
+            type(t),
+            t.layout,
+            t.dtype,
+            t.shape,
+            t.layout is torch.strided and t.stride(),
+            t.is_neg(),
+            t.is_conj(),
+            t._is_zerotensor(),
+        )
         for t in tensors
     ]
 
