@@ -4,7 +4,7 @@ Whatever a user may change counts at the next step, so everything is compared wi
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_, itemgetter
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surefoot.engines import cpu
+from surefoot.engines.bucket import addresses
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -64,11 +65,6 @@ class Watch:
         """Write the scalars."""
         self._numbers.write(values.ravel())
         torch.autograd.graph.increment_version(self._scalar_tensors)
-
-
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    """Give the addresses of tensors' memory."""
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 @dataclass(eq=False)

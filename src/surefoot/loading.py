@@ -17,6 +17,7 @@ from torch import Tensor
 
 from surefoot.rule import STEP, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
+from surefoot.state import scalar_device
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -305,10 +306,8 @@ def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, p
         kind = "a whole number >= 0" if counts else "a number"
         problems.mismatched.append(f"{pair.label}: state `{scalar.name}` is {number}, must be {kind}")
         return None
-    on_device = group.get("capturable") or (group.get("fused") and pair.param.device.type != "cpu")
-    device = pair.param.device if on_device else torch.device("cpu")
     dtype = value.dtype if isinstance(value, Tensor) and value.is_floating_point() else scalar_dtype()
-    return scalar.stored(number, device, dtype)
+    return scalar.stored(number, scalar_device(group, pair.param), dtype)
 
 
 def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:

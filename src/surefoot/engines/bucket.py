@@ -1,6 +1,6 @@
 """A bucket: the parameters of a group that one call of an engine can serve."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,11 @@ from torch import Tensor
 from surefoot.rule import Rule
 
 Coefficients = Mapping[str, Any]
+
+
+def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Give the addresses of tensors' memory."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.engines.bucket import Bucket, Coefficients, addresses
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.threads import run_on_threads, thread_count
@@ -20,7 +20,6 @@ CHUNK = 16384
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
 _ONE_THREAD = 65536
-_data_ptr = Tensor.data_ptr
 
 
 class Job:
@@ -83,7 +82,7 @@ class Plan:
                 self.job.pointers[row] = self._pointers(tensors)
 
     def _pointers(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        pointers = np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+        pointers = addresses(tensors)
         return pointers if not self.irregular else pointers[self.regular]
 
     def run(self, bucket: Bucket) -> None:
