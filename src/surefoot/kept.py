@@ -4,10 +4,11 @@ Whatever a user may change counts at the next step, so everything is compared wi
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_, itemgetter
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,46 +16,36 @@ import torch
 from torch import Tensor
 
 from surefoot.engines import cpu
-from surefoot.engines.bucket import addresses
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
     from surefoot.step import Work
 
 Signature = tuple[Any, ...]
+_DICTS = (dict, defaultdict)
 
 
 class Watch:
     """Watches the tensors of one bucket, and reads and writes its scalars."""
 
     def __init__(self, work: "Work") -> None:
-        from surefoot.engines.cpu.tensors import Metadata, Numbers, Watched  # noqa: PLC0415 (compiled, on first use)
+        from surefoot.engines.cpu.tensors import Look, Numbers, Versions  # noqa: PLC0415 (compiled, on first use)
 
         scalars = [scalar.name for scalar in work.optimizer.scalars]
         names = [*scalars, *(slot.name for slot in work.bucket.rule.slots)]
-        self._entries = [(itemgetter(name), [state[name] for state in work.states]) for name in names]
-        numbers = list(chain.from_iterable(tensors for _, tensors in self._entries[: len(scalars)]))
-        self._numbers = Numbers(numbers)
+        entries = {name: [state[name] for state in work.states] for name in names}
+        self._look = Look(work.params, work.states, entries)
+        tensors = list(chain.from_iterable(entries[name] for name in scalars))
+        self._numbers, self._versions = Numbers(tensors), Versions(tensors)
         self._shape = (len(scalars), len(work.params))
-        # Parameters are looked at from outside: a reference held here would keep them from being swapped.
-        self._params, self._pointers = Metadata(work.params), addresses(work.params)
-        self._tensors = Watched(list(chain.from_iterable(tensors for _, tensors in self._entries)))
-        self._grads = Metadata(work.grads())
-        self._scalar_tensors = numbers
+        self.sound = self._look.sound
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
-        grads = work.grads()
-        if not self._grads.same(grads) or not self._params.same(work.params) or self._tensors.changed():
+        if self._look.changed():
             return False
-        if not np.array_equal(self._pointers, addresses(work.params)):
-            return False
-        try:
-            if not all(_same(map(entry, work.states), tensors) for entry, tensors in self._entries):
-                return False
-        except KeyError:
-            return False
-        work.bucket.grads = grads
+        work.bucket.gradient_addresses = self._look.gradients
+        work.bucket.grads = work.grads() if work.bucket.plan.irregular else []
         return True
 
     def read(self) -> np.ndarray:
@@ -64,7 +55,7 @@ class Watch:
     def write(self, values: np.ndarray) -> None:
         """Write the scalars."""
         self._numbers.write(values.ravel())
-        torch.autograd.graph.increment_version(self._scalar_tensors)
+        self._versions.count()
 
 
 @dataclass(eq=False)
@@ -74,19 +65,23 @@ class Kept:
     signatures: list[Signature] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
-    state: Mapping[Any, Any] = field(default_factory=dict)
+    state: Any = None
     found: "list[Work]" = field(default_factory=list)
 
     @classmethod
     def of(cls, optimizer: "Optimizer", signatures: list[Signature], works: "list[Work]") -> "Kept":
         """Keep works, if the CPU engine can use all of them again."""
-        if not works or not all(_reusable(work) for work in works):
+        if not works or type(optimizer.state) not in _DICTS or not all(_reusable(work) for work in works):
             return cls()
+        from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
+
         for work in works:
             work.watch = Watch(work)
+        if not all(work.watch.sound for work in works):
+            return cls()
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
-        return cls(signatures, params, idle, dict(optimizer.state), works)
+        return cls(signatures, params, idle, Items(optimizer.state), works)
 
     def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
@@ -95,8 +90,7 @@ class Kept:
             and self.signatures == signatures
             and _same(self.params, _params(optimizer))
             and all(param.grad is None for param in self.idle)
-            and _same(self.state, optimizer.state)
-            and _same(self.state.values(), optimizer.state.values())
+            and self.state.of(optimizer.state)
             and all(work.watch.renew(work) for work in self.found)  # type: ignore[union-attr]
         )
         return self.found if holds else None
@@ -114,10 +108,17 @@ def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
 
 
 def _reusable(work: "Work") -> bool:
+    from surefoot.engines.cpu.anatomy import anatomy  # noqa: PLC0415
     from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
 
     scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
-    return work.engine is cpu and all(map(_plain, work.params, work.grads())) and Numbers.can_hold(scalars)
+    return (
+        work.engine is cpu
+        and anatomy() is not None
+        and all(type(state) is dict for state in work.states)
+        and all(map(_plain, work.params, work.grads()))
+        and Numbers.can_hold(scalars)
+    )
 
 
 def _plain(param: Tensor, grad: Tensor) -> bool:

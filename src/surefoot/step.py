@@ -111,11 +111,11 @@ class Work:
             self.watch.write(self.scalars)
         else:
             write_scalars(self.states, self.optimizer.scalars, self.scalars)
-        if self.bucket.grads[0].is_sparse:
+        if self.watch is None and self.bucket.grads[0].is_sparse:
             _run_rows(self.engine, self.bucket)
         else:
             self.engine.run(self.bucket)
-        self.bucket.grads, self.made, self.scalars = [], [], None
+        self.bucket.grads, self.bucket.gradient_addresses, self.made, self.scalars = [], None, [], None
 
 
 def run_rule(optimizer: "Optimizer") -> None:

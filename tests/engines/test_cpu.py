@@ -1,5 +1,6 @@
 """The CPU engine: its kernels on disk, its threads, its plans, and what it answers when it cannot serve."""
 
+import functools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import torch
 
 import surefoot
 from surefoot.engines.cpu import compile as compiling
-from surefoot.engines.cpu import plan, tensors, threads
+from surefoot.engines.cpu import anatomy, plan, tensors, threads
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.explain import rule_of
 
@@ -194,42 +195,140 @@ def test_a_plan_keeps_no_gradient_alive():
     assert all(work.bucket.grads == [] for work in optimizer._kept.found)
 
 
-def test_without_torchs_shortcuts_the_answers_are_the_same(monkeypatch):
+def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch):
     expected = train(*make())
-    monkeypatch.setattr(tensors, "_interface", lambda: None)
-    monkeypatch.setattr(tensors, "_GUARDED_RELEASES", ())
-    assert all(map(torch.equal, expected, train(*make())))
+    monkeypatch.setattr(anatomy, "_word", lambda address, index: 0)
+    monkeypatch.setattr(anatomy, "anatomy", found := functools.cache(anatomy.anatomy.__wrapped__))
+    monkeypatch.setattr(tensors, "anatomy", found)
+    assert found() is None
+    optimizer, params = make()
+    assert all(map(torch.equal, expected, train(optimizer, params)))
+    assert not optimizer._kept.found
+
+
+def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
+    known = anatomy.anatomy()
+    sizes_for_data = (known.questions[3], *known.questions[1:])
+    monkeypatch.setattr(tensors, "anatomy", lambda: known._replace(questions=sizes_for_data))
+    optimizer, params = make()
+    train(optimizer, params)
+    assert not optimizer._kept.found
+    assert all(map(torch.equal, params, train(*make())))
 
 
 CHANGES = {
     "data": lambda t: setattr(t, "data", torch.randn(4, 3)),
     "data of another shape": lambda t: setattr(t, "data", t.data[:2]),
     "data in other order": lambda t: setattr(t, "data", t.data.view(3, 4).t()),
+    "data of six dimensions": lambda t: setattr(t, "data", t.data.view(1, 1, 1, 1, 4, 3)),
     "dtype": lambda t: setattr(t, "data", t.data.double()),
+    "negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
     "set_": lambda t: t.set_(torch.randn(4, 3)),
     "resize_": lambda t: t.resize_(2, 2),
     "transposed": lambda t: t.t_(),
+    "memory of the storage": lambda t: t.untyped_storage().resize_(1 << 16),
 }
 
 
+def look(dimensions=(4, 3)):
+    params = [torch.randn(dimensions) for _ in range(5)]  # set_ and resize_ refuse those that require gradients
+    for param in params:
+        param.grad = torch.randn(dimensions)
+    states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
+    entries = {name: [state[name] for state in states] for name in ("step", "average")}
+    return tensors.Look(params, states, entries), params, states
+
+
+@pytest.mark.parametrize("of", ["param", "state"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_a_watch_sees_what_changes_a_tensors_memory(change):
-    watched = [torch.randn(4, 3) for _ in range(5)]
-    watch = tensors.Watched(watched)
+def test_a_look_sees_what_changes_a_tensors_memory(change, of):
+    watch, params, states = look()
+    assert watch.sound
     assert not watch.changed()
-    change(watched[3])
+    change(params[3] if of == "param" else states[3]["average"])
+    assert watch.changed()
+    assert not watch.changed()
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        None,
+        torch.zeros(4, 3).double(),
+        torch.zeros(3, 4).t(),
+        torch._neg_view(torch.zeros(4, 3)),
+        torch._efficientzerotensor((4, 3)),
+        torch.zeros(4, 3).to_sparse(),
+    ],
+    ids=["none", "dtype", "order", "negated", "without memory", "sparse"],
+)
+def test_a_look_sees_another_kind_of_gradient(grad):
+    watch, params, _ = look()
+    params[4].grad = None
+    if grad is not None and grad.dtype is torch.float64:
+        params[4].data = params[4].data.double()
+    params[4].grad = grad
     assert watch.changed()
 
 
-@pytest.mark.parametrize("guarded", [tensors._GUARDED_RELEASES, ()], ids=["guards", "facts"])
-@pytest.mark.parametrize(
-    "other", [None, torch.zeros(3), torch.zeros(4, 2).t(), torch.zeros(2, 4).double(), torch.zeros(1, 2, 4)]
-)
-def test_metadata_of_gradients(monkeypatch, guarded, other):
-    monkeypatch.setattr(tensors, "_GUARDED_RELEASES", guarded)
-    seen = tensors.Metadata([torch.ones(2, 4), torch.ones(3)])
-    assert seen.same([torch.zeros(2, 4), torch.zeros(3)])
-    assert not seen.same([other, torch.zeros(3)])
+def test_a_look_gives_the_addresses_of_gradients():
+    watch, params, _ = look()
+    for param in params[1:]:
+        param.grad = torch.randn(4, 3)
+    assert not watch.changed()
+    assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted", "cleared", "none"])
+def test_a_look_sees_another_entry(change):
+    watch, _, states = look()
+    state = states[2]
+    {
+        "replaced": lambda: state.update(average=state["average"].clone()),
+        "deleted": lambda: state.pop("average"),
+        "cleared": state.clear,
+        "none": lambda: state.update(step=None),
+    }[change]()
+    assert watch.changed()
+
+
+def test_a_look_does_without_room_for_many_dimensions():
+    watch, params, _ = look((1,) * 7 + (2,))
+    assert not watch.changed()
+    params[0].grad = torch.zeros((1,) * 6 + (2, 1)).transpose(6, 7)
+    params[1].grad = torch.zeros((1,) * 7 + (4,))[..., ::2]
+    assert watch.changed()
+    assert look((1,) * 8 + (2,))[0].changed()
+
+
+def test_items_of_a_dict():
+    items = {"a": object(), "b": object()}
+    seen = tensors.Items(items)
+    assert seen.of(items)
+    assert not seen.of(dict(items))
+    items["c"] = 1
+    assert not seen.of(items)
+    del items["c"]
+    assert seen.of(items)
+    items["a"] = object()
+    assert not seen.of(items)
+    items.clear()
+    assert not seen.of(items)
+
+
+def test_versions_count_as_torch_counts_them():
+    counted = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), torch.ones(4)[:2]]
+    counted[2].add_(1)
+    before = [tensor._version for tensor in counted]
+    tensors.Versions(counted).count()
+    assert [tensor._version for tensor in counted] == [version + 1 for version in before]
+
+
+def test_tensors_without_versions_are_left_alone():
+    with torch.inference_mode():
+        counted = [torch.ones(3), torch.ones(2)]
+        tensors.Versions(counted).count()
+    assert all(tensor.is_inference() for tensor in counted)
 
 
 def test_numbers_are_read_and_rounded_as_their_tensors():

@@ -29,6 +29,7 @@ class Bucket:
         rule: the rule, its flags settled.
         params: the parameters.
         grads: their gradients, same shapes, any strides; never written.
+        gradient_addresses: where these are known without asking, the addresses of the gradients' memory.
         slots: for each of `rule.slots`, the tensors that belong to the parameters.
         coefficients: the numbers of an update, for each set of parameters that shares them.
         row: for each parameter the index of its numbers in `coefficients`.
@@ -43,6 +44,7 @@ class Bucket:
     slots: list[list[Tensor]] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    gradient_addresses: np.ndarray | None = None
     plan: Any = None
 
     @property

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["as_float32", "as_uint32", "call", "claim", "from_half", "pointer", "to_half"]
+__all__ = ["as_float32", "as_uint32", "call", "claim", "count", "from_half", "lookup", "pointer", "to_half", "walk"]
 
 
 @intrinsic
@@ -23,27 +23,54 @@ def pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG00
     return signature, build
 
 
+def _add_one(kind: Any) -> Any:
+    """Build the atomic addition of one to the number of `kind` at an address; it gives the number before."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = context.get_value_type(signature.return_type)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], number.as_pointer()), number(1), "monotonic")
+
+    return kind(types.int64), build
+
+
 @intrinsic
 def claim(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
     """Add one to the int64 at an address, atomically, and give its value before."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.int64), build
+    return _add_one(types.int64)
 
 
 @intrinsic
-def call(typing_context: Any, function: Any, handle: Any, result: Any) -> Any:  # noqa: ARG001
-    """Call the C function `int32 (*)(void* handle, void* result)` at an address."""
+def count(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
+    """Add one to the uint32 at an address, atomically, and give its value before."""
+    return _add_one(types.uint32)
 
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        word = ir.IntType(64)
-        target = ir.FunctionType(ir.IntType(32), [word, word]).as_pointer()
-        return builder.call(builder.inttoptr(args[0], target), [args[1], args[2]])
 
-    return types.int32(types.int64, types.int64, types.int64), build
+def _foreign(result: Any, arguments: int) -> Any:
+    """Build a call of the C function whose address comes first; its arguments are words."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target = ir.FunctionType(context.get_value_type(signature.return_type), [ir.IntType(64)] * arguments)
+        return builder.call(builder.inttoptr(args[0], target.as_pointer()), args[1:])
+
+    return result(*[types.int64] * (1 + arguments)), build
+
+
+@intrinsic
+def call(typing_context: Any, function: Any, tensor: Any, result: Any) -> Any:  # noqa: ARG001
+    """Call `int32 (*)(void* tensor, void* result)`."""
+    return _foreign(types.int32, 2)
+
+
+@intrinsic
+def lookup(typing_context: Any, function: Any, mapping: Any, key: Any) -> Any:  # noqa: ARG001
+    """Call `PyObject* (*)(PyObject* mapping, PyObject* key)`."""
+    return _foreign(types.int64, 2)
+
+
+@intrinsic
+def walk(typing_context: Any, function: Any, mapping: Any, position: Any, key: Any, value: Any) -> Any:  # noqa: ARG001
+    """Call `int (*)(PyObject* mapping, Py_ssize_t* position, PyObject** key, PyObject** value)`."""
+    return _foreign(types.int32, 4)
 
 
 def _bitcast(source: Any, target: Any) -> Any:

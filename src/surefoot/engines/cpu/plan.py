@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients, addresses
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
+from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import run_on_threads, thread_count
 
 CHUNK = 16384
@@ -76,27 +76,27 @@ class Plan:
         self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
         sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
         self.job = Job(self.kernel, len(stored), sizes)
-        self.written = [*bucket.params, *chain.from_iterable(bucket.slots)]
+        self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         for row, tensors in enumerate(stored):
             if row != 1:
-                self.job.pointers[row] = self._pointers(tensors)
+                self.job.pointers[row] = self._regular(addresses(tensors))
 
-    def _pointers(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        pointers = addresses(tensors)
-        return pointers if not self.irregular else pointers[self.regular]
+    def _regular(self, values: np.ndarray) -> np.ndarray:
+        return values[self.regular] if self.irregular else values
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots."""
         numbers = _numbers(self.rule.coefficients, bucket.coefficients)
-        self.job.pointers[1] = self._pointers(bucket.grads)
-        self.job.rows[:] = bucket.row[self.regular] if self.irregular else bucket.row
+        known = bucket.gradient_addresses
+        self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
+        self.job.rows[:] = self._regular(bucket.row)
         self.job.run(numbers)
         for index in self.irregular:
             tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
             row = int(bucket.row[index])
             for views in pieces(tensors, PIECE):
                 self._run_piece(views, numbers[row : row + 1])
-        torch.autograd.graph.increment_version(self.written)
+        self.versions.count()
 
     def _run_piece(self, views: Sequence[Tensor], numbers: np.ndarray) -> None:
         """Run on contiguous copies of some views, and copy back what is not the gradient."""

@@ -1,60 +1,147 @@
-"""Compiled look at many tensors at once, through the C interface that torch keeps stable (`aoti_torch_*`).
+"""Compiled look at many tensors at once, at the places that `anatomy` has found.
 
-Not imported: `engines.cpu.tensors` compiles this file's text as it does kernels, which it also resembles.  What is
-known of a tensor is a record of int64: address, dtype, number of dimensions, sizes, strides.
+Not imported: `tensors` compiles this file's text as it does kernels, which it also resembles.  What is known of a
+tensor is a record of int64: address, kind, geometry as it lies in memory, dtype, dimensions, sizes, strides.
 """
 
-from numba import carray, cfunc, float32, float64, int64, types
+from numba import carray, cfunc, float32, float64, int64, njit, types, uint32
 
-from surefoot.engines.cpu.intrinsics import call, pointer
+from surefoot.engines.cpu.intrinsics import call, count, lookup, pointer, walk
 
-DIMENSIONS = 8
-RECORD = 3 + 2 * DIMENSIONS
+GEOMETRY, DIMENSIONS, INLINE = 16, 8, 5
+DTYPE = 2 + GEOMETRY
+SIZES = DTYPE + 2
+RECORD = SIZES + 2 * DIMENSIONS
+ANATOMY, QUESTIONS = 8 * 8, 17 * 8  # places in a job, in bytes
+
+
+@njit(error_model="numpy")
+def words(address, count):
+    return carray(pointer(address, int64(0)), count)
+
+
+@njit(error_model="numpy")
+def ask(question, tensor, answer):
+    """Give what one of torch's functions answers; an answer of fewer bytes than a word is padded with zeros."""
+    words(answer, 1)[0] = 0
+    call(question, tensor, answer)
+    return words(answer, 1)[0]
+
+
+@njit(error_model="numpy")
+def differs(tensor, record, job):
+    """Compare a tensor with its record, but for the address, and bring the record up to date."""
+    anatomy, questions, answer = words(job + ANATOMY, 9), words(job + QUESTIONS, 5), words(job, 8)[7]
+    implementation = words(tensor, 1)[0]
+    record[0] = ask(questions[0], tensor, answer)
+    kind = words(implementation + anatomy[2], 1)[0]
+    changed = kind != record[1]
+    dtype = ask(questions[1], tensor, answer)
+    changed |= dtype != record[DTYPE]
+    record[1], record[DTYPE] = kind, dtype
+    geometry = words(implementation + anatomy[1], anatomy[7])
+    same = record[DTYPE + 1] <= INLINE
+    for word in range(anatomy[7]):
+        same &= geometry[word] == record[2 + word]
+    if same:
+        return changed
+    for word in range(anatomy[7]):
+        record[2 + word] = geometry[word]
+    dimensions = ask(questions[2], tensor, answer)
+    changed |= (dimensions != record[DTYPE + 1]) | (dimensions > DIMENSIONS)
+    record[DTYPE + 1] = dimensions
+    sizes, strides = answer, answer
+    if dimensions:
+        sizes, strides = ask(questions[3], tensor, answer), ask(questions[4], tensor, answer)
+    for dimension in range(min(dimensions, DIMENSIONS)):
+        size, stride = words(sizes, DIMENSIONS)[dimension], words(strides, DIMENSIONS)[dimension]
+        changed |= (record[SIZES + 2 * dimension] != size) | (record[SIZES + 2 * dimension + 1] != stride)
+        record[SIZES + 2 * dimension], record[SIZES + 2 * dimension + 1] = size, stride
+    return changed
+
+
+@njit(error_model="numpy")
+def moved(tensor, record, job):
+    """Whether a tensor differs from its record, the address included."""
+    before = record[0]
+    return differs(tensor, record, job) | (record[0] != before)
+
+
+@njit(error_model="numpy")
+def changes(job):
+    """Count what has changed about parameters, gradients and the entries of their state."""
+    slots, anatomy = words(job, 26), words(job + ANATOMY, 9)
+    tensors, entries, changed = slots[1], slots[2], 0
+    objects = words(slots[3], (1 + entries) * tensors)
+    states, names = words(slots[4], tensors), words(slots[5], entries)
+    for index in range(tensors):
+        tensor = objects[index] + anatomy[0]
+        record = slots[6] + index * (2 + entries) * (RECORD * 8)
+        changed += moved(tensor, words(record, RECORD), job)
+        metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
+        gradient = metadata + anatomy[6]
+        if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
+            return changed + 1
+        changed += differs(gradient, words(record + RECORD * 8, RECORD), job)
+        for entry in range(entries):
+            expected = objects[(1 + entry) * tensors + index]
+            if lookup(slots[22], states[index], names[entry]) != expected:
+                return changed + 1
+            changed += moved(expected + anatomy[0], words(record + (2 + entry) * (RECORD * 8), RECORD), job)
+    return changed
+
+
+@njit(error_model="numpy")
+def other_items(slots):
+    """Count the items in which a dict differs from the pairs it had, in order."""
+    items, pairs, answer = slots[1], words(slots[3], 2 * slots[1]), slots[7]
+    position = words(answer, 3)
+    position[0], found, differing = 0, 0, 0
+    while walk(slots[23], slots[4], answer, answer + 8, answer + 16):
+        if found < items:
+            differing += (position[1] != pairs[2 * found]) | (position[2] != pairs[2 * found + 1])
+        found += 1
+    return differing + abs(found - items)
+
+
+@njit(error_model="numpy")
+def copy_numbers(slots, reading):
+    """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
+    addresses, wide, values = words(slots[3], slots[1]), words(slots[4], slots[1]), slots[5]
+    for index in range(slots[1]):
+        address, number = addresses[index], carray(pointer(values + index * 8, float64(0)), 1)
+        if wide[index] and reading:
+            number[0] = carray(pointer(address, float64(0)), 1)[0]
+        elif wide[index]:
+            carray(pointer(address, float64(0)), 1)[0] = number[0]
+        elif reading:
+            number[0] = carray(pointer(address, float32(0)), 1)[0]
+        else:
+            carray(pointer(address, float32(0)), 1)[0] = float32(number[0])
+
+
+@njit(error_model="numpy")
+def count_versions(job):
+    """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
+    slots, anatomy = words(job, 26), words(job + ANATOMY, 9)
+    objects = words(slots[3], slots[1])
+    for index in range(slots[1]):
+        counter = words(words(objects[index] + anatomy[0], 1)[0] + anatomy[4], 1)[0]
+        if counter and slots[2]:
+            words(slots[4], slots[1])[index] = carray(pointer(counter + anatomy[5], uint32(0)), 1)[0]
+        elif counter:
+            count(counter + anatomy[5])
 
 
 @cfunc(types.void(types.int64), error_model="numpy")
 def kernel(job):
-    """Do what job[0] says: 1 count tensors that differ from their record, and record them; 2 read, 3 write numbers."""
-    slots = carray(pointer(job, int64(0)), 11)
-    task, count, changed = slots[0], slots[1], 0
-    for index in range(count):
-        if task <= 1:
-            handle = carray(pointer(slots[3], int64(0)), count)[index]
-            record = carray(pointer(slots[4] + index * (RECORD * 8), int64(0)), RECORD)
-            place = slots[5]
-            answer = carray(pointer(place, int64(0)), 1)
-            call(slots[6], handle, place)
-            differs = record[0] != answer[0]
-            record[0] = answer[0]
-            answer[0] = 0
-            call(slots[7], handle, place)
-            differs |= record[1] != answer[0]
-            record[1] = answer[0]
-            call(slots[8], handle, place)
-            differs |= record[2] != answer[0]
-            record[2] = answer[0]
-            sizes = strides = carray(pointer(place, int64(0)), DIMENSIONS)
-            if record[2]:
-                call(slots[9], handle, place)
-                sizes = carray(pointer(answer[0], int64(0)), DIMENSIONS)
-                call(slots[10], handle, place)
-                strides = carray(pointer(answer[0], int64(0)), DIMENSIONS)
-            for dimension in range(min(record[2], DIMENSIONS)):
-                differs |= record[3 + 2 * dimension] != sizes[dimension]
-                differs |= record[4 + 2 * dimension] != strides[dimension]
-                record[3 + 2 * dimension] = sizes[dimension]
-                record[4 + 2 * dimension] = strides[dimension]
-            changed += differs
-        else:
-            address = carray(pointer(slots[3], int64(0)), count)[index]
-            wide = carray(pointer(slots[4], int64(0)), count)[index]
-            number = pointer(slots[5] + index * 8, float64(0))
-            if wide and task == 2:
-                carray(number, 1)[0] = carray(pointer(address, float64(0)), 1)[0]
-            elif wide:
-                carray(pointer(address, float64(0)), 1)[0] = carray(number, 1)[0]
-            elif task == 2:
-                carray(number, 1)[0] = carray(pointer(address, float32(0)), 1)[0]
-            else:
-                carray(pointer(address, float32(0)), 1)[0] = float32(carray(number, 1)[0])
-    slots[2] = changed
+    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions."""
+    slots = words(job, 26)
+    if slots[0] == 1:
+        slots[24] = changes(job)
+    elif slots[0] == 2:
+        slots[24] = other_items(slots)
+    elif slots[0] == 5:
+        count_versions(job)
+    else:
+        copy_numbers(slots, slots[0] == 3)

@@ -1,10 +1,12 @@
 """A rule's graph printed as a Numba function: all tensors of a bucket in one call, one pass over memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from surefoot.engines.cpu.passes import suited
 from surefoot.rule import Rule
 
 # Slots of the job that a kernel is handed: addresses and counts, each an int64.
@@ -73,10 +75,11 @@ class Layout:
 
 def print_kernel(rule: Rule, layout: Layout) -> str:
     """Print the source of a rule's kernel."""
-    inputs = [node for node in rule.graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+    graph = suited(rule.graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     arrays = [_identifier(node) for node in inputs]
     numbers = [f"c_{name}" for name in rule.coefficients]
-    body = "\n".join(f"        {line}" for line in _body(rule.graph, inputs, layout.stored))
+    body = "\n".join(f"        {line}" for line in _body(graph, inputs, layout.stored))
     stored = ", ".join(f"{array} {dtype}" for array, dtype in zip(arrays, layout.stored, strict=True))
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     return _TEMPLATE.format(
@@ -93,7 +96,7 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
             for i, (a, d) in enumerate(zip(arrays, layout.stored, strict=True))
         ),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
-        arguments=", ".join([*arrays, "size", *(f"real(coefficients[row + {i}])" for i in range(len(numbers)))]),
+        arguments=", ".join([*arrays, "size", *_numbers(graph, rule.coefficients)]),
     )
 
 
@@ -113,6 +116,13 @@ def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[torch.dtype, ...
         if result is not target:
             lines.append(f"{_identifier(target)}_[i] = {_STORAGE[dtype][2].format(_identifier(result))}")
     return lines
+
+
+def _numbers(graph: fx.Graph, coefficients: tuple[str, ...]) -> Iterator[str]:
+    """Print the coefficients as a kernel reads them from its table."""
+    inverted = {node.meta["coefficient"] for node in graph.nodes if node.meta.get("reciprocal")}
+    for index, name in enumerate(coefficients):
+        yield f"real({'1.0 / ' if name in inverted else ''}coefficients[row + {index}])"
 
 
 def _identifier(node: fx.Node) -> str:

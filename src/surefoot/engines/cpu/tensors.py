@@ -1,9 +1,8 @@
-"""Knowing cheaply whether tensors are what they were: their memory, dtype, sizes and strides."""
+"""Knowing cheaply whether parameters, gradients and state are what they were, and reading many numbers at once."""
 
 import ctypes
 import functools
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,117 +10,119 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.engines.bucket import addresses
+from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
-from surefoot.engines.cpu.threads import run_on_threads
 
-_GUARDED_RELEASES = ("2.13.",)
-_RECORD, _MOST_DIMENSIONS = 19, 8
-_COUNT_CHANGED, _READ, _WRITE = 1, 2, 3
-_QUESTIONS = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides")
+_RECORD = 36
+_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS = 1, 2, 3, 4, 5
 
 
 @functools.cache
-def _probe() -> int:
-    return load(Path(__file__).with_name("probe.py").read_text(), "probe")
+def _probe() -> Any:
+    """Give the compiled probe, which is called with the interpreter locked since it looks into dicts."""
+    address = load(Path(__file__).with_name("probe.py").read_text(), "probe")
+    return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
 
 
-@functools.cache
-def _interface() -> tuple[list[int], "ctypes._NamedFuncPointer"] | None:
-    """Addresses of torch's functions that answer questions about a tensor, and the one that lets go of it."""
-    if not hasattr(torch._C, "_aoti"):
-        return None
-    folder = Path(torch.__file__).parent / "lib"
-    for path in (*folder.glob("libtorch_cpu.*"), *folder.glob("torch_cpu.dll")):
-        try:
-            library = ctypes.CDLL(str(path))
-            functions = [getattr(library, f"aoti_torch_{question}") for question in _QUESTIONS]
-            release = library.aoti_torch_delete_tensor_object
-        except (OSError, AttributeError):
-            continue
-        release.argtypes = (ctypes.c_void_p,)
-        return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions], release
-    return None
+def _job(task: int, *slots: int | np.ndarray) -> np.ndarray:
+    """Make a job; arrays stand in it by their address and must outlive it."""
+    known = anatomy()
+    job = np.zeros(26, dtype=np.int64)
+    job[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
+    if known is not None:
+        places = (known.tensor, known.geometry, known.key_set, known.autograd, known.version, known.count, known.grad)
+        job[8:24] = [*places, known.geometry_words, known.undefined, *known.questions, known.lookup, known.walk]
+    return job
 
 
-class Metadata:
-    """The types, dtypes, sizes and strides of gradients, to compare others with."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards = _guards(tensors)
-        self._facts = _facts(tensors) if self._guards is None else []
-
-    def same(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these are alike, one by one."""
-        if self._guards is not None:
-            return bool(self._guards.check(*tensors))
-        return self._facts == _facts(tensors)
+def _ids(objects: Iterable[object]) -> np.ndarray:
+    return np.fromiter(map(id, objects), np.int64)
 
 
-def _facts(tensors: Sequence[Tensor | None]) -> list[object]:
-    return [
-        t
-        if t is None
-        else (
-            type(t),
-            t.layout,
-            t.dtype,
-            t.shape,
-            t.layout is torch.strided and t.stride(),
-            t.is_neg(),
-            t.is_conj(),
-            t._is_zerotensor(),
-        )
-        for t in tensors
-    ]
+class Look:
+    """Tells whether parameters, gradients and state are as they were when the look was first taken.
 
+    It sees other memory, dtypes, sizes and strides, and other tensors under the same names; gradients may move.
 
-def _guards(tensors: Sequence[Tensor]) -> Any:
-    """Make torch's own comparison of many tensors in one call, in releases in which it is known to be safe."""
-    if not torch.__version__.startswith(_GUARDED_RELEASES) or any(t.layout is not torch.strided for t in tensors):
-        return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    guards: Any = torch._C._dynamo.guards
-    return guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    Args:
+        params: the parameters, all with gradients.
+        states: for each the dict of its state.
+        entries: for each name in these dicts the tensors under it.
 
-
-class Watched:
-    """Tells whether any of some tensors has other memory, dtype, sizes or strides than when the watch began.
-
-    It sees `.data = ...`, `set_` and `resize_`, not whether a dict holds another tensor now.
+    Attributes:
+        gradients: addresses of the gradients' memory at the last look: int64 of shape (parameters,).
+        sound: whether the look sees what Python sees; do not use it otherwise.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        interface = _interface()
-        self._job: np.ndarray | None = None
-        if interface is None or any(tensor.dim() > _MOST_DIMENSIONS for tensor in tensors):
-            return
-        questions, release = interface
-        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
-        self._handles = np.array([_capsule_pointer(capsule) for capsule in capsules], dtype=np.int64)
-        weakref.finalize(self, _release, release, self._handles).atexit = False
-        self._records = np.zeros((len(tensors), _RECORD), dtype=np.int64)
-        self._answer = np.zeros(1, dtype=np.int64)
-        own = [array.ctypes.data for array in (self._handles, self._records, self._answer)]
-        self._job = np.array([_COUNT_CHANGED, len(tensors), 0, *own, *questions], dtype=np.int64)
+    def __init__(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], entries: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        self._kept = (params, states, entries)  # what stands in the job by its id must live
+        columns = (params, *entries.values())
+        self._arrays = [_ids(tensor for column in columns for tensor in column), _ids(states), _ids(entries)]
+        self._records = np.zeros((len(params), 2 + len(entries), _RECORD), dtype=np.int64)
+        self._answer = np.zeros(8, dtype=np.int64)
+        self._job = _job(_CHANGES, len(params), len(entries), *self._arrays, self._records, self._answer)
+        self.gradients = self._records[:, 1, 0]
         self.changed()
+        grads = [param.grad for param in params]
+        seen = np.stack([addresses(column) for column in (params, grads, *entries.values())], axis=1)  # type: ignore[arg-type]
+        self.sound = np.array_equal(seen, self._records[:, :, 0])
 
     def changed(self) -> bool:
         """Whether something has changed, or cannot be known not to have."""
+        _probe()(self._job.ctypes.data)
+        return bool(self._job[24])
+
+
+class Items:
+    """Tells whether a dict still has the items it had: the same objects in the same order."""
+
+    def __init__(self, items: dict[Any, Any]) -> None:
+        self._items, self._own = items, dict(items)  # the copy keeps alive what is known by its id
+        self._pairs = _ids(part for pair in items.items() for part in pair)
+        self._answer = np.zeros(3, dtype=np.int64)
+        self._job = _job(_OTHER_ITEMS, len(items), 0, self._pairs, id(items), 0, 0, self._answer)
+
+    def of(self, items: object) -> bool:
+        """Whether this is the dict, with the same items."""
+        if items is not self._items:
+            return False
+        _probe()(self._job.ctypes.data)
+        return not self._job[24]
+
+
+class Versions:
+    """Counts the versions of tensors: what tells autograd that they have been written behind its back."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._job = tensors, None
+        if anatomy() is None or any(tensor.is_inference() for tensor in tensors):
+            return
+        objects, seen = _ids(tensors), np.zeros(len(tensors), dtype=np.int64)
+        job = _job(_VERSIONS, len(tensors), 1, objects, seen)
+        _probe()(job.ctypes.data)
+        if seen.tolist() == [tensor._version for tensor in tensors]:
+            job[2] = 0
+            self._objects, self._job = objects, job
+
+    def count(self) -> None:
+        """Add one to each."""
         if self._job is None:
-            return True
-        run_on_threads(_probe(), self._job.ctypes.data, 1)
-        return bool(self._job[2])
+            torch.autograd.graph.increment_version(self._tensors)
+        else:
+            _probe()(self._job.ctypes.data)
 
 
 class Numbers:
     """Reads and writes many 0-d tensors of float32 or float64 on the CPU at once."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._addresses = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+        self._addresses = addresses(tensors)
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
-        parts = [array.ctypes.data for array in (self._addresses, self._wide, self._values)]
-        self._job = np.array([_READ, len(tensors), 0, *parts, *[0] * 5], dtype=np.int64)
+        self._job = _job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
 
     @staticmethod
     def can_hold(tensors: Iterable[object]) -> bool:
@@ -133,23 +134,14 @@ class Numbers:
 
     def read(self) -> np.ndarray:
         """Give the values, in an array that the next call overwrites."""
-        self._job[0] = _READ
-        run_on_threads(_probe(), self._job.ctypes.data, 1)
-        return self._values
+        return self._run(_READ)
 
     def write(self, values: np.ndarray) -> None:
         """Set the values, rounding to the dtype of each tensor."""
         self._values[:] = values
-        self._job[0] = _WRITE
-        run_on_threads(_probe(), self._job.ctypes.data, 1)
+        self._run(_WRITE)
 
-
-def _capsule_pointer(capsule: object) -> int:
-    function = ctypes.pythonapi.PyCapsule_GetPointer
-    function.restype, function.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    return function(capsule, None) or 0
-
-
-def _release(function: "ctypes._NamedFuncPointer", handles: np.ndarray) -> None:
-    for handle in handles:
-        function(int(handle))
+    def _run(self, task: int) -> np.ndarray:
+        self._job[0] = task
+        _probe()(self._job.ctypes.data)
+        return self._values

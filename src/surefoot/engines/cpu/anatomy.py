@@ -1,0 +1,169 @@
+"""Where torch and Python keep things in memory that would otherwise have to be asked for tensor by tensor.
+
+Nothing is taken for granted: each place is found by looking for a known value in tensors made for the purpose.  Where
+that fails, in a release that keeps things elsewhere, the engine does without, and plans are not kept between steps.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+WORD = 8
+MOST = 16
+"""Words that sizes and strides, of up to 5 dimensions, may take in an implementation."""
+_IMPLEMENTATION_WORDS, _METADATA_WORDS = 22, 12
+Place = TypeVar("Place")
+_QUESTIONS = ("data_ptr", "dtype", "dim", "sizes", "strides")
+
+
+class Anatomy(NamedTuple):
+    """Places in bytes from the beginning of what holds them, and addresses of functions.
+
+    Attributes:
+        tensor: in a Python tensor, its C++ tensor, which is the address of an implementation.
+        geometry: in an implementation, the words that hold sizes and strides of up to 5 dimensions.
+        key_set: in an implementation, what tells its kind: layout, device, and whether negated or without memory.
+        autograd: in an implementation, the address of its autograd metadata, 0 if it has none.
+        version: in an implementation, the address of its version counter, 0 if it has none.
+        count: in a version counter, the count, of 32 bits.
+        grad: in autograd metadata, the C++ tensor of the gradient.
+        geometry_words: how many of them there are.
+        undefined: the implementation of a gradient that is None.
+        questions: functions of torch's stable C interface: data_ptr, dtype, dim, sizes, strides.
+        lookup: `PyDict_GetItemWithError`.
+        walk: `PyDict_Next`.
+    """
+
+    tensor: int
+    geometry: int
+    key_set: int
+    autograd: int
+    version: int
+    count: int
+    grad: int
+    geometry_words: int
+    undefined: int
+    questions: tuple[int, ...]
+    lookup: int
+    walk: int
+
+
+@functools.cache
+def anatomy() -> Anatomy | None:
+    """Find all places and functions; None where one of them cannot be found."""
+    try:
+        return _find()
+    except LookupError:
+        return None
+
+
+def _find() -> Anatomy:
+    params, plain = [Parameter(torch.ones(3, 4)) for _ in range(4)], [torch.ones(3, 4) for _ in range(4)]
+    for param in params[:2]:
+        param.grad = torch.zeros(3, 4)
+    strange = (torch._neg_view(plain[0]), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(3))
+    tensors = [*params, *plain, *strange]
+    tensor = _place(range(2, torch.Tensor.__basicsize__ // WORD), lambda i: all(_word(id(t), i) == _cdata(t) for t in tensors))
+    key_set = _place(
+        range(_IMPLEMENTATION_WORDS),
+        lambda i: all(_word(_cdata(t), i) == torch._C._dispatch_keys(t).raw_repr() for t in tensors),
+    )
+    autograd = _place(
+        range(key_set), lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain)
+    )
+    metadata = [_word(_cdata(param), autograd) for param in params]
+    grads = [_cdata(param.grad) for param in params[:2]]  # type: ignore[arg-type]
+    grad = _place(range(1, _METADATA_WORDS), lambda i: [_word(m, i) for m in metadata[:2]] == grads)
+    undefined = {_word(m, grad) for m in metadata[2:]}
+    if len(undefined) != 1:
+        raise LookupError
+    geometry, (version, count) = _geometry(key_set), _version(key_set)
+    places = (tensor, geometry.start, key_set, autograd, version, count, grad)
+    return Anatomy(*(WORD * place for place in places), len(geometry), undefined.pop(), _questions(), *_python())
+
+
+def _version(key_set: int) -> tuple[int, int]:
+    """Find the word that leads to the version counter, and the count's place in it."""
+    tensors = [torch.ones(3) for _ in range(4)]
+    for times, tensor in zip((3, 77, 1001, 30003), tensors, strict=True):
+        torch.autograd.graph.increment_version([tensor] * times)
+
+    def leads(word: int) -> bool:
+        targets = [_word(_cdata(tensor), word) for tensor in tensors]
+        return len(set(targets)) == len(tensors) and all(map(_is_pointer, targets))
+
+    def counts(place: tuple[int, int]) -> bool:
+        word, count = place
+        found = [_word(_word(_cdata(tensor), word), count) & 0xFFFFFFFF for tensor in tensors]
+        return found == [tensor._version for tensor in tensors]
+
+    return _place([(word, count) for word in range(key_set) if leads(word) for count in range(3)], counts)
+
+
+def _geometry(key_set: int) -> range:
+    """Find the words in which tensors of one geometry agree, whatever their dtype, and those of others do not."""
+    alike = [torch.ones(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int32) for _ in range(4)]
+    agreeing = [len({_word(_cdata(t), i) for t in alike}) == 1 for i in range(key_set)]
+    runs = [range(start, end) for start in range(key_set) for end in range(start, key_set + 1) if all(agreeing[start:end])]
+    longest = max(runs, key=len)
+    cube = torch.ones(4, 4, 4)
+    others = [
+        torch.ones(4, 3),
+        torch.ones(4, 3).t(),
+        torch.ones(3, 4, 1),
+        torch.ones(12),
+        cube[:3, :, 0],
+        cube[:3, 0],
+        torch.ones(()),
+        torch.ones(1, 1, 1, 3, 4),
+        torch.ones(1, 1, 1, 4, 3).transpose(3, 4),
+    ]
+    different = [alike[0], *others]
+    if len(longest) > MOST or len({tuple(_word(_cdata(t), i) for i in longest) for t in different}) < len(different):
+        raise LookupError
+    return longest
+
+
+def _is_pointer(word: int) -> bool:
+    """Whether a word can be the address of an object on the heap."""
+    return word % WORD == 0 and 1 << 16 <= word < 1 << 47
+
+
+def _place(places: Iterable[Place], fits: Callable[[Place], bool]) -> Place:
+    """Give the only place that fits."""
+    found = [place for place in places if fits(place)]
+    if len(found) != 1:
+        raise LookupError
+    return found[0]
+
+
+def _cdata(tensor: Tensor) -> int:
+    return int(tensor._cdata)
+
+
+def _word(address: int, index: int) -> int:
+    return ctypes.c_uint64.from_address(address + WORD * index).value
+
+
+def _python() -> tuple[int, int]:
+    functions = (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next)
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)  # type: ignore[return-value]
+
+
+def _questions() -> tuple[int, ...]:
+    """Find torch's functions that answer questions about a tensor."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in (*folder.glob("libtorch_cpu.*"), *folder.glob("torch_cpu.dll")):
+        try:
+            library = ctypes.CDLL(str(path))
+            functions = [getattr(library, f"aoti_torch_get_{question}") for question in _QUESTIONS]
+        except (OSError, AttributeError):
+            continue
+        return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    raise LookupError
