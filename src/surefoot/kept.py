@@ -29,16 +29,16 @@ class Watch:
     """Watches the tensors of one bucket, and reads and writes its scalars."""
 
     def __init__(self, work: "Work") -> None:
-        from surefoot.engines.cpu.tensors import Look, Numbers, Versions  # noqa: PLC0415 (compiled, on first use)
+        from surefoot.engines.cpu.tensors import Numbers, Versions, watched  # noqa: PLC0415 (compiled, on first use)
 
         scalars = [scalar.name for scalar in work.optimizer.scalars]
         names = [*scalars, *(slot.name for slot in work.bucket.rule.slots)]
         entries = {name: [state[name] for state in work.states] for name in names}
-        self._look = Look(work.params, work.states, entries)
+        self._look: Any = watched((work.params, *entries.values()), work.states, names, gradients=True)
         tensors = list(chain.from_iterable(entries[name] for name in scalars))
         self._numbers, self._versions = Numbers(tensors), Versions(tensors)
         self._shape = (len(scalars), len(work.params))
-        self.sound = self._look.sound
+        self.sound = self._look is not None
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
@@ -66,6 +66,7 @@ class Kept:
     params: list[Tensor] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
     state: Any = None
+    items: Any = None
     found: "list[Work]" = field(default_factory=list)
 
     @classmethod
@@ -81,7 +82,7 @@ class Kept:
             return cls()
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
-        return cls(signatures, params, idle, Items(optimizer.state), works)
+        return cls(signatures, params, idle, optimizer.state, Items([optimizer.state]), works)
 
     def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
@@ -90,7 +91,8 @@ class Kept:
             and self.signatures == signatures
             and _same(self.params, _params(optimizer))
             and all(param.grad is None for param in self.idle)
-            and self.state.of(optimizer.state)
+            and self.state is optimizer.state
+            and not self.items.changed()
             and all(work.watch.renew(work) for work in self.found)  # type: ignore[union-attr]
         )
         return self.found if holds else None
@@ -108,13 +110,11 @@ def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
 
 
 def _reusable(work: "Work") -> bool:
-    from surefoot.engines.cpu.anatomy import anatomy  # noqa: PLC0415
     from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
 
     scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
     return (
         work.engine is cpu
-        and anatomy() is not None
         and all(type(state) is dict for state in work.states)
         and all(map(_plain, work.params, work.grads()))
         and Numbers.can_hold(scalars)

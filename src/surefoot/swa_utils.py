@@ -1,14 +1,16 @@
 """Averages of a model's weights over training: stochastic weight averaging (SWA) and exponential moving averages (EMA).
 
-The names and the contract of `torch.optim.swa_utils`.  All averaging goes through `lerp_all`, so that one function
-knows how many tensors are averaged at once.
+The names and the contract of `torch.optim.swa_utils`.  The averages of this module are computed by the engines, and
+what an `AveragedModel` does is kept from one update to the next while nothing but values changes.
 """
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from surefoot.averages import Averager, Averaging, watch_modules
 from surefoot.lr_scheduler.base import Rate, Recursive, per_group
 
 __all__ = [
@@ -30,25 +33,10 @@ __all__ = [
 ]
 
 Tensors = Sequence[Tensor]
+Pairs = list[tuple[Tensor, Tensor]]
 Count = Tensor | int
 AverageOne = Callable[[Tensor, Tensor, Count], Tensor]
 AverageAll = Callable[[Tensors, Tensors, Count], None]
-
-
-@torch.no_grad()
-def lerp_all(averages: Tensors, currents: Tensors, weight: float) -> None:
-    """Move averages towards the current values: `average += weight * (current - average)`, in place.
-
-    Args:
-        averages: tensors of one device and dtype.
-        currents: as many, of the same shapes.
-        weight: in [0, 1].  Integers are averaged as real numbers and cut off.
-    """
-    if averages[0].is_floating_point() or averages[0].is_complex():
-        torch._foreach_lerp_(list(averages), list(currents), weight)
-        return
-    for average, current in zip(averages, currents, strict=True):
-        average.copy_(average * (1 - weight) + current * weight)
 
 
 def _checked_decay(decay: float) -> float:
@@ -69,11 +57,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
         ValueError: `decay` is out of range.
     """
     weight = 1 - _checked_decay(decay)
-
-    def ema_update(averages: Tensors, currents: Tensors, _: Count) -> None:
-        lerp_all(averages, currents, weight)
-
-    return ema_update
+    return Averager(lambda _: weight)
 
 
 def get_swa_multi_avg_fn() -> AverageAll:
@@ -81,11 +65,7 @@ def get_swa_multi_avg_fn() -> AverageAll:
 
     `average += (current - average) / (n_averaged + 1)`
     """
-
-    def swa_update(averages: Tensors, currents: Tensors, num_averaged: Count) -> None:
-        lerp_all(averages, currents, 1 / (int(num_averaged) + 1))
-
-    return swa_update
+    return Averager(lambda num_averaged: 1 / (int(num_averaged) + 1))
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
@@ -174,6 +154,8 @@ class AveragedModel(Module):
         """Call the averaged model."""
         return self.module(*args, **kwargs)
 
+    _update: "_Update | None" = None
+
     @torch.no_grad()
     def update_parameters(self, model: Module) -> None:
         """Take the model's present parameters into the average.
@@ -181,25 +163,90 @@ class AveragedModel(Module):
         Raises:
             ValueError: the model has other tensors than the one that was copied; the average is as it was.
         """
-        pairs = _pairs(self.module, model, "parameters")
-        buffers = _pairs(self.module, model, "buffers")
-        averaged, copied = ([*pairs, *buffers], []) if self.use_buffers else (pairs, buffers)
+        average_all = None if self.avg_fn else self.multi_avg_fn or get_swa_multi_avg_fn()
+        if not (self._update is not None and self._update.holds(self.module, model, self.use_buffers)):
+            self._update = _Update(self.module, model, self.use_buffers)
+        update, self._update = self._update, None
         if self.n_averaged == 0:
-            averaged, copied = [], [*averaged, *copied]
-        for average, current in copied:
-            average.copy_(current)
-        if averaged:
-            self._average(averaged)
+            update.copy_all()
+        elif isinstance(average_all, Averager):
+            update.move(average_all.weight(self.n_averaged))
+        else:
+            update.copy_rest()
+            self._average(update.averaged, average_all)
         self.n_averaged += 1
+        self._update = update
 
-    def _average(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        if self.avg_fn is not None:
+    def _average(self, pairs: Pairs, average_all: AverageAll | None) -> None:
+        """Average by a function of the user's."""
+        if average_all is None:
             for average, current in pairs:
-                average.copy_(self.avg_fn(average, current, self.n_averaged.to(average.device)))
+                average.copy_(self.avg_fn(average, current, self.n_averaged.to(average.device)))  # type: ignore[misc]
             return
-        average_all = self.multi_avg_fn or get_swa_multi_avg_fn()
         for (device, _), (averages, currents) in _by_kind(pairs).items():
             average_all(averages, currents, self.n_averaged.to(device))
+
+
+class _Update:
+    """The tensors of an update, kept for the next one while both modules have the same tensors; it is never copied.
+
+    Args:
+        averaged: the module of averages.
+        model: the model.
+        use_buffers: whether buffers are averaged rather than copied.
+    """
+
+    def __init__(self, averaged: Module, model: Module, use_buffers: bool) -> None:
+        pairs, buffers = (_pairs(averaged, model, kind) for kind in ("parameters", "buffers"))
+        self.averaged, self.copied = ([*pairs, *buffers], []) if use_buffers else (pairs, buffers)
+        self._use_buffers = use_buffers
+        self._averaging: Averaging | None = None
+        self._modules = (averaged, weakref.ref(model, self._let_go))
+        tensors = list(chain(averaged.parameters(), averaged.buffers(), model.parameters(), model.buffers()))
+        own = set(map(id, tensors))
+        direct = all(id(current) in own for _, current in (*self.averaged, *self.copied))
+        self._items = None if any(map(is_lazy, tensors)) or not direct else watch_modules(averaged, model)
+
+    def _let_go(self, _: Any) -> None:
+        """Keep nothing of a model that is gone."""
+        self.averaged, self.copied, self._averaging, self._items = [], [], None, None
+
+    def holds(self, averaged: Module, model: Module, use_buffers: bool) -> bool:
+        """Whether these are the modules, with the tensors that they had."""
+        same = self._modules[0] is averaged and self._modules[1]() is model and self._use_buffers == use_buffers
+        return same and self._items is not None and not self._items.changed()
+
+    def copy_all(self) -> None:
+        """Copy every value."""
+        _copy(self.averaged)
+        self.copy_rest()
+
+    def copy_rest(self) -> None:
+        """Copy the values that are not averaged."""
+        _copy(self.copied)
+
+    def move(self, weight: float) -> None:
+        """Average by the engines, and copy the rest."""
+        self.copy_rest()
+        if self._averaging is None or not self._averaging.holds():
+            averages, values = zip(*self.averaged, strict=True) if self.averaged else ((), ())
+            self._averaging = Averaging(averages, values)
+            self._averaging.move(weight)
+            self._averaging.watch()
+        else:
+            self._averaging.move(weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
+def _nothing() -> None:
+    """Stand in for what is not copied."""
+
+
+def _copy(pairs: Pairs) -> None:
+    for average, current in pairs:
+        average.copy_(current)
 
 
 def _lazy_buffers(model: Module) -> dict[int, Any]:

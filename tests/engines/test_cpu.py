@@ -235,8 +235,8 @@ def look(dimensions=(4, 3)):
     for param in params:
         param.grad = torch.randn(dimensions)
     states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
-    entries = {name: [state[name] for state in states] for name in ("step", "average")}
-    return tensors.Look(params, states, entries), params, states
+    entries = [[state[name] for state in states] for name in ("step", "average")]
+    return tensors.Look((params, *entries), states, ("step", "average"), gradients=True), params, states
 
 
 @pytest.mark.parametrize("of", ["param", "state"])
@@ -301,19 +301,26 @@ def test_a_look_does_without_room_for_many_dimensions():
     assert look((1,) * 8 + (2,))[0].changed()
 
 
-def test_items_of_a_dict():
+def test_items_of_dicts():
     items = {"a": object(), "b": object()}
-    seen = tensors.Items(items)
-    assert seen.of(items)
-    assert not seen.of(dict(items))
+    seen = tensors.Items([{}, items])
+    assert not seen.changed()
     items["c"] = 1
-    assert not seen.of(items)
+    assert seen.changed()
     del items["c"]
-    assert seen.of(items)
+    assert not seen.changed()
     items["a"] = object()
-    assert not seen.of(items)
+    assert seen.changed()
     items.clear()
-    assert not seen.of(items)
+    assert seen.changed()
+
+
+def test_items_of_attributes():
+    owner = torch.nn.Linear(2, 2)
+    seen = tensors.Items([owner._parameters], [(owner, "_parameters")])
+    assert not seen.changed()
+    owner._parameters = dict(owner._parameters)
+    assert seen.changed()
 
 
 def test_versions_count_as_torch_counts_them():

@@ -78,14 +78,15 @@ def changes(job):
         tensor = objects[index] + anatomy[0]
         record = slots[6] + index * (2 + entries) * (RECORD * 8)
         changed += moved(tensor, words(record, RECORD), job)
-        metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
-        gradient = metadata + anatomy[6]
-        if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
-            return changed + 1
-        changed += differs(gradient, words(record + RECORD * 8, RECORD), job)
+        if slots[25]:
+            metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
+            gradient = metadata + anatomy[6]
+            if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
+                return changed + 1
+            changed += differs(gradient, words(record + RECORD * 8, RECORD), job)
         for entry in range(entries):
             expected = objects[(1 + entry) * tensors + index]
-            if lookup(slots[22], states[index], names[entry]) != expected:
+            if slots[5] and lookup(slots[22], states[index], names[entry]) != expected:
                 return changed + 1
             changed += moved(expected + anatomy[0], words(record + (2 + entry) * (RECORD * 8), RECORD), job)
     return changed
@@ -93,15 +94,22 @@ def changes(job):
 
 @njit(error_model="numpy")
 def other_items(slots):
-    """Count the items in which a dict differs from the pairs it had, in order."""
-    items, pairs, answer = slots[1], words(slots[3], 2 * slots[1]), slots[7]
+    """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
+    dicts, sizes, pairs = words(slots[3], slots[1]), words(slots[4], slots[1]), slots[5]
+    owners, answer, differing = words(slots[6], 2 * slots[1]), slots[7], 0
     position = words(answer, 3)
-    position[0], found, differing = 0, 0, 0
-    while walk(slots[23], slots[4], answer, answer + 8, answer + 16):
-        if found < items:
-            differing += (position[1] != pairs[2 * found]) | (position[2] != pairs[2 * found + 1])
-        found += 1
-    return differing + abs(found - items)
+    for index in range(slots[1]):
+        if owners[2 * index] and lookup(slots[22], owners[2 * index], owners[2 * index + 1]) != dicts[index]:
+            return differing + 1
+        expected, found = words(pairs, 2 * sizes[index]), 0
+        position[0] = 0
+        while walk(slots[23], dicts[index], answer, answer + 8, answer + 16):
+            if found < sizes[index]:
+                differing += (position[1] != expected[2 * found]) | (position[2] != expected[2 * found + 1])
+            found += 1
+        differing += abs(found - sizes[index])
+        pairs += sizes[index] * 16
+    return differing
 
 
 @njit(error_model="numpy")

@@ -2,7 +2,8 @@
 
 import ctypes
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +42,41 @@ def _ids(objects: Iterable[object]) -> np.ndarray:
 
 
 class Look:
-    """Tells whether parameters, gradients and state are as they were when the look was first taken.
-
-    It sees other memory, dtypes, sizes and strides, and other tensors under the same names; gradients may move.
+    """Tells whether tensors are as they were when the look was first taken: their memory, dtype, sizes and strides.
 
     Args:
-        params: the parameters, all with gradients.
-        states: for each the dict of its state.
-        entries: for each name in these dicts the tensors under it.
+        columns: lists of tensors of one length.
+        states: for each position a dict in which the tensors of `columns[1:]` stand, if that is to be watched too.
+        names: under which names they stand there.
+        gradients: whether the first column has gradients that must stay of one kind, but may move.
 
     Attributes:
-        gradients: addresses of the gradients' memory at the last look: int64 of shape (parameters,).
+        gradients: addresses of the gradients' memory at the last look: int64 of shape (length,).
         sound: whether the look sees what Python sees; do not use it otherwise.
+
+    Make looks with `watched`.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], entries: Mapping[str, Sequence[Tensor]]
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        states: Sequence[dict[str, Any]] = (),
+        names: Sequence[str] = (),
+        *,
+        gradients: bool = False,
     ) -> None:
-        self._kept = (params, states, entries)  # what stands in the job by its id must live
-        columns = (params, *entries.values())
-        self._arrays = [_ids(tensor for column in columns for tensor in column), _ids(states), _ids(entries)]
-        self._records = np.zeros((len(params), 2 + len(entries), _RECORD), dtype=np.int64)
+        self._kept = (columns, states, names)  # what stands in the job by its id must live
+        self._arrays = [_ids(chain.from_iterable(columns)), _ids(states), _ids(names)]
+        count = len(columns[0])
+        self._records = np.zeros((count, 1 + len(columns), _RECORD), dtype=np.int64)
         self._answer = np.zeros(8, dtype=np.int64)
-        self._job = _job(_CHANGES, len(params), len(entries), *self._arrays, self._records, self._answer)
+        self._job = _job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
+        self._job[5] *= bool(names)
+        self._job[25] = gradients
         self.gradients = self._records[:, 1, 0]
         self.changed()
-        grads = [param.grad for param in params]
-        seen = np.stack([addresses(column) for column in (params, grads, *entries.values())], axis=1)  # type: ignore[arg-type]
+        grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
+        seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)  # type: ignore[arg-type]
         self.sound = np.array_equal(seen, self._records[:, :, 0])
 
     def changed(self) -> bool:
@@ -76,21 +85,40 @@ class Look:
         return bool(self._job[24])
 
 
+def watched(*arguments: Any, **options: Any) -> Look | None:
+    """Make a look, of the same arguments; None where it cannot be relied upon."""
+    if anatomy() is None:
+        return None
+    look = Look(*arguments, **options)
+    return look if look.sound else None
+
+
 class Items:
-    """Tells whether a dict still has the items it had: the same objects in the same order."""
+    """Tells whether dicts still have the items they had: the same objects in the same order.
 
-    def __init__(self, items: dict[Any, Any]) -> None:
-        self._items, self._own = items, dict(items)  # the copy keeps alive what is known by its id
-        self._pairs = _ids(part for pair in items.items() for part in pair)
-        self._answer = np.zeros(3, dtype=np.int64)
-        self._job = _job(_OTHER_ITEMS, len(items), 0, self._pairs, id(items), 0, 0, self._answer)
+    Args:
+        dicts: the dicts.
+        owners: for each an object of which it is an attribute, and the attribute's name, if that is to be watched too.
+    """
 
-    def of(self, items: object) -> bool:
-        """Whether this is the dict, with the same items."""
-        if items is not self._items:
-            return False
+    def __init__(self, dicts: Sequence[dict[Any, Any]], owners: Sequence[tuple[object, str]] = ()) -> None:
+        items = [dict(items) for items in dicts]
+        places = [(vars(owner), name) for owner, name in owners]
+        self._kept = (dicts, items, places)  # what is known by its id must live
+        nobody = np.zeros(2 * len(dicts), dtype=np.int64)
+        self._arrays = [
+            _ids(dicts),
+            np.array([len(each) for each in items], dtype=np.int64),
+            _ids(part for each in items for pair in each.items() for part in pair),
+            _ids(part for place in places for part in place) if places else nobody,
+            np.zeros(3, dtype=np.int64),
+        ]
+        self._job = _job(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
+
+    def changed(self) -> bool:
+        """Whether an item has come, gone or been replaced."""
         _probe()(self._job.ctypes.data)
-        return not self._job[24]
+        return bool(self._job[24])
 
 
 class Versions:

@@ -1,0 +1,103 @@
+"""Averages of tensors over time: a rule like any other, in which the average is the parameter and the value its gradient."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surefoot.engines import Bucket, Engine, choose, cpu
+from surefoot.optimizer import Optimizer
+from surefoot.rule import bind
+from surefoot.state import local
+
+Tensors = Sequence[Tensor]
+
+
+class Average(Optimizer):
+    """Moves averages towards present values: `average += weight * (value - average)`."""
+
+    scalars = ()
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, *coefficients_flags: Any) -> Any:
+        """Move the average `param` towards the present value `grad`."""
+        return torch.lerp(param, grad, coefficients_flags[0].weight)
+
+
+class Averager:
+    """Averages many tensors in place: `averager(averages, values, updates)`.
+
+    Args:
+        weight: gives from the number of updates so far the weight of the present values, in [0, 1].
+    """
+
+    def __init__(self, weight: Callable[[Any], float]) -> None:
+        self.weight = weight
+
+    def __call__(self, averages: Tensors, values: Tensors, updates: Any) -> None:
+        """Move averages towards values; see `Averaging`."""
+        Averaging(averages, values).move(self.weight(updates))
+
+
+class Averaging:
+    """Tensors made ready to be averaged, as often as one likes while `holds()`.
+
+    Args:
+        averages: tensors of any devices and dtypes; those of integers are averaged as real numbers and cut off.
+        values: as many, of the same shapes and devices, of dtypes of their own.
+    """
+
+    def __init__(self, averages: Tensors, values: Tensors) -> None:
+        pairs = list(zip(averages, values, strict=True))
+        self._others = [pair for pair in pairs if not (_is_real(pair[0]) and _is_real(pair[1]))]
+        kinds: defaultdict[Any, Bucket] = defaultdict(lambda: Bucket(bind(Average, _FLAGS), [], [], {}))
+        for average, value in pairs:
+            if _is_real(average) and _is_real(value):
+                bucket = kinds[average.device, average.dtype, value.dtype]
+                bucket.params.append(local(average))
+                bucket.grads.append(local(value))
+        for bucket in kinds.values():
+            bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
+        self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]
+        self._looks: list[Any] | None = None
+
+    def holds(self) -> bool:
+        """Whether the tensors are where and what they were at the last `move`, as far as that can be known."""
+        return self._looks is not None and not any(look.changed() for look in self._looks)
+
+    @torch.no_grad()
+    def move(self, weight: float) -> None:
+        """Move the averages by `weight`, in [0, 1], of the way to the values."""
+        for engine, bucket in self._works:
+            bucket.coefficients = [{"weight": weight}]
+            engine.run(bucket)
+        for average, value in self._others:
+            average.copy_(average * (1 - weight) + value * weight)
+
+    def watch(self) -> None:
+        """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
+        from surefoot.engines.cpu.tensors import watched  # noqa: PLC0415 (compiled, on first use)
+
+        if all(engine is cpu and not bucket.params[0].is_complex() for engine, bucket in self._works):
+            looks = [watched((bucket.params, bucket.grads)) for _, bucket in self._works]
+            self._looks = None if None in looks else looks
+
+
+def watch_modules(*modules: nn.Module) -> Any:
+    """Watch which tensors and submodules modules have; gives an `Items`, or None where they cannot be watched."""
+    from surefoot.engines.cpu.anatomy import anatomy  # noqa: PLC0415 (on first use)
+    from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
+
+    owners = [(part, name) for module in modules for part in module.modules() for name in _CONTENTS]
+    return None if anatomy() is None else Items([getattr(part, name) for part, name in owners], owners)
+
+
+_CONTENTS = ("_parameters", "_buffers", "_modules")
+_FLAGS = (("maximize", False),)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
