@@ -1,4 +1,7 @@
-"""Averages of tensors over time: a rule like any other, in which the average is the parameter and the value its gradient."""
+"""Averages of tensors over time: a rule like any other.
+
+The average takes the place of the parameter, the present value that of the gradient.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -78,7 +78,7 @@ class Kept:
 
         for work in works:
             work.watch = Watch(work)
-        if not all(work.watch.sound for work in works):
+        if not all(work.watch and work.watch.sound for work in works):
             return cls()
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]

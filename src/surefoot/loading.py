@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surefoot.rule import STEP, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
-from surefoot.state import scalar_device
+from surefoot.state import scalar_device, slots_of
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -268,7 +268,7 @@ def _entry(
         return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
     saved = {name: value for name, value in saved.items() if value is not None}
     entry: dict[str, Any] = {}
-    slots: dict[str, Slot] = {slot.name: slot for slot in optimizer.slots}
+    slots: dict[str, Slot] = {slot.name: slot for slot in slots_of(optimizer)}
     scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in optimizer.scalars}
     for name, value in saved.items():
         if name in scalars:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
 from surefoot.loading import LoadReport, load
-from surefoot.rule import STEP, Scalar, Slot, Sparse
+from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state
 from surefoot.step import ENGINE_OPTIONS, run_rule
+from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, clear, finish
+
+if TYPE_CHECKING:
+    from surefoot.telemetry import Telemetry
 
 Params = Iterable[Any]
 _HOOK_KINDS = (
@@ -36,8 +40,19 @@ _HOOK_KINDS = (
 
 
 def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a constructor's hyperparameters from its `locals()`: all but `self` and `params`."""
-    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
+    """Give a constructor's hyperparameters from its `locals()`: all but `self` and `params`, and its `**options`.
+
+    Raises:
+        TypeError: `options` holds what is no option of every optimizer.
+    """
+    own = {name: value for name, value in scope.items() if name not in ("self", "params", "__class__", "options")}
+    options: dict[str, Any] = scope.get("options", {})
+    if unknown := set(options) - set(StepOptions.__annotations__):
+        names = ", ".join([*own, *StepOptions.__annotations__])
+        raise TypeError(
+            f"{type(scope['self']).__name__}() got an unexpected keyword argument {min(unknown)!r}; there are: {names}"
+        )
+    return own | options
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -98,6 +113,9 @@ class Optimizer(torch.optim.Optimizer):
     state_at_construction: ClassVar[bool] = False
     """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
+    steps_rows: ClassVar[bool] = False
+    """Whether a `step` of the algorithm's own takes its gradients from `surefoot.step.rows`."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Run hooks and a profiler range around a `step` that the subclass defines."""
         super().__init_subclass__(**kwargs)
@@ -107,6 +125,13 @@ class Optimizer(torch.optim.Optimizer):
             cls.__doc__ = cls.__doc__.replace("{options}", options_text(cls))
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        defaults = dict(defaults)
+        self.whole_step = WholeStep.take(defaults)
+        asked = self.whole_step.asked() | ({"ema", "max_grad_value"} & set(defaults))
+        if unfit := asked - self.step_options():
+            raise ValueError(
+                f"{type(self).__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop"
+            )
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -128,6 +153,12 @@ class Optimizer(torch.optim.Optimizer):
             make_state(self)
 
     # What a rule declares
+
+    @classmethod
+    def step_options(cls) -> set[str]:
+        """Give the options of `StepOptions` that this algorithm takes."""
+        every = cls.is_rule() or cls.steps_rows
+        return set(StepOptions.__annotations__) if every else {"zero_grad_after_step"}
 
     @classmethod
     def is_rule(cls) -> bool:
@@ -187,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a value is out of range.
             RuntimeError: engine options contradict one another.
         """
-        for name, check in cls.ranges.items():
+        for name, check in (*GROUP_RANGES.items(), *cls.ranges.items()):
             if name in group:
                 check(name, group[name])
         for name in {"maximize", *ENGINE_OPTIONS, *cls.flags} - set(cls.ranges):
@@ -312,6 +343,43 @@ class Optimizer(torch.optim.Optimizer):
             return None
         with torch.enable_grad():
             return closure()
+
+    @property
+    def telemetry(self) -> "Telemetry":
+        """What the steps have measured.
+
+        Raises:
+            AttributeError: the optimizer was made without `telemetry=True` or a `Telemetry`.
+        """
+        if self.whole_step.telemetry is None:
+            raise AttributeError(f"{type(self).__name__} measures nothing: make it with `telemetry=True`")
+        found: Telemetry = self.whole_step.telemetry
+        return found
+
+    @contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """Let the parameters be their averages inside a `with` block, for evaluation or saving; then put them back.
+
+        Parameters without an average, which have not been stepped, stay as they are.  What is written to the
+        parameters inside the block is lost.
+
+        Raises:
+            RuntimeError: no parameter has an average; pass `ema=` to the optimizer and take a step.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        averaged = [param for param in params if EMA.name in self.state.get(param, {})]
+        if not averaged:
+            raise RuntimeError("there are no averages of parameters: pass `ema=0.999` to the optimizer and take a step")
+        kept = [param.detach().clone() for param in averaged]
+        try:
+            with torch.no_grad():
+                for param in averaged:
+                    param.copy_(self.state[param][EMA.name])
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in zip(averaged, kept, strict=True):
+                    param.copy_(value)
 
     # Hooks
 
@@ -438,12 +506,14 @@ class Optimizer(torch.optim.Optimizer):
         return loaded.report
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy groups, state and defaults; hooks stay behind, as in torch."""
-        return {name: self.__dict__[name] for name in ("defaults", "state", "param_groups")}
+        """Pickle and copy groups, state, defaults and the options in use; hooks stay behind, as in torch."""
+        options = ("whole_step",) if self.whole_step.asked() else ()
+        return {name: self.__dict__[name] for name in ("defaults", "state", "param_groups", *options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or a part of it."""
         self.__dict__.update(state)
+        self.__dict__.setdefault("whole_step", WholeStep())
         self._make_hooks()
 
     def __repr__(self) -> str:
@@ -469,11 +539,14 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
+            begin(self)
             result = step(*positional, **kwargs)
+            finish(self)
             self._optimizer_step_code()
             post = chain(self._optimizer_step_post_hooks.values(), torch_hooks._global_optimizer_post_hooks.values())
             for hook in post:
                 hook(self, positional, kwargs)
+            clear(self)
         return result
 
     hooked_step.hooked = True  # type: ignore[attr-defined]

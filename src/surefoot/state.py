@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Flags, Scalar, Slot, Sparse
+from surefoot.rule import EMA, Flags, Scalar, Slot, Sparse
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
 
+COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
 
@@ -26,12 +27,17 @@ def describe(group: Mapping[str, Any], param: Tensor) -> str:
 
 def flags_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Flags:
     """Settle the flags of a group: the truth of each hyperparameter that shapes the computation."""
-    return tuple((name, bool(group.get(name, False))) for name in ("maximize", *optimizer.flags))
+    return tuple((name, bool(group.get(name, False))) for name in (*COMMON_FLAGS, *optimizer.flags))
 
 
 def active_slots(optimizer: "Optimizer", flags: Mapping[str, bool]) -> tuple[Slot, ...]:
     """Give the slots that exist under settled flags."""
-    return tuple(slot for slot in optimizer.slots if slot.when is None or flags[slot.when])
+    return tuple(slot for slot in slots_of(optimizer) if slot.when is None or flags[slot.when])
+
+
+def slots_of(optimizer: "Optimizer") -> tuple[Slot, ...]:
+    """Give the slots that an optimizer's parameters may have: its algorithm's, and the average."""
+    return (*optimizer.slots, EMA)
 
 
 def hyperparameters(group: Mapping[str, Any]) -> SimpleNamespace:
@@ -51,13 +57,13 @@ def _zero_dim(value: Any) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """Give what an engine works on: of a sharded tensor this process's shard, of a complex one its real view."""
-    if (sharded := _sharded_type()) is not None and isinstance(tensor, sharded):
+    if (sharded := sharded_type()) is not None and isinstance(tensor, sharded):
         tensor = sharded.to_local(tensor)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _sharded_type() -> Any:
-    """DTensor, if anything has imported it."""
+def sharded_type() -> Any:
+    """Give DTensor, if anything has imported it."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
@@ -101,7 +107,7 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
 
 def _laid_out_like(param: Any, grad: Any) -> Any:
     """Give a sharded parameter's gradient in the parameter's own placements."""
-    sharded = _sharded_type()
+    sharded = sharded_type()
     if sharded is None or not isinstance(param, sharded) or grad.placements == param.placements:
         return grad
     return grad.redistribute(param.device_mesh, param.placements)
@@ -110,7 +116,7 @@ def _laid_out_like(param: Any, grad: Any) -> Any:
 def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
     """Refuse state that does not fit its parameter (any more)."""
     state = optimizer.state.get(param, {})
-    for slot in optimizer.slots:
+    for slot in slots_of(optimizer):
         value = state.get(slot.name)
         if value is not None and (value.shape != slot.shape_for(param) or value.device != param.device):
             raise RuntimeError(
@@ -124,9 +130,9 @@ def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor
 
 
 def make_state(optimizer: "Optimizer") -> None:
-    """Make the state of every parameter, whether it has a gradient or not."""
+    """Make the state of every parameter, whether it has a gradient or not, but no averages of what is not stepped."""
     for group in optimizer.param_groups:
-        slots = active_slots(optimizer, dict(flags_of(optimizer, group)))
+        slots = [slot for slot in active_slots(optimizer, dict(flags_of(optimizer, group))) if slot is not EMA]
         for param in group["params"]:
             ensure_state(optimizer, group, param, slots)
 

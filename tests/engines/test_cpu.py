@@ -1,5 +1,6 @@
 """The CPU engine: its kernels on disk, its threads, its plans, and what it answers when it cannot serve."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 import surefoot
-from surefoot.engines.cpu import compile as compiling
 from surefoot.engines.cpu import anatomy, plan, tensors, threads
+from surefoot.engines.cpu import compile as compiling
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.explain import rule_of
 
@@ -209,7 +210,7 @@ def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch
 def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
     known = anatomy.anatomy()
     sizes_for_data = (known.questions[3], *known.questions[1:])
-    monkeypatch.setattr(tensors, "anatomy", lambda: known._replace(questions=sizes_for_data))
+    monkeypatch.setattr(tensors, "anatomy", lambda: dataclasses.replace(known, questions=sizes_for_data))
     optimizer, params = make()
     train(optimizer, params)
     assert not optimizer._kept.found

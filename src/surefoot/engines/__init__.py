@@ -1,11 +1,14 @@
 """Engines run a rule's graph on buckets of tensors; here one is chosen for each bucket.
 
-An engine is a module with `supports(bucket)`, which answers None or the reason why not, and `run(bucket)`.
+An engine is a module with `supports(bucket)`, which answers None or the reason why not, `run(bucket)`, which updates,
+and `read(bucket)`, which measures gradients.
 It knows graphs and tensors, never an algorithm.
 """
 
 import os
 from typing import Protocol
+
+from torch import Tensor
 
 from surefoot.engines import cpu, eager, foreach
 from surefoot.engines.bucket import Bucket, Coefficients
@@ -22,7 +25,10 @@ class Engine(Protocol):
         """Give the reason why this engine cannot serve the bucket, or None."""
 
     def run(self, bucket: Bucket) -> None:
-        """Update the bucket's parameters and slots in place."""
+        """Update the bucket's parameters and slots in place, and set `measured` if its rule measures something."""
+
+    def read(self, bucket: Bucket) -> Tensor:
+        """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
 
 
 ENGINES: tuple[Engine, ...] = (cpu, foreach, eager)

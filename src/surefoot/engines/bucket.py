@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Rule
+from surefoot.rule import Measure, Rule, reading
 
 Coefficients = Mapping[str, Any]
 
@@ -16,6 +16,25 @@ Coefficients = Mapping[str, Any]
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """Give the addresses of tensors' memory."""
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:
+    """Measure tensors by torch's operations: a row of float64."""
+    numbers = [
+        _largest(t) if m.kind == "largest" else t.double().square().sum()
+        for m, t in zip(measures, tensors, strict=True)
+    ]
+    return torch.stack([number.detach().double() for number in numbers])
+
+
+def read(bucket: "Bucket") -> Tensor:
+    """Measure a bucket's gradients by torch's operations: float64 of shape (parameters, measures of `rule.reading`)."""
+    measures = reading().measures
+    return torch.stack([measure(measures, (grad,) * len(measures)) for grad in bucket.grads])
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
 @dataclass(eq=False)
@@ -35,6 +54,8 @@ class Bucket:
         row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
         plan: what the engine keeps of the bucket between steps.
+        measured: what the last run has measured, for each parameter and each of `rule.measures`: float64, on the
+            parameters' device.
     """
 
     rule: Rule
@@ -46,6 +67,7 @@ class Bucket:
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     gradient_addresses: np.ndarray | None = None
     plan: Any = None
+    measured: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

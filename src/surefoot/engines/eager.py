@@ -7,9 +7,12 @@ step when `differentiable=True`.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket
+from surefoot.engines.bucket import Bucket, measure, read
+
+__all__ = ["evaluate", "read", "run", "supports"]
 
 
 def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is asked the same question)
@@ -25,18 +28,24 @@ def run(bucket: Bucket) -> None:
     """
     dtype = bucket.compute_dtype
     differentiable = bool(bucket.options.get("differentiable"))
+    measured = []
     for param, grad, slots, coefficients in bucket.rows():
         targets = (param, *slots)
         inputs = [tensor.to(dtype) for tensor in (param, grad, *slots)]
         if differentiable:
             inputs = [tensor.clone() for tensor in inputs]
         numbers = [coefficients[name] for name in bucket.rule.coefficients]
-        for target, value in zip(targets, evaluate(bucket.rule.graph, [*inputs, *numbers]), strict=True):
-            target.copy_(value)
+        results = evaluate(bucket.rule.graph, [*inputs, *numbers])
+        if bucket.rule.measures:
+            measured.append(measure(bucket.rule.measures, results[len(targets) :]))
+        for target, value in zip(targets, results[: len(targets)], strict=True):
+            if value is not target:
+                target.copy_(value)
+    bucket.measured = torch.stack(measured) if measured else None
 
 
 def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Interpret a graph: `inputs` in the order of its placeholders; returns new param and new slots."""
+    """Interpret a graph: `inputs` in the order of its placeholders; returns its outputs."""
     values: dict[fx.Node, Any] = {}
     remaining = iter(inputs)
     for node in graph.nodes:

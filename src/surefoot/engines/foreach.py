@@ -12,9 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.engines.bucket import Bucket, Coefficients, measure, read
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
+
+__all__ = ["outputs", "read", "run", "schedule", "supports"]
 
 Tensors = list[Tensor]
 
@@ -36,16 +38,15 @@ def supports(bucket: Bucket) -> str | None:
 
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
+    rows: dict[int, Tensor] = {}
     for positions, coefficients in bucket.by_coefficients():
-        _run_list(
-            bucket,
-            [[tensors[i] for i in positions] for tensors in (bucket.params, bucket.grads, *bucket.slots)],
-            coefficients,
-        )
+        stored = [[tensors[i] for i in positions] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
+        rows.update(zip(positions, _run_list(bucket, stored, coefficients), strict=False))
+    bucket.measured = torch.stack([rows[i] for i in range(len(bucket.params))]) if rows else None
 
 
-def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients) -> None:
-    """Run the schedule over lists whose tensors share their coefficients."""
+def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients) -> list[Tensor]:
+    """Run the schedule over lists whose tensors share their coefficients; give what is measured of each."""
     dtype = bucket.compute_dtype
     graph = bucket.rule.graph
     working = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
@@ -56,14 +57,17 @@ def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients)
         values[call.node] = _apply(call, [values[a] if isinstance(a, fx.Node) else a for a in call.node.args])
         for node in call.last_read:
             del values[node]
-    targets = [stored[0], *stored[2:]]
-    for target, result in zip(targets, outputs(graph), strict=True):
+    targets, results = [stored[0], *stored[2:]], outputs(graph)
+    extra = zip(*(values[result] for result in results[len(targets) :]), strict=True)
+    measured = [measure(bucket.rule.measures, tensors) for tensors in extra]
+    for target, result in zip(targets, results, strict=False):
         if any(kept is not new for kept, new in zip(target, values[result], strict=True)):
             torch._foreach_copy_(target, values[result])
+    return measured
 
 
 def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Nodes of the new param and the new slots."""
+    """Nodes of the new param, the new slots, and what is measured."""
     results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]
     return results
 
@@ -105,7 +109,7 @@ def _lineages(owners: list[fx.Node], results: tuple[fx.Node, ...]) -> dict[fx.No
     for the new value of another slot.
     """
     lineage: dict[fx.Node, fx.Node] = {}
-    for owner, result in zip(owners, results, strict=True):
+    for owner, result in zip(owners, results, strict=False):
         path = [result]
         while path[-1].op == "call_function" and isinstance(path[-1].args[0], fx.Node):
             path.append(path[-1].args[0])

@@ -1,7 +1,7 @@
 """Adadelta: steps in the units of the parameter."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights, ema_of_square
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, Interval
+from surefoot.whole_step import StepOptions
 
 
 class Adadelta(Optimizer):
@@ -69,6 +70,7 @@ class Adadelta(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

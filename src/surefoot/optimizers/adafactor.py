@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval
 from surefoot.step import rows
+from surefoot.whole_step import StepOptions
 
 
 def _row_shape(param: Tensor) -> torch.Size | None:
@@ -93,6 +94,7 @@ class Adafactor(Optimizer):
         "weight_decay": Interval("weight_decay should be >= 0 but is: "),
     }
     complex_params = False
+    steps_rows = True
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class Adafactor(Optimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -1,7 +1,7 @@
 """Adagrad: per-element rates from the sum of squared gradients."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights
 from surefoot.rule import Slot, Sparse
 from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, at_least_zero
+from surefoot.whole_step import StepOptions
 
 
 class Adagrad(Optimizer):
@@ -78,6 +79,7 @@ class Adagrad(Optimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -1,7 +1,7 @@
 """Adam and AdamW."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
+from surefoot.whole_step import StepOptions
 
 
 class Adam(Optimizer):
@@ -75,6 +76,7 @@ class Adam(Optimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         decoupled_weight_decay: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 
@@ -157,6 +159,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, decoupled_weight_decay=True, **arguments(locals()))
 

@@ -1,7 +1,7 @@
 """Adamax: Adam in the infinity norm."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
+from surefoot.whole_step import StepOptions
 
 
 class Adamax(Optimizer):
@@ -63,6 +64,7 @@ class Adamax(Optimizer):
         capturable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

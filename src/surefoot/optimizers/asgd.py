@@ -1,7 +1,7 @@
 """Averaged stochastic gradient descent."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights
 from surefoot.rule import STEP, Scalar, Slot
 from surefoot.rule.hyperparameters import LR, WEIGHT_DECAY, number
+from surefoot.whole_step import StepOptions
 
 
 class ASGD(Optimizer):
@@ -77,6 +78,7 @@ class ASGD(Optimizer):
         *,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

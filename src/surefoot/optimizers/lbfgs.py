@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import LR, Interval, at_least_zero
 from surefoot.state import admissible_gradient, hyperparameters
+from surefoot.whole_step import StepOptions
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
@@ -119,6 +120,7 @@ class LBFGS(Optimizer):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
         line_search_fn: str | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         if max_eval is None:
             self.ranges["max_iter"]("max_iter", max_iter)

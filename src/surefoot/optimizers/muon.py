@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
 from surefoot.step import rows
+from surefoot.whole_step import StepOptions
 
 _MOST_NS_STEPS = 99
 
@@ -103,6 +104,7 @@ class Muon(Optimizer):
         ),
     }
     complex_params = False
+    steps_rows = True
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class Muon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

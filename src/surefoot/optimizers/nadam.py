@@ -1,7 +1,7 @@
 """NAdam: Adam with Nesterov momentum."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square
 from surefoot.rule import STEP, Scalar, Slot, narrow
 from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY, at_least_zero
+from surefoot.whole_step import StepOptions
 
 
 class NAdam(Optimizer):
@@ -81,6 +82,7 @@ class NAdam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -1,7 +1,7 @@
 """RAdam: Adam with a rectified variance."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
+from surefoot.whole_step import StepOptions
 
 
 class RAdam(Optimizer):
@@ -72,6 +73,7 @@ class RAdam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

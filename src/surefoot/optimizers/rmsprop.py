@@ -1,7 +1,7 @@
 """RMSprop: gradients divided by a running root mean square."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights, ema_of_square
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import EPS, LR, MOMENTUM, WEIGHT_DECAY, at_least_zero
+from surefoot.whole_step import StepOptions
 
 
 class RMSprop(Optimizer):
@@ -82,6 +83,7 @@ class RMSprop(Optimizer):
         *,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import LR, Each, number
+from surefoot.whole_step import StepOptions
 
 
 class Rprop(Optimizer):
@@ -62,6 +63,7 @@ class Rprop(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import decay_weights
 from surefoot.rule import Slot, Sparse
 from surefoot.rule.hyperparameters import LR, MOMENTUM, WEIGHT_DECAY, number
+from surefoot.whole_step import StepOptions
 
 
 class SGD(Optimizer):
@@ -69,6 +70,7 @@ class SGD(Optimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -1,7 +1,7 @@
 """SparseAdam: Adam on the rows that have a gradient."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.rule import Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import BETAS, Interval
+from surefoot.whole_step import StepOptions
 
 
 class SparseAdam(Optimizer):
@@ -62,6 +63,7 @@ class SparseAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         maximize: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

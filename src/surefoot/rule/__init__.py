@@ -3,7 +3,21 @@
 Nothing here runs a rule on tensors; that is the engines' part.
 """
 
-from surefoot.rule.declare import STEP, Scalar, Slot, Sparse, narrow, scalar_dtype
-from surefoot.rule.trace import Flags, Rule, bind
+from surefoot.rule.declare import EMA, STEP, Measure, Scalar, Slot, Sparse, narrow, scalar_dtype
+from surefoot.rule.trace import TELEMETRY, Flags, Rule, bind, reading
 
-__all__ = ["STEP", "Flags", "Rule", "Scalar", "Slot", "Sparse", "bind", "narrow", "scalar_dtype"]
+__all__ = [
+    "EMA",
+    "STEP",
+    "TELEMETRY",
+    "Flags",
+    "Measure",
+    "Rule",
+    "Scalar",
+    "Slot",
+    "Sparse",
+    "bind",
+    "narrow",
+    "reading",
+    "scalar_dtype",
+]

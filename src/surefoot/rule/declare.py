@@ -20,12 +20,14 @@ class Slot:
             slot starts with it as real and as imaginary part, as in torch.
         shape: shape of the slot for a parameter, None where this parameter does not have the slot;
             the parameter's own shape by default.
+        wide: whether it is kept in at least float32, whatever the parameter's dtype.
     """
 
     name: str
     when: str | None = None
     init: float | str = 0.0
     shape: Callable[[Tensor], torch.Size | None] | None = None
+    wide: bool = False
 
     def shape_for(self, param: Tensor) -> torch.Size | None:
         """Shape of this slot for `param`."""
@@ -36,6 +38,7 @@ class Slot:
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
         value = complex(start, start) if param.is_complex() else start
         dtype = group.get("state_dtype") or param.dtype
+        dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
         dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         if self.shape is None:
             return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -66,7 +69,24 @@ class Scalar:
         return int(value) if self.integer else torch.tensor(value, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A number for each parameter that an update gives beside its tensors.
+
+    Attributes:
+        of: what is measured, for messages.
+        kind: `"sum_of_squares"` or `"largest"`, which is the greatest absolute value and NaN where there is one.
+        precise: whether squares are summed in float64 rather than in the dtype of the arithmetic.
+    """
+
+    of: str
+    kind: str
+    precise: bool = False
+
+
 STEP = Scalar("step")
+EMA = Slot("ema", when="ema", wide=True)
+"""The exponential moving average of a parameter, which every optimizer keeps in its pass where `ema=` asks for it."""
 
 
 class Sparse(Enum):

@@ -17,8 +17,9 @@ from surefoot.rule.ops import BY_METHOD, BY_NAME, BY_SPELLING, OPS, Op
 Build = Callable[..., fx.Node]
 
 
-def run_passes(graph: fx.Graph) -> None:
-    """Run every pass on a traced graph, in place."""
+def run_passes(graph: fx.Graph, stored: int) -> None:
+    """Run every pass on a traced graph, in place; its first `stored` outputs are to be stored, others are measured."""
+    next(iter(reversed(graph.nodes))).meta["stored"] = stored
     for step in PASSES:
         step(graph)
         graph.lint()
@@ -87,7 +88,7 @@ def copy_outputs(graph: fx.Graph) -> None:
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     own = [inputs[0], *inputs[2:]]
     values = list(output.args[0])
-    for position, (value, itself) in enumerate(zip(values, own, strict=True)):
+    for position, (value, itself) in enumerate(zip(values[: output.meta["stored"]], own, strict=True)):
         if value.op == "placeholder" and value is not itself:
             with graph.inserting_before(output):
                 values[position] = _call(graph, "copy", value)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from surefoot.errors import RuleError
-from surefoot.rule.declare import Slot
+from surefoot.rule.declare import EMA, Measure, Slot
 from surefoot.rule.passes import run_passes
 
 Flags = tuple[tuple[str, bool], ...]
@@ -31,7 +31,8 @@ class Rule:
         flags: the flags, as settled.
         slots: the slots that exist under these flags, in the order in which the graph returns them.
         coefficients: names of the numbers that the graph takes, in the order of its placeholders.
-        graph: the update as operations.
+        graph: the update as operations; it returns the parameter, the slots and then what is measured.
+        measures: what is measured.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Rule:
     slots: tuple[Slot, ...]
     coefficients: tuple[str, ...]
     graph: fx.Graph
+    measures: tuple[Measure, ...] = ()
 
 
 class _Tracer(fx.Tracer):
@@ -102,21 +104,59 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     """
     update: Callable[..., Any] = optimizer.update
     settled = dict(flags)
+    averaged = (EMA,) if settled.get("ema") else ()
     active = tuple(slot for slot in optimizer.slots if slot.when is None or settled[slot.when])
     tracer = _Tracer(inspect.getsourcefile(inspect.unwrap(update)) or "")
     inputs: dict[str, Any] = {
         name: tracer.create_proxy("placeholder", name, (), {})
-        for name in ("param", "grad", *(slot.name for slot in active))
+        for name in ("param", "grad", *(slot.name for slot in (*active, *averaged)))
     }
-    coefficients = _Coefficients(tracer)
-    grad = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
-    grad = -grad if settled["maximize"] else grad
+    coefficients: Any = _Coefficients(tracer)
+    unscaled = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
+    grad = _clipped(unscaled, coefficients, settled)
     slots = [inputs.get(slot.name) for slot in optimizer.slots]
     returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
     outputs = _outputs(optimizer, returned, active)
-    tracer.create_node("output", "output", (tuple(value.node for value in outputs),), {})
-    run_passes(tracer.graph)
-    return Rule(optimizer.__name__, flags, active, coefficients.names(), tracer.graph)
+    if averaged:
+        new: Any = outputs[0]
+        outputs.append(torch.lerp(inputs[EMA.name], new, coefficients.ema_weight))
+    measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
+    tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
+    run_passes(tracer.graph, 1 + len(active) + len(averaged))
+    return Rule(optimizer.__name__, flags, (*active, *averaged), coefficients.names(), tracer.graph, tuple(measured))
+
+
+def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
+    """Give the gradient as the rule is to see it: clipped by norm, then by value, and negated under `maximize`."""
+    if settled.get("clipped"):
+        grad = grad * coefficients.clip
+    if settled.get("max_grad_value"):
+        grad = torch.clamp(grad, -coefficients.max_grad_value, coefficients.max_grad_value)
+    return -grad if settled["maximize"] else grad
+
+
+def _measured(param: Any, grad: Any, new: Any) -> dict[Measure, Any]:
+    """Give what telemetry measures of a parameter, its gradient and its new value."""
+    return dict(zip(TELEMETRY, (grad, new, new - param, grad), strict=True))
+
+
+TELEMETRY = (
+    Measure("gradient", "sum_of_squares"),
+    Measure("parameter", "sum_of_squares"),
+    Measure("update", "sum_of_squares"),
+    Measure("gradient", "largest"),
+)
+READING = (Measure("gradient", "sum_of_squares", precise=True), Measure("gradient", "largest"))
+
+
+@functools.cache
+def reading() -> Rule:
+    """Make the rule that leaves everything as it is and measures the gradient."""
+    graph = fx.Graph()
+    param, grad = graph.placeholder("param"), graph.placeholder("grad")
+    graph.output((param, grad, grad))
+    run_passes(graph, 1)
+    return Rule("Reading", (), (), (), graph, READING)
 
 
 def _outputs(optimizer: Any, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:

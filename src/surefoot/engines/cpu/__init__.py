@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -34,8 +35,18 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
 
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
+    _plan(bucket).run(bucket)
+
+
+def read(bucket: Bucket) -> torch.Tensor:
+    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+    measured: torch.Tensor = _plan(bucket).read(bucket)
+    return measured
+
+
+def _plan(bucket: Bucket) -> Any:
     from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
 
     if bucket.plan is None:
         bucket.plan = Plan(bucket)
-    bucket.plan.run(bucket)
+    return bucket.plan

@@ -7,8 +7,9 @@ that fails, in a release that keeps things elsewhere, the engine does without, a
 import ctypes
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ Place = TypeVar("Place")
 _QUESTIONS = ("data_ptr", "dtype", "dim", "sizes", "strides")
 
 
-class Anatomy(NamedTuple):
+@dataclass(frozen=True)
+class Anatomy:
     """Places in bytes from the beginning of what holds them, and addresses of functions.
 
     Attributes:
@@ -69,13 +71,16 @@ def _find() -> Anatomy:
         param.grad = torch.zeros(3, 4)
     strange = (torch._neg_view(plain[0]), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(3))
     tensors = [*params, *plain, *strange]
-    tensor = _place(range(2, torch.Tensor.__basicsize__ // WORD), lambda i: all(_word(id(t), i) == _cdata(t) for t in tensors))
+    tensor = _place(
+        range(2, torch.Tensor.__basicsize__ // WORD), lambda i: all(_word(id(t), i) == _cdata(t) for t in tensors)
+    )
     key_set = _place(
         range(_IMPLEMENTATION_WORDS),
         lambda i: all(_word(_cdata(t), i) == torch._C._dispatch_keys(t).raw_repr() for t in tensors),
     )
     autograd = _place(
-        range(key_set), lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain)
+        range(key_set),
+        lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain),
     )
     metadata = [_word(_cdata(param), autograd) for param in params]
     grads = [_cdata(param.grad) for param in params[:2]]  # type: ignore[arg-type]
@@ -84,8 +89,21 @@ def _find() -> Anatomy:
     if len(undefined) != 1:
         raise LookupError
     geometry, (version, count) = _geometry(key_set), _version(key_set)
-    places = (tensor, geometry.start, key_set, autograd, version, count, grad)
-    return Anatomy(*(WORD * place for place in places), len(geometry), undefined.pop(), _questions(), *_python())
+    lookup, walk = map(_address, (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next))
+    return Anatomy(
+        tensor=WORD * tensor,
+        geometry=WORD * geometry.start,
+        key_set=WORD * key_set,
+        autograd=WORD * autograd,
+        version=WORD * version,
+        count=WORD * count,
+        grad=WORD * grad,
+        geometry_words=len(geometry),
+        undefined=undefined.pop(),
+        questions=_questions(),
+        lookup=lookup,
+        walk=walk,
+    )
 
 
 def _version(key_set: int) -> tuple[int, int]:
@@ -110,7 +128,9 @@ def _geometry(key_set: int) -> range:
     """Find the words in which tensors of one geometry agree, whatever their dtype, and those of others do not."""
     alike = [torch.ones(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.int32) for _ in range(4)]
     agreeing = [len({_word(_cdata(t), i) for t in alike}) == 1 for i in range(key_set)]
-    runs = [range(start, end) for start in range(key_set) for end in range(start, key_set + 1) if all(agreeing[start:end])]
+    runs = [
+        range(start, end) for start in range(key_set) for end in range(start, key_set + 1) if all(agreeing[start:end])
+    ]
     longest = max(runs, key=len)
     cube = torch.ones(4, 4, 4)
     others = [
@@ -151,9 +171,8 @@ def _word(address: int, index: int) -> int:
     return ctypes.c_uint64.from_address(address + WORD * index).value
 
 
-def _python() -> tuple[int, int]:
-    functions = (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next)
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)  # type: ignore[return-value]
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _questions() -> tuple[int, ...]:
@@ -165,5 +184,5 @@ def _questions() -> tuple[int, ...]:
             functions = [getattr(library, f"aoti_torch_get_{question}") for question in _QUESTIONS]
         except (OSError, AttributeError):
             continue
-        return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+        return tuple(map(_address, functions))
     raise LookupError

@@ -9,7 +9,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["as_float32", "as_uint32", "call", "claim", "count", "from_half", "lookup", "pointer", "to_half", "walk"]
+__all__ = [
+    "as_float32",
+    "as_float64",
+    "as_uint32",
+    "as_uint64",
+    "call",
+    "claim",
+    "count",
+    "from_half",
+    "lookup",
+    "plus_square",
+    "pointer",
+    "to_half",
+    "walk",
+]
 
 
 @intrinsic
@@ -83,8 +97,25 @@ def _bitcast(source: Any, target: Any) -> Any:
     return intrinsic(typer)
 
 
+@intrinsic
+def plus_square(typing_context: Any, total: Any, value: Any) -> Any:  # noqa: ARG001
+    """Add the square of a value to a sum whose order does not matter, so that several can be added at once.
+
+    It is one operation, so that a product which the rule computes as well is not taken from its own sum.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        kind = args[0].type
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3))
+        return builder.call(function, [args[1], args[1], args[0]], fastmath=("reassoc", "contract"))
+
+    return total(total, total), build
+
+
 as_float32 = _bitcast(types.uint32, types.float32)
 as_uint32 = _bitcast(types.float32, types.uint32)
+as_float64 = _bitcast(types.uint64, types.float64)
+as_uint64 = _bitcast(types.float64, types.uint64)
 
 
 @intrinsic

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients, addresses
@@ -14,37 +15,51 @@ from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import run_on_threads, thread_count
+from surefoot.rule import Measure, Rule, reading
 
 CHUNK = 16384
-"""Elements that a thread takes at a time."""
+"""Elements of one tensor that a kernel works on at a time."""
+_LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
 _ONE_THREAD = 65536
 
 
 class Job:
-    """A table of tensors, cut into items, as a kernel takes it."""
+    """A table of tensors, cut into items, as kernels take it."""
 
-    def __init__(self, kernel: int, arrays: int, sizes: np.ndarray) -> None:
-        self.kernel = kernel
+    def __init__(self, arrays: int, sizes: np.ndarray) -> None:
         self.pointers = np.zeros((arrays, len(sizes)), dtype=np.int64)
         self.rows = np.zeros(len(sizes), dtype=np.int64)
         self.size = int(sizes.sum())
-        tensor, start, size = _segments(sizes)
+        self._tensor, start, size = _segments(sizes)
         first = _items(size)
         self.items = len(first) - 1
-        self._parts = (first, tensor, start, size)
+        self._parts = (first, self._tensor, start, size)
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
-        self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes)], dtype=np.int64)
+        self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0], dtype=np.int64)
 
-    def run(self, coefficients: np.ndarray) -> None:
-        """Run the kernel on all items; `coefficients` is (rows, coefficients per row), float64."""
-        if not self.items:
-            return
-        self._job[0] = 0
-        self._job[7] = coefficients.ctypes.data
-        threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
-        run_on_threads(self.kernel, self._job.ctypes.data, threads)
+    def run(self, kernel: int, coefficients: np.ndarray, measures: Sequence[Measure] = ()) -> np.ndarray:
+        """Run a kernel on all items; `coefficients` is (rows, coefficients per row), float64.
+
+        Returns:
+            What it measured: float64 of shape (tensors, measures).
+        """
+        measured = np.zeros((len(self._tensor), len(measures)))
+        if self.items:
+            self._job[[0, 7, 10]] = 0, coefficients.ctypes.data, measured.ctypes.data
+            threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
+            run_on_threads(kernel, self._job.ctypes.data, threads)
+        return self._by_tensor(measured, measures)
+
+    def _by_tensor(self, measured: np.ndarray, measures: Sequence[Measure]) -> np.ndarray:
+        """Put together what was measured of segments, in their order, whoever measured them."""
+        result = np.zeros((len(self.rows), len(measures)))
+        for column, measure in enumerate(measures):
+            combine = np.maximum if measure.kind == "largest" else np.add
+            with np.errstate(invalid="ignore"):  # NaN is an answer here
+                combine.at(result[:, column], self._tensor, measured[:, column])
+        return result
 
 
 def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,26 +71,27 @@ def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _items(sizes: np.ndarray) -> np.ndarray:
-    """Group consecutive segments into items of about CHUNK elements: first segment of each, and the end."""
+    """Group consecutive segments into items, which a thread takes at a time: first segment of each, and the end.
+
+    Long items stream through memory better, many short ones leave no thread idle.
+    """
     if not len(sizes):
         return np.zeros(1, dtype=np.int64)
-    item = (np.cumsum(sizes) - sizes) // CHUNK
+    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, int(sizes.sum()) // _FEWEST_ITEMS), _LARGEST_ITEM)
     return np.concatenate([np.flatnonzero(np.diff(item, prepend=-1)), [len(sizes)]]).astype(np.int64)
 
 
 class Plan:
-    """A bucket's kernel and pointer table, and the tensors that cannot be seen as flat memory."""
+    """A bucket's pointer table, the kernels that run on it, and the tensors that cannot be seen as flat memory."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self.rule = bucket.rule
         stored = (bucket.params, bucket.grads, *bucket.slots)
-        layout = Layout(bucket.compute_dtype, tuple(tensors[0].dtype for tensors in stored))
-        self.kernel = compiled_kernel(bucket.rule, layout)
+        self._compute, self._stored = bucket.compute_dtype, tuple(tensors[0].dtype for tensors in stored)
         flat = [_same_memory(tensors) for tensors in zip(*stored, strict=True)]
         self.regular = np.flatnonzero(flat)
         self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
         sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
-        self.job = Job(self.kernel, len(stored), sizes)
+        self.job = Job(len(stored), sizes)
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         for row, tensors in enumerate(stored):
             if row != 1:
@@ -85,28 +101,50 @@ class Plan:
         return values[self.regular] if self.irregular else values
 
     def run(self, bucket: Bucket) -> None:
-        """Update the bucket's parameters and slots."""
-        numbers = _numbers(self.rule.coefficients, bucket.coefficients)
-        known = bucket.gradient_addresses
-        self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
+        """Update the bucket's parameters and slots, and measure what its rule measures."""
+        numbers = _numbers(bucket.rule.coefficients, bucket.coefficients)
         self.job.rows[:] = self._regular(bucket.row)
-        self.job.run(numbers)
-        for index in self.irregular:
-            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
-            row = int(bucket.row[index])
-            for views in pieces(tensors, PIECE):
-                self._run_piece(views, numbers[row : row + 1])
+        bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
         self.versions.count()
 
-    def _run_piece(self, views: Sequence[Tensor], numbers: np.ndarray) -> None:
-        """Run on contiguous copies of some views, and copy back what is not the gradient."""
-        copies = [view.contiguous() for view in views]
-        job = Job(self.kernel, len(copies), np.array([copies[0].numel()], dtype=np.int64))
-        job.pointers[:, 0] = [copy.data_ptr() for copy in copies]
-        job.run(numbers)
-        for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
-            if position != 1 and copy.data_ptr() != view.data_ptr():
-                view.copy_(copy)
+    def read(self, bucket: Bucket) -> Tensor | None:
+        """Measure the bucket's gradients and leave everything as it is."""
+        self.job.rows[:] = 0
+        return self._run(reading(), bucket, np.zeros((1, 0)), np.zeros(len(bucket.params), dtype=np.int64))
+
+    def _run(self, rule: Rule, bucket: Bucket, numbers: np.ndarray, rows: np.ndarray) -> Tensor | None:
+        arrays = 2 + len(rule.slots)
+        kernel = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
+        known = bucket.gradient_addresses
+        self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
+        measured = np.zeros((len(bucket.params), len(rule.measures)))
+        measured[self.regular] = self.job.run(kernel, numbers, rule.measures)
+        for index in self.irregular:
+            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)][:arrays]
+            row = int(rows[index])
+            parts = [
+                _run_piece(kernel, views, numbers[row : row + 1], rule.measures) for views in pieces(tensors, PIECE)
+            ]
+            measured[index] = [_combined(m, [part[i] for part in parts]) for i, m in enumerate(rule.measures)]
+        return torch.from_numpy(measured) if rule.measures else None
+
+
+def _run_piece(kernel: int, views: Sequence[Tensor], numbers: np.ndarray, measures: Sequence[Measure]) -> np.ndarray:
+    """Run on contiguous copies of some views, and copy back what is not the gradient."""
+    copies = [view.contiguous() for view in views]
+    job = Job(len(copies), np.array([copies[0].numel()], dtype=np.int64))
+    job.pointers[:, 0] = [copy.data_ptr() for copy in copies]
+    measured = job.run(kernel, numbers, measures)
+    for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
+        if position != 1 and copy.data_ptr() != view.data_ptr():
+            view.copy_(copy)
+    row: np.ndarray = measured[0]
+    return row
+
+
+def _combined(measure: Measure, values: Sequence[float]) -> float:
+    """Put together what was measured of the parts of a tensor."""
+    return float(np.max(values, initial=0.0) if measure.kind == "largest" else np.sum(values))
 
 
 def _numbers(names: Sequence[str], rows: Sequence[Coefficients]) -> np.ndarray:

@@ -17,6 +17,7 @@ ANATOMY, QUESTIONS = 8 * 8, 17 * 8  # places in a job, in bytes
 
 @njit(error_model="numpy")
 def words(address, count):
+    """Give the memory at an address as words."""
     return carray(pointer(address, int64(0)), count)
 
 

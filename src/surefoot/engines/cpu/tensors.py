@@ -76,7 +76,7 @@ class Look:
         self.gradients = self._records[:, 1, 0]
         self.changed()
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
-        seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)  # type: ignore[arg-type]
+        seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
 
     def changed(self) -> bool:

@@ -1,0 +1,350 @@
+"""The whole step: what surrounds an update in a training loop, done in the passes that happen anyway.
+
+Clipping and guarding need the gradients' norms first: one reading pass.  The scaling, the average and what telemetry
+measures are part of the update.  Optimizers that are no rule do the same through `rows`, by torch's operations.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from surefoot.engines.bucket import measure
+from surefoot.errors import NonFiniteGradientError
+from surefoot.rule import EMA, TELEMETRY, reading
+from surefoot.rule.hyperparameters import Check, Interval
+from surefoot.state import local, sharded_type
+
+if TYPE_CHECKING:
+    from surefoot.optimizer import Optimizer
+    from surefoot.telemetry import Telemetry
+
+
+class StepOptions(TypedDict, total=False):
+    """Options of every optimizer, keyword-only: what happens around the update.
+
+    Attributes:
+        max_grad_norm: greatest norm of all gradients together, > 0; larger ones are scaled down in the step, as by
+            `torch.nn.utils.clip_grad_norm_`, and `p.grad` stays as it is.  Under this key in a param group: the
+            greatest norm of that group's gradients, which then do not count in the others' norm.
+        max_grad_value: greatest absolute value of an element of a gradient, > 0, after clipping by norm; also in a
+            param group.
+        nonfinite: what to do when a gradient holds inf or NaN: `"ignore"`, `"skip"` the step, changing nothing, or
+            `"raise"` NonFiniteGradientError, changing nothing.
+        ema: decay of an exponential moving average of the parameters, in (0, 1); see `Optimizer.ema_parameters`.
+        zero_grad_after_step: call `zero_grad()` at the end of each step.
+        telemetry: True, or a `surefoot.telemetry.Telemetry`: measure norms in the step's own pass.
+    """
+
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    nonfinite: str
+    ema: float | None
+    zero_grad_after_step: bool
+    telemetry: "Telemetry | bool | None"
+
+
+_POSITIVE = "{} must be a number > 0, or None, but is: "
+GROUP_RANGES: Mapping[str, Check] = {
+    "max_grad_norm": Interval(_POSITIVE.format("`max_grad_norm`"), low_open=True, optional=True),
+    "max_grad_value": Interval(_POSITIVE.format("`max_grad_value`"), low_open=True, optional=True),
+    "ema": Interval(
+        "`ema` must be a decay > 0 and < 1, or None, but is: ", high=1.0, high_open=True, low_open=True, optional=True
+    ),
+}
+_NONFINITE = ("ignore", "skip", "raise")
+_PER_GROUP = ("max_grad_value", "ema")
+
+
+@dataclass(eq=False)
+class WholeStep:
+    """The options of one optimizer that are not its groups', and what its steps have come to.
+
+    Attributes:
+        max_grad_norm, nonfinite, zero_grad_after_step, telemetry: see `StepOptions`.
+        steps: how many steps were asked for.
+        skipped: how many of them were skipped.
+        parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
+            changes nothing, when it began.
+    """
+
+    max_grad_norm: float | None = None
+    nonfinite: str = "ignore"
+    zero_grad_after_step: bool = False
+    telemetry: Any = None
+    steps: int = 0
+    skipped: int = 0
+    parts: list["Part"] = field(default_factory=list, repr=False)
+    measures: bool = field(default=False, repr=False)
+    skips: bool = field(default=False, repr=False)
+    start: float = field(default=0.0, repr=False)
+
+    @classmethod
+    def take(cls, defaults: dict[str, Any]) -> "WholeStep":
+        """Take the options that are not for groups out of an optimizer's defaults.
+
+        Raises:
+            ValueError, TypeError: an option is out of its range.
+        """
+        given = {name: defaults.pop(name) for name in _OWN if name in defaults}
+        for name in _PER_GROUP:
+            if name in defaults and defaults[name] is None:
+                del defaults[name]
+        whole = cls(**given)
+        whole.check()
+        whole.telemetry = _telemetry(whole.telemetry)
+        return whole
+
+    def check(self) -> None:
+        """Raise when an option is out of its range."""
+        GROUP_RANGES["max_grad_norm"]("max_grad_norm", self.max_grad_norm)
+        if self.nonfinite not in _NONFINITE:
+            raise ValueError(
+                f"`nonfinite` must be one of {', '.join(map(repr, _NONFINITE))}, but is {self.nonfinite!r}"
+            )
+        if not isinstance(self.zero_grad_after_step, bool):
+            raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
+
+    def asked(self) -> set[str]:
+        """Give the names of the options that ask for something."""
+        return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"parts": []}
+
+
+_OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
+
+
+def _telemetry(wish: Any) -> "Telemetry | None":
+    """Give what telemetry goes to: one made for True, none for None or False."""
+    if wish is None or wish is False:
+        return None
+    from surefoot.telemetry import Telemetry  # noqa: PLC0415 (on first use)
+
+    if wish is not True and not isinstance(wish, Telemetry):
+        raise TypeError(f"`telemetry` must be True, False, None or a surefoot.telemetry.Telemetry, but is {wish!r}")
+    return Telemetry() if wish is True else wish
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters of one group in a step, and what was measured of them.
+
+    Attributes:
+        group: the param group.
+        params: the parameters, n of them.
+        gradients: sum of squares and largest absolute value of each gradient: float64 of shape (n, 2).
+        clip: what the gradients are multiplied with.
+        sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 4).
+        before: copies of the parameters before the step, where updates cannot be measured while they are made.
+        fresh: for each parameter whether its average is new, where averages are no part of the update.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    gradients: Tensor | None = None
+    clip: float = 1.0
+    sums: Tensor | None = None
+    before: list[Tensor] | None = None
+    fresh: list[bool] | None = None
+
+
+def begin(optimizer: "Optimizer") -> None:
+    """Count a step, and decide whether it is measured."""
+    whole = optimizer.whole_step
+    whole.steps += 1
+    whole.parts, whole.skips, whole.start = [], False, perf_counter()
+    whole.measures = whole.telemetry is not None and whole.telemetry.wanted(whole.steps)
+
+
+def skip(optimizer: "Optimizer") -> None:
+    """Note that this step changes nothing."""
+    optimizer.whole_step.skipped += 1
+    optimizer.whole_step.skips = True
+
+
+def is_clipped(optimizer: "Optimizer", group: Mapping[str, Any]) -> bool:
+    """Whether the gradients of a group are clipped by norm."""
+    return bool(optimizer.whole_step.max_grad_norm or group.get("max_grad_norm"))
+
+
+def needs_reading(optimizer: "Optimizer") -> bool:
+    """Whether the gradients' norms must be known before the update."""
+    guarded = optimizer.whole_step.nonfinite != "ignore"
+    return guarded or any(is_clipped(optimizer, group) for group in optimizer.param_groups)
+
+
+# Reading
+
+
+def read_gradients(params: Sequence[Tensor]) -> Tensor:
+    """Measure gradients by torch's operations, of sharded ones all shards: float64 of shape (parameters, 2)."""
+    return torch.stack([_read(param.grad) for param in params])
+
+
+def _read(grad: Any) -> Tensor:
+    sharded = sharded_type()
+    if sharded is not None and isinstance(grad, sharded):
+        numbers = (torch.linalg.vector_norm(grad, dtype=torch.float64).square(), grad.abs().max())
+        return torch.stack([number.full_tensor().double() for number in numbers])
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return measure(reading().measures, (values, values))
+
+
+def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
+    """Decide from what was read of the gradients how they are clipped; tell whether the step is to be made.
+
+    Raises:
+        NonFiniteGradientError: a gradient holds inf or NaN and `nonfinite="raise"`; it names the parameters.
+    """
+    whole = optimizer.whole_step
+    if whole.nonfinite != "ignore" and (strange := list(_strange(optimizer, parts))):
+        if whole.nonfinite == "raise":
+            raise NonFiniteGradientError(
+                f"the gradients of {_listed(strange)} hold inf or NaN; nothing was changed. Look at the loss and the "
+                f'learning rate, or pass nonfinite="skip" to leave such steps out'
+            )
+        skip(optimizer)
+        _warn(whole, strange)
+        return False
+    scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+    own = [part for part in parts if part.group.get("max_grad_norm")]
+    for part in own:
+        same_group = [other for other in own if other.group is part.group]
+        part.clip = _factor(part.group["max_grad_norm"], same_group, scale)
+    others = [part for part in parts if part not in own]
+    if whole.max_grad_norm and others:
+        clip = _factor(whole.max_grad_norm, others, scale)
+        for part in others:
+            part.clip = clip
+    return True
+
+
+def _factor(limit: float, parts: Sequence[Part], scale: float) -> float:
+    """Give what gradients are multiplied with so that their norm is at most `limit`; NaN where the norm is NaN."""
+    squares = torch.cat([part.gradients[:, 0] for part in parts if part.gradients is not None])
+    norm = squares.sum().sqrt() / scale
+    return float((float(limit) / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _strange(optimizer: "Optimizer", parts: Iterable[Part]) -> Iterator[str]:
+    """Give the names of parameters whose gradients hold inf or NaN."""
+    names = names_of(optimizer)
+    for part in parts:
+        if part.gradients is not None:
+            for index in (~part.gradients[:, 1].isfinite()).nonzero().flatten().tolist():
+                yield names[part.params[index]]
+
+
+def names_of(optimizer: "Optimizer") -> dict[Tensor, str]:
+    """Name every parameter: by its own name, else by its group's number and its place in the group."""
+    return {
+        param: group["param_names"][index] if "param_names" in group else f"{number}.{index}"
+        for number, group in enumerate(optimizer.param_groups)
+        for index, param in enumerate(group["params"])
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more parameters"
+
+
+def _warn(whole: WholeStep, strange: Sequence[str]) -> None:
+    """Warn of the first skipped step, and again, each time they have doubled, while most steps are skipped."""
+    skipped, steps = whole.skipped, whole.steps
+    most = skipped >= _MANY and skipped & (skipped - 1) == 0 and 2 * skipped > steps
+    if skipped == 1 or most:
+        warnings.warn(
+            f"step {steps} was skipped since the gradients of {_listed(strange)} hold inf or NaN; {skipped} of {steps} "
+            f"steps were skipped so far",
+            RuntimeWarning,
+            stacklevel=7,
+        )
+
+
+# After the update
+
+
+def finish(optimizer: "Optimizer") -> None:
+    """Average what the update has not averaged, and hand over what was measured."""
+    whole = optimizer.whole_step
+    if not whole.skips:
+        for part in whole.parts:
+            if part.fresh is not None:
+                _average(optimizer, part)
+    if whole.measures:
+        whole.telemetry.record(_raw(optimizer))
+    whole.parts = []
+
+
+def clear(optimizer: "Optimizer") -> None:
+    """Drop the gradients at the very end of a step, where that is asked for."""
+    if optimizer.whole_step.zero_grad_after_step:
+        optimizer.zero_grad()
+
+
+def _average(optimizer: "Optimizer", part: Part) -> None:
+    from surefoot.averages import Averaging  # noqa: PLC0415 (it is an optimizer itself)
+
+    known = part.fresh or []
+    for fresh in set(known):
+        params = [param for param, new in zip(part.params, known, strict=True) if new is fresh]
+        averages = [optimizer.state[param][EMA.name] for param in params]
+        Averaging(averages, [param.detach() for param in params]).move(1.0 if fresh else 1 - part.group["ema"])
+
+
+@torch.no_grad()
+def _raw(optimizer: "Optimizer") -> Any:
+    """Put together what telemetry is to get of this step."""
+    from surefoot.telemetry import RawStep  # noqa: PLC0415 (on first use)
+
+    whole, known = optimizer.whole_step, names_of(optimizer)
+    params = [param for part in whole.parts for param in part.params]
+    chosen = [index for index, param in enumerate(params) if whole.telemetry.selects(known[param])]
+    rates = [float(part.group.get("lr", math.nan)) for part in whole.parts for _ in part.params]
+    blocks = [_sums(whole, part) for part in whole.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
+    return RawStep(
+        step=whole.steps,
+        names=tuple(known[params[index]] for index in chosen),
+        sums=torch.cat([block.to(blocks[0].device) for block in blocks])[chosen],
+        lrs=tuple(rates[index] for index in chosen) or (math.nan,),
+        clip=min((part.clip for part in whole.parts), default=1.0),
+        skipped=whole.skipped,
+        seconds=perf_counter() - whole.start,
+    )
+
+
+def _sums(whole: WholeStep, part: Part) -> Tensor:
+    """Give a row for each parameter: squares of gradient, parameter, update, largest gradient, how many are strange."""
+    sums = part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
+    strange = torch.zeros(len(sums), 1, dtype=torch.float64, device=sums.device)
+    suspects = range(len(sums)) if not sums.is_cpu else (~sums[:, 3].isfinite()).nonzero().flatten().tolist()
+    for index in suspects:
+        strange[index] = _count_strange(part.params[index].grad)
+    return torch.cat([sums, strange], dim=1)
+
+
+def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
+    """Measure by torch's operations what the update has not measured."""
+    gradients = read_gradients(part.params) if part.gradients is None else part.gradients
+    before = part.params if part.before is None or whole.skips else part.before
+    squares = [
+        measure(TELEMETRY[1:3], (local(p), local(p) - local(q))) for p, q in zip(part.params, before, strict=True)
+    ]
+    return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:]], dim=1)
+
+
+def _count_strange(grad: Any) -> Tensor:
+    values: Tensor = grad.coalesce().values() if grad.is_sparse else grad
+    return (~values.isfinite()).sum().double()
+
+
+_SHOWN, _MANY = 5, 16

@@ -1,0 +1,396 @@
+"""Options of the whole step: each must give what the sequence of torch's calls gives that it replaces."""
+
+import copy
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+import surefoot
+from conformance import ROWS, STEPS, assert_close, gradients, groups, normals, results, zoo
+from surefoot.errors import NonFiniteGradientError
+from surefoot.optimizers.lbfgs import LBFGS
+
+OPTIONS = {
+    "norm": {"max_grad_norm": 3.0},
+    "value": {"max_grad_value": 0.5},
+    "skip": {"nonfinite": "skip"},
+    "ema": {"ema": 0.8},
+    "zero": {"zero_grad_after_step": True},
+}
+PAIRS = [{**OPTIONS[a], **OPTIONS[b]} for a, b in itertools.combinations(OPTIONS, 2)]
+ALL = {name: value for option in OPTIONS.values() for name, value in option.items()}
+STRANGE_STEP = 5
+DENSE = [row for row in ROWS if row.ours.step_options() > {"ema"} and row.ours.sparse is not surefoot.rule.Sparse.ONLY]
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def gradients_of(params, step, dtype):
+    found = gradients(params, step, dtype)
+    if step == STRANGE_STEP:
+        found["matrix"] = found["matrix"].clone().fill_(math.nan)
+    return found
+
+
+def by_torchs_calls(row, params, dtype, options):
+    """Train with the plain optimizer and what surrounds it in a training loop; give results and averages."""
+    optimizer = row.build(groups(params), {}, row.engines(["eager"])[0])
+    averages = {}
+    for step in range(STEPS):
+        for name, grad in gradients_of(params, step, dtype).items():
+            params[name].grad = grad if grad is None else grad.clone()
+        held = {name: param for name, param in params.items() if param.grad is not None}
+        if options.get("nonfinite") == "skip" and not all(p.grad.isfinite().all() for p in held.values()):
+            continue
+        if "max_grad_norm" in options:
+            clip_grad_norm_(params.values(), options["max_grad_norm"], foreach=False)
+        if "max_grad_value" in options:
+            clip_grad_value_(params.values(), options["max_grad_value"])
+        optimizer.step()
+        if "ema" in options:
+            for name, param in held.items():
+                new = param.detach()
+                averages[name] = (
+                    torch.lerp(averages[name], new, 1 - options["ema"]) if name in averages else new.clone()
+                )
+    return results(optimizer, params) | {f"ema of {name}": average for name, average in averages.items()}
+
+
+def by_options(row, params, dtype, options, engine):
+    optimizer = row.build(groups(params), options, engine)
+    for step in range(STEPS):
+        for name, grad in gradients_of(params, step, dtype).items():
+            params[name].grad = grad
+        before = {name: grad.clone() for name, param in params.items() if (grad := param.grad) is not None}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+        cleared = options.get("zero_grad_after_step")
+        assert all((param.grad is None) == (cleared or name not in before) for name, param in params.items())
+        assert cleared or all(torch.equal(params[n].grad.nan_to_num(), grad.nan_to_num()) for n, grad in before.items())
+    return results(optimizer, params)
+
+
+def cases(row, engine):
+    found = [*OPTIONS.values(), ALL]
+    return found + PAIRS if row.name in ("AdamW", "Muon") or engine == "eager" else found
+
+
+@pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
+@pytest.mark.parametrize("row", DENSE, ids=lambda row: row.name)
+def test_options_equal_the_calls_they_replace(row, engine):
+    if engine not in row.engines([engine]) and engine != "eager":
+        pytest.skip("a step of its own has no engines")
+    for options in cases(row, engine):
+        expected = by_torchs_calls(row, zoo(torch.float64, row.admits), torch.float64, options)
+        actual = by_options(row, zoo(torch.float64, row.admits), torch.float64, options, row.engines([engine])[0])
+        assert_close(actual, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
+def test_complex_and_16_bit_parameters(engine):
+    row = next(row for row in ROWS if row.name == "AdamW")
+    for dtype, tolerance in ((torch.complex128, TOLERANCE), (torch.bfloat16, {"rtol": 0.05, "atol": 0.02})):
+        expected = by_torchs_calls(row, zoo(dtype), dtype, ALL if not dtype.is_complex else OPTIONS["norm"])
+        options = ALL if not dtype.is_complex else OPTIONS["norm"]
+        actual = by_options(row, zoo(dtype), dtype, options, engine)
+        wide = {name: value.to(expected[name].dtype) for name, value in actual.items()}
+        assert_close(wide, expected, **tolerance)
+
+
+def test_averages_of_16_bit_parameters_are_kept_in_float32():
+    param = torch.ones(4, dtype=torch.bfloat16).requires_grad_()
+    optimizer = surefoot.SGD([param], lr=0.5, ema=0.999)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    average = optimizer.state[param]["ema"]
+    assert average.dtype is torch.float32
+    torch.testing.assert_close(average, torch.full((4,), 0.5 - 0.001 * 0.5 * 0.999 - 0.001 * 1.0))
+
+
+def make(sizes=(3, 40_000), cls=surefoot.AdamW, dtype=torch.float32, **options):
+    normal = normals(dtype, seed=0)
+    params = [normal(size).requires_grad_() for size in sizes]
+    return cls(params, **options), params
+
+
+def set_gradients(params, seed=1):
+    normal = normals(params[0].dtype, seed=seed)
+    for param in params:
+        param.grad = normal(*param.shape)
+
+
+# Clipping
+
+
+def test_a_group_may_be_clipped_by_itself():
+    normal = normals(torch.float64, seed=0)
+    params = [normal(5).requires_grad_() for _ in range(4)]
+    set_gradients(params)
+    optimizer = surefoot.SGD(
+        [
+            {"params": params[:2], "max_grad_norm": 0.1},
+            {"params": params[2:3]},
+            {"params": params[3:], "max_grad_value": 0.2},
+        ],
+        lr=1.0,
+        max_grad_norm=0.5,
+    )
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    change = [then - param.detach() for then, param in zip(before, params, strict=True)]
+    assert torch.cat(change[:2]).norm().item() == pytest.approx(0.1, rel=1e-5)
+    factor = 0.5 / (torch.cat([param.grad for param in params[2:]]).norm() + 1e-6)
+    torch.testing.assert_close(change[2], params[2].grad * factor)
+    torch.testing.assert_close(change[3], (params[3].grad * factor).clamp(-0.2, 0.2))
+
+
+def test_small_gradients_are_not_scaled():
+    optimizer, params = make(cls=surefoot.SGD, lr=1.0, max_grad_norm=1e6)
+    plain, expected = make(cls=surefoot.SGD, lr=1.0)
+    for each in (params, expected):
+        set_gradients(each)
+    optimizer.step()
+    plain.step()
+    assert all(map(torch.equal, params, expected))
+
+
+def test_norms_are_the_same_for_any_number_of_threads():
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            optimizer, params = make(sizes=(1, 100_003, 7), max_grad_norm=0.5, ema=0.9)
+            for step in range(3):
+                set_gradients(params, step)
+                optimizer.step()
+            found.append([*params, *(optimizer.state[param]["ema"] for param in params)])
+        finally:
+            torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_a_norm_beyond_float32_is_right():
+    optimizer, params = make(cls=surefoot.SGD, lr=1.0, max_grad_norm=1.0)
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.full_like(param, 1e30)
+    optimizer.step()
+    change = torch.cat([then - param.detach() for then, param in zip(before, params, strict=True)])
+    assert change.norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_the_scale_of_a_grad_scaler_is_taken_out_before_clipping():
+    scaled, params = make(cls=surefoot.SGD, lr=1.0, fused=True, max_grad_norm=0.5, max_grad_value=0.01)
+    plain, expected = make(cls=surefoot.SGD, lr=1.0, max_grad_norm=0.5, max_grad_value=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for each in (params, expected):
+        set_gradients(each)
+    for param in params:
+        param.grad.mul_(scaler.scale(torch.tensor(1.0)))
+    scaler.step(scaled)
+    plain.step()
+    assert_close(dict(enumerate(params)), dict(enumerate(expected)), rtol=1e-5, atol=1e-7)
+
+
+def test_sparse_gradients_are_clipped_and_averaged():
+    indices, values = torch.tensor([[0, 3, 3]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    for cls in (surefoot.SGD, surefoot.Adagrad, surefoot.SparseAdam):
+        found = []
+        for whole in (True, False):
+            table = torch.arange(10.0, dtype=torch.float64).view(5, 2).requires_grad_()
+            optimizer = cls([table], lr=0.1, **({"max_grad_norm": 1.0, "ema": 0.9} if whole else {}))
+            average = None
+            for _ in range(3):
+                gradient = torch.sparse_coo_tensor(indices, values, (5, 2)).coalesce()
+                factor = 1.0 if whole else 1.0 / (gradient.values().norm() + 1e-6)
+                table.grad = gradient * factor
+                optimizer.step()
+                now = table.detach().clone()
+                average = now if average is None else torch.lerp(average, now, 1 - 0.9)
+            found.append([table.detach(), optimizer.state[table]["ema"] if whole else average])
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+# Guarding
+
+
+@pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
+def test_raising_names_the_parameters_and_changes_nothing(engine):
+    options = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "cpu": {"fused": True}}[engine]
+    params = {"layer.weight": torch.ones(3).requires_grad_(), "layer.bias": torch.ones(2).requires_grad_()}
+    optimizer = surefoot.AdamW(params.items(), nonfinite="raise", ema=0.9, **options)
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    params["layer.bias"].grad[1] = math.inf
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradientError, match=r"the gradients of `layer.bias` hold inf or NaN; nothing was"):
+            optimizer.step()
+        assert not optimizer.state
+        assert all(torch.equal(param, torch.ones_like(param)) for param in params.values())
+    params["layer.bias"].grad[1] = 1.0
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    params["layer.weight"].grad[0] = math.nan
+    with pytest.raises(NonFiniteGradientError, match=r"`layer.weight`"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
+def test_skipping_is_counted_and_never_silent():
+    optimizer, params = make(nonfinite="skip")
+    warned = []
+    for step in range(1, 70):
+        set_gradients(params)
+        if step > 2:
+            params[0].grad[0] = math.nan
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        warned += [(step, str(warning.message), warning.filename) for warning in caught]
+    assert [step for step, *_ in warned] == [3, 18, 34, 66]
+    assert warned[0][1].startswith("step 3 was skipped since the gradients of `0.0` hold inf or NaN; 1 of 3 steps")
+    assert all(filename == __file__ for *_, filename in warned)
+    assert (optimizer.whole_step.steps, optimizer.whole_step.skipped) == (69, 67)
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_the_first_step_may_be_skipped():
+    optimizer, params = make(cls=surefoot.SGD, momentum=0.9, nonfinite="skip", ema=0.9)
+    set_gradients(params)
+    params[1].grad[7] = -math.inf
+    with pytest.warns(RuntimeWarning, match="1 of 1 steps were skipped"):
+        optimizer.step()
+    assert not optimizer.state
+    set_gradients(params)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[params[0]]["momentum_buffer"], params[0].grad, rtol=0, atol=0)
+    assert torch.equal(optimizer.state[params[0]]["ema"], params[0])
+
+
+# Averaging
+
+
+def test_ema_parameters_are_swapped_in_and_out():
+    optimizer, params = make(ema=0.5)
+    with (
+        pytest.raises(RuntimeError, match="there are no averages of parameters: pass `ema=0.999`"),
+        optimizer.ema_parameters(),
+    ):
+        pass
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    before = [param.detach().clone() for param in params]
+    with optimizer.ema_parameters():
+        assert all(torch.equal(param, optimizer.state[param]["ema"]) for param in params)
+        assert not torch.equal(params[0], before[0])
+    assert all(map(torch.equal, params, before))
+    with pytest.raises(KeyError), optimizer.ema_parameters():
+        raise KeyError
+    assert all(map(torch.equal, params, before))
+
+
+def test_averages_are_saved_and_go_on():
+    optimizer, params = make(ema=0.9)
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.step()
+    resumed, copies = make(ema=0.9)
+    for copied, param in zip(copies, params, strict=True):
+        copied.data.copy_(param.detach())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((optimizer, params), (resumed, copies)):
+        set_gradients(its, 2)
+        each.step()
+    assert all(
+        torch.equal(optimizer.state[p]["ema"], resumed.state[q]["ema"]) for p, q in zip(params, copies, strict=True)
+    )
+    torchs = torch.optim.AdamW(copies)
+    torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    set_gradients(copies)
+    torchs.step()
+
+
+def test_an_average_that_begins_later_starts_with_the_stepped_weights():
+    optimizer, params = make(cls=surefoot.SGD, momentum=0.9)
+    plain, expected = make(cls=surefoot.SGD, momentum=0.9)
+    for step in range(4):
+        if step == 2:
+            optimizer.param_groups[0]["ema"] = 0.9
+        for each, its in ((optimizer, params), (plain, expected)):
+            set_gradients(its, step)
+            each.step()
+        if step == 2:
+            assert all(torch.equal(optimizer.state[param]["ema"], param) for param in params)
+    assert all(map(torch.equal, params, expected))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_grad_norm": 0}, ValueError, "`max_grad_norm` must be a number > 0, or None, but is: 0"),
+        ({"max_grad_norm": "1"}, TypeError, "`max_grad_norm` must be a number"),
+        ({"max_grad_value": -1.0}, ValueError, "`max_grad_value` must be a number > 0, or None, but is: -1.0"),
+        ({"ema": 1.0}, ValueError, "`ema` must be a decay > 0 and < 1, or None, but is: 1.0"),
+        ({"ema": 0}, ValueError, "`ema` must be a decay > 0 and < 1, or None, but is: 0"),
+        ({"nonfinite": "warn"}, ValueError, "`nonfinite` must be one of 'ignore', 'skip', 'raise', but is 'warn'"),
+        ({"zero_grad_after_step": 1}, TypeError, "`zero_grad_after_step` must be True or False, but is 1"),
+        (
+            {"max_norm": 1.0},
+            TypeError,
+            r"AdamW\(\) got an unexpected keyword argument 'max_norm'; there are: lr, betas",
+        ),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_a_group_is_checked_before_it_is_added():
+    optimizer, _ = make()
+    with pytest.raises(ValueError, match="`ema` must be a decay > 0 and < 1"):
+        optimizer.add_param_group({"params": [torch.ones(2)], "ema": 2.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("option", ["max_grad_norm", "max_grad_value", "ema"])
+def test_lbfgs_takes_only_what_it_can_do(option):
+    with pytest.raises(
+        ValueError, match=f"LBFGS takes no `{option}`: its step is its own; do that in the training loop"
+    ):
+        LBFGS([torch.ones(2)], **{option: 0.5})
+    param = torch.ones(2).requires_grad_()
+    optimizer = LBFGS([param], zero_grad_after_step=True)
+
+    def closure():
+        param.grad = param.detach().clone()
+        return (param.detach() ** 2).sum() / 2
+
+    optimizer.step(closure)
+    assert param.grad is None
+
+
+def test_state_dicts_have_no_options_that_were_not_asked_for():
+    optimizer, _ = make(ema=None, max_grad_value=None, max_grad_norm=1.0)
+    assert not {"ema", "max_grad_value", "max_grad_norm", "nonfinite"} & set(optimizer.param_groups[0])
+
+
+def test_options_are_copied_and_pickled():
+    optimizer, params = make(max_grad_norm=0.5, nonfinite="skip")
+    again = copy.deepcopy(optimizer)
+    assert (again.whole_step.max_grad_norm, again.whole_step.nonfinite) == (0.5, "skip")
+    assert again.whole_step is not optimizer.whole_step
+    set_gradients(params)
+    optimizer.step()
+    assert again.whole_step.steps == 0
