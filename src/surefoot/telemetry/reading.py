@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from surefoot.telemetry.record import ratio
 from surefoot.telemetry.sinks import FORMAT
 
 _LISTS = ("grad", "param", "update", "max")
+_WATCHED = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +52,14 @@ class Line:
         return ratio(self.update, self.param)
 
 
-def read(path: str | os.PathLike[str]) -> Iterator[Line]:
+def read(path: str | os.PathLike[str], watch: Callable[[int, int], object] = lambda *_: None) -> Iterator[Line]:
     """Yield the steps of a file that `JsonLines` has written.
 
     An unfinished last line, which a killed run leaves, is passed over.
 
     Args:
         path: the file.
+        watch: called with the bytes read so far and the file's size, now and then.
 
     Raises:
         OSError: it cannot be read.
@@ -65,10 +67,14 @@ def read(path: str | os.PathLike[str]) -> Iterator[Line]:
     """
     names: tuple[str, ...] | None = None
     broken: str | None = None
+    size, done = Path(path).stat().st_size, 0
     with Path(path).open("rb") as file:
         for number, text in enumerate(file, start=1):
             if broken is not None:
                 raise ValueError(broken)
+            done += len(text)
+            if number % _WATCHED == 0:
+                watch(done, size)
             try:
                 content = json.loads(text)
                 names = _names(content, path) if "names" in content else names
