@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-WIDTH, CONTEXT, HEADS, LAYERS, BATCH, STEPS = 64, 48, 4, 2, 16, 120
+WIDTH, CONTEXT, HEADS, LAYERS, BATCH, STEPS = 64, 48, 4, 2, 16, 80
 
 
 class Block(nn.Module):

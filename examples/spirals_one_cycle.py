@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, lr_scheduler
 
-STEPS = 400
+STEPS = 300
 
 
 def spirals(count):

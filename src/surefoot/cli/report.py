@@ -49,7 +49,7 @@ def _write(console: "Console", run: Path, page: Path) -> list["Finding"]:
     from surefoot.telemetry.report import write_report  # noqa: PLC0415
 
     columns = (TextColumn("reading {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(run.name, total=math.inf)
         return write_report(run, page, lambda read, size: progress.update(task, completed=read, total=size))
 

@@ -24,8 +24,7 @@ QUANTITIES = ("grad", "update_ratio", "update", "param", "max_grad")
 """What the heat map shows, as attributes of `Line`."""
 _OF_GRADIENT = [QUANTITIES.index("grad"), QUANTITIES.index("max_grad")]
 ABSENT, NONFINITE, ZERO, LEAST_CODE, MOST_CODE = 0, 1, 2, 3, 65535
-"""Codes of a cell; from `LEAST_CODE` on they stand for powers of two, evenly from 2^-100 to 2^100."""
-_OCTAVES = 100.0
+"""Codes of a cell; from `LEAST_CODE` to `MOST_CODE` they stand for powers of two, evenly from the least to the most."""
 
 
 class Curves:
@@ -147,14 +146,14 @@ class Heat:
         parts = [names[start : start + size] for start in range(0, len(names), size)]
         return [part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts]
 
-    def codes(self, quantity: str) -> str:
-        """Give a quantity's cells, row by row, as base64 of little-endian 16-bit codes."""
+    def coded(self, quantity: str) -> dict[str, Any]:
+        """Give a quantity's cells, row by row, as base64 of little-endian 16-bit codes, and their range in octaves."""
         index, count = QUANTITIES.index(quantity), len(self.names)
         cells = np.stack([_grown(each, count)[index] for each in self._cells], axis=1)
         size = -(-count // ROWS) if count else 1
         rows = [np.fmax.reduce(cells[start : start + size]) for start in range(0, count, size)]
-        coded = _coded(np.array(rows)) if rows else np.zeros((0, 0))
-        return base64.b64encode(coded.astype("<u2").tobytes()).decode("ascii")
+        codes, low, high = _coded(np.array(rows).reshape(len(rows), -1))
+        return {"codes": base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii"), "low": low, "high": high}
 
 
 def _merged(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -167,11 +166,14 @@ def _grown(cells: np.ndarray, count: int) -> np.ndarray:
     return np.pad(cells, ((0, 0), (0, count - cells.shape[1])), constant_values=np.nan)
 
 
-def _coded(cells: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        octave = np.clip(np.log2(cells), -_OCTAVES, _OCTAVES)
-        codes = LEAST_CODE + np.round((octave + _OCTAVES) / (2 * _OCTAVES) * (MOST_CODE - LEAST_CODE))
+def _coded(cells: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Give codes, and the powers of two for which the least and the most stand."""
+    ordinary = np.isfinite(cells) & (cells > 0)
+    octaves = np.log2(cells, out=np.zeros_like(cells), where=ordinary)
+    low, high = (float(limit(octaves[ordinary])) if ordinary.any() else 0.0 for limit in (np.min, np.max))
+    high = max(high, low + 1)
+    codes = LEAST_CODE + np.round((octaves - low) / (high - low) * (MOST_CODE - LEAST_CODE))
     codes[cells == 0] = ZERO
     codes[np.isinf(cells)] = NONFINITE
     codes[np.isnan(cells)] = ABSENT
-    return np.asarray(codes)
+    return codes, low, high

@@ -13,7 +13,7 @@ RULE_OF_THUMB = 1e-3
 JUMP = 10.0
 """A gradient norm this many times the parameter's usual one is a jump."""
 _MEMORY = 50
-_WARM_UP = 10
+_WARM_UP = 20
 _SIGN = 3.0
 _OUTLYING = 1.0
 
@@ -174,7 +174,7 @@ class _Usual:
 
 def _broken_text(event: _Event, jump: _Event | None) -> Iterator[str]:
     if len(event.names) == 1:
-        yield f"{_layer(event.names[0])}: in step {event.step} its gradient was the first to be inf or NaN."
+        yield f"{_sentence(_layer(event.names[0]))}: in step {event.step} its gradient was the first to be inf or NaN."
     else:
         which = "all" if len(event.names) == event.of else f"{len(event.names)} of {event.of}"
         yield f"In step {event.step} the gradients of {which} parameters became inf or NaN at once."
@@ -189,18 +189,23 @@ def _broken_text(event: _Event, jump: _Event | None) -> Iterator[str]:
 def _culprit(event: _Event) -> str:
     if event.factor >= _SIGN:
         return (
-            f"{_layer(event.striking)} is the one to look at: before that its gradient norm had grown to "
+            f"{_sentence(_layer(event.striking))} is the one to look at: before that its gradient norm had grown to "
             f"{_times(event.factor)} its usual one."
         )
     if len(event.names) == event.of:
         return "None of them had grown before, so look at the loss and the batch of that step rather than at a layer."
-    return f"{_layer(event.names[-1])} stands last among them in the model, so that the backward pass met it first."
+    last = _sentence(_layer(event.names[-1]))
+    return f"{last} stands last among them in the model, so that the backward pass met it first."
 
 
 def _layer(name: str) -> str:
-    """Name a layer and, if it has several, its parameter."""
+    """Name a layer and which of its parameters it is."""
     layer, _, own = name.rpartition(".")
-    return f"Layer `{layer}` (its `{own}`)" if layer else f"`{name}`"
+    return f"layer `{layer}` (its `{own}`)" if layer else f"`{name}`"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _times(factor: float) -> str:
@@ -245,5 +250,5 @@ def _skipping(skipped: np.ndarray, steps: np.ndarray) -> Iterator[Finding]:
 
 def _time(seconds: np.ndarray) -> Finding:
     median, late = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
-    text = f"{median:.3g} ms in the median, {late:.3g} ms in the slowest hundredth; {seconds.sum():.3g} s in all."
+    text = f"{median:.3g} ms in the median, {late:.3g} ms in the slowest hundredth; {seconds.sum():,.1f} s in all."
     return Finding("good", "How long does a step take?", text)

@@ -14,7 +14,7 @@ function short(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e").replace(/\.?0+e/, "e");
-  return String(Number(value.toPrecision(4)));
+  return size >= 1000 ? String(Math.round(value)) : String(Number(value.toPrecision(4)));
 }
 
 const whole = (value) => Math.round(value).toLocaleString("en");
@@ -39,7 +39,7 @@ function logTicks(low, high) {
   for (let power = from - 1; power <= to; power += 1) {
     if ((power - from) % every === 0) ticks.push(...parts.map((part) => part * 10 ** power));
   }
-  return ticks;
+  return ticks.filter((tick) => tick >= low && tick <= high);
 }
 
 // The range of steps that everything shows
@@ -99,13 +99,14 @@ class Chart {
     this.log = content.log && this.spread() > 20;
     this.figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
-    caption.textContent = content.title;
+    const title = document.createElement("span");
+    title.textContent = title.title = content.title;
     this.reading = document.createElement("output");
     this.button = document.createElement("button");
     this.button.type = "button";
     this.button.textContent = "log";
     this.button.addEventListener("click", () => { this.log = !this.log; this.draw(); });
-    caption.append(this.reading, this.button);
+    caption.append(title, this.reading, this.button);
     this.svg = svg("svg", { role: "img", "aria-label": content.title });
     this.figure.append(caption, this.svg);
     byId("charts").append(this.figure);
@@ -235,7 +236,7 @@ class Chart {
     this.cursor.setAttribute("x2", x);
     this.cursor.setAttribute("visibility", "visible");
     const values = this.content.lines.map((line) => (line.broken.includes(index) ? "not finite" : short(line.mid[index])));
-    this.reading.textContent = `${stepText(index)}: ${values.join(" and ")}`;
+    this.reading.textContent = values.join(" and ");
   }
 }
 
@@ -251,7 +252,12 @@ function pointAt(event, element) {
     const box = element.getBoundingClientRect();
     index = nearest(stepAt(event.clientX - box.left, box.width, LEFT));
   }
+  pointTo(index);
+}
+
+function pointTo(index) {
   for (const chart of charts) chart.point(index);
+  byId("pointed").textContent = index === null ? "" : `Pointed at: ${stepText(index)}.`;
 }
 
 function nearest(step) {
@@ -274,7 +280,10 @@ function decode(text) {
   return new Uint16Array(bytes.buffer);
 }
 
-const valueOf = (code) => (code === ZERO ? 0 : 2 ** (((code - LEAST) / (MOST - LEAST)) * 200 - 100));
+
+function valueOf(code, map) {
+  return code === ZERO ? 0 : 2 ** (map.low + ((code - LEAST) / (MOST - LEAST)) * (map.high - map.low));
+}
 
 function colour(share) {
   const place = Math.min(Math.max(share, 0), 1) * (COLOURS.length - 1);
@@ -305,13 +314,16 @@ const heat = {
     return this.codes[this.chosen];
   },
 
+  map() { return data.heat.maps[this.chosen]; },
+
   /** The codes between which colours run: all but the outermost hundredths. */
   range(codes) {
     const values = codes.filter((code) => code >= LEAST).sort();
     if (!values.length) return [LEAST, MOST];
     const at = (share) => values[Math.round(share * (values.length - 1))];
     const low = at(0.01), high = at(0.99);
-    return high - low < 400 ? [low - 200, high + 200] : [low, high];
+    const octave = (MOST - LEAST) / (this.map().high - this.map().low);
+    return high - low < octave ? [low - octave / 2, high + octave / 2] : [low, high];
   },
 
   draw() {
@@ -406,7 +418,7 @@ const heat = {
       square.style.background = `var(${name})`;
       return [square, text];
     };
-    const [low, high] = this.limits.map((code) => short(Number(valueOf(code).toPrecision(2))));
+    const [low, high] = this.limits.map((code) => short(Number(valueOf(code, this.map()).toPrecision(2))));
     legend.replaceChildren(low, strip, high, ...swatch("--broken", "inf or NaN"), ...swatch("--absent", "not measured"));
   },
 
@@ -422,7 +434,7 @@ const heat = {
     tip.textContent = x < this.gutter ? name : `${name}\n${this.cellText(row, this.columnAt(step))}`;
     tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
     tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)}px`;
-    for (const chart of charts) chart.point(x < this.gutter ? null : nearest(step));
+    pointTo(x < this.gutter ? null : nearest(step));
   },
 
   columnAt(step) {
@@ -435,8 +447,9 @@ const heat = {
     const code = this.current()[row * data.heat.starts.length + column];
     const from = data.heat.starts[column], to = this.end(column) - 1;
     const steps = from === to ? `step ${whole(from)}` : `steps ${whole(from)} to ${whole(to)}, the greatest`;
-    const value = code === ABSENT ? "not measured" : code === BROKEN ? "inf or NaN" : short(Number(valueOf(code).toPrecision(3)));
-    return `${steps}: ${data.heat.maps[this.chosen].title} ${value}`;
+    const number = () => short(Number(valueOf(code, this.map()).toPrecision(3)));
+    const value = code === ABSENT ? "not measured" : code === BROKEN ? "inf or NaN" : number();
+    return `${steps}: ${this.map().title} ${value}`;
   },
 
   mark(from, to) {

@@ -91,5 +91,5 @@ def _chart(
 
 
 def _heat(heat: Heat) -> dict[str, Any]:
-    maps = [{"title": _TITLES[quantity], "codes": heat.codes(quantity)} for quantity in QUANTITIES]
+    maps = [{"title": _TITLES[quantity], **heat.coded(quantity)} for quantity in QUANTITIES]
     return {"rows": heat.rows(), "starts": heat.starts, "last": heat.last, "maps": maps}
