@@ -5,6 +5,7 @@ to an optimizer.
 """
 
 from surefoot.telemetry.live import Live
+from surefoot.telemetry.names import parameter_names
 from surefoot.telemetry.reading import Line, read
 from surefoot.telemetry.record import RawStep, Record, Row
 from surefoot.telemetry.sinks import JsonLines, Sink, TensorBoard
@@ -21,5 +22,6 @@ __all__ = [
     "Telemetry",
     "TensorBoard",
     "as_telemetry",
+    "parameter_names",
     "read",
 ]
