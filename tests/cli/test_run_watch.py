@@ -58,6 +58,16 @@ def test_modules_that_took_torchs_classes_before_are_served_too(monkeypatch):
     assert library.Plan.__module__ == "torch.optim.lr_scheduler"
 
 
+def test_constructors_are_put_back_too(tmp_path):
+    before = optimizers.AdamW.__init__
+    try:
+        swap.install(Settings("t.py", telemetry=str(tmp_path)))
+        assert optimizers.AdamW.__init__ is not before
+    finally:
+        swap.restore()
+    assert optimizers.AdamW.__init__ is before
+
+
 def test_every_optimizer_of_torch_is_replaced():
     originals = {id(getattr(torch.optim, name)) for name in torch.optim.__all__ if name not in STAY}
     assert originals <= dict(swap.pairs()).keys()

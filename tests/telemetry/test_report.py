@@ -80,12 +80,29 @@ def test_a_layer_grows_until_all_are_nan():
     growing = [line(51 + k, [1, 1, 1, 2.0**k]) for k in range(6)]
     kind, text = words([*quiet(50), *growing, broken(57)])[FIRST]
     assert kind == "bad"
-    assert "In step 57 the gradients of all parameters became inf or NaN at once." in text
-    match = re.search(
-        r"Layer `head` \(its `weight`\) is the one to look at: .* grown to (\d+) times its usual one", text
+    match = re.fullmatch(
+        r"Layer `head` \(its `weight`\) went first: in step 55 its gradient norm was (\d+) times its usual one. "
+        r"In step 57 the gradients of all parameters became inf or NaN; before that, `head.weight` had grown to (\d+) "
+        r"times its usual\.",
+        text,
     )
-    assert 20 < int(match[1]) <= 32
-    assert "The first sign was in step 55: the gradient norm of `head.weight` was" in text
+    assert 10 <= int(match[1]) <= 16
+    assert 20 <= int(match[2]) <= 32
+
+
+def test_a_little_growth_points_at_a_layer_too():
+    growing = [line(51 + k, [1, 1, 1, 1.5**k]) for k in range(5)]
+    text = words([*quiet(50), *growing, broken(56)])[FIRST][1]
+    assert "In step 56 the gradients of all parameters became inf or NaN at once. Layer `head` (its `weight`)" in text
+    assert re.search(
+        r"is the one to look at: before that its gradient norm had grown to [45] times its usual one\.", text
+    )
+
+
+def test_a_jump_long_ago_is_no_sign():
+    lines = [*quiet(50), line(51, [30, 1, 1, 1]), *quiet(200)[51:], broken(201)]
+    assert "went first" not in words(lines)[FIRST][1]
+    assert "went first" in words([*lines[:60], broken(61)])[FIRST][1]
 
 
 def test_all_at_once_without_a_sign():
@@ -134,6 +151,13 @@ def test_the_learning_rate_is_judged_by_the_update_ratio(update, kind, verdict):
     found = words([line(step, update=update) for step in range(1, 30)])[RATE]
     assert found[0] == kind
     assert found[1].startswith(verdict)
+
+
+def test_updates_that_are_too_large_at_times_are_found():
+    kind, text = words([line(step, update=0.01 if step < 250 else 3.0) for step in range(1, 300)])[RATE]
+    assert kind == "bad"
+    assert text.startswith("At times. In steps 249 to 253 the updates were 0.3 of the weights. A step changes the")
+    assert words([line(step, update=3.0 if step < 10 else 0.01) for step in range(1, 300)])[RATE][0] == "good"
 
 
 def test_parameters_that_move_much_more_than_others_are_named():

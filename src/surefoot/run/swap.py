@@ -19,7 +19,7 @@ from surefoot import lr_scheduler, optimizers, swa_utils
 from surefoot.run.settings import Settings, suffix
 
 _STAY = {torch.optim.Optimizer, torch_schedulers.LRScheduler, torch_schedulers._LRScheduler}
-_swapped: list[tuple[ModuleType, str, Any]] = []
+_swapped: list[tuple[Any, str, Any]] = []
 files: dict[int, str] = {}
 """For each optimizer, by its id, the file of its telemetry."""
 
@@ -32,18 +32,22 @@ def install(settings: Settings) -> None:
             continue
         for name, value in list(vars(module).items()):
             if id(value) in ours:
-                setattr(module, name, ours[id(value)])
-                _swapped.append((module, name, value))
+                _put(module, name, ours[id(value)])
     if settings.telemetry is not None:
         for name in optimizers.__all__:
             _add_telemetry(getattr(optimizers, name), Path(settings.telemetry), suffix(settings))
 
 
+def _put(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, and note what it was."""
+    _swapped.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
 def restore() -> None:
-    """Put torch's classes back."""
+    """Put everything back that `install` has replaced."""
     while _swapped:
-        module, name, value = _swapped.pop()
-        setattr(module, name, value)
+        setattr(*_swapped.pop())
 
 
 def pairs() -> Iterator[tuple[int, Any]]:
@@ -70,7 +74,7 @@ def _add_telemetry(algorithm: Any, folder: Path, suffix: str) -> None:
         finally:
             _under_construction.discard(id(self))
 
-    algorithm.__init__ = constructor
+    _put(algorithm, "__init__", constructor)
 
 
 _under_construction: set[int] = set()

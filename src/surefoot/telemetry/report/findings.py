@@ -16,6 +16,8 @@ _MEMORY = 50
 _WARM_UP = 20
 _SIGN = 3.0
 _OUTLYING = 1.0
+_HUGE = 1e6
+_STRETCH = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Findings:
         self._ratios = _Usual(0)
         self._last_factor = np.zeros(0)
         self._broken: _Event | None = None
+        self._growing: _Event | None = None
+        self._calm = 0
+        self._sign: _Event | None = None
         self._jump: _Event | None = None
         self._greatest: _Event | None = None
 
@@ -65,9 +70,10 @@ class Findings:
         self._forget_from(line.step)
         broken = (line.nonfinite > 0) | ~np.isfinite(line.grad) | ~np.isfinite(line.param)
         factors = self._usual.factors(line.grad)
-        if broken.any():
-            self._broken = self._broken or self._event(line.step, broken, np.where(broken, self._last_factor, 0))
-        if factors.size and factors.max() > 1:
+        if broken.any() and self._broken is None:
+            self._broken = self._event(line.step, broken, np.where(broken, self._last_factor, 0))
+            self._sign = self._growing
+        if factors.size:
             self._note_growth(line.step, factors)
         self._last_factor = np.where(broken, self._last_factor, np.maximum(factors, 1))
         self._usual.add(line.grad)
@@ -75,8 +81,11 @@ class Findings:
 
     def _note_growth(self, step: int, factors: np.ndarray) -> None:
         event = self._event(step, factors >= JUMP, factors)
+        self._calm = 0 if event.names else self._calm + 1
         if event.names:
-            self._jump = self._jump or event
+            self._jump, self._growing = self._jump or event, self._growing or event
+        elif self._calm > _WARM_UP:
+            self._growing = None
         if self._greatest is None or event.factor > self._greatest.factor:
             self._greatest = event
 
@@ -87,7 +96,7 @@ class Findings:
 
     def _forget_from(self, step: int) -> None:
         """Forget what a run did before it went back to an earlier step."""
-        for name in ("_broken", "_jump", "_greatest"):
+        for name in ("_broken", "_growing", "_sign", "_jump", "_greatest"):
             event: _Event | None = getattr(self, name)
             if event is not None and event.step >= step:
                 setattr(self, name, None)
@@ -95,13 +104,13 @@ class Findings:
     def words(self, curves: Curves) -> list[Finding]:
         """Say what was found."""
         steps = np.array(curves.steps)
-        found = [self._blow_up(), self._learning_rate(curves["update_ratio"]), _clipping(curves["clip"])]
+        found = [self._blow_up(), self._learning_rate(curves["update_ratio"], steps), _clipping(curves["clip"])]
         return [*found, *_skipping(curves["skipped"], steps), _time(curves["seconds"])]
 
     def _blow_up(self) -> Finding:
         title = "Which layer blew up first?"
         if self._broken is not None:
-            return Finding("bad", title, " ".join(_broken_text(self._broken, self._jump)))
+            return Finding("bad", title, " ".join(_broken_text(self._broken, self._sign)))
         if self._jump is not None:
             others = len(self._jump.names) - 1
             also = f", and with it those of {others} more of {self._jump.of} parameters" if others else ""
@@ -123,14 +132,16 @@ class Findings:
             text += f"{self._greatest.step}."
         return Finding("good", title, text)
 
-    def _learning_rate(self, ratios: np.ndarray) -> Finding:
+    def _learning_rate(self, ratios: np.ndarray, steps: np.ndarray) -> Finding:
         title = "Is the learning rate too high?"
-        usable = ratios[np.isfinite(ratios) & (ratios > 0)]
-        if not len(usable):
+        usable = np.isfinite(ratios) & (ratios > 0)
+        if not usable.any():
             return Finding("note", title, "This cannot be told: no step changed the weights.")
-        median = float(np.median(usable))
+        median = float(np.median(ratios[usable]))
         kind, verdict = _verdict(median)
         text = f"{verdict} A step changes the weights by {median:.2g} of their norm (median); about 1e-3 is usual."
+        if (worst := _worst(ratios[usable], steps[usable])) and kind != "bad":
+            kind, text = "bad", f"At times. {worst} {text.removeprefix(verdict).strip()}"
         return Finding(kind, title, " ".join([text, *self._extremes()]))
 
     def _extremes(self) -> Iterator[str]:
@@ -172,18 +183,19 @@ class _Usual:
         return factors
 
 
-def _broken_text(event: _Event, jump: _Event | None) -> Iterator[str]:
-    if len(event.names) == 1:
+def _broken_text(event: _Event, sign: _Event | None) -> Iterator[str]:
+    which = "all" if len(event.names) == event.of else f"{len(event.names)} of {event.of}"
+    if sign is not None:
+        yield (
+            f"{_sentence(_layer(sign.striking))} went first: in step {sign.step} its gradient norm was "
+            f"{_times(sign.factor)} its usual one. In step {event.step} the gradients of {which} parameters became inf "
+            f"or NaN; before that, `{event.striking}` had grown to {_times(event.factor)} its usual."
+        )
+    elif len(event.names) == 1:
         yield f"{_sentence(_layer(event.names[0]))}: in step {event.step} its gradient was the first to be inf or NaN."
     else:
-        which = "all" if len(event.names) == event.of else f"{len(event.names)} of {event.of}"
         yield f"In step {event.step} the gradients of {which} parameters became inf or NaN at once."
         yield _culprit(event)
-    if jump is not None and jump.step < event.step:
-        yield (
-            f"The first sign was in step {jump.step}: the gradient norm of `{jump.striking}` was "
-            f"{_times(jump.factor)} its usual one."
-        )
 
 
 def _culprit(event: _Event) -> str:
@@ -209,7 +221,9 @@ def _sentence(text: str) -> str:
 
 
 def _times(factor: float) -> str:
-    return f"{factor:.0f} times" if factor >= _SIGN else f"{factor:.1f} times"
+    return (
+        f"{factor:.1f} times" if factor < _SIGN else f"{factor:,.0f} times" if factor < _HUGE else f"{factor:.2g} times"
+    )
 
 
 _VERDICTS = (
@@ -219,6 +233,18 @@ _VERDICTS = (
     (0.1, "note", "No, rather on the low side."),
     (0.0, "note", "No, probably too low: the updates are small."),
 )
+
+
+def _worst(ratios: np.ndarray, steps: np.ndarray) -> str:
+    """Say in which stretch after the start updates were largest, if they were far too large there."""
+    length = max(_STRETCH, len(ratios) // 100)
+    starts = range(len(ratios) // 20, len(ratios) - length + 1, max(1, length // 2))
+    medians = [float(np.median(ratios[start : start + length])) for start in starts]
+    if not medians or max(medians) < _VERDICTS[0][0] * RULE_OF_THUMB:
+        return ""
+    start = starts[int(np.argmax(medians))]
+    first, last = steps[start], steps[start + length - 1]
+    return f"In steps {first} to {last} the updates were {max(medians):.2g} of the weights."
 
 
 def _verdict(median: float) -> tuple[str, str]:

@@ -131,7 +131,8 @@ class Chart {
   }
 
   limits(from, to) {
-    let low = Infinity, high = -Infinity;
+    const guide = this.content.guide;
+    let low = guide ?? Infinity, high = guide ?? -Infinity;
     for (const line of this.content.lines) {
       for (let i = from; i <= to; i += 1) {
         const below = this.lows(line)[i], above = this.highs(line)[i];
@@ -160,7 +161,7 @@ class Chart {
     this.axes(low, high);
     const clip = svg("svg", { x: LEFT, y: 0, width: this.width - LEFT - RIGHT, height: bottom + 1, overflow: "hidden",
       viewBox: `${LEFT} 0 ${this.width - LEFT - RIGHT} ${bottom + 1}`, style: `height:${bottom + 1}px` }, this.svg);
-    if (this.content.guide !== null) this.guide(clip, low, high);
+    if (this.content.guide !== null) this.guide(clip);
     this.content.lines.forEach((line, index) => this.line(clip, line, index ? " second" : "", from, to));
     this.cursor = svg("line", { class: "cursor", y1: TOP, y2: bottom, visibility: "hidden" }, this.svg);
     this.selection = svg("rect", { class: "selection", y: TOP, height: bottom - TOP, visibility: "hidden" }, this.svg);
@@ -180,9 +181,8 @@ class Chart {
     }
   }
 
-  guide(parent, low, high) {
+  guide(parent) {
     const value = this.content.guide;
-    if (value < low || value > high) return;
     const y = this.y(value);
     svg("line", { class: "guide", x1: LEFT, x2: this.width, y1: y, y2: y }, parent);
     svg("text", { class: "guide-text", x: this.width - RIGHT - 4, y: y < TOP + 14 ? y + 13 : y - 4, "text-anchor": "end" }, parent)
@@ -483,6 +483,7 @@ function setTheme(theme) {
 
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const charts = data.charts.map((content) => new Chart(content));
+byId("charts").dataset.count = charts.length;
 heat.start();
 setTheme(dark.matches ? "dark" : "light");
 dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
