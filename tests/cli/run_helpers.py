@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-_HIDDEN = ("SUREFOOT_RUN", "RANK", "LOCAL_RANK")
+_HIDDEN = ("SUREFOOT_RUN", "SUREFOOT_RUN_PREFIX", "RANK", "LOCAL_RANK")
 
 
 def start(*command, cwd=None, **variables):

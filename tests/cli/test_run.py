@@ -99,6 +99,19 @@ def test_a_signal_reaches_the_script(script, tmp_path):
     assert surefoot_run(path, cwd=tmp_path)[0] == 9
 
 
+def test_a_python_of_another_environment_is_left_alone(script, tmp_path):
+    path = script("""
+        import os, subprocess, sys
+        os.environ["SUREFOOT_RUN_PREFIX"] = "/another/environment"
+        code = "import sys; print('surefoot' in sys.modules, [type(f).__module__ for f in sys.meta_path])"
+        print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    """)
+    code, output, _ = surefoot_run(path, cwd=tmp_path)
+    assert code == 0
+    assert output.startswith("False")
+    assert "surefoot" not in output
+
+
 def test_a_script_that_is_not_there_is_pythons_error(tmp_path):
     code, _, error = surefoot_run("nothing.py", cwd=tmp_path)
     assert code == 2

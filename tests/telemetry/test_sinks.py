@@ -62,7 +62,7 @@ def test_the_file_is_plain_json(tmp_path):
     assert line["update"] == ["inf", 0.0, 0.0]
     assert line["nonfinite"] == {"0": 2}
     assert line["lr"] == [0.1, 0.1, 0.3]
-    assert line_of(Record(raw()))["lr"] == 0.1
+    assert json.loads(line_of(Record(raw())))["lr"] == 0.1
 
 
 @given(cut=st.integers(min_value=1))

@@ -2,12 +2,13 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "SUREFOOT_RUN"
+VARIABLE, PREFIX = "SUREFOOT_RUN", "SUREFOOT_RUN_PREFIX"
 SITE = Path(__file__).parent / "site"
 
 
@@ -36,6 +37,7 @@ class Settings:
         path = os.environ.get("PYTHONPATH")
         return {
             VARIABLE: json.dumps(asdict(self)),
+            PREFIX: sys.prefix,
             "PYTHONPATH": os.pathsep.join([str(SITE), *([path] if path else [])]),
         }
 

@@ -5,11 +5,13 @@ subclasses of the script hold whichever were imported first.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
@@ -20,8 +22,9 @@ from surefoot.run.settings import Settings, suffix
 
 _STAY = {torch.optim.Optimizer, torch_schedulers.LRScheduler, torch_schedulers._LRScheduler}
 _swapped: list[tuple[Any, str, Any]] = []
-files: dict[int, str] = {}
-"""For each optimizer, by its id, the file of its telemetry."""
+files: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""For each optimizer the file of its telemetry."""
+_number = itertools.count()
 
 
 def install(settings: Settings) -> None:
@@ -83,6 +86,6 @@ _under_construction: set[int] = set()
 def _telemetry(optimizer: Any, folder: Path, suffix: str) -> Any:
     from surefoot.telemetry import JsonLines, Telemetry  # noqa: PLC0415 (only when asked for)
 
-    path = folder / f"{len(files):02d}-{type(optimizer).__name__}{suffix}.jsonl"
-    files[id(optimizer)] = str(path)
+    path = folder / f"{next(_number):02d}-{type(optimizer).__name__}{suffix}.jsonl"
+    files[optimizer] = str(path)
     return Telemetry(sinks=JsonLines(path))

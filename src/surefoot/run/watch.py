@@ -160,7 +160,7 @@ def _watched(optimizer: Any) -> Watched:
     shapes = [(tuple(param.shape), param.dtype, param.device.type) for param in params]
     options = {name: value for name, value in optimizer.param_groups[0].items() if name in optimizer.defaults}
     watched = Watched(type(optimizer), shapes, options, len(optimizer.param_groups))
-    watched.telemetry = swap.files.get(id(optimizer))
+    watched.telemetry = swap.files.get(optimizer)
     if watched.is_ours:
         _ask_engines(watched, optimizer)
     return watched

@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, final
 
+import numpy as np
+
 from surefoot.telemetry.record import Record
 
 FORMAT = 1
-_DIGITS = 6
+_DIGITS = ".6g"
 _TOTALS = ("grad_norm", "param_norm", "update_norm", "update_ratio", "max_grad", "nonfinite")
 
 
@@ -99,8 +101,8 @@ class JsonLines(Sink):
         for record in records:
             if record.names != self._names:
                 self._names = record.names
-                lines.append(_dump(_header(record)))
-            lines.append(_dump(line_of(record)))
+                lines.append(_header(record))
+            lines.append(line_of(record))
         file.write("".join(lines).encode())
         file.flush()
 
@@ -121,41 +123,40 @@ class JsonLines(Sink):
         return f"JsonLines({str(self.path)!r})"
 
 
-def _dump(content: dict[str, Any]) -> str:
-    return json.dumps(content, allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
+def _header(record: Record) -> str:
+    content = {"surefoot": version("surefoot"), "format": FORMAT, "time": record.time, "names": list(record.names)}
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n"
 
 
-def _header(record: Record) -> dict[str, Any]:
-    return {"surefoot": version("surefoot"), "format": FORMAT, "time": record.time, "names": list(record.names)}
-
-
-def line_of(record: Record) -> dict[str, Any]:
-    """Give what is written of a record."""
+def line_of(record: Record) -> str:
+    """Write a record as a line of JSON; text is put together here since that takes a fifth of json's time."""
     values = record.values
-    lrs = set(record.raw.lrs)
-    counts = {str(index): int(count) for index, count in enumerate(values["nonfinite"]) if count}
-    return {
-        "step": record.step,
-        "time": round(record.time, 3),
+    counts = ",".join(f'"{index}":{int(count)}' for index, count in enumerate(values["nonfinite"].tolist()) if count)
+    content = {
+        "step": str(record.step),
+        "time": f"{record.time:.3f}",
         "seconds": _number(record.seconds),
         "clip": _number(record.clip),
-        "skipped": record.skipped,
-        "lr": _number(lrs.pop()) if len(lrs) == 1 else _numbers(record.lrs),
+        "skipped": str(record.skipped),
+        "lr": _number(record.raw.lrs[0]) if len(set(record.raw.lrs)) == 1 else _numbers(record.lrs),
         "grad": _numbers(values["grad_norm"]),
         "param": _numbers(values["param_norm"]),
         "update": _numbers(values["update_norm"]),
         "max": _numbers(values["max_grad"]),
-        "nonfinite": counts,
+        "nonfinite": f"{{{counts}}}",
     }
+    return "{" + ",".join(f'"{name}":{text}' for name, text in content.items()) + "}\n"
 
 
-def _numbers(values: Iterable[float]) -> list[float | str]:
-    return [_number(value) for value in values]
+def _numbers(values: np.ndarray) -> str:
+    if np.isfinite(values).all():
+        return "[" + ",".join([f"{value:{_DIGITS}}" for value in values.tolist()]) + "]"
+    return "[" + ",".join(map(_number, values.tolist())) + "]"
 
 
-def _number(value: float) -> float | str:
+def _number(value: float) -> str:
     """Round to a few digits; JSON has neither inf nor NaN."""
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else str(float(value))
+    return f"{value:{_DIGITS}}" if math.isfinite(value) else f'"{float(value)}"'
 
 
 def _drop_unfinished_line(path: Path) -> None:
@@ -207,9 +208,11 @@ class TensorBoard(Sink):
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (optional)
 
             self._writer = SummaryWriter(str(self.folder))
-        for record in records:
-            for tag, value in self._scalars(record):
-                self._writer.add_scalar(tag, value, record.step, record.time)
+        from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415 (optional)
+
+        for record in records:  # one event for all scalars of a step: add_scalar takes seven times as long
+            scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in self._scalars(record)]
+            self._writer.file_writer.add_summary(Summary(value=scalars), record.step, record.time)
 
     def _scalars(self, record: Record) -> Iterable[tuple[str, float]]:
         for name in _TOTALS:
@@ -220,8 +223,8 @@ class TensorBoard(Sink):
         if not self._per_parameter:
             return
         for quantity, values in (record.values | {"lr": record.lrs}).items():
-            for name, value in zip(record.names, values, strict=True):
-                yield f"{quantity}/{name}", float(value)
+            for name, value in zip(record.names, values.tolist(), strict=True):
+                yield f"{quantity}/{name}", value
 
     def flush(self) -> None:
         """Write the file."""

@@ -16,7 +16,8 @@ _hidden = importlib.machinery.PathFinder.find_spec("sitecustomize")
 if _hidden is not None and _hidden.loader is not None:
     _hidden.loader.exec_module(sys.modules[__name__])
 
-if "SUREFOOT_RUN" in os.environ:
+# Another Python, of another environment, may have inherited ours: it has neither our torch nor us.
+if os.environ.get("SUREFOOT_RUN_PREFIX") == sys.prefix:
     if importlib.util.find_spec("surefoot") is None:  # it was found in the folder where we were started
         sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(_here))))  # noqa: PTH120
     from surefoot.run.hook import install

@@ -221,9 +221,8 @@ def _sentence(text: str) -> str:
 
 
 def _times(factor: float) -> str:
-    return (
-        f"{factor:.1f} times" if factor < _SIGN else f"{factor:,.0f} times" if factor < _HUGE else f"{factor:.2g} times"
-    )
+    digits = ".1f" if factor < _SIGN else ",.0f" if factor < _HUGE else ".1e"
+    return f"{factor:{digits}} times".replace("e+", "e")
 
 
 _VERDICTS = (
