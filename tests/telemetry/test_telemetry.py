@@ -289,6 +289,18 @@ def test_a_forked_child_writes_nothing(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    ("rank", "every_rank", "written"), [("0", False, True), ("1", False, False), ("1", True, True)]
+)
+def test_the_first_rank_writes(tmp_path, monkeypatch, rank, every_rank, written):
+    monkeypatch.setenv("RANK", rank)
+    telemetry = Telemetry(sinks=JsonLines(tmp_path / "run.jsonl", every_rank=every_rank))
+    telemetry.record(raw(1))
+    telemetry.close()
+    assert (tmp_path / "run.jsonl").exists() == written
+    assert telemetry.latest().step == 1
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
 def test_copies_measure_the_same_and_have_no_sinks(tmp_path, duplicate):
     path = tmp_path / "run.jsonl"

@@ -88,4 +88,4 @@ def _telemetry(optimizer: Any, folder: Path, suffix: str) -> Any:
 
     path = folder / f"{next(_number):02d}-{type(optimizer).__name__}{suffix}.jsonl"
     files[optimizer] = str(path)
-    return Telemetry(sinks=JsonLines(path))
+    return Telemetry(sinks=JsonLines(path, every_rank=True))

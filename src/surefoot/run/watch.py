@@ -83,7 +83,8 @@ _hooks: list[RemovableHandle] = []
 def install() -> None:
     """Watch every step of this process; a forked child starts from nothing."""
     _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
-    os.register_at_fork(after_in_child=_forget)
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=_forget)
 
 
 def stop() -> None:

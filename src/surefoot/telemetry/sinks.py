@@ -27,18 +27,21 @@ class Sink(ABC):
 
     Args:
         flush_every: how many records to wait for before `write` is called with them.
+        every_rank: whether every process of a distributed training writes.  By default the first does, since all
+            would write the same to the same place; with True give each a place of its own.
 
     Raises:
         TypeError: `flush_every` is no whole number.
         ValueError: it is less than 1.
     """
 
-    def __init__(self, flush_every: int = 1) -> None:
+    def __init__(self, flush_every: int = 1, *, every_rank: bool = False) -> None:
         if isinstance(flush_every, bool) or not isinstance(flush_every, int):
             raise TypeError(f"`flush_every` must be a whole number, but is {flush_every!r}")
         if flush_every < 1:
             raise ValueError(f"`flush_every` must be 1 or more, but is {flush_every}")
         self.flush_every = flush_every
+        self.every_rank = every_rank
         self._owner: weakref.ref[Any] | None = None
 
     def claim(self, owner: object) -> None:
@@ -78,13 +81,21 @@ class JsonLines(Sink):
         path: the file, in a folder that exists.
         append: go on in a file that exists, after removing an unfinished last line, rather than overwrite it.
         flush_every: how many records to wait for; at most so many are lost when a run is killed.
+        every_rank: see `Sink`.
 
     Raises:
         ValueError: `path` is a folder, or its folder does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, append: bool = False, flush_every: int = 16) -> None:
-        super().__init__(flush_every)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        append: bool = False,
+        flush_every: int = 16,
+        every_rank: bool = False,
+    ) -> None:
+        super().__init__(flush_every, every_rank=every_rank)
         self.path = Path(path).absolute()
         if self.path.is_dir():
             raise ValueError(f"`path` must be a file, but {self.path} is a folder; name a file in it")
@@ -185,13 +196,21 @@ class TensorBoard(Sink):
         folder: the log folder; it is made if need be.
         per_parameter: whether to write each parameter's numbers beside the totals.
         flush_every: how many records to wait for.
+        every_rank: see `Sink`.
 
     Raises:
         ImportError: the package tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, per_parameter: bool = True, flush_every: int = 16) -> None:
-        super().__init__(flush_every)
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        per_parameter: bool = True,
+        flush_every: int = 16,
+        every_rank: bool = False,
+    ) -> None:
+        super().__init__(flush_every, every_rank=every_rank)
         try:
             import torch.utils.tensorboard  # noqa: F401, PLC0415 (optional)
         except ImportError as error:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import distributed
+
 from surefoot.telemetry.record import RawStep, Record, fetch
 from surefoot.telemetry.sinks import Sink
 
@@ -77,20 +79,24 @@ class _Outlet:
         self._process = os.getpid()
 
     def take(self, record: Record) -> None:
-        if self._sink is None or os.getpid() != self._process:  # a forked child has the same file open
+        if self._sink is None or not self._is_ours(self._sink):
             return
         self._waiting.append(record)
         if self._sink.due(len(self._waiting)):
             self._pass_on()
 
+    def _is_ours(self, sink: Sink) -> bool:
+        """Whether this process writes: not a forked child, which has the same file open, and not a later rank."""
+        return os.getpid() == self._process and (sink.every_rank or _rank() == 0)
+
     def flush(self) -> None:
-        if self._sink is not None and os.getpid() == self._process:
+        if self._sink is not None and self._is_ours(self._sink):
             self._pass_on()
             self._guarded(lambda sink: sink.flush())
 
     def close(self) -> None:
         self.flush()
-        if self._sink is not None and os.getpid() == self._process:
+        if self._sink is not None and self._is_ours(self._sink):
             self._guarded(lambda sink: sink.close())
         self._sink = None
 
@@ -116,6 +122,13 @@ class _Outlet:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _rank() -> int:
+    """Give this process's place in a distributed training."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def _close(outlets: Sequence[_Outlet]) -> None:
