@@ -63,7 +63,7 @@ def test_a_quiet_run():
     said = words(quiet(300))
     assert said[FIRST][0] == "good"
     assert said[FIRST][1].startswith(
-        "None: no gradient was inf or NaN, and none was ten times its usual norm. The largest"
+        "None: no gradient was inf or NaN, and none was ten times its usual norm. The largest jump"
     )
     assert said[CLIP] == ("good", "Nothing: no step was clipped.")
     assert said["How long does a step take?"][1] == "2 ms in the median, 2 ms in the slowest hundredth; 0.6 s in all."
@@ -119,6 +119,16 @@ def test_some_at_once_the_one_nearest_the_loss():
     )
 
 
+def test_a_run_that_went_on_after_steps_that_broke():
+    kind, text = words([*quiet(50), broken(51), *quiet(60)[51:]])[FIRST]
+    assert kind == "note"
+    assert text.startswith(
+        "None for good: gradients were inf or NaN in one step, and the run went on. The first time: In"
+    )
+    text = words([*quiet(50), broken(51), broken(52), *quiet(60)[52:]])[FIRST][1]
+    assert "in 2 steps, the last of them 52, and the run went on. The first time: In step 51 the" in text
+
+
 def test_a_jump_that_passes():
     jump = line(51, [30, 30, 1, 1])
     kind, text = words([*quiet(50), jump, *quiet(100)[51:], line(101, [1, 1, 1, 200])])[FIRST]
@@ -126,7 +136,7 @@ def test_a_jump_that_passes():
     assert "None for good: no gradient was inf or NaN. But layer `" in text
     assert "jumped first: in step 51 its gradient norm was" in text
     assert "and with it those of 1 more of 4 parameters." in text
-    assert re.search(r"The largest jump, (19|20)\d times, was of `head.weight` in step 101\.", text)
+    assert re.search(r"The largest jump was to (19|20)\d times the usual, of `head.weight` in step 101\.", text)
 
 
 def test_a_run_without_warm_up_is_not_judged_too_early():

@@ -60,6 +60,8 @@ class Findings:
         self._sign: _Event | None = None
         self._jump: _Event | None = None
         self._greatest: _Event | None = None
+        self._broken_steps: list[int] = []
+        self._last = 0
 
     def add(self, line: Line) -> None:
         """Take a step."""
@@ -70,14 +72,20 @@ class Findings:
         self._forget_from(line.step)
         broken = (line.nonfinite > 0) | ~np.isfinite(line.grad) | ~np.isfinite(line.param)
         factors = self._usual.factors(line.grad)
-        if broken.any() and self._broken is None:
-            self._broken = self._event(line.step, broken, np.where(broken, self._last_factor, 0))
-            self._sign = self._growing
+        if broken.any():
+            self._note_broken(line.step, broken)
         if factors.size:
             self._note_growth(line.step, factors)
         self._last_factor = np.where(broken, self._last_factor, np.maximum(factors, 1))
         self._usual.add(line.grad)
         self._ratios.add(line.update_ratio)
+        self._last = line.step
+
+    def _note_broken(self, step: int, broken: np.ndarray) -> None:
+        self._broken_steps.append(step)
+        if self._broken is None:
+            self._broken = self._event(step, broken, np.where(broken, self._last_factor, 0))
+            self._sign = self._growing
 
     def _note_growth(self, step: int, factors: np.ndarray) -> None:
         event = self._event(step, factors >= JUMP, factors)
@@ -100,6 +108,8 @@ class Findings:
             event: _Event | None = getattr(self, name)
             if event is not None and event.step >= step:
                 setattr(self, name, None)
+        while self._broken_steps and self._broken_steps[-1] >= step:
+            self._broken_steps.pop()
 
     def words(self, curves: Curves) -> list[Finding]:
         """Say what was found."""
@@ -110,27 +120,33 @@ class Findings:
     def _blow_up(self) -> Finding:
         title = "Which layer blew up first?"
         if self._broken is not None:
-            return Finding("bad", title, " ".join(_broken_text(self._broken, self._sign)))
+            text = " ".join(_broken_text(self._broken, self._sign))
+            if self._broken_steps[-1] == self._last:
+                return Finding("bad", title, text)
+            return Finding("note", title, f"{self._recovery()} The first time: {text}")
         if self._jump is not None:
-            others = len(self._jump.names) - 1
-            also = f", and with it those of {others} more of {self._jump.of} parameters" if others else ""
-            text = (
-                f"None for good: no gradient was inf or NaN. But {_layer(self._jump.striking)} jumped first: in step "
-                f"{self._jump.step} its gradient norm was {_times(self._jump.factor)} its usual one{also}."
-            )
-            if self._greatest is not None and self._greatest.step != self._jump.step:
-                text += (
-                    f" The largest jump, {_times(self._greatest.factor)}, was of `{self._greatest.striking}` in step "
-                )
-                text += f"{self._greatest.step}."
-            return Finding("note", title, text)
+            return Finding("note", title, " ".join(self._jump_text(self._jump)))
         text = "None: no gradient was inf or NaN, and none was ten times its usual norm."
-        if self._greatest is not None and self._greatest.factor > 1:
-            text += (
-                f" The largest was {_times(self._greatest.factor)} the usual, of `{self._greatest.striking}` in step "
-            )
-            text += f"{self._greatest.step}."
-        return Finding("good", title, text)
+        return Finding("good", title, " ".join([text, *self._greatest_text()]))
+
+    def _recovery(self) -> str:
+        count = len(self._broken_steps)
+        times = f"{count:,} steps, the last of them {self._broken_steps[-1]:,}" if count > 1 else "one step"
+        return f"None for good: gradients were inf or NaN in {times}, and the run went on."
+
+    def _jump_text(self, jump: _Event) -> Iterator[str]:
+        others = len(jump.names) - 1
+        also = f", and with it those of {others} more of {jump.of} parameters" if others else ""
+        yield "None for good: no gradient was inf or NaN."
+        yield f"But {_layer(jump.striking)} jumped first: in step {jump.step} its gradient norm was"
+        yield f"{_times(jump.factor)} its usual one{also}."
+        if self._greatest is not None and self._greatest.step != jump.step:
+            yield from self._greatest_text()
+
+    def _greatest_text(self) -> Iterator[str]:
+        if (greatest := self._greatest) is not None and greatest.factor > 1:
+            yield f"The largest jump was to {_times(greatest.factor)} the usual, of `{greatest.striking}` in step"
+            yield f"{greatest.step}."
 
     def _learning_rate(self, ratios: np.ndarray, steps: np.ndarray) -> Finding:
         title = "Is the learning rate too high?"
