@@ -9,7 +9,7 @@ from torch.nn import Embedding
 from torch.nn import functional as F
 from torch.optim import SparseAdam
 
-WIDTH, NEGATIVES, BATCH, STEPS = 32, 5, 512, 250
+WIDTH, NEGATIVES, BATCH, STEPS = 32, 5, 512, 150
 
 
 def main():
