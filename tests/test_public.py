@@ -1,7 +1,7 @@
 """The public surface: what it names, what it costs, and that its examples run."""
 
 import doctest
-import importlib
+import importlib.metadata
 import subprocess
 import sys
 
@@ -26,7 +26,7 @@ NAMES = {
         "RMSprop",
     ),
     *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot"),
-    *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils"),
+    *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
 }
 
 
@@ -41,13 +41,31 @@ def test_an_unknown_name_is_an_attribute_error():
         surefoot.AdamX  # noqa: B018
 
 
+def said_by(code):
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
+
+
 def test_importing_is_light():
-    code = "import sys, surefoot; print(*{'numba', 'llvmlite', 'typer', 'rich', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
-    assert done.stdout.strip() == ""
+    heavy = "{'numba', 'llvmlite', 'typer', 'rich', 'matplotlib'}"
+    assert said_by(f"import sys, surefoot; from surefoot import *; print(*{heavy} & set(sys.modules))") == []
 
 
-MODULES = ["surefoot.optimizer", *(f"surefoot.optimizers.{name.lower()}" for name in surefoot.optimizers.__all__)]
+def test_torch_is_imported_when_it_is_needed():
+    asked = "print('torch' in sys.modules)"
+    code = f"import sys, surefoot; print('AdamW' in dir(surefoot)); {asked}; surefoot.SGD; {asked}"
+    assert said_by(code) == ["True", "False", "True"]
+
+
+def test_the_version_is_the_distributions():
+    assert surefoot.__version__ == importlib.metadata.version("surefoot")
+
+
+MODULES = [
+    "surefoot.optimizer",
+    "surefoot.telemetry.telemetry",
+    *(f"surefoot.optimizers.{name.lower()}" for name in surefoot.optimizers.__all__),
+]
 FILES = {
     f"surefoot.optimizers.{a}": f"surefoot.optimizers.{b}"
     for a, b in {"adamw": "adam", "sparseadam": "sparse_adam"}.items()

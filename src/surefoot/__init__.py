@@ -1,34 +1,34 @@
-"""Optimizers for PyTorch: the names of torch.optim, each algorithm written once and run by fast engines."""
+"""Optimizers for PyTorch: the names of torch.optim, each algorithm written once and run by fast engines.
+
+Every name is imported when it is first asked for, so that the command line answers before torch is there.
+"""
 
 import importlib
-from importlib.metadata import version
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from surefoot.groups import parameter_groups
-from surefoot.optimizer import Optimizer
-from surefoot.optimizers import (
-    ASGD,
-    LBFGS,
-    SGD,
-    Adadelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Muon,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-    SparseAdam,
-)
-from surefoot.rule import Scalar, Slot
-
 if TYPE_CHECKING:
-    from surefoot import lr_finder, lr_scheduler, swa_utils
+    from surefoot import lr_finder, lr_scheduler, swa_utils, telemetry
+    from surefoot.groups import parameter_groups
+    from surefoot.optimizer import Optimizer
+    from surefoot.optimizers import (
+        ASGD,
+        LBFGS,
+        SGD,
+        Adadelta,
+        Adafactor,
+        Adagrad,
+        Adam,
+        Adamax,
+        AdamW,
+        Muon,
+        NAdam,
+        RAdam,
+        RMSprop,
+        Rprop,
+        SparseAdam,
+    )
+    from surefoot.rule import Scalar, Slot
 
 __all__ = [
     "ASGD",
@@ -53,17 +53,32 @@ __all__ = [
     "lr_scheduler",
     "parameter_groups",
     "swa_utils",
+    "telemetry",
 ]
 
-__version__ = version("surefoot")
-_ON_FIRST_USE = ("lr_finder", "lr_scheduler", "swa_utils")
+_MODULES = {
+    "Optimizer": "surefoot.optimizer",
+    "Scalar": "surefoot.rule",
+    "Slot": "surefoot.rule",
+    "parameter_groups": "surefoot.groups",
+}
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a step does not need when it is first asked for; torch's tools for any optimizer are torch's."""
-    if name in _ON_FIRST_USE:
+    """Import what is asked for; torch's tools for any optimizer are torch's."""
+    if name == "__version__":
+        value: Any = importlib.import_module("importlib.metadata").version("surefoot")
+    elif name in _OF_TORCH:
+        value = getattr(importlib.import_module("torch.optim"), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"surefoot.{name}"):
         return importlib.import_module(f"surefoot.{name}")
-    if name in _OF_TORCH:
-        return getattr(torch.optim, name)
-    raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
+    elif name in __all__:
+        value = getattr(importlib.import_module(_MODULES.get(name, "surefoot.optimizers")), name)
+    else:
+        raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -13,6 +13,8 @@ from surefoot.cli import lr
 from surefoot.cli.bench import bench
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
+from surefoot.cli.report import report
+from surefoot.cli.run import run
 
 __all__ = ["app", "main"]
 
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(demo)
 app.command()(explain)
+app.command()(report)
+app.command(context_settings={"allow_interspersed_args": False})(run)
 app.add_typer(lr.app)
 
 

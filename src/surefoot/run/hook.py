@@ -1,0 +1,77 @@
+"""Waiting, in a program's process, for torch to be imported; then swapping, watching, and reporting at the end."""
+
+import atexit
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+from surefoot.run.settings import VARIABLE, Settings
+
+
+def install() -> None:
+    """Read the settings and get ready; the first process that does is the script's."""
+    started = perf_counter()
+    settings = Settings.read(os.environ)
+    if settings.main is None:
+        settings = replace(settings, main=os.getpid())
+        os.environ[VARIABLE] = settings.environment()[VARIABLE]
+    if "torch" in sys.modules:
+        _begin(settings, started)
+    else:
+        sys.meta_path.insert(0, _TorchFinder(settings, started))
+        if settings.is_main:
+            atexit.register(_say_that_torch_was_not_used, settings, started)
+
+
+def _begin(settings: Settings, started: float) -> None:
+    """Replace the classes, and see to it that steps are watched and reported."""
+    atexit.unregister(_say_that_torch_was_not_used)
+    from surefoot.run import report, swap, watch  # noqa: PLC0415 (they need torch)
+
+    swap.install(settings)
+    watch.install()
+    atexit.register(report.at_exit, settings, started)
+
+
+def _say_that_torch_was_not_used(settings: Settings, started: float) -> None:
+    from surefoot.run import report  # noqa: PLC0415
+
+    report.without_torch(settings, started)
+
+
+class _TorchFinder(MetaPathFinder):
+    """Finds torch as Python would, and calls `_begin` as soon as it has been imported."""
+
+    def __init__(self, settings: Settings, started: float) -> None:
+        self._settings, self._started = settings, started
+        self._asking = False
+
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
+        """Give the specification that the other finders give, its loader with one thing more to do."""
+        if fullname != "torch" or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            self._extend(spec.loader)
+        return spec
+
+    def _extend(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # the loader is as it was, and so is a traceback through it
+            execute(module)
+            sys.meta_path.remove(self)
+            _begin(self._settings, self._started)
+
+        loader.exec_module = exec_module

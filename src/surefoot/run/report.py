@@ -1,0 +1,169 @@
+"""The report at the end of a run: facts as a dict, the same as text."""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from surefoot.run.settings import Settings, suffix
+
+_MOST = 8
+
+
+def at_exit(settings: Settings, started: float) -> None:
+    """Say, and write, what happened in this process; a child that took no step says nothing."""
+    from surefoot.run import swap, watch  # noqa: PLC0415 (they need torch)
+
+    seconds = perf_counter() - started
+    watch.stop()
+    if not (settings.is_main or watch.found):
+        return
+    swap.restore()
+    _publish(settings, facts(settings, seconds, watch.found, watch.total[0]))
+    _end_as_interrupted()
+
+
+def without_torch(settings: Settings, started: float) -> None:
+    """Say that there was nothing to do."""
+    _publish(settings, facts(settings, perf_counter() - started, [], 0.0))
+    _end_as_interrupted()
+
+
+def _end_as_interrupted() -> None:
+    """Let an interrupted script end with SIGINT, as Python does.
+
+    Python remembers that an interrupt ended the program, and forgets it when source is run afterwards, as imports in
+    the report do; to be reminded, it has to see another.
+    """
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")  # noqa: S102
+
+
+def facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
+    """Gather what the report tells.
+
+    Args:
+        settings: what was asked for.
+        seconds: how long the process ran.
+        found: the optimizers, as `watch.Watched`.
+        in_steps: seconds in their steps.
+    """
+    return {
+        "surefoot": version("surefoot"),
+        "script": settings.title,
+        "process": os.getpid(),
+        "rank": int(os.environ.get("RANK", "0")),
+        "failed": _failed(),
+        "seconds": seconds,
+        "step_seconds": in_steps,
+        "step_share": in_steps / seconds,
+        "optimizers": [_optimizer(watched, compare=settings.compare and not _failed()) for watched in found],
+    }
+
+
+def _failed() -> bool:
+    """Whether an exception has ended the script."""
+    return getattr(sys, "last_value", None) is not None
+
+
+def _optimizer(watched: Any, *, compare: bool) -> dict[str, Any]:
+    from surefoot.run.compare import compared  # noqa: PLC0415 (it needs torch)
+
+    return {
+        "class": watched.algorithm.__qualname__,
+        "module": watched.algorithm.__module__,
+        "surefoot": watched.is_ours,
+        "parameters": len(watched.shapes),
+        "elements": watched.elements,
+        "groups": watched.groups,
+        "devices": sorted({device for _, _, device in watched.shapes}),
+        "engines": [vars(choice) for choice in watched.engines],
+        "own_step": watched.own_step,
+        "steps": len(watched.seconds),
+        "seconds": sum(watched.seconds),
+        "first_step_seconds": watched.seconds[0],
+        "median_step_seconds": statistics.median(watched.seconds),
+        "telemetry": watched.telemetry,
+        "compared": compared(watched) if compare else None,
+    }
+
+
+def _publish(settings: Settings, content: dict[str, Any]) -> None:
+    if settings.json is not None:
+        path = Path(settings.json)
+        path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if settings.quiet or content["rank"] or sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # closed, or nobody listens any more
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        child = "" if settings.is_main else f" (process {content['process']})"
+        sys.stderr.write("\n".join(["", *(lines(content, child))]) + "\n")
+        sys.stderr.flush()
+
+
+def lines(content: dict[str, Any], which: str = "") -> Iterator[str]:
+    """Write the report as text.
+
+    Args:
+        content: what `facts` gave.
+        which: names the process, if it is not the script's own.
+    """
+    head = f"surefoot run: {content['script']}{which} took {_time(content['seconds'])}"
+    optimizers = content["optimizers"]
+    if not optimizers:
+        yield f"{head}; no optimizer took a step"
+        return
+    yield f"{head}, {content['step_share']:.1%} of it in optimizer steps ({_time(content['step_seconds'])})"
+    for optimizer in optimizers[:_MOST]:
+        yield from _lines_of(optimizer)
+    if len(optimizers) > _MOST:
+        yield f"  and {len(optimizers) - _MOST} more optimizers"
+
+
+def _lines_of(optimizer: dict[str, Any]) -> Iterator[str]:
+    whose = "" if optimizer["surefoot"] else f" of {optimizer['module']}, which is not replaced"
+    steps, size = (
+        optimizer["steps"],
+        f"{_several(optimizer['parameters'], 'parameter')}, {optimizer['elements']:,} elements",
+    )
+    yield f"  {optimizer['class']}{whose}: {size}, {_several(steps, 'step')}"
+    host = " (of the host; devices work on)" if optimizer["devices"] != ["cpu"] else ""
+    median, first = (_time(optimizer[f"{which}_step_seconds"]) for which in ("median", "first"))
+    yield f"    time     {_time(optimizer['seconds'])}; a step {median}, the first {first}{host}"
+    if optimizer["own_step"]:
+        yield f"    engine   {optimizer['own_step']}"
+    for choice in optimizer["engines"]:
+        yield f"    engine   {choice['engine']} for {_several(choice['parameters'], 'parameter')} of {choice['kind']}"
+        yield from (f"             not {refusal}" for refusal in choice["refusals"])
+    if optimizer["compared"]:
+        yield f"    torch    {_comparison(optimizer['compared'])}"
+    if optimizer["telemetry"]:
+        yield f"    see      surefoot report {optimizer['telemetry']}"
+
+
+def _comparison(compared: dict[str, Any]) -> str:
+    if "reason" in compared:
+        return f"not compared: {compared['reason']}"
+    times = ", ".join(f"{name} {_time(seconds)}" for name, seconds in compared["seconds"].items())
+    return f"on the same shapes: {times}; surefoot is {compared['speedup']:.2f} times as fast as the best of torch"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _time(seconds: float) -> str:
+    """Write a time with three digits in a unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds:.0f} s"
+    return f"{seconds * 1e6:.3g} µs"

@@ -1,0 +1,61 @@
+"""What `surefoot run` was asked for, carried to the script's process and its children in an environment variable."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VARIABLE, PREFIX = "SUREFOOT_RUN", "SUREFOOT_RUN_PREFIX"
+SITE = Path(__file__).parent / "site"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `surefoot run`.
+
+    Attributes:
+        title: the script or module, as the report calls it.
+        compare: whether to time torch's implementation at the end.
+        telemetry: absolute path of the folder for telemetry, or None.
+        quiet: whether to leave out the report on standard error.
+        json: absolute path of the report's file, or None.
+        main: the process id of the script; None until that process has started.
+    """
+
+    title: str
+    compare: bool = False
+    telemetry: str | None = None
+    quiet: bool = False
+    json: str | None = None
+    main: int | None = None
+
+    def environment(self) -> dict[str, str]:
+        """Give the variables that bring these settings to a Python process."""
+        path = os.environ.get("PYTHONPATH")
+        return {
+            VARIABLE: json.dumps(asdict(self)),
+            PREFIX: sys.prefix,
+            "PYTHONPATH": os.pathsep.join([str(SITE), *([path] if path else [])]),
+        }
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "Settings":
+        """Read what `environment` has written."""
+        content: dict[str, Any] = json.loads(environment[VARIABLE])
+        return cls(**content)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the script's own process rather than a child of it."""
+        return self.main == os.getpid()
+
+
+def suffix(settings: Settings) -> str:
+    """Give what tells this process's files from those of others: its rank, or its id if it is a child."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        return f".rank{rank}"
+    return "" if settings.is_main else f".pid{os.getpid()}"

@@ -1,0 +1,27 @@
+"""Telemetry: the norms, ratios and counts that an optimizer's step sees, and where they go.
+
+The step measures and hands over a `RawStep`; everything after that is here.  Give `telemetry=True`, or a `Telemetry`,
+to an optimizer.
+"""
+
+from surefoot.telemetry.live import Live
+from surefoot.telemetry.names import parameter_names
+from surefoot.telemetry.reading import Line, read
+from surefoot.telemetry.record import RawStep, Record, Row
+from surefoot.telemetry.sinks import JsonLines, Sink, TensorBoard
+from surefoot.telemetry.telemetry import Telemetry, as_telemetry
+
+__all__ = [
+    "JsonLines",
+    "Line",
+    "Live",
+    "RawStep",
+    "Record",
+    "Row",
+    "Sink",
+    "Telemetry",
+    "TensorBoard",
+    "as_telemetry",
+    "parameter_names",
+    "read",
+]

@@ -1,0 +1,36 @@
+"""`surefoot run --telemetry DIR`: each optimizer writes its telemetry there."""
+
+import json
+
+from cli.run_helpers import EXAMPLES, surefoot_run
+from surefoot.telemetry import read
+
+
+def test_each_optimizer_gets_a_file(tmp_path):
+    folder, report = tmp_path / "runs", tmp_path / "report.json"
+    code, _, error = surefoot_run("--telemetry", folder, "--json", report, EXAMPLES / "spirals_one_cycle.py")
+    assert code == 0, error
+    (path,) = folder.iterdir()
+    assert path.name == "00-Adam.jsonl"
+    assert json.loads(report.read_text())["optimizers"][0]["telemetry"] == str(path)
+    assert f"    see      surefoot report {path}" in error
+    lines = list(read(path))
+    assert [line.step for line in lines] == list(range(1, 301))
+    assert len(lines[0].names) == 6
+    assert len({line.lrs[0] for line in lines}) == 300
+    assert all(line.grad.min() > 0 for line in lines)
+    assert all(line.seconds > 0 for line in lines)
+
+
+def test_optimizers_made_one_after_the_other_do_not_share_a_file(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        "for number in range(3):\n"
+        "    weight = torch.nn.Parameter(torch.ones(3))\n"
+        "    weight.grad = torch.ones(3)\n"
+        "    torch.optim.AdamW([weight], lr=0.1).step()\n"
+    )
+    code, _, error = surefoot_run("--telemetry", tmp_path / "runs", script)
+    assert code == 0, error
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"0{n}-AdamW.jsonl" for n in range(3)]
