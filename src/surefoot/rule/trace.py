@@ -119,7 +119,8 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     outputs = _outputs(optimizer, returned, active)
     if averaged:
         new: Any = outputs[0]
-        outputs.append(torch.lerp(inputs[EMA.name], new, coefficients.ema_weight))
+        average: Any = torch.lerp(inputs[EMA.name], new, coefficients.ema_weight)
+        outputs.append(average)
     measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
     tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
     run_passes(tracer.graph, 1 + len(active) + len(averaged))

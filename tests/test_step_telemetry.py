@@ -1,0 +1,137 @@
+"""What a step measures for telemetry, on every engine, against torch's own norms."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from conformance import ENGINES, ROWS, gradients, groups, zoo
+
+import surefoot
+from surefoot.rule import Sparse
+from surefoot.telemetry import Telemetry
+
+COLUMNS = ("gradient", "parameter", "update", "largest", "nonfinite")
+MEASURED = [row for row in ROWS if row.ours.step_options() > {"ema"} and row.ours.sparse is not Sparse.ONLY]
+
+
+class Kept(Telemetry):
+    """Keeps what the step hands over."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.raw = []
+
+    def record(self, raw):
+        self.raw.append(raw)
+        super().record(raw)
+
+
+def expected_of(params, before):
+    found = {}
+    for name, param in params.items():
+        if param.grad is not None:
+            grad, new = param.grad.double(), param.detach().double()
+            largest = grad.abs().max().item() if grad.numel() else 0.0
+            squares = [tensor.square().sum().item() for tensor in (grad, new, new - before[name].double())]
+            found[name] = [*squares, largest, (~grad.isfinite()).sum().item()]
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema": 0.9}], ids=["alone", "clipped"])
+@pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
+def test_a_step_measures_what_torch_does(row, engine, options):
+    if engine not in row.engines([engine]) and engine != "eager":
+        pytest.skip("a step of its own has no engines")
+    params = zoo(torch.float64, row.admits)
+    parts = groups(dict(params.items()))
+    named = list(params.items())
+    for part, half in zip(parts, (named[: len(named) // 2], named[len(named) // 2 :]), strict=True):
+        part["params"] = half
+    optimizer = row.build(parts, options | {"telemetry": Kept()}, row.engines([engine])[0])
+    telemetry = optimizer.telemetry  # `build` copies its options
+    for step in range(6):
+        for name, grad in gradients(params, step, torch.float64).items():
+            params[name].grad = grad
+        before = {name: param.detach().clone() for name, param in params.items()}
+        optimizer.step()
+        raw, expected = telemetry.raw[step], expected_of(params, before)
+        assert set(raw.names) == set(expected)
+        for name, sums in zip(raw.names, raw.sums, strict=True):
+            torch.testing.assert_close(sums, torch.tensor(expected[name], dtype=torch.float64), rtol=1e-7, atol=1e-12)
+        norm = math.sqrt(sum(numbers[0] for numbers in expected.values()))
+        clip = min(1.0, options.get("max_grad_norm", math.inf) / (norm + 1e-6))
+        assert raw.clip == pytest.approx(clip)
+        assert (raw.step, raw.skipped) == (step + 1, 0)
+        assert raw.seconds > 0
+        assert set(raw.lrs) == {optimizer.param_groups[0]["lr"]}
+
+
+@pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
+def test_measuring_changes_nothing(engine):
+    found = []
+    for telemetry in (None, Telemetry(every=2)):
+        params = zoo(torch.float32)
+        optimizer = surefoot.AdamW(groups(params), telemetry=telemetry, **ENGINES[engine])
+        for step in range(6):
+            for name, grad in gradients(params, step, torch.float32).items():
+                params[name].grad = grad
+            optimizer.step()
+        found.append([*params.values()])
+    assert all(map(torch.equal, *found))
+
+
+def test_strange_gradients_are_counted():
+    params = [("a", torch.ones(5).requires_grad_()), ("b", torch.ones(3).requires_grad_())]
+    telemetry = Kept()
+    optimizer = surefoot.SGD(params, telemetry=telemetry, nonfinite="skip")
+    for _, param in params:
+        param.grad = torch.full_like(param, 2.0)
+    params[0][1].grad[:2] = torch.tensor([math.nan, math.inf])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    (raw,) = telemetry.raw
+    assert raw.sums[:, 4].tolist() == [2.0, 0.0]
+    assert raw.sums[1].tolist() == [12.0, 3.0, 0.0, 2.0, 0.0]
+    assert raw.skipped == 1
+
+
+def test_sparse_gradients_are_measured():
+    for cls in (surefoot.SGD, surefoot.SparseAdam):
+        table, telemetry = torch.ones(5, 2, dtype=torch.float64).requires_grad_(), Kept()
+        optimizer = cls([("table", table)], lr=0.5, telemetry=telemetry)
+        table.grad = torch.sparse_coo_tensor([[0, 3, 3]], torch.ones(3, 2, dtype=torch.float64), (5, 2))
+        before = table.detach().clone()
+        optimizer.step()
+        sums = telemetry.raw[0].sums[0]
+        change, now = table.detach() - before, table.detach()
+        expected = [2 * 1.0 + 2 * 4.0, now.square().sum(), change.square().sum(), 2.0, 0.0]
+        torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_only_what_is_wanted_is_measured():
+    params = [("a.weight", torch.ones(5).requires_grad_()), ("b.weight", torch.ones(3).requires_grad_())]
+    telemetry = Kept(parameters="b.*", every=3)
+    optimizer = surefoot.AdamW(params, telemetry=telemetry)
+    for _ in range(5):
+        for _, param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert [raw.step for raw in telemetry.raw] == [1, 4]
+    assert {raw.names for raw in telemetry.raw} == {("b.weight",)}
+    assert "b.weight" in str(optimizer.telemetry.latest())
+
+
+def test_telemetry_is_checked_and_copied():
+    param = torch.ones(2).requires_grad_()
+    with pytest.raises(TypeError, match="`telemetry` must be True, False, None or a surefoot.telemetry.Telemetry, but"):
+        surefoot.SGD([param], telemetry="yes")
+    with pytest.raises(AttributeError, match="SGD measures nothing: make it with `telemetry=True`"):
+        _ = surefoot.SGD([param]).telemetry
+    optimizer = surefoot.SGD([param], telemetry=True)
+    copied = copy.deepcopy(optimizer)
+    assert isinstance(copied.telemetry, Telemetry)
+    assert copied.telemetry is not optimizer.telemetry
