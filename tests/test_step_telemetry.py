@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from conformance import ENGINES, ROWS, gradients, groups, zoo
 
 import surefoot
+from conformance import ENGINES, ROWS, gradients, groups, zoo
 from surefoot.rule import Sparse
 from surefoot.telemetry import Telemetry
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
-from surefoot.engines import Bucket, Coefficients, Engine, choose, eager
+from surefoot.engines import Bucket, Coefficients, Engine, choose, cpu, eager
 from surefoot.errors import RuleError
 from surefoot.kept import Kept, Watch
 from surefoot.rule import EMA, Flags, bind
@@ -311,6 +311,8 @@ def _number(value: Any, *, keep_tensors: bool) -> Any:
 
 def _run_rows(engine: Engine, bucket: Bucket) -> None:
     """Run an engine on the rows at which coalesced sparse gradients have values."""
+    if engine is cpu and cpu.run_rows(bucket):
+        return
     index = [tuple(grad.indices()) for grad in bucket.grads]
     whole = [bucket.params, *bucket.slots]
     params, *slots = [[t[i] for t, i in zip(tensors, index, strict=True)] for tensors in whole]

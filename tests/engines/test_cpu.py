@@ -398,3 +398,48 @@ def test_a_gradient_in_other_order_is_right():
         tensor.grad = torch.ones(64, 64, 3, 3) * torch.arange(64.0)[:, None, None, None]
         surefoot.AdamW([tensor], fused=True).step()
     assert torch.equal(param, other)
+
+
+# Sparse gradients
+
+
+def rows_of(table, index):
+    values = torch.randn(index.shape[1], *table.shape[len(index) :], generator=torch.Generator().manual_seed(3))
+    return torch.sparse_coo_tensor(index, values.to(table.dtype), table.shape)
+
+
+TABLES = {
+    "rows": (torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[7, 0, 7, 49]])),
+    "numbers": (torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.tensor([[7, 0, 7]])),
+    "two indices": (torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 4], [3, 0]])),
+    "columns": (torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).t(), torch.tensor([[7, 0, 49]])),
+    "every other row": (torch.randn(50, 3, generator=torch.Generator().manual_seed(0))[::2], torch.tensor([[7, 24]])),
+    "bfloat16": (torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.tensor([[7, 0]])),
+    "complex": (torch.randn(9, 3, dtype=torch.complex64), torch.tensor([[7, 0]])),
+    "nothing": (torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 0, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adagrad])
+@pytest.mark.parametrize(("table", "index"), TABLES.values(), ids=list(TABLES))
+def test_rows_of_sparse_gradients(cls, table, index):
+    found = []
+    for options in ({"fused": True}, {"foreach": False}):
+        param = table.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        optimizer = cls([param], lr=0.1, **options)
+        version = param._version
+        for _ in range(3):
+            param.grad = rows_of(table, index)
+            optimizer.step()
+        assert param._version > version
+        found.append(param.detach())
+    torch.testing.assert_close(*found, rtol=0.02 if table.dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_rows_of_a_view_leave_their_neighbours_alone():
+    whole = torch.ones(20, 6)
+    param = whole[:, 1:4].requires_grad_()
+    param.grad = torch.sparse_coo_tensor([[2, 5]], torch.ones(2, 3), (20, 3))
+    surefoot.SGD([param], lr=0.5, fused=True).step()
+    changed = (whole.detach() != 1).nonzero().tolist()
+    assert changed == [[row, column] for row in (2, 5) for column in (1, 2, 3)]

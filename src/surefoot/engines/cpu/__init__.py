@@ -1,5 +1,6 @@
 """The CPU engine: the graph printed as a Numba function, all of a bucket in one call, one pass over memory."""
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -22,15 +23,20 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
         yield f"parameters are on {bucket.device}, this engine serves the CPU"
     if bucket.options.get("differentiable"):
         yield "kernels carry no gradients through the step"
-    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype):
+    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
     strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
     if strange is not None:
         yield f"{type(strange).__name__} is not a plain tensor"
     if len({id(param) for param in bucket.params}) < len(bucket.params):
         yield "a parameter stands in the group twice, and kernels update all at once"
-    if importlib.util.find_spec("numba") is None:
+    if not _has_compiler():
         yield "Numba is not installed; pip install numba"
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def run(bucket: Bucket) -> None:
@@ -42,6 +48,13 @@ def read(bucket: Bucket) -> torch.Tensor:
     """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
     measured: torch.Tensor = _plan(bucket).read(bucket)
     return measured
+
+
+def run_rows(bucket: Bucket) -> bool:
+    """Update only the rows at which sparse gradients have values; False, and nothing is changed, where it cannot."""
+    from surefoot.engines.cpu.sparse import run_rows as run_in_place  # noqa: PLC0415 (the compiler, on first use)
+
+    return run_in_place(bucket)
 
 
 def _plan(bucket: Bucket) -> Any:

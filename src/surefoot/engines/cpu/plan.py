@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, Coefficients, addresses
+from surefoot.engines.bucket import Bucket, addresses
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
@@ -50,16 +50,24 @@ class Job:
             self._job[[0, 7, 10]] = 0, coefficients.ctypes.data, measured.ctypes.data
             threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
             run_on_threads(kernel, self._job.ctypes.data, threads)
-        return self._by_tensor(measured, measures)
+        return combined(measures, measured, self._tensor, len(self.rows))
 
-    def _by_tensor(self, measured: np.ndarray, measures: Sequence[Measure]) -> np.ndarray:
-        """Put together what was measured of segments, in their order, whoever measured them."""
-        result = np.zeros((len(self.rows), len(measures)))
-        for column, measure in enumerate(measures):
-            combine = np.maximum if measure.kind == "largest" else np.add
-            with np.errstate(invalid="ignore"):  # NaN is an answer here
-                combine.at(result[:, column], self._tensor, measured[:, column])
-        return result
+
+def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """Put together what was measured of parts, in their order, whoever measured them.
+
+    Args:
+        measures: what was measured.
+        parts: of shape (parts, measures).
+        owner: for each part the number of what it belongs to.
+        count: how many owners there are.
+    """
+    result = np.zeros((count, len(measures)))
+    for column, measure in enumerate(measures):
+        combine = np.maximum if measure.kind == "largest" else np.add
+        with np.errstate(invalid="ignore"):  # NaN is an answer here
+            combine.at(result[:, column], owner, parts[:, column])
+    return result
 
 
 def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,7 +110,7 @@ class Plan:
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
-        numbers = _numbers(bucket.rule.coefficients, bucket.coefficients)
+        numbers = numbers_of(bucket)
         self.job.rows[:] = self._regular(bucket.row)
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
         self.versions.count()
@@ -125,7 +133,8 @@ class Plan:
             parts = [
                 _run_piece(kernel, views, numbers[row : row + 1], rule.measures) for views in pieces(tensors, PIECE)
             ]
-            measured[index] = [_combined(m, [part[i] for part in parts]) for i, m in enumerate(rule.measures)]
+            if parts:
+                measured[index] = combined(rule.measures, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
         return torch.from_numpy(measured) if rule.measures else None
 
 
@@ -142,13 +151,10 @@ def _run_piece(kernel: int, views: Sequence[Tensor], numbers: np.ndarray, measur
     return row
 
 
-def _combined(measure: Measure, values: Sequence[float]) -> float:
-    """Put together what was measured of the parts of a tensor."""
-    return float(np.max(values, initial=0.0) if measure.kind == "largest" else np.sum(values))
-
-
-def _numbers(names: Sequence[str], rows: Sequence[Coefficients]) -> np.ndarray:
-    return np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
+def numbers_of(bucket: Bucket) -> np.ndarray:
+    """Give the bucket's coefficients as kernels take them: float64 of shape (rows, coefficients)."""
+    names = bucket.rule.coefficients
+    return np.array([[float(row[name]) for name in names] for row in bucket.coefficients], dtype=np.float64)
 
 
 def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
