@@ -71,6 +71,7 @@ class WholeStep:
         skipped: how many of them were skipped.
         parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
             changes nothing, when it began.
+        names: of the parameters, once they were needed.
     """
 
     max_grad_norm: float | None = None
@@ -83,6 +84,7 @@ class WholeStep:
     measures: bool = field(default=False, repr=False)
     skips: bool = field(default=False, repr=False)
     start: float = field(default=0.0, repr=False)
+    names: dict[Tensor, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def take(cls, defaults: dict[str, Any]) -> "WholeStep":
@@ -115,7 +117,7 @@ class WholeStep:
         return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": []}
+        return self.__dict__ | {"parts": [], "names": {}}
 
 
 _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
@@ -244,12 +246,13 @@ def _strange(optimizer: "Optimizer", parts: Iterable[Part]) -> Iterator[str]:
 
 
 def names_of(optimizer: "Optimizer") -> dict[Tensor, str]:
-    """Name every parameter: by its own name, else by its group's number and its place in the group."""
-    return {
-        param: group["param_names"][index] if "param_names" in group else f"{number}.{index}"
-        for number, group in enumerate(optimizer.param_groups)
-        for index, param in enumerate(group["params"])
-    }
+    """Name every parameter; what has been found is kept while the parameters stay."""
+    from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
+
+    whole, params = optimizer.whole_step, [param for group in optimizer.param_groups for param in group["params"]]
+    if any(param not in whole.names for param in params):
+        whole.names = dict(zip(params, parameter_names(optimizer), strict=True))
+    return whole.names
 
 
 def _listed(names: Sequence[str]) -> str:

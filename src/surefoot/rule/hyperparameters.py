@@ -121,7 +121,7 @@ def storage(name: str, value: Any) -> None:
 
 
 def options_text(optimizer: type) -> str:
-    """Describe the engine options that a class's constructor takes, for its docstring."""
+    """Describe the options that a class's constructor takes, for its docstring."""
     names = inspect.signature(optimizer).parameters
     lines = [line for name, line in _OPTIONS.items() if name in names]
     return "\n        ".join(lines)
@@ -139,6 +139,8 @@ _OPTIONS = {
     "differentiable": "differentiable: let gradients flow through the step.  Runs one parameter at a time.",
     "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance;
             the parameter's own if None.  Arithmetic is in float32 or better either way.""",
+    "options": """options: what is done around the update, alike for every optimizer: `max_grad_norm`, `max_grad_value`,
+            `nonfinite`, `ema`, `zero_grad_after_step`, `telemetry`; see `surefoot.StepOptions`.""",
 }
 
 LR = Interval("Invalid learning rate: ")
