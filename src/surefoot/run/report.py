@@ -77,7 +77,7 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
     from surefoot.run.compare import compared  # noqa: PLC0415 (it needs torch)
 
     compare = settings.compare and not _failed()
-    silent = None if settings.telemetry is None else "nothing: only optimizers that engines run measure their steps"
+    silent = None if settings.telemetry is None else f"nothing: {watched.algorithm.__name__} takes no `telemetry`"
     return {
         "class": watched.algorithm.__qualname__,
         "module": watched.algorithm.__module__,

@@ -68,7 +68,7 @@ def _add_telemetry(algorithm: Any, folder: Path, suffix: str) -> None:
 
     @functools.wraps(construct)
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        # A constructor that calls its base's has been here; a step of its own measures nothing.
+        # A constructor that calls its base's has been here already; LBFGS measures nothing.
         if id(self) in _under_construction or "telemetry" not in type(self).step_options():
             construct(self, *args, **kwargs)
             return
