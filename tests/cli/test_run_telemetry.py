@@ -30,7 +30,10 @@ def test_optimizers_made_one_after_the_other_do_not_share_a_file(tmp_path):
         "    weight = torch.nn.Parameter(torch.ones(3))\n"
         "    weight.grad = torch.ones(3)\n"
         "    torch.optim.AdamW([weight], lr=0.1).step()\n"
+        "torch.optim.LBFGS([weight]).step(lambda: (weight**2).sum())\n"
     )
     code, _, error = surefoot_run("--telemetry", tmp_path / "runs", script)
     assert code == 0, error
+    assert error.count("    see      surefoot report ") == 3
+    assert error.count("    see      nothing: LBFGS takes no `telemetry`") == 1
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"0{n}-AdamW.jsonl" for n in range(3)]

@@ -58,6 +58,18 @@ def test_models_of_the_same_kind_keep_apart():
     assert len(set(names)) == 8
 
 
+def test_names_are_looked_for_again_when_there_are_other_parameters(monkeypatch):
+    net, free = model(), torch.ones(2, requires_grad=True)
+    optimizer = SGD(net[1].parameters())
+    looked = []
+    monkeypatch.setattr("surefoot.telemetry.names.gc.get_objects", lambda: looked.append(1) or [net])
+    assert parameter_names(optimizer) == parameter_names(optimizer) == ["1.weight", "1.bias"]
+    assert len(looked) == 1
+    optimizer.add_param_group({"params": [free]})
+    assert parameter_names(optimizer) == ["1.weight", "1.bias", "param_groups[1].params[0]"]
+    assert len(looked) == 2
+
+
 def test_wrappers_leave_no_trace():
     net = model()
     wrapped = nn.DataParallel(net)

@@ -64,7 +64,7 @@ def facts(settings: Settings, seconds: float, found: list[Any], in_steps: float)
         "seconds": seconds,
         "step_seconds": in_steps,
         "step_share": in_steps / seconds,
-        "optimizers": [_optimizer(watched, compare=settings.compare and not _failed()) for watched in found],
+        "optimizers": [_optimizer(watched, settings) for watched in found],
     }
 
 
@@ -73,9 +73,11 @@ def _failed() -> bool:
     return getattr(sys, "last_value", None) is not None
 
 
-def _optimizer(watched: Any, *, compare: bool) -> dict[str, Any]:
+def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
     from surefoot.run.compare import compared  # noqa: PLC0415 (it needs torch)
 
+    compare = settings.compare and not _failed()
+    silent = None if settings.telemetry is None else f"nothing: {watched.algorithm.__name__} takes no `telemetry`"
     return {
         "class": watched.algorithm.__qualname__,
         "module": watched.algorithm.__module__,
@@ -91,6 +93,7 @@ def _optimizer(watched: Any, *, compare: bool) -> dict[str, Any]:
         "first_step_seconds": watched.seconds[0],
         "median_step_seconds": statistics.median(watched.seconds),
         "telemetry": watched.telemetry,
+        "no_telemetry": None if watched.telemetry else silent,
         "compared": compared(watched) if compare else None,
     }
 
@@ -148,6 +151,8 @@ def _lines_of(optimizer: dict[str, Any]) -> Iterator[str]:
         yield f"    torch    {_comparison(optimizer['compared'])}"
     if optimizer["telemetry"]:
         yield f"    see      surefoot report {optimizer['telemetry']}"
+    if optimizer["no_telemetry"]:
+        yield f"    see      {optimizer['no_telemetry']}"
 
 
 def _comparison(compared: dict[str, Any]) -> str:

@@ -68,7 +68,8 @@ def _add_telemetry(algorithm: Any, folder: Path, suffix: str) -> None:
 
     @functools.wraps(construct)
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        if id(self) in _under_construction:  # a constructor that calls its base's
+        # A constructor that calls its base's has been here already; LBFGS measures nothing.
+        if id(self) in _under_construction or "telemetry" not in type(self).step_options():
             construct(self, *args, **kwargs)
             return
         _under_construction.add(id(self))

@@ -5,6 +5,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
     that has the parameter names it, without what `torch.compile`, FSDP and DistributedDataParallel put in front.  A
     tensor of no model is named by its place.
 
-    It looks through all objects of the program, once for each call: some 0.1 s in a large one.
+    To find models it looks through all objects of the program, some 0.1 s in a large one; it remembers what it found
+    until the groups hold other parameters.
 
     Args:
         optimizer: any optimizer.
@@ -30,9 +32,19 @@ def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
         As many names as there are parameters.
     """
     groups = optimizer.param_groups
+    given = [(*map(id, group["params"]), *group.get("param_names", ())) for group in groups]
+    if optimizer not in _found or _found[optimizer][0] != given:
+        _found[optimizer] = given, _names(groups)
+    return list(_found[optimizer][1])
+
+
+def _names(groups: list[dict[str, Any]]) -> list[str]:
     known = {} if all("param_names" in group for group in groups) else _names_in_models()
     names = [name for index, group in enumerate(groups) for name in _of_group(group, index, len(groups), known)]
     return list(_distinct(names))
+
+
+_found: WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, list[str]]] = WeakKeyDictionary()
 
 
 def _of_group(group: Mapping[str, Any], index: int, groups: int, known: Mapping[Tensor, str]) -> Iterator[str]:
