@@ -25,7 +25,7 @@ NAMES = {
         "RAdam",
         "RMSprop",
     ),
-    *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot"),
+    *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot", "StepOptions"),
     *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
 }
 

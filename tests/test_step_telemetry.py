@@ -135,3 +135,17 @@ def test_telemetry_is_checked_and_copied():
     copied = copy.deepcopy(optimizer)
     assert isinstance(copied.telemetry, Telemetry)
     assert copied.telemetry is not optimizer.telemetry
+
+
+def test_a_callback_that_raises_leaves_a_whole_step():
+    def stop(record):
+        raise StopIteration
+
+    param = torch.ones(3).requires_grad_()
+    optimizer = surefoot.SGD([param], lr=1.0, telemetry=Telemetry(callbacks=[stop]), zero_grad_after_step=True)
+    param.grad = torch.ones(3)
+    with pytest.raises(StopIteration):
+        optimizer.step()
+    assert param.tolist() == [0.0] * 3
+    assert param.grad is None
+    assert optimizer.whole_step.parts == []

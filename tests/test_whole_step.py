@@ -255,7 +255,9 @@ def test_skipping_is_counted_and_never_silent():
             optimizer.step()
         warned += [(step, str(warning.message), warning.filename) for warning in caught]
     assert [step for step, *_ in warned] == [3, 18, 34, 66]
-    assert warned[0][1].startswith("step 3 was skipped since the gradients of `params[0]` hold inf or NaN; 1 of 3 steps")
+    assert warned[0][1].startswith(
+        "step 3 was skipped since the gradients of `params[0]` hold inf or NaN; 1 of 3 steps"
+    )
     assert all(filename == __file__ for *_, filename in warned)
     assert (optimizer.whole_step.steps, optimizer.whole_step.skipped) == (69, 67)
     assert optimizer.state[params[0]]["step"] == 2

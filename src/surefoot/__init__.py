@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SparseAdam,
     )
     from surefoot.rule import Scalar, Slot
+    from surefoot.whole_step import StepOptions
 
 __all__ = [
     "ASGD",
@@ -49,6 +50,7 @@ __all__ = [
     "Scalar",
     "Slot",
     "SparseAdam",
+    "StepOptions",
     "lr_finder",
     "lr_scheduler",
     "parameter_groups",
@@ -60,6 +62,7 @@ _MODULES = {
     "Optimizer": "surefoot.optimizer",
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
+    "StepOptions": "surefoot.whole_step",
     "parameter_groups": "surefoot.groups",
 }
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)

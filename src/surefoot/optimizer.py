@@ -541,12 +541,14 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             begin(self)
             result = step(*positional, **kwargs)
-            finish(self)
-            self._optimizer_step_code()
-            post = chain(self._optimizer_step_post_hooks.values(), torch_hooks._global_optimizer_post_hooks.values())
-            for hook in post:
-                hook(self, positional, kwargs)
-            clear(self)
+            try:
+                finish(self)
+                self._optimizer_step_code()
+                post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
+                for hook in chain.from_iterable(hooks.values() for hooks in post):
+                    hook(self, positional, kwargs)
+            finally:
+                clear(self)
         return result
 
     hooked_step.hooked = True  # type: ignore[attr-defined]

@@ -124,14 +124,11 @@ _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
 
 
 def _telemetry(wish: Any) -> "Telemetry | None":
-    """Give what telemetry goes to: one made for True, none for None or False."""
-    if wish is None or wish is False:
+    if wish is None:
         return None
-    from surefoot.telemetry import Telemetry  # noqa: PLC0415 (on first use)
+    from surefoot.telemetry import as_telemetry  # noqa: PLC0415 (on first use)
 
-    if wish is not True and not isinstance(wish, Telemetry):
-        raise TypeError(f"`telemetry` must be True, False, None or a surefoot.telemetry.Telemetry, but is {wish!r}")
-    return Telemetry() if wish is True else wish
+    return as_telemetry(wish)
 
 
 @dataclass(eq=False)
@@ -283,9 +280,10 @@ def finish(optimizer: "Optimizer") -> None:
         for part in whole.parts:
             if part.fresh is not None:
                 _average(optimizer, part)
-    if whole.measures:
-        whole.telemetry.record(_raw(optimizer))
+    raw = _raw(optimizer) if whole.measures else None
     whole.parts = []
+    if raw is not None:
+        whole.telemetry.record(raw)
 
 
 def clear(optimizer: "Optimizer") -> None:
