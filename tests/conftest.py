@@ -18,7 +18,6 @@ torch.set_num_threads(1)
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 KNOWN_BUGS: dict[str, str] = {
-    r"test_an_error_in_a_rule.*-(number_for_tensor|tensor_for_number)\]": "TypeError, or nothing, instead of RuleError",
     r"test_gradients_flow_to_hyperparameters\[(NAdam-betas|Rprop-lr|ASGD-lr)\]": "cut where state carries the number",
 }
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""

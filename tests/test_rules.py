@@ -271,7 +271,7 @@ WRONG = {
     indexed: "`getitem` is not among the operations of a rule",
     keyword: "",
     rounding_mode: "",
-    number_for_tensor: "`lerp`",
+    number_for_tensor: r"lerp\(\) received an invalid combination of arguments",
     tensor_for_number: "`addcmul`",
     inside_a_helper: "`sin` is not among the operations of a rule",
 }

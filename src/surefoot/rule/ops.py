@@ -29,6 +29,7 @@ class Op:
             the in-place form has the same name with an underscore at the end.
         methods: further method names of tensors that mean it.
         compares: whether its value is a truth value.
+        takes: for each argument t where it must be a tensor, n where it must be a number, a dot where it may be either.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Op:
     foreach: str | None = None
     methods: tuple[str, ...] = ()
     compares: bool = False
+    takes: str = ""
 
     @property
     def __name__(self) -> str:
@@ -120,9 +122,9 @@ OPS: tuple[Op, ...] = (
     Op("maximum", 2, (torch.maximum,), _pick(torch.maximum, max), "maximum"),
     Op("minimum", 2, (torch.minimum,), _pick(torch.minimum, min), "minimum"),
     Op("add_scaled", 3, (), _add_scaled, "add"),
-    Op("lerp", 3, (torch.lerp,), _lerp, "lerp"),
-    Op("addcmul", 4, (), _addcmul, "addcmul"),
-    Op("addcdiv", 4, (), _addcdiv, "addcdiv"),
+    Op("lerp", 3, (torch.lerp,), _lerp, "lerp", takes="tt."),
+    Op("addcmul", 4, (), _addcmul, "addcmul", takes="tttn"),
+    Op("addcdiv", 4, (), _addcdiv, "addcdiv", takes="tttn"),
     Op("where", 3, (torch.where,), _where),
     Op("gt", 2, (operator.gt, torch.gt), operator.gt, methods=("greater",), compares=True),
     Op("ge", 2, (operator.ge, torch.ge), operator.ge, compares=True),

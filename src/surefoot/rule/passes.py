@@ -48,6 +48,19 @@ def mark_tensors(graph: fx.Graph) -> None:
             node.meta["tensor"] = any(argument.meta["tensor"] for argument in node.all_input_nodes)
 
 
+def check_arguments(graph: fx.Graph) -> None:
+    """Refuse numbers where an operation takes tensors, and tensors where it takes numbers."""
+    for node in graph.nodes:
+        if node.op != "call_function" or not node.target.takes:
+            continue
+        for place, (kind, argument) in enumerate(zip(node.target.takes, node.args, strict=True), 1):
+            if kind != "." and _is_tensor(argument) != (kind == "t"):
+                wanted = "a tensor" if kind == "t" else "a number, such as a coefficient"
+                raise RuleError(
+                    f"{node.meta['source']}: argument {place} of `{node.target.name}` must be {wanted}, but is {argument}"
+                )
+
+
 def divide_by_tensor(graph: fx.Graph) -> None:
     """Write number / tensor as torch computes it: the reciprocal times the number."""
     for node in list(graph.nodes):
@@ -106,6 +119,7 @@ def remove_unused(graph: fx.Graph) -> None:
 PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     to_operations,
     mark_tensors,
+    check_arguments,
     divide_by_tensor,
     simple_powers,
     select_tensors,

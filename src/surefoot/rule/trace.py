@@ -7,6 +7,7 @@ the rule asked for; whose calls are operations of `ops.py`; and whose output is 
 import functools
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -115,7 +116,10 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     unscaled = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
     grad = _clipped(unscaled, coefficients, settled)
     slots = [inputs.get(slot.name) for slot in optimizer.slots]
-    returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
+    try:
+        returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
+    except TypeError as error:  # torch's own, of arguments that it takes no symbols for
+        raise RuleError(f"{_place(error, tracer.file)}: {str(error).partition(', but expected')[0]}") from error
     outputs = _outputs(optimizer, returned, active)
     if averaged:
         new: Any = outputs[0]
@@ -125,6 +129,13 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
     run_passes(tracer.graph, 1 + len(active) + len(averaged))
     return Rule(optimizer.__name__, flags, (*active, *averaged), coefficients.names(), tracer.graph, tuple(measured))
+
+
+def _place(error: BaseException, file: str) -> str:
+    """`file:line` of the innermost frame of an error inside a rule's file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f"{file}:{lines[-1]}" if lines else file
 
 
 def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
