@@ -56,9 +56,8 @@ def check_arguments(graph: fx.Graph) -> None:
         for place, (kind, argument) in enumerate(zip(node.target.takes, node.args, strict=True), 1):
             if kind != "." and _is_tensor(argument) != (kind == "t"):
                 wanted = "a tensor" if kind == "t" else "a number, such as a coefficient"
-                raise RuleError(
-                    f"{node.meta['source']}: argument {place} of `{node.target.name}` must be {wanted}, but is {argument}"
-                )
+                what = f"argument {place} of `{node.target.name}`"
+                raise RuleError(f"{node.meta['source']}: {what} must be {wanted}, but is {argument}")
 
 
 def divide_by_tensor(graph: fx.Graph) -> None:
