@@ -1,4 +1,4 @@
-"""What is kept between steps: buckets of the CPU engine with their plans, as long as all they were made from holds.
+"""What is kept between steps: buckets of kernel engines with their plans, as long as all they were made from holds.
 
 Whatever a user may change counts at the next step, so everything is compared with what is there now: groups, options,
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines import cpu
+from surefoot import device
+from surefoot.engines import cpu, gpu
 from surefoot.engines.bucket import addresses
 
 if TYPE_CHECKING:
@@ -79,11 +80,11 @@ class Kept:
 
     @classmethod
     def of(cls, optimizer: "Optimizer", signatures: list[Signature], works: "list[Work]") -> "Kept":
-        """Keep works, if the CPU engine can use all of them again."""
+        """Keep works, if their engines can use all of them again."""
         if not works or not all(_reusable(work) for work in works):
             return cls()
         for work in works:
-            work.watch = Watch(work)
+            work.watch = device.Watch(work) if work.engine is gpu else Watch(work)
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
         return cls(signatures, params, idle, dict(optimizer.state), works)
@@ -116,11 +117,18 @@ def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
 def _reusable(work: "Work") -> bool:
     from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
 
-    scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
+    scalars = [state[scalar.name] for state in work.states for scalar in work.optimizer.scalars]
+    if work.engine is gpu:
+        return all(map(_as_it_is, work.params, work.grads())) and not any(isinstance(value, int) for value in scalars)
     return work.engine is cpu and all(map(_plain, work.params, work.grads())) and Numbers.can_hold(scalars)
 
 
 def _plain(param: Tensor, grad: Tensor) -> bool:
     """Whether an engine works on a parameter and its gradient themselves rather than on something made from them."""
-    made_from = grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor() or param.is_complex()
-    return type(param) in cpu.PLAIN and not made_from
+    return _as_it_is(param, grad) and not param.is_complex()
+
+
+def _as_it_is(param: Tensor, grad: Tensor) -> bool:
+    """Whether the memory of a parameter and its gradient holds what they mean."""
+    means_other = grad.layout is not torch.strided or grad.is_neg() or grad.is_conj() or grad._is_zerotensor()
+    return type(param) in cpu.PLAIN and not means_other

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from surefoot.engines import Bucket, Coefficients, Engine, choose, eager
+from surefoot import device
+from surefoot.engines import Bucket, Coefficients, Engine, choose, eager, gpu
+from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
 from surefoot.kept import Kept, Watch
 from surefoot.rule import Flags, bind
@@ -21,6 +24,7 @@ from surefoot.state import (
     ensure_state,
     flags_of,
     hyperparameters,
+    is_on_device,
     local,
     read_scalars,
     write_scalars,
@@ -43,6 +47,7 @@ class Row(NamedTuple):
 
 def rows(optimizer: "Optimizer") -> list[Row]:
     """Give every parameter that has a gradient, negated under `maximize`, with its state; check all of them first."""
+    device.refuse_capture(optimizer)
     found = [
         (group, param, admissible_gradient(optimizer, group, param))
         for group in optimizer.param_groups
@@ -72,7 +77,9 @@ class Work:
     states: list[dict[str, Any]] = field(default_factory=list)
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
-    watch: Watch | None = None
+    watch: Watch | device.Watch | None = None
+    rows: device.Rows | None = None
+    fresh: Any = False
 
     def grads(self) -> list[Any]:
         """Give the gradients of now."""
@@ -97,6 +104,9 @@ class Work:
         """Put the numbers of this step into the bucket, and compute the new scalars."""
         slots = {slot.name for slot in self.bucket.rule.slots}
         fresh = [not slots.isdisjoint(names) for names in self.made]
+        if is_on_device(self.group, self.params[0]):
+            self._compute_on_device(fresh)
+            return
         scalars = self.optimizer.scalars
         values = self.watch.read() if self.watch else read_scalars(self.states, scalars)
         distinct, row = _distinct(values, fresh)
@@ -105,27 +115,74 @@ class Work:
         new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
         self.scalars = new[:, row]
 
-    def run(self) -> None:
-        """Count the step, update the bucket's parameters, and forget their gradients."""
-        if self.watch:
-            self.watch.write(self.scalars)
-        else:
-            write_scalars(self.states, self.optimizer.scalars, self.scalars)
+    def _compute_on_device(self, fresh: list[bool]) -> None:
+        """Do so on the parameters' device, without reading anything from it."""
+        optimizer, place = self.optimizer, self.bucket.device
+        if self.rows is None:
+            device.refuse_new_work(optimizer)
+            self.rows = device.Rows(self.states, optimizer.scalars, place)
+            self.fresh = _flags_on(place, fresh)
+        h = SimpleNamespace(**{name: device.number_on(place, v) for name, v in vars(hyperparameters(self.group)).items()})
+        scalars = dict(zip((s.name for s in optimizer.scalars), self.rows.values.double(), strict=True))
+        numbers, self.scalars = _numbers(self, h, scalars, fresh=self.fresh)
+        numbers["loss_scale"] = device.number_on(place, numbers["loss_scale"])
+        self.bucket.coefficients = EachParameter(
+            {name: numbers[name] for name in self.bucket.rule.coefficients}, len(self.params)
+        )
+        self.bucket.row = np.arange(len(self.params))
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.bucket.found_inf = None if found_inf is None else found_inf.to(place, non_blocking=True)
+
+    def forget_fresh(self) -> None:
+        """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
+        for state, fresh in zip(self.states, self.fresh.tolist() if isinstance(self.fresh, Tensor) else (), strict=False):
+            for slot in self.bucket.rule.slots if fresh else ():
+                state.pop(slot.name, None)
+
+    def _run_on_device(self, rows: device.Rows) -> None:
+        """Run, and then count the step, which is read while it runs."""
+        found_inf = self.bucket.found_inf
+        if self.engine is gpu or found_inf is None or not float(found_inf):
+            self._run_engine()
+            rows.write(self.scalars, found_inf)
+        if found_inf is None:
+            self.fresh = False
+        elif isinstance(self.fresh, Tensor):
+            self.fresh.logical_and_(found_inf != 0)
+
+    def _run_engine(self) -> None:
         if self.bucket.grads[0].is_sparse:
             _run_rows(self.engine, self.bucket)
         else:
             self.engine.run(self.bucket)
+
+    def run(self) -> None:
+        """Count the step, update the bucket's parameters, and forget their gradients."""
+        if self.rows:
+            self._run_on_device(self.rows)
+        else:
+            self._count()
+            self._run_engine()
         self.bucket.grads, self.made, self.scalars = [], [], None
+
+    def _count(self) -> None:
+        if self.watch:
+            self.watch.write(self.scalars)
+        else:
+            write_scalars(self.states, self.optimizer.scalars, self.scalars)
 
 
 def run_rule(optimizer: "Optimizer") -> None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is."""
-    if (found_inf := getattr(optimizer, "found_inf", None)) is not None and float(found_inf):
+    device.refuse_capture(optimizer)
+    if _is_skipped(optimizer):
         return
     signatures = [signature(optimizer, group) for group in optimizer.param_groups]
     kept: Kept = optimizer.__dict__.pop("_kept", None) or Kept()
     works = kept.works(optimizer, signatures)
     if works is None:
+        for work in kept.found:
+            work.forget_fresh()
         works = _new_works(optimizer)
         kept = Kept.of(optimizer, signatures, works)
     else:
@@ -134,6 +191,14 @@ def run_rule(optimizer: "Optimizer") -> None:
     for work in works:
         work.run()
     optimizer.__dict__["_kept"] = kept
+
+
+def _is_skipped(optimizer: "Optimizer") -> bool:
+    """Whether a GradScaler has found infinities, as far as the host is to know."""
+    if (found_inf := getattr(optimizer, "found_inf", None)) is None:
+        return False
+    params = ((group, param) for group in optimizer.param_groups for param in group["params"])
+    return not all(is_on_device(group, param) for group, param in params) and bool(found_inf)
 
 
 def _new_works(optimizer: "Optimizer") -> list[Work]:
@@ -194,10 +259,20 @@ def _distinct(values: np.ndarray, fresh: list[bool]) -> tuple[list[tuple[tuple[f
 
 def _coefficients(work: Work, values: tuple[float, ...], *, fresh: bool) -> tuple[Coefficients, list[float]]:
     """Compute the numbers of an update and the new scalars from the present scalars."""
-    optimizer, h = work.optimizer, hyperparameters(work.group)
-    scalars: dict[str, Any] = {s.name: value for s, value in zip(optimizer.scalars, values, strict=True)}
+    scalars = {s.name: value for s, value in zip(work.optimizer.scalars, values, strict=True)}
+    numbers, new = _numbers(work, hyperparameters(work.group), scalars, fresh=fresh)
+    keep = bool(work.group.get("differentiable"))
+    coefficients = {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}
+    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+
+
+def _numbers(
+    work: Work, h: SimpleNamespace, scalars: dict[str, Any], *, fresh: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """Give every number that an update may read, and the new scalars: Python's numbers, or tensors if scalars are."""
+    optimizer = work.optimizer
     if "step" in scalars:
-        scalars["step"] += 1
+        scalars["step"] = scalars["step"] + 1
     derived = optimizer.coefficients(h, **scalars)
     numbers: dict[str, Any] = {
         name: value for name, value in vars(h).items() if isinstance(value, float | int | Tensor)
@@ -208,9 +283,14 @@ def _coefficients(work: Work, values: tuple[float, ...], *, fresh: bool) -> tupl
             f"{work.bucket.rule.name}.update reads c.{missing[0]}, which is neither a hyperparameter nor given by "
             f"`coefficients`; there are: {', '.join(sorted(numbers))}"
         )
-    keep = bool(work.group.get("differentiable"))
-    new = [float(_number(derived.get(name, value), keep_tensors=False)) for name, value in scalars.items()]
-    return {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}, new
+    return numbers, [derived.get(name, value) for name, value in scalars.items()]
+
+
+def _flags_on(place: torch.device, flags: list[bool]) -> Tensor | bool:
+    """Put flags on a device; what all of them share is not copied, which would wait."""
+    if len(set(flags)) == 1:
+        return flags[0] and torch.full((len(flags),), True, device=place)
+    return torch.tensor(flags, device=place) if flags else False
 
 
 def _number(value: Any, *, keep_tensors: bool) -> Any:

@@ -18,6 +18,28 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
+class EachParameter(Sequence[Coefficients]):
+    """The numbers of an update where they are computed on the device: those of each parameter, as 0-d tensors.
+
+    Attributes:
+        numbers: for each number a tensor with one element for each parameter, or what all of them share.
+    """
+
+    def __init__(self, numbers: Mapping[str, Any], count: int) -> None:
+        self.numbers, self._count = numbers, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: Any) -> Any:
+        if not 0 <= position < self._count:
+            raise IndexError(position)
+        return {
+            name: value[position] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.numbers.items()
+        }
+
+
 @dataclass(eq=False)
 class Bucket:
     """Parameters that share device, dtype and rule.
@@ -34,6 +56,7 @@ class Bucket:
         row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
         plan: what the engine keeps of the bucket between steps.
+        found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
     """
 
     rule: Rule
@@ -41,9 +64,10 @@ class Bucket:
     grads: list[Tensor]
     options: Mapping[str, Any]
     slots: list[list[Tensor]] = field(default_factory=list)
-    coefficients: list[Coefficients] = field(default_factory=list)
+    coefficients: Sequence[Coefficients] = field(default_factory=list)
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     plan: Any = None
+    found_inf: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

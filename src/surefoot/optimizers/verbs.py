@@ -25,3 +25,12 @@ def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
     """Give the numbers of Adam's two moving averages and of decoupled weight decay."""
     beta1, beta2 = h.betas
     return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}
+
+
+def larger(x: Any, y: Any) -> Any:
+    """The larger of two numbers, of which either may be a tensor."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return torch.maximum(x, y)
+    if isinstance(y, Tensor):
+        return y.clamp(min=x)
+    return x.clamp(min=y) if isinstance(x, Tensor) else max(x, y)
