@@ -1,12 +1,13 @@
-"""Steps whose numbers never reach the host: scalars as rows of a tensor, coefficients computed on the device.
+"""Steps whose numbers never reach the host: scalars read, and coefficients computed, on the device.
 
 So it is with `capturable=True`, where a graph replays the step, and with `fused=True` on an accelerator, where a
 GradScaler's `found_inf` may undo it; in both cases only the device knows how many steps have been taken.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from operator import is_, itemgetter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.tensors import Metadata
+from surefoot.errors import InternalError
 from surefoot.rule import Scalar
 from surefoot.state import local
 
@@ -54,33 +56,54 @@ def refuse_new_work(optimizer: "Optimizer") -> None:
         )
 
 
-class Rows:
-    """Scalars of some parameters as the rows of one tensor, of which the state holds 0-d views.
+class DeviceScalars:
+    """The scalars of some parameters, on their device: 0-d tensors in the state, read and written without waiting."""
 
-    Attributes:
-        values: tensor of shape (scalars, parameters).
-    """
-
-    def __init__(self, states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], device: torch.device) -> None:
-        names = [scalar.name for scalar in scalars]
+    def __init__(
+        self, states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], device: torch.device, *, by_kernel: bool
+    ) -> None:
         if whole := [scalar.name for scalar in scalars if scalar.integer]:
             raise RuntimeError(
                 f"`{whole[0]}` is declared as an integer, which is kept on the host; steps that are captured, or "
                 f"skipped by a GradScaler, need it as a tensor: declare it without `integer`"
             )
-        found = [[_as_tensor(state[name], device) for state in states] for name in names]
-        self.values = torch.stack([torch.stack(row) for row in found]) if names else torch.empty(0, len(states))
-        for name, row in zip(names, self.values, strict=True):
-            for state, view in zip(states, row, strict=True):
-                state[name] = view
+        self._device, self._shape = device, (len(scalars), len(states))
+        for state, scalar in product(states, scalars):
+            if not isinstance(value := state[scalar.name], Tensor) or value.device != device:
+                state[scalar.name] = _as_tensor(value, device)
+        self._tensors = [state[scalar.name] for scalar in scalars for state in states]
+        dtypes = {tensor.dtype for tensor in self._tensors}
+        self._scattered = None
+        if by_kernel and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+            from surefoot.engines.gpu.scalars import Scattered  # noqa: PLC0415 (Triton, on first use)
+
+            self._scattered = Scattered(self._tensors)
+
+    def read(self) -> Tensor:
+        """Give the scalars: float64 of shape (scalars, parameters)."""
+        if not self._tensors:
+            return torch.empty(self._shape, dtype=torch.float64, device=self._device)
+        values = self._scattered.read() if self._scattered else torch.stack(self._tensors).double()
+        return values.view(self._shape)
 
     def write(self, new: Sequence[Any], found_inf: Tensor | None) -> None:
-        """Set the rows, unless `found_inf` is there and not zero."""
-        for row, value in zip(self.values, new, strict=True):
-            if found_inf is None:
-                row.copy_(value)
-            else:
-                row.copy_(torch.where(found_inf != 0, row, value))
+        """Set the scalars, unless `found_inf` is there and not zero; `new` has for each its values or their value."""
+        if not self._tensors:
+            return
+        values = torch.cat([self._row(value) for value in new])
+        if self._scattered:
+            self._scattered.write(values, found_inf)
+        elif found_inf is None:
+            torch._foreach_copy_(self._tensors, list(values))
+        else:
+            kept = torch.where(found_inf != 0, torch.stack(self._tensors).double(), values)
+            torch._foreach_copy_(self._tensors, list(kept))
+
+    def _row(self, value: Any) -> Tensor:
+        count = self._shape[1]
+        if isinstance(value, Tensor):
+            return value.double().expand(count)
+        return torch.full((count,), value, dtype=torch.float64, device=self._device)
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:
@@ -88,6 +111,11 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
 
 
 # Hyperparameters
+
+
+def numbers_on(device: torch.device, h: SimpleNamespace) -> SimpleNamespace:
+    """Give hyperparameters for arithmetic on a device; see `number_on`."""
+    return SimpleNamespace(**{name: number_on(device, value) for name, value in vars(h).items()})
 
 
 def number_on(device: torch.device, value: Any) -> Any:
@@ -102,25 +130,26 @@ def number_on(device: torch.device, value: Any) -> Any:
 
 
 class Watch:
-    """Watches the tensors of a bucket on a device, and reads and writes its scalars on the host if they are there."""
+    """Watches the tensors of a bucket on a device, and reads and writes its scalars where the host has them."""
 
     def __init__(self, work: "Work") -> None:
-        self._rows = work.rows or Rows(work.states, work.optimizer.scalars, torch.device("cpu"))
-        names = [*(scalar.name for scalar in work.optimizer.scalars), *(slot.name for slot in work.bucket.rule.slots)]
+        names = [scalar.name for scalar in work.optimizer.scalars]
+        self._scalars = None if work.on_device else _HostScalars(work.states, names)
+        names += [slot.name for slot in work.bucket.rule.slots]
         self._entries = [(itemgetter(name), [state[name] for state in work.states]) for name in names]
-        slots = self._entries[len(work.optimizer.scalars) :]
-        self._slots = list(chain.from_iterable(tensors for _, tensors in slots))
+        self._state = list(chain.from_iterable(tensors for _, tensors in self._entries))
         # Parameters are looked at from outside: a reference held here would keep them from being swapped.
-        self._facts = [Metadata(tensors) for tensors in (work.params, work.grads(), self._slots)]
-        self._pointers = [addresses(work.params), addresses(self._slots)]
+        watched = (work.params, work.grads(), self._state)
+        self._facts = [Metadata(tensors) if tensors else None for tensors in watched]
+        self._pointers = [addresses(work.params), addresses(self._state)]
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
         grads = work.grads()
-        tensors = (work.params, grads, self._slots)
-        if not all(facts.same(now) for facts, now in zip(self._facts, tensors, strict=True)):
+        watched = (work.params, grads, self._state)
+        if not all(facts is None or facts.same(now) for facts, now in zip(self._facts, watched, strict=True)):
             return False
-        pointers = (addresses(work.params), addresses(self._slots))
+        pointers = (addresses(work.params), addresses(self._state))
         if not all(map(np.array_equal, self._pointers, pointers)):
             return False
         try:
@@ -132,9 +161,32 @@ class Watch:
         return True
 
     def read(self) -> np.ndarray:
-        """Read the scalars: float64 of shape (scalars, parameters)."""
-        return self._rows.values.numpy().astype(np.float64)
+        """Read the scalars of the host: float64 of shape (scalars, parameters)."""
+        return self._host().read()
 
     def write(self, values: np.ndarray) -> None:
-        """Write the scalars."""
-        self._rows.values.copy_(torch.from_numpy(values))
+        """Write the scalars of the host."""
+        self._host().write(values)
+
+    def _host(self) -> "_HostScalars":
+        if self._scalars is None:
+            raise InternalError("scalars on a device are not read on the host")
+        return self._scalars
+
+
+class _HostScalars:
+    """Scalars on the host as views of one array, which takes no compiler to read and write at once."""
+
+    def __init__(self, states: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+        self._values = torch.zeros(len(names), len(states))
+        if names:
+            self._values = torch.stack([torch.stack([state[name].cpu() for state in states]) for name in names])
+        for name, row in zip(names, self._values, strict=True):
+            for state, view in zip(states, row, strict=True):
+                state[name] = view
+
+    def read(self) -> np.ndarray:
+        return self._values.numpy().astype(np.float64)
+
+    def write(self, values: np.ndarray) -> None:
+        self._values.copy_(torch.from_numpy(values))

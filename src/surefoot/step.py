@@ -54,6 +54,8 @@ def rows(optimizer: "Optimizer") -> list[Row]:
         for param in group["params"]
         if param.grad is not None
     ]
+    if not all(optimizer.state.get(param) for _, param, _ in found):
+        device.refuse_new_work(optimizer)
     return [_row(optimizer, group, param, grad) for group, param, grad in found]
 
 
@@ -62,7 +64,10 @@ def _row(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, grad: 
     state = optimizer.state.get(param, {})
     if "step" in state:
         state["step"] += 1
-    return Row(hyperparameters(group), param, -grad if group.get("maximize") else grad, state)
+    h = hyperparameters(group)
+    if is_on_device(group, param) or not param.is_cpu:
+        h = device.numbers_on(param.device, h)
+    return Row(h, param, -grad if group.get("maximize") else grad, state)
 
 
 @dataclass(eq=False)
@@ -78,8 +83,13 @@ class Work:
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
     watch: Watch | device.Watch | None = None
-    rows: device.Rows | None = None
+    numbers: device.DeviceScalars | None = None
     fresh: Any = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether only the parameters' device knows their scalars."""
+        return is_on_device(self.group, self.params[0])
 
     def grads(self) -> list[Any]:
         """Give the gradients of now."""
@@ -104,7 +114,7 @@ class Work:
         """Put the numbers of this step into the bucket, and compute the new scalars."""
         slots = {slot.name for slot in self.bucket.rule.slots}
         fresh = [not slots.isdisjoint(names) for names in self.made]
-        if is_on_device(self.group, self.params[0]):
+        if self.on_device:
             self._compute_on_device(fresh)
             return
         scalars = self.optimizer.scalars
@@ -118,12 +128,13 @@ class Work:
     def _compute_on_device(self, fresh: list[bool]) -> None:
         """Do so on the parameters' device, without reading anything from it."""
         optimizer, place = self.optimizer, self.bucket.device
-        if self.rows is None:
+        if self.numbers is None:
             device.refuse_new_work(optimizer)
-            self.rows = device.Rows(self.states, optimizer.scalars, place)
+            kernels = self.engine is gpu
+            self.numbers = device.DeviceScalars(self.states, optimizer.scalars, place, by_kernel=kernels)
             self.fresh = _flags_on(place, fresh)
-        h = SimpleNamespace(**{name: device.number_on(place, v) for name, v in vars(hyperparameters(self.group)).items()})
-        scalars = dict(zip((s.name for s in optimizer.scalars), self.rows.values.double(), strict=True))
+        h = device.numbers_on(place, hyperparameters(self.group))
+        scalars = dict(zip((s.name for s in optimizer.scalars), self.numbers.read(), strict=True))
         numbers, self.scalars = _numbers(self, h, scalars, fresh=self.fresh)
         numbers["loss_scale"] = device.number_on(place, numbers["loss_scale"])
         self.bucket.coefficients = EachParameter(
@@ -139,12 +150,12 @@ class Work:
             for slot in self.bucket.rule.slots if fresh else ():
                 state.pop(slot.name, None)
 
-    def _run_on_device(self, rows: device.Rows) -> None:
-        """Run, and then count the step, which is read while it runs."""
+    def _run_on_device(self, numbers: device.DeviceScalars) -> None:
+        """Run, and count the step if it was taken."""
         found_inf = self.bucket.found_inf
         if self.engine is gpu or found_inf is None or not float(found_inf):
             self._run_engine()
-            rows.write(self.scalars, found_inf)
+            numbers.write(self.scalars, found_inf)
         if found_inf is None:
             self.fresh = False
         elif isinstance(self.fresh, Tensor):
@@ -158,8 +169,8 @@ class Work:
 
     def run(self) -> None:
         """Count the step, update the bucket's parameters, and forget their gradients."""
-        if self.rows:
-            self._run_on_device(self.rows)
+        if self.numbers:
+            self._run_on_device(self.numbers)
         else:
             self._count()
             self._run_engine()

@@ -4,7 +4,6 @@ A plan is a cache: it holds the kernel, the table of addresses on the device, an
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients, EachParameter, addresses
 from surefoot.engines.gpu.compile import dialect_of, load
-from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs
+from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 
 
 class Launch(NamedTuple):
@@ -62,7 +61,7 @@ class Plan:
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, in one launch on the current stream."""
         self._entries[1] = addresses(bucket.grads)
-        with self._on_device(), torch.no_grad():
+        with on(self._device), torch.no_grad():
             lent = list(self._lend(bucket))
             numbers = self._send_numbers(bucket.coefficients, bucket.row)
             self._table.update(self._entries)
@@ -87,11 +86,6 @@ class Plan:
             # As the CPU engine: a product may be added without being rounded first, and nothing else.
             enable_fp_fusion=True,
         )
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Make the parameters' device the current one, to which Triton launches."""
-        module: Any = getattr(torch, self._device.type)
-        return module.device(self._device) if self._device.type != "cpu" else nullcontext()
 
     def _note_stream(self, numbers: Tensor) -> None:
         """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""

@@ -4,6 +4,7 @@ What is sent goes from pinned memory, asynchronously, on the current stream.  Wh
 sent, from memory that is the graph's own from then on: each replay sends it again, whatever other steps have changed.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ _kept_for_graphs: list[Any] = []
 def capturing(device: torch.device) -> bool:
     """Whether what is done on a device now goes into a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, to which Triton launches."""
+    module: Any = getattr(torch, device.type)
+    return module.device(device) if device.type != "cpu" else nullcontext()
 
 
 def keep_for_graphs(*memory: Tensor) -> None:
