@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def capturing() -> bool:
     """Whether a graph is being captured on the current device."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return in_use and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(optimizer: "Optimizer") -> None:
@@ -119,7 +120,7 @@ def numbers_on(device: torch.device, h: SimpleNamespace) -> SimpleNamespace:
 
 
 def number_on(device: torch.device, value: Any) -> Any:
-    """Give a hyperparameter, or a tuple of them, for arithmetic on a device: tensors there in float64, others as they are."""
+    """Give a hyperparameter, or a tuple of them, for arithmetic on a device: tensors there, and in float64."""
     if isinstance(value, tuple):
         return tuple(number_on(device, item) for item in value)
     if not isinstance(value, Tensor):

@@ -146,7 +146,9 @@ class Work:
 
     def forget_fresh(self) -> None:
         """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
-        for state, fresh in zip(self.states, self.fresh.tolist() if isinstance(self.fresh, Tensor) else (), strict=False):
+        for state, fresh in zip(
+            self.states, self.fresh.tolist() if isinstance(self.fresh, Tensor) else (), strict=False
+        ):
             for slot in self.bucket.rule.slots if fresh else ():
                 state.pop(slot.name, None)
 

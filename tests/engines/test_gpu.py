@@ -49,7 +49,11 @@ def few(dtype):
 def variants(*names):
     """Every rule without flags and with all of them."""
     rows = [row for row in ELEMENTWISE if not names or row.name in names]
-    found = [pytest.param(row, options, id=f"{row.name}-{bool(options)}") for row in rows for options in ({}, row.all_flags())]
+    found = [
+        pytest.param(row, options, id=f"{row.name}-{bool(options)}")
+        for row in rows
+        for options in ({}, row.all_flags())
+    ]
     return pytest.mark.parametrize(("row", "options"), found)
 
 
@@ -100,7 +104,9 @@ def test_float64_agrees_with_the_for_loop(row, options, record_property):
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
     """The interpreter fuses no multiplication with an addition, so there is hardly anything to differ."""
     options = {**options, "lr": 2**-8}
-    actual, expected = (row.slots_of(trained(row, options, dtype, steps=4, **way)) for way in (FUSED, {"foreach": False}))
+    actual, expected = (
+        row.slots_of(trained(row, options, dtype, steps=4, **way)) for way in (FUSED, {"foreach": False})
+    )
     tolerance = 8 * torch.finfo(dtype).eps
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert (flat(actual) == flat(expected)).double().mean() > 0.99
@@ -429,7 +435,11 @@ def test_offsets_have_64_bits():
 
 def test_only_what_has_changed_is_sent(monkeypatch):
     sent = []
-    monkeypatch.setattr(tables.Table, "_send", lambda self, first, end, send=tables.Table._send: (sent.append((first, end)), send(self, first, end)))
+    monkeypatch.setattr(
+        tables.Table,
+        "_send",
+        lambda self, first, end, send=tables.Table._send: (sent.append((first, end)), send(self, first, end)),
+    )
     values = np.arange(12.0).reshape(3, 4)
     table = tables.Table(values, torch.device("cpu"))
     table.update(values)
@@ -448,7 +458,9 @@ def test_while_a_graph_is_captured_everything_is_sent_and_kept(monkeypatch):
     for graph in range(tables._SPARES + 1):
         table.update(values + graph)
     memory = tables._kept_for_graphs[kept:]
-    assert [pinned.tolist() for _, pinned in memory] == [(values + graph).tolist() for graph in range(tables._SPARES + 1)]
+    assert [pinned.tolist() for _, pinned in memory] == [
+        (values + graph).tolist() for graph in range(tables._SPARES + 1)
+    ]
     del tables._kept_for_graphs[kept:]
 
 
@@ -536,9 +548,17 @@ def test_a_captured_step_goes_on_from_the_last(monkeypatch):
 # Who serves
 
 
-def test_import_leaves_triton_alone():
-    code = "import sys, surefoot, torch\np = torch.ones(2, requires_grad=True)\np.grad = torch.ones(2)\nsurefoot.SGD([p]).step()\nassert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603 (our own code)
+_STEP_ON_CPU = """
+import sys, surefoot, torch
+param = torch.ones(2, requires_grad=True)
+param.grad = torch.ones(2)
+surefoot.SGD([param]).step()
+assert "triton" not in sys.modules
+"""
+
+
+def test_without_a_gpu_triton_is_not_imported():
+    subprocess.run([sys.executable, "-c", _STEP_ON_CPU], check=True, timeout=120)  # noqa: S603 (our own code)
 
 
 def _bucket(**options):
@@ -589,5 +609,9 @@ def test_the_choice_on_a_gpu(monkeypatch):
 
 
 def test_capturable_is_an_option_of_everything_that_can_be_captured():
-    without = {cls for cls in surefoot.optimizers.__all__ if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters}
+    without = {
+        cls
+        for cls in surefoot.optimizers.__all__
+        if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters
+    }
     assert without == {"LBFGS", "SparseAdam"}

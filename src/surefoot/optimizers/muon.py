@@ -50,7 +50,11 @@ def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
 
 def _norms(x: Tensor) -> Tensor:
     """Give the Frobenius norm of a matrix, or of each of a stack."""
-    return x.norm() if x.dim() == 2 else torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # noqa: PLR2004
+    if x.dim() == 2:  # noqa: PLR2004 (one matrix)
+        norm: Tensor = x.norm()
+        return norm
+    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return norms
 
 
 class Muon(Optimizer):

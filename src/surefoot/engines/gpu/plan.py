@@ -23,10 +23,11 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(512, 8)}
-"""The launch by the bytes of the narrowest array's elements: each thread has one access of 128 bits to that array.
+LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(512, 4)}
+"""The launch by the bytes of the narrowest array's elements; a thread has one or two accesses of 128 bits to that array.
 
-Chosen from registers and bytes in flight, as the compiler reports them; `benchmarks/gpu.py --tune` measures the others.
+Not measured yet: chosen from registers, spills and the bytes in flight that the compiler's report leaves room for.
+`benchmarks/gpu.py --tune` measures the alternatives.
 """
 
 
@@ -35,7 +36,8 @@ def blocks_of(sizes: np.ndarray, block: int) -> np.ndarray:
     counts = -(-sizes // block)
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
     number = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    return (number << 32) | tensor
+    blocks: np.ndarray = (number << 32) | tensor
+    return blocks
 
 
 class Plan:
@@ -174,7 +176,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def laid_out_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give tensors of one shape in the layout of the first, or contiguous if that has gaps; copies where they must be."""
+    """Give tensors of one shape in the layout of the first, or contiguous if that has gaps, as copies where needed."""
     first = tensors[0] if is_dense(tensors[0]) else tensors[0].contiguous()
     return [first, *(tensor if alike((first, tensor)) else _copy_like(first, tensor) for tensor in tensors[1:])]
 

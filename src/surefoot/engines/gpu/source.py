@@ -1,8 +1,9 @@
 """A rule's graph printed as a Triton kernel: all tensors of a bucket in one launch, one pass over memory.
 
 A program of the kernel updates one block of one tensor.  It reads from a table where the tensor's arrays stand, so that
-one kernel serves any number of tensors of any sizes.  Blocks that are full and aligned are moved in accesses of 128 bits
-without masks; so are, under a mask, ends that have a multiple of eight elements; only what is left goes by elements.
+one kernel serves any number of tensors of any sizes.  Blocks that are full and aligned are moved in accesses of 128
+bits without masks; so are, under a mask, ends that have a multiple of eight elements; only what is left goes by
+elements.
 """
 
 import re
@@ -98,11 +99,10 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "logarithm": _in_float64("log", "x"),
     "hyperbolic_tangent": _in_float64("tanh", "x"),
     "from_bfloat16": ("x", "(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)"),
-    "bfloat16_bits": ("bits", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16"),
+    "nearest": ("bits", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16"),
     "to_bfloat16": (
         "x",
-        "tl.where(x == x, bfloat16_bits(x.to(tl.uint32, bitcast=True)), 0x7FC0).to(tl.uint16)"
-        ".to(tl.bfloat16, bitcast=True)",
+        "tl.where(x == x, nearest(x.to(tl.uint32, bitcast=True)), 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)",
     ),
 }
 _RESERVED = {*_FUNCTIONS, "inf", "lanes", "libdevice", "mask", "nan", "tl", "triton"}
@@ -158,7 +158,7 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
     kernel = _TEMPLATE.format(
         parameters=", ".join([*places, "lanes", "mask", *numbers]),
         pointers=_lines(f"{array.name}_ = {array.name}_.to(tl.pointer_type({array.type}))" for array in arrays),
-        hints=_lines((f"    {place} = tl.multiple_of({place}, {ALIGNMENT})" for place in places)),
+        hints=_lines(f"    {place} = tl.multiple_of({place}, {ALIGNMENT})" for place in places),
         body=_lines(body),
         count=len(arrays),
         reads=_lines(_reads(arrays, numbers)),
@@ -220,7 +220,9 @@ def _preamble(kernel: str, real: str, dialect: Dialect) -> str:
             functions.insert(0, _function(name, real, dialect))
     text = "".join(functions)
     library = "from triton.language.extra import libdevice\n" if "libdevice." in text else ""
-    constants = [f'{name} = tl.constexpr(float("{name}"))\n' for name in ("inf", "nan") if re.search(rf"\b{name}\b", kernel)]
+    constants = [
+        f'{name} = tl.constexpr(float("{name}"))\n' for name in ("inf", "nan") if re.search(rf"\b{name}\b", kernel)
+    ]
     return library + "".join(("\n", *constants) if constants else ()) + text
 
 
