@@ -1,7 +1,7 @@
 """Optimizers for PyTorch: the names of torch.optim, each algorithm written once and run by fast engines."""
 
 import importlib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,10 @@ __all__ = [
     "swa_utils",
 ]
 
-__version__ = version("surefoot")
+try:
+    __version__ = version("surefoot")
+except PackageNotFoundError:  # used from a checkout that is not installed
+    __version__ = "0+unknown"
 _ON_FIRST_USE = ("lr_finder", "lr_scheduler", "swa_utils")
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 

@@ -21,7 +21,7 @@ def dialect_of(device: torch.device) -> Dialect:
 
 @functools.cache
 def load(rule: Rule, compute: torch.dtype, stored: tuple[torch.dtype, ...], dialect: Dialect) -> Any:
-    """Make the kernel of a rule, once in this process; Triton compiles it at its first launch, and caches that on disk."""
+    """Make the kernel of a rule, once in this process; Triton compiles it when it is first launched."""
     return define(print_kernel(rule, compute, stored, dialect), rule.name.lower())
 
 

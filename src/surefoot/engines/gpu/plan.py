@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 
 
 LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(512, 4)}
-"""The launch by the bytes of the narrowest array's elements; a thread has one or two accesses of 128 bits to that array.
+"""The launch by the bytes of the narrowest array's elements; a thread has one or two accesses of 128 bits there.
 
 Not measured yet: chosen from registers, spills and the bytes in flight that the compiler's report leaves room for.
 `benchmarks/gpu.py --tune` measures the alternatives.
