@@ -11,6 +11,7 @@ It needs PyTorch for CUDA with Triton and nothing else, and runs from a checkout
 import argparse
 import gc
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -242,15 +243,15 @@ def contenders(variant: Variant) -> dict[str, Callable[[list[Parameter]], Step]]
 def launch_each(optimizer: surefoot.Optimizer) -> Step:
     """Give a step that launches our kernel once for each parameter, and does nothing else on the host."""
     plan = plan_of(optimizer)
-    tensor = plan._blocks & 0xFFFFFFFF
-    blocks = [plan._blocks[tensor == index] for index in range(plan._entries.shape[1])]
+    tensor = plan._chunks & 0xFFFFFFFF
+    chunks = [plan._chunks[tensor == index] for index in range(plan._entries.shape[1])]
     numbers = plan._numbers.there
 
     def step() -> None:
-        whole = plan._blocks
-        for plan._blocks in blocks:
+        whole = plan._chunks
+        for plan._chunks in chunks:
             plan._start(numbers, None)
-        plan._blocks = whole
+        plan._chunks = whole
 
     return step
 
@@ -299,12 +300,13 @@ def _summary(lines: Sequence[Line]) -> Iterator[str]:
 
 
 class Tuned(NamedTuple):
-    """A kernel with some launch: elements of a block, warps, and the share of a copy's bandwidth."""
+    """A kernel with some launch: elements of a block, warps, blocks of a chunk, and the share of a copy's bandwidth."""
 
     optimizer: str
     dtype: str
     block: int
     warps: int
+    repeat: int
     of_copy: float
 
 
@@ -318,25 +320,25 @@ def tune(elements: int, bandwidth: float) -> Iterator[Tuned]:
             case = Case(VARIANTS[name], huge(elements * 2 // dtype.itemsize // 4), dtype)
             for line in _try_launches(case, bandwidth):
                 yield line
-                launch = Launch(line.block, line.warps)
+                launch = Launch(line.block, line.warps, line.repeat)
                 worst[launch] = min(worst.get(launch, math.inf), line.of_copy)
         best, chosen = max(worst, key=worst.__getitem__), LAUNCH[dtype.itemsize]
         print(f"{dtype}: best {best} {worst[best]:.1%}, chosen {chosen} {worst[chosen]:.1%}")
 
 
 def _try_launches(case: Case, bandwidth: float) -> Iterator[Tuned]:
-    from surefoot.engines.gpu.plan import Launch, blocks_of  # noqa: PLC0415
+    from surefoot.engines.gpu.plan import Launch, chunks_of  # noqa: PLC0415
 
     plan = plan_of(getattr(surefoot, case.variant.optimizer)(parameters(case), **case.variant.options))
     sizes = plan._entries[-2]
-    for warps in (2, 4, 8, 16):
-        for each in (8, 16, 32, 64):  # bytes of a parameter that a thread moves
-            plan._launch = Launch(32 * warps * each // case.dtype.itemsize, warps)
-            plan._blocks = torch.from_numpy(blocks_of(sizes, plan._launch.block)).cuda()
-            seconds, _ = timed(lambda: plan._start(plan._numbers.there, None), 0.1)
-            share = case.bytes() / seconds / bandwidth
-            print(f"{case.variant.name:14} {case.dtype} {plan._launch} {share:.1%}")
-            yield Tuned(case.variant.name, str(case.dtype), *plan._launch, share)
+    # Bytes of a parameter that a thread moves for a block, warps, blocks of a chunk.
+    for each, warps, repeat in itertools.product((16, 32), (4, 8), (1, 2, 4, 8, 16)):
+        plan._launch = Launch(32 * warps * each // case.dtype.itemsize, warps, repeat)
+        plan._chunks = torch.from_numpy(chunks_of(sizes, plan._launch.chunk)).cuda()
+        seconds, _ = timed(lambda: plan._start(plan._numbers.there, None), 0.1)
+        share = case.bytes() / seconds / bandwidth
+        print(f"{case.variant.name:14} {case.dtype} {plan._launch} {share:.1%}")
+        yield Tuned(case.variant.name, str(case.dtype), *plan._launch, share)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.tensors import Metadata
 from surefoot.errors import InternalError
-from surefoot.rule import Scalar
+from surefoot.rule import Scalar, scalar_dtype
 from surefoot.state import local
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class DeviceScalars:
         self._tensors = [state[scalar.name] for scalar in scalars for state in states]
         dtypes = {tensor.dtype for tensor in self._tensors}
         self._scattered = None
-        if by_kernel and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+        if by_kernel and len(dtypes) == 1 and dtypes <= {*_NUMBERS}:
             from surefoot.engines.gpu.scalars import Scattered  # noqa: PLC0415 (Triton, on first use)
 
             self._scattered = Scattered(self._tensors)
@@ -176,18 +176,23 @@ class Watch:
 
 
 class _HostScalars:
-    """Scalars on the host as views of one array, which takes no compiler to read and write at once."""
+    """Scalars on the host, each a 0-d tensor of its own, seen through NumPy: that is quick and needs no compiler."""
 
     def __init__(self, states: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-        self._values = torch.zeros(len(names), len(states))
-        if names:
-            self._values = torch.stack([torch.stack([state[name].cpu() for state in states]) for name in names])
-        for name, row in zip(names, self._values, strict=True):
-            for state, view in zip(states, row, strict=True):
-                state[name] = view
+        for state, name in product(states, names):
+            if not isinstance(value := state[name], Tensor) or not value.is_cpu or value.dtype not in _NUMBERS:
+                state[name] = torch.as_tensor(value, dtype=scalar_dtype(), device="cpu")
+        self._tensors = [state[name] for name in names for state in states]
+        self._arrays = [tensor.numpy() for tensor in self._tensors]
+        self._shape = (len(names), len(states))
 
     def read(self) -> np.ndarray:
-        return self._values.numpy().astype(np.float64)
+        return np.fromiter(map(np.ndarray.item, self._arrays), np.float64, len(self._arrays)).reshape(self._shape)
 
     def write(self, values: np.ndarray) -> None:
-        self._values.copy_(torch.from_numpy(values))
+        for array, value in zip(self._arrays, values.ravel().tolist(), strict=True):
+            array.fill(value)
+        torch.autograd.graph.increment_version(self._tensors)
+
+
+_NUMBERS = (torch.float32, torch.float64)

@@ -6,6 +6,7 @@ CPU engine are kept until the next step, which uses them again if nothing has ch
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -83,13 +84,13 @@ class Work:
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
     watch: Watch | device.Watch | None = None
-    numbers: device.DeviceScalars | None = None
+    device_scalars: device.DeviceScalars | None = None
     fresh: Any = False
 
     @property
     def on_device(self) -> bool:
         """Whether only the parameters' device knows their scalars."""
-        return is_on_device(self.group, self.params[0])
+        return is_on_device(self.group, self.params[0]) and not self.group.get("differentiable")
 
     def grads(self) -> list[Any]:
         """Give the gradients of now."""
@@ -128,13 +129,13 @@ class Work:
     def _compute_on_device(self, fresh: list[bool]) -> None:
         """Do so on the parameters' device, without reading anything from it."""
         optimizer, place = self.optimizer, self.bucket.device
-        if self.numbers is None:
+        if self.device_scalars is None:
             device.refuse_new_work(optimizer)
             kernels = self.engine is gpu
-            self.numbers = device.DeviceScalars(self.states, optimizer.scalars, place, by_kernel=kernels)
+            self.device_scalars = device.DeviceScalars(self.states, optimizer.scalars, place, by_kernel=kernels)
             self.fresh = _flags_on(place, fresh)
         h = device.numbers_on(place, hyperparameters(self.group))
-        scalars = dict(zip((s.name for s in optimizer.scalars), self.numbers.read(), strict=True))
+        scalars = dict(zip((s.name for s in optimizer.scalars), self.device_scalars.read(), strict=True))
         numbers, self.scalars = _numbers(self, h, scalars, fresh=self.fresh)
         numbers["loss_scale"] = device.number_on(place, numbers["loss_scale"])
         self.bucket.coefficients = EachParameter(
@@ -146,18 +147,17 @@ class Work:
 
     def forget_fresh(self) -> None:
         """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
-        for state, fresh in zip(
-            self.states, self.fresh.tolist() if isinstance(self.fresh, Tensor) else (), strict=False
-        ):
-            for slot in self.bucket.rule.slots if fresh else ():
-                state.pop(slot.name, None)
+        if isinstance(self.fresh, Tensor):
+            for state in compress(self.states, self.fresh.tolist()):
+                for slot in self.bucket.rule.slots:
+                    state.pop(slot.name, None)
 
-    def _run_on_device(self, numbers: device.DeviceScalars) -> None:
+    def _run_on_device(self, scalars: device.DeviceScalars) -> None:
         """Run, and count the step if it was taken."""
         found_inf = self.bucket.found_inf
         if self.engine is gpu or found_inf is None or not float(found_inf):
             self._run_engine()
-            numbers.write(self.scalars, found_inf)
+            scalars.write(self.scalars, found_inf)
         if found_inf is None:
             self.fresh = False
         elif isinstance(self.fresh, Tensor):
@@ -171,8 +171,8 @@ class Work:
 
     def run(self) -> None:
         """Count the step, update the bucket's parameters, and forget their gradients."""
-        if self.numbers:
-            self._run_on_device(self.numbers)
+        if self.device_scalars:
+            self._run_on_device(self.device_scalars)
         else:
             self._count()
             self._run_engine()

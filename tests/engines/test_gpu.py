@@ -41,19 +41,16 @@ def interpreter(monkeypatch):
 
 
 def few(dtype):
-    """Make parameters of every kind, small enough for an interpreter; the last has whole blocks and an end."""
+    """Make parameters of every kind, small enough for an interpreter; the last has whole blocks, two chunks and an end."""
     kinds = {name: param for name, param in zoo(dtype).items() if name != "long"}
-    return kinds | {"blocks": normals(dtype, seed=7)(2 * 1024 + 72).requires_grad_()}
+    return kinds | {"blocks": normals(dtype, seed=7)(4 * 1024 + 72).requires_grad_()}
 
 
-def variants(*names):
-    """Every rule without flags and with all of them."""
+def variants(*names, plain=True):
+    """Every rule, or those named, with all of its flags, and unless not `plain` without any."""
     rows = [row for row in ELEMENTWISE if not names or row.name in names]
-    found = [
-        pytest.param(row, options, id=f"{row.name}-{bool(options)}")
-        for row in rows
-        for options in ({}, row.all_flags())
-    ]
+    sets = [(row, options) for row in rows for options in ([{}] * plain + [row.all_flags()])]
+    found = [pytest.param(row, options, id=f"{row.name}-{bool(options)}") for row, options in sets]
     return pytest.mark.parametrize(("row", "options"), found)
 
 
@@ -81,15 +78,27 @@ def flat(found):
 # The same answers
 
 
-@ways
-@variants()
-def test_no_farther_from_float64_than_torch(row, options, way, record_property):
+def distance_to_float64(row, options, way):
     exact = flat(by_torch(row, options, torch.float32, like=torch.float64))
     theirs = flat(by_torch(row, options, torch.float32, foreach=row.name != "ASGD")) - exact
     ours = flat(trained(row, options, torch.float32, **way)) - exact
+    return ours, theirs
+
+
+@variants()
+def test_no_farther_from_float64_than_torch(row, options, record_property):
+    ours, theirs = distance_to_float64(row, options, FUSED)
     assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
     assert ours.abs().max() <= 1.5 * theirs.abs().max()
     record_property("compared", "gpu, interpreted: no farther from float64 than torch's foreach (ASGD: for-loop)")
+
+
+@variants(plain=False)
+def test_no_farther_with_numbers_of_the_device(row, options, record_property):
+    ours, theirs = distance_to_float64(row, options, CAPTURABLE)
+    assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
+    assert ours.abs().max() <= 1.5 * theirs.abs().max()
+    record_property("compared", "gpu, interpreted, capturable: no farther from float64 than torch's foreach")
 
 
 @variants()
@@ -100,7 +109,7 @@ def test_float64_agrees_with_the_for_loop(row, options, record_property):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@variants()
+@variants(plain=False)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
     """The interpreter fuses no multiplication with an addition, so there is hardly anything to differ."""
     options = {**options, "lr": 2**-8}
@@ -212,7 +221,7 @@ class Unread(TorchDispatchMode):
 TENSORS = {"lr": 0.05, "weight_decay": 0.1, "momentum_decay": 0.01, "alpha": 0.8, "rho": 0.8, "eps": 1e-3, "lambd": 0.1}
 
 
-@variants()
+@variants(plain=False)
 def test_a_capturable_step_reads_nothing(row, options):
     """With hyperparameters that are tensors, and they count."""
     tensors = {name: torch.tensor(value) for name, value in TENSORS.items() if name in row.defaults}
@@ -418,18 +427,17 @@ def test_a_changed_tensor_is_noticed(change, what):
     assert_close(*found)
 
 
-def test_blocks_cover_every_element_once():
+def test_chunks_cover_every_element_once():
     sizes = np.array([0, 1, 1024, 0, 5 * 1024 + 3, 2, 1025])
-    blocks = plan.blocks_of(sizes, 1024)
     covered = [[] for _ in sizes]
-    for block in blocks.tolist():
-        tensor, number = block & 0xFFFFFFFF, block >> 32
+    for chunk in plan.chunks_of(sizes, 1024).tolist():
+        tensor, number = chunk & 0xFFFFFFFF, chunk >> 32
         covered[tensor] += range(number * 1024, min(int(sizes[tensor]), (number + 1) * 1024))
     assert covered == [list(range(size)) for size in sizes]
 
 
 def test_offsets_have_64_bits():
-    (last,) = plan.blocks_of(np.array([5 * 2**32]), 1024)[-1:]
+    (last,) = plan.chunks_of(np.array([5 * 2**32]), 1024)[-1:]
     assert (int(last) >> 32) * 1024 == 5 * 2**32 - 1024
 
 

@@ -1,6 +1,6 @@
 """A plan: what the GPU engine keeps of a bucket between steps, so that a step is one launch and little before it.
 
-A plan is a cache: it holds the kernel, the table of addresses on the device, and the division into blocks.
+A plan is a cache: it holds the kernel, the table of addresses on the device, and the division into chunks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,27 +17,33 @@ from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: elements of a block, and the warps that share it."""
+    """How a kernel is launched: elements of a block, the warps that share it, and the blocks of a chunk."""
 
     block: int
     warps: int
+    repeat: int
+
+    @property
+    def chunk(self) -> int:
+        """Elements that a program of the kernel updates."""
+        return self.block * self.repeat
 
 
-LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(512, 4)}
-"""The launch by the bytes of the narrowest array's elements; a thread has one or two accesses of 128 bits there.
+LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4, 4), 4: Launch(1024, 8, 4), 8: Launch(512, 4, 4)}
+"""The launch by the bytes of the widest array's elements: a thread moves 16 bytes of it at once, of float64 32.
 
 Not measured yet: chosen from registers, spills and the bytes in flight that the compiler's report leaves room for.
 `benchmarks/gpu.py --tune` measures the alternatives.
 """
 
 
-def blocks_of(sizes: np.ndarray, block: int) -> np.ndarray:
-    """Divide tensors into blocks: for each block, int64, its number in its tensor times 2**32, plus the tensor's."""
-    counts = -(-sizes // block)
+def chunks_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
+    """Divide tensors into chunks: for each chunk, int64, its number in its tensor times 2**32, plus the tensor's."""
+    counts = -(-sizes // chunk)
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
     number = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    blocks: np.ndarray = (number << 32) | tensor
-    return blocks
+    chunks: np.ndarray = (number << 32) | tensor
+    return chunks
 
 
 class Plan:
@@ -49,13 +55,13 @@ class Plan:
         sizes = np.array([param.numel() for param in bucket.params], dtype=np.int64)
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._kernel = load(bucket.rule, bucket.compute_dtype, dtypes, dialect_of(bucket.device))
-        self._launch = LAUNCH[min(dtype.itemsize for dtype in dtypes)]
+        self._launch = LAUNCH[max(dtype.itemsize for dtype in dtypes)]
         self._irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
         self._written = [*bucket.params, *chain.from_iterable(bucket.slots)]
         self._for_graphs = bool(bucket.options.get("capturable"))
         self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
         self._table = Table(self._entries, self._device, for_graphs=self._for_graphs)
-        self._blocks = Table(blocks_of(sizes, self._launch.block), self._device).there
+        self._chunks = Table(chunks_of(sizes, self._launch.chunk), self._device).there
         self._numbers: Table | Tensor | None = None
         self._sent: dict[str, float] = {}
         self._stream = _stream(self._device)
@@ -74,16 +80,17 @@ class Plan:
         torch.autograd.graph.increment_version(self._written)
 
     def _start(self, numbers: Tensor, found_inf: Tensor | None) -> None:
-        if not len(self._blocks):
+        if not len(self._chunks):
             return
-        self._kernel[(len(self._blocks),)](
+        self._kernel[(len(self._chunks),)](
             self._table.there,
-            self._blocks,
+            self._chunks,
             numbers,
             found_inf,
             self._entries.shape[1],
             numbers.shape[-1],
             BLOCK=self._launch.block,
+            REPEAT=self._launch.repeat,
             num_warps=self._launch.warps,
             # As the CPU engine: a product may be added without being rounded first, and nothing else.
             enable_fp_fusion=True,
@@ -91,7 +98,7 @@ class Plan:
 
     def _note_stream(self, numbers: Tensor) -> None:
         """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""
-        memory = (self._table.there, self._blocks, numbers)
+        memory = (self._table.there, self._chunks, numbers)
         if capturing(self._device):
             keep_for_graphs(*memory)
         elif (stream := _stream(self._device)) != self._stream:

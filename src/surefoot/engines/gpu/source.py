@@ -1,9 +1,9 @@
 """A rule's graph printed as a Triton kernel: all tensors of a bucket in one launch, one pass over memory.
 
-A program of the kernel updates one block of one tensor.  It reads from a table where the tensor's arrays stand, so that
-one kernel serves any number of tensors of any sizes.  Blocks that are full and aligned are moved in accesses of 128
-bits without masks; so are, under a mask, ends that have a multiple of eight elements; only what is left goes by
-elements.
+A program of the kernel updates a chunk of one tensor, a few blocks one after the other.  It reads from a table where
+the tensor's arrays stand, so that one kernel serves any number of tensors of any sizes.  Blocks that are full and
+aligned are moved in accesses of 128 bits without masks; so are, under a mask, ends that have a multiple of eight
+elements; only what is left goes by elements.
 """
 
 import re
@@ -164,6 +164,7 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
         reads=_lines(_reads(arrays, numbers)),
         together=" | ".join(places),
         arrays=", ".join(places),
+        steps=_lines(f"    {array.name}_ += BLOCK * {array.dtype.itemsize}" for array in arrays),
         numbers="".join(f", {number}" for number in numbers),
         below=ALIGNMENT - 1,
         lanes=LANES,
@@ -258,21 +259,25 @@ def update({parameters}, ALIGNED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("tensors", "rows"))
-def kernel(table, blocks, coefficients, found_inf, tensors, rows, BLOCK: tl.constexpr):
-    """Update a block: table[i, t] is the address of array i of tensor t, then come its size and its row of numbers."""
-    block = tl.load(blocks + tl.program_id(0))
-    entry = table + (block & 0xFFFFFFFF)
-    first = (block >> 32) * BLOCK
+def kernel(table, chunks, coefficients, found_inf, tensors, rows, BLOCK: tl.constexpr, REPEAT: tl.constexpr):
+    """Update a chunk: table[i, t] is the address of array i of tensor t, then come its size and its row of numbers."""
+    chunk = tl.load(chunks + tl.program_id(0))
+    entry = table + (chunk & 0xFFFFFFFF)
+    first = (chunk >> 32) * (BLOCK * REPEAT)
     rest = tl.load(entry + {count} * tensors) - first
     if found_inf is not None:
         rest = tl.where(tl.load(found_inf) != 0, 0, rest)
 {reads}
     aligned = (({together}) & {below}) == 0
     lanes = tl.arange(0, BLOCK)
-    if aligned & (rest >= BLOCK):
-        update({arrays}, lanes, None{numbers}, True)
-    elif aligned & (rest % {lanes} == 0):
-        update({arrays}, lanes, lanes < rest // {lanes} * {lanes}{numbers}, True)
-    else:
-        update({arrays}, lanes, lanes < rest{numbers}, False)
+    end = tl.maximum(rest - BLOCK * REPEAT, 0)
+    while rest > end:
+        if aligned & (rest >= BLOCK):
+            update({arrays}, lanes, None{numbers}, True)
+        elif aligned & (rest % {lanes} == 0):
+            update({arrays}, lanes, lanes < rest // {lanes} * {lanes}{numbers}, True)
+        else:
+            update({arrays}, lanes, lanes < rest{numbers}, False)
+{steps}
+        rest -= BLOCK
 '''
