@@ -41,7 +41,7 @@ def interpreter(monkeypatch):
 
 
 def few(dtype):
-    """Make parameters of every kind, small enough for an interpreter; the last has whole blocks, two chunks and an end."""
+    """Make parameters of every kind, small ones; the last has whole blocks, two chunks and an end."""
     kinds = {name: param for name, param in zoo(dtype).items() if name != "long"}
     return kinds | {"blocks": normals(dtype, seed=7)(4 * 1024 + 72).requires_grad_()}
 
