@@ -603,9 +603,25 @@ def test_old_devices_are_refused(monkeypatch):
     assert gpu._complaint.__wrapped__(torch.device("cuda", 0)) == message
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings its tools")
+def test_missing_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DEVICES", ("xpu",))
+    monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", "cc")
+    message = "Triton finds no Python.h, with which it builds its launcher; install Python's development headers"
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+    (tmp_path / "Python.h").touch()
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    message = "Triton finds no C compiler, with which it builds its launcher; install gcc or clang, or set CC"
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+
+
 def test_the_choice_on_a_gpu(monkeypatch):
     bucket = _bucket()
     monkeypatch.setattr(gpu, "DEVICES", ("meta",))
+    monkeypatch.setattr(gpu, "_complaint", lambda device: None)
     monkeypatch.setattr(engines, "_FOREACH_DEVICES", ("meta",))
     bucket.params, bucket.grads = [torch.ones(3, device="meta")], [torch.ones(3, device="meta")]
     assert engines.choose(bucket) is gpu

@@ -2,7 +2,12 @@
 
 import functools
 import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -40,13 +45,23 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
 
 @functools.cache
 def _complaint(device: torch.device) -> str | None:
-    """Give the reason why Triton cannot serve a device."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """Give the reason why Triton cannot serve a device, or nothing here."""
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_NVIDIA:
+            return f"Triton serves compute capability 8.0 and newer, but {device} has {'.'.join(map(str, capability))}"
+    return _missing_tool() if device.type in DEVICES and device.type != "cpu" else None
+
+
+def _missing_tool() -> str | None:
+    """Name what Triton needs to build its launcher and does not find."""
+    if sys.platform != "linux":
         return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= _OLDEST_NVIDIA:
-        return None
-    return f"Triton serves compute capability 8.0 and newer, but {device} has {capability[0]}.{capability[1]}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, with which it builds its launcher; install gcc or clang, or set CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton finds no Python.h, with which it builds its launcher; install Python's development headers"
+    return None
 
 
 def run(bucket: Bucket) -> None:
