@@ -21,8 +21,12 @@ triton = pytest.importorskip("triton", reason="compiling kernels needs Triton, w
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+from surefoot import state
+from surefoot.engines import gpu
 from surefoot.engines.gpu import compile as compiling
+from surefoot.engines.gpu import plan
 from surefoot.engines.gpu.plan import LAUNCH
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,6 +169,82 @@ def test_functions_of_the_library_are_those_of_float64(architecture):
     assert not re.findall(r"\b(?:add|sub|mul|fma|div|sqrt)\.[\w.]*(?:ftz|approx)[\w.]*f32", ptx)
     assert "fma.rn.f64" in ptx
     assert used["spills"] == 0
+
+
+# Launches
+
+
+class Target:
+    """Stands for the driver of a device that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Let steps on the CPU go all the way to Triton's launch, which compiles for a device and stops there."""
+    found = []
+
+    def run(self, *arguments, warmup, real=JITFunction.run, **options):
+        found.append((self.fn.__name__, real(self, *arguments, warmup=True, **options)))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target())
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(state, "CAPTURABLE_DEVICES", ("cpu",))
+    monkeypatch.setattr(plan, "dialect_of", lambda device: Dialect.PTX)
+    compiling.load.cache_clear()
+    yield found
+    compiling.load.cache_clear()
+
+
+def step(count, **options):
+    params = [torch.ones(1000).requires_grad_() for _ in range(count)]
+    optimizer = surefoot.NAdam(params, fused=True, **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones(1000)
+        optimizer.step()
+    return optimizer
+
+
+def test_a_kernel_serves_any_number_of_tensors(launched):
+    """Triton would make constants of numbers that are 1, and another kernel for multiples of 16."""
+    for count in (1, 3, 16):
+        step(count)
+        step(count, capturable=True)
+    assert [name for name, _ in launched[3:12]] == ["gather", "kernel", "scatter"] * 3
+    assert {name: len({id(unit) for other, unit in launched if other == name}) for name, _ in launched} == {
+        "kernel": 1,
+        "gather": 1,
+        "scatter": 1,
+    }
+
+
+def test_a_launch_compiles_what_is_checked_here(launched):
+    step(2)
+    unit = launched[0][1]
+    source, stored = source_of(surefoot.NAdam, {}, torch.float32)
+    ptx, _ = compiled(source, stored, 90)
+    assert accesses(unit.asm["ptx"]) == accesses(ptx)
+    assert unit.metadata.enable_fp_fusion
+    assert unit.metadata.num_warps == LAUNCH[4].warps
+
+
+def test_a_scaled_step_reads_found_inf(launched):
+    optimizer = step(2, capturable=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(1000)
+    optimizer.step()
+    signatures = {name: unit.src.signature.get("found_inf") for name, unit in launched[-3:]}
+    assert signatures == {"gather": None, "kernel": "*fp32", "scatter": "*fp32"}
 
 
 # Sources

@@ -1,6 +1,6 @@
 """Scalars of many parameters, each a 0-d tensor of its own on the device, read and written in one launch.
 
-The two kernels are plain functions here, and Triton's when they are first launched.
+The two kernels are plain functions here, and Triton's when they are first launched; it takes no annotation but its own.
 """
 
 import functools
@@ -18,7 +18,7 @@ from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 _BLOCK = 256
 
 
-def gather(table: Any, values: Any, count: Any, WIDE: tl.constexpr, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def gather(table, values, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
     """Read numbers from `count` addresses: float64 if WIDE, else float32."""
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(table + lane, lane < count, other=0)
@@ -29,7 +29,7 @@ def gather(table: Any, values: Any, count: Any, WIDE: tl.constexpr, BLOCK: tl.co
     tl.store(values + lane, number, lane < count)
 
 
-def scatter(table: Any, values: Any, found_inf: Any, count: Any, WIDE: tl.constexpr, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def scatter(table, values, found_inf, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, N803
     """Write numbers to `count` addresses, unless `found_inf` is there and not zero."""
     if found_inf is not None:
         count = tl.where(tl.load(found_inf) != 0, 0, count)
