@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import addresses
-from surefoot.engines.cpu.tensors import Metadata
 from surefoot.errors import InternalError
 from surefoot.rule import Scalar, scalar_dtype
 from surefoot.state import local
@@ -134,6 +133,8 @@ class Watch:
     """Watches the tensors of a bucket on a device, and reads and writes its scalars where the host has them."""
 
     def __init__(self, work: "Work") -> None:
+        from surefoot.engines.cpu.tensors import Metadata  # noqa: PLC0415 (on first use)
+
         names = [scalar.name for scalar in work.optimizer.scalars]
         self._scalars = None if work.on_device else _HostScalars(work.states, names)
         names += [slot.name for slot in work.bucket.rule.slots]

@@ -20,6 +20,8 @@ from surefoot.optimizers.muon import newton_schulz
 
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
+import triton.language as tl
+
 from surefoot.engines.gpu import compile as compiling
 from surefoot.engines.gpu import plan, tables
 
@@ -29,8 +31,22 @@ CAPTURABLE = {"fused": True, "capturable": True}
 ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "capturable"])
 
 
+@pytest.fixture
+def language():
+    """Give Triton's language back as it was: the interpreter replaces much of it, and nothing compiles then."""
+    places = (tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base, tl.dtype)
+    before = [dict(vars(place)) for place in places]
+    yield
+    for place, names in zip(places, before, strict=True):
+        for name, value in dict(vars(place)).items():
+            if name not in names:
+                delattr(place, name)
+            elif value is not names[name]:
+                setattr(place, name, names[name])
+
+
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
+def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))

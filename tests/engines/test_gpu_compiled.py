@@ -123,6 +123,13 @@ def test_other_dtypes(row, dtype, record_property):
     record_property("compared", "gpu, compiled for sm_90: 128 bits, no spills, IEEE arithmetic")
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrower_state(state_dtype):
+    ptx, used = compiled(*source_of(surefoot.AdamW, {}, torch.float64, state_dtype), 90)
+    assert "fma.rn.f64" in ptx
+    assert used["spills"] == 0
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_wider_state_and_skipped_steps(dtype, architecture):

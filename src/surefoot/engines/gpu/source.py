@@ -31,13 +31,14 @@ LANES = 8
 
 # For each dtype of storage: Triton's name, and how values are loaded from it and stored into it, by dialect.
 _PLAIN = ("{0}.to({real})", "{0}.to({stored})")
+_HALF = ("{0}.to({real})", "{0}.to(tl.float32).to({stored})")
 _STORAGE: dict[torch.dtype, tuple[str, dict[Dialect, tuple[str, str]]]] = {
     torch.float32: ("tl.float32", dict.fromkeys(Dialect, _PLAIN)),
     torch.float64: ("tl.float64", dict.fromkeys(Dialect, _PLAIN)),
-    torch.float16: ("tl.float16", dict.fromkeys(Dialect, _PLAIN)),
+    torch.float16: ("tl.float16", dict.fromkeys(Dialect, _HALF)),
     torch.bfloat16: (
         "tl.bfloat16",
-        {Dialect.PTX: _PLAIN, Dialect.PORTABLE: ("from_bfloat16({0}).to({real})", "to_bfloat16({0}.to(tl.float32))")},
+        {Dialect.PTX: _HALF, Dialect.PORTABLE: ("from_bfloat16({0}).to({real})", "to_bfloat16({0}.to(tl.float32))")},
     ),
 }
 
