@@ -23,6 +23,12 @@ KNOWN_BUGS: dict[str, str] = {
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Under `-m gpu` leave out what needs more than pytest and PyTorch, such as the other tests' packages."""
+    others = collection_path.suffix == ".py" and collection_path.name != "test_gpu_device.py"
+    return True if config.option.markexpr == "gpu" and others else None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         for pattern, reason in KNOWN_BUGS.items():

@@ -1,7 +1,7 @@
 """Promise 1, same answers: every row of the conformance table against its oracle, engine by engine.
 
-Not tested here, because it needs CUDA: `capturable=True`.  The flag sets that torch's database has for it are tried
-without it.
+Not tested here, because it needs a GPU: `capturable=True`; see engines/test_gpu.py.  The flag sets that torch's
+database has for it are tried without it.
 """
 
 import inspect

@@ -71,7 +71,7 @@ _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 def __getattr__(name: str) -> Any:
     """Import what is asked for; torch's tools for any optimizer are torch's."""
     if name == "__version__":
-        value: Any = importlib.import_module("importlib.metadata").version("surefoot")
+        value: Any = _version()
     elif name in _OF_TORCH:
         value = getattr(importlib.import_module("torch.optim"), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"surefoot.{name}"):
@@ -81,6 +81,15 @@ def __getattr__(name: str) -> Any:
     else:
         raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
     return globals().setdefault(name, value)
+
+
+def _version() -> str:
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        found: str = metadata.version("surefoot")
+    except metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        return "0+unknown"
+    return found
 
 
 def __dir__() -> list[str]:

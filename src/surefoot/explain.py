@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from surefoot.engines import ENGINES, Bucket, choose
 from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.engines.gpu import source as triton
 from surefoot.rule import Rule, bind
 from surefoot.state import flags_of
 
@@ -77,11 +78,14 @@ def traffic(layout: Layout) -> Traffic:
     return Traffic(sum(sizes), sum(sizes) - sizes[1])
 
 
-def source(optimizer: "Optimizer", dtype: torch.dtype) -> str:
-    """Print the kernel that would be generated for a dtype, for the first group's options."""
+def source(optimizer: "Optimizer", dtype: torch.dtype, *, gpu: bool = False) -> str:
+    """Print the kernel that would be generated for a dtype, for the first group's options, for CPU or GPU."""
     group = optimizer.param_groups[0]
     rule = rule_of(optimizer, group)
-    return print_kernel(rule, layout_of(rule, dtype, group.get("state_dtype")))
+    layout = layout_of(rule, dtype, group.get("state_dtype"))
+    if gpu:
+        return triton.print_kernel(rule, layout.compute, layout.stored, triton.Dialect.PTX)
+    return print_kernel(rule, layout)
 
 
 def choices(optimizer: "Optimizer") -> list[Choice]:

@@ -1,4 +1,4 @@
-"""What is kept between steps: buckets of the CPU engine with their plans, as long as all they were made from holds.
+"""What is kept between steps: buckets of kernel engines with their plans, as long as all they were made from holds.
 
 Whatever a user may change counts at the next step, so everything is compared with what is there now: groups, options,
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines import cpu
+from surefoot import device
+from surefoot.engines import cpu, gpu
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -71,18 +72,16 @@ class Kept:
 
     @classmethod
     def of(cls, optimizer: "Optimizer", signatures: list[Signature], works: "list[Work]") -> "Kept":
-        """Keep works, if the CPU engine can use all of them again."""
+        """Keep works, if their engines can use all of them again."""
         if not works or type(optimizer.state) not in _DICTS or not all(_reusable(work) for work in works):
             return cls()
-        from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
-
         for work in works:
-            work.watch = Watch(work)
+            work.watch = device.Watch(work) if work.engine is gpu else Watch(work)
         if not all(work.watch and work.watch.sound for work in works):
             return cls()
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
-        return cls(signatures, params, idle, optimizer.state, Items([optimizer.state]), works)
+        return cls(signatures, params, idle, optimizer.state, _items(optimizer.state, works), works)
 
     def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
@@ -98,6 +97,24 @@ class Kept:
         return self.found if holds else None
 
 
+class _Items:
+    """Tells whether a dict still has the items it had, where there is no compiler to look faster."""
+
+    def __init__(self, items: dict[Any, Any]) -> None:
+        self._items, self._own = items, dict(items)
+
+    def changed(self) -> bool:
+        return not (_same(self._own, self._items) and _same(self._own.values(), self._items.values()))
+
+
+def _items(state: Any, works: "list[Work]") -> Any:
+    if not any(work.engine is cpu for work in works):
+        return _Items(state)
+    from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
+
+    return Items([state])
+
+
 def _params(optimizer: "Optimizer") -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
@@ -110,12 +127,15 @@ def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
 
 
 def _reusable(work: "Work") -> bool:
-    from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415
+    scalars = [state[scalar.name] for state in work.states for scalar in work.optimizer.scalars]
+    if work.engine is gpu:
+        return all(map(_as_it_is, work.params, work.grads())) and not any(isinstance(value, int) for value in scalars)
+    if work.engine is not cpu:
+        return False
+    from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415 (NumPy and the compiler)
 
-    scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
     return (
-        work.engine is cpu
-        and all(type(state) is dict for state in work.states)
+        all(type(state) is dict for state in work.states)
         and all(map(_plain, work.params, work.grads()))
         and Numbers.can_hold(scalars)
     )
@@ -123,5 +143,10 @@ def _reusable(work: "Work") -> bool:
 
 def _plain(param: Tensor, grad: Tensor) -> bool:
     """Whether an engine works on a parameter and its gradient themselves rather than on something made from them."""
-    made_from = grad.layout is not torch.strided or grad.is_neg() or grad._is_zerotensor() or param.is_complex()
-    return type(param) in cpu.PLAIN and not made_from
+    return _as_it_is(param, grad) and not param.is_complex()
+
+
+def _as_it_is(param: Tensor, grad: Tensor) -> bool:
+    """Whether the memory of a parameter and its gradient holds what they mean."""
+    means_other = grad.layout is not torch.strided or grad.is_neg() or grad.is_conj() or grad._is_zerotensor()
+    return type(param) in cpu.PLAIN and not means_other

@@ -27,7 +27,13 @@ def describe(group: Mapping[str, Any], param: Tensor) -> str:
 
 def flags_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Flags:
     """Settle the flags of a group: the truth of each hyperparameter that shapes the computation."""
-    return tuple((name, bool(group.get(name, False))) for name in (*COMMON_FLAGS, *optimizer.flags))
+    return tuple((name, _truth(group, group.get(name, False))) for name in (*COMMON_FLAGS, *optimizer.flags))
+
+
+def _truth(group: Mapping[str, Any], value: Any) -> bool:
+    """Whether a flag is on; a tensor counts as on where reading it would wait for a device."""
+    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu)
+    return bool(unread or value)
 
 
 def active_slots(optimizer: "Optimizer", flags: Mapping[str, bool]) -> tuple[Slot, ...]:
@@ -151,9 +157,14 @@ def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor
     return list(made)
 
 
+def is_on_device(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether only the parameter's device knows its scalars: where steps may be captured, or be skipped by a kernel."""
+    return bool(group.get("capturable") or (group.get("fused") and not param.is_cpu))
+
+
 def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
-    """Device of a parameter's scalars: its own where steps are captured, else the host."""
-    return param.device if group.get("capturable") else torch.device("cpu")
+    """Device of a parameter's scalars: its own or the host."""
+    return param.device if is_on_device(group, param) else torch.device("cpu")
 
 
 # Scalars

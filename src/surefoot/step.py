@@ -6,13 +6,17 @@ CPU engine are kept until the next step, which uses them again if nothing has ch
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from surefoot.engines import Bucket, Coefficients, Engine, choose, cpu, eager
+from surefoot import device
+from surefoot.engines import Bucket, Coefficients, Engine, choose, cpu, eager, gpu
+from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
 from surefoot.kept import Kept, Watch
 from surefoot.rule import EMA, Flags, bind
@@ -22,6 +26,7 @@ from surefoot.state import (
     ensure_state,
     flags_of,
     hyperparameters,
+    is_on_device,
     local,
     read_scalars,
     sharded_type,
@@ -53,10 +58,13 @@ def rows(optimizer: "Optimizer") -> list[Row]:
 
     All are checked first.  There are none in a step that is to be skipped.
     """
+    device.refuse_capture(optimizer)
     whole, found = optimizer.whole_step, []
     for group in optimizer.param_groups:
         params = [param for param in group["params"] if param.grad is not None]
         found.append((Part(group, params), [admissible_gradient(optimizer, group, param) for param in params]))
+    if not all(optimizer.state.get(param) for part, _ in found for param in part.params):
+        device.refuse_new_work(optimizer)
     parts = [part for part, _ in found if part.params]
     whole.parts = parts
     if needs_reading(optimizer):
@@ -77,7 +85,10 @@ def _rows(optimizer: "Optimizer", part: Part, grads: Sequence[Tensor]) -> Iterat
         state = optimizer.state.get(param, {})
         if "step" in state:
             state["step"] += 1
-        yield Row(hyperparameters(group), param, _seen(optimizer, part, grad), state)
+        h = hyperparameters(group)
+        if is_on_device(group, param) or not param.is_cpu:
+            h = device.numbers_on(param.device, h)
+        yield Row(h, param, _seen(optimizer, part, grad), state)
 
 
 def _seen(optimizer: "Optimizer", part: Part, grad: Tensor) -> Tensor:
@@ -102,7 +113,15 @@ class Work:
     states: list[dict[str, Any]] = field(default_factory=list)
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
-    watch: Watch | None = None
+    watch: Watch | device.Watch | None = None
+    device_scalars: device.DeviceScalars | None = None
+    fresh: Any = False
+    fresh_average: Any = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether only the parameters' device knows their scalars."""
+        return is_on_device(self.group, self.params[0]) and not self.group.get("differentiable")
 
     def grads(self) -> list[Any]:
         """Give the gradients of now."""
@@ -136,7 +155,7 @@ class Work:
 
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
-        if not self._is_sparse():
+        if not self._is_sparse() and self.engine is not gpu:
             self.bucket.rule = bind(
                 cast("Any", type(self.optimizer)), (("measured", wanted), *self.bucket.rule.flags[1:])
             )
@@ -149,6 +168,9 @@ class Work:
         fresh = [(not slots.isdisjoint(names), EMA.name in names) for names in self.made]
         if self.group.get("ema") and EMA not in self.bucket.rule.slots:
             self.part.fresh = [new for _, new in fresh]
+        if self.on_device:
+            self._compute_on_device(fresh)
+            return
         scalars = self.optimizer.scalars
         values = self.watch.read() if self.watch else read_scalars(self.states, scalars)
         distinct, row = _distinct(values, fresh)
@@ -157,28 +179,79 @@ class Work:
         new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
         self.scalars = new[:, row]
 
-    def run(self) -> None:
-        """Count the step, update the bucket's parameters, and forget their gradients."""
-        if self.watch:
-            self.watch.write(self.scalars)
-        else:
-            write_scalars(self.states, self.optimizer.scalars, self.scalars)
+    def _compute_on_device(self, fresh: list[Fresh]) -> None:
+        """Do so on the parameters' device, without reading anything from it."""
+        optimizer, place = self.optimizer, self.bucket.device
+        if self.device_scalars is None:
+            device.refuse_new_work(optimizer)
+            kernels = self.engine is gpu
+            self.device_scalars = device.DeviceScalars(self.states, optimizer.scalars, place, by_kernel=kernels)
+            self.fresh, self.fresh_average = (_flags_on(place, [each[i] for each in fresh]) for i in (0, 1))
+        h = device.numbers_on(place, hyperparameters(self.group))
+        scalars = dict(zip((s.name for s in optimizer.scalars), self.device_scalars.read(), strict=True))
+        numbers, self.scalars = _numbers(self, h, scalars, (self.fresh, self.fresh_average))
+        numbers |= {name: device.number_on(place, numbers[name]) for name in ("loss_scale", "clip")}
+        self.bucket.coefficients = EachParameter(
+            {name: numbers[name] for name in self.bucket.rule.coefficients}, len(self.params)
+        )
+        self.bucket.row = np.arange(len(self.params))
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.bucket.found_inf = None if found_inf is None else found_inf.to(place, non_blocking=True)
+
+    def forget_fresh(self) -> None:
+        """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
+        if isinstance(self.fresh, Tensor):
+            for state in compress(self.states, self.fresh.tolist()):
+                for slot in self.bucket.rule.slots:
+                    state.pop(slot.name, None)
+
+    def _run_on_device(self, scalars: device.DeviceScalars) -> None:
+        """Run, and count the step if it was taken."""
+        found_inf = self.bucket.found_inf
+        if self.engine is gpu or found_inf is None or not float(found_inf):
+            self._run_engine()
+            scalars.write(self.scalars, found_inf)
+        if found_inf is None:
+            self.fresh = self.fresh_average = False
+        for fresh in (self.fresh, self.fresh_average):
+            if isinstance(fresh, Tensor):
+                fresh.logical_and_(cast("Tensor", found_inf != 0))
+
+    def _run_engine(self) -> None:
         if self._is_sparse():
             _run_rows(self.engine, self.bucket)
         else:
             self.engine.run(self.bucket)
+
+    def run(self) -> None:
+        """Count the step, update the bucket's parameters, and forget their gradients."""
+        if self.device_scalars:
+            self._run_on_device(self.device_scalars)
+        else:
+            self._count()
+            self._run_engine()
         self.part.sums, self.bucket.measured = self.bucket.measured, None
         self.bucket.grads, self.bucket.gradient_addresses, self.made, self.scalars = [], None, [], None
+
+    def _count(self) -> None:
+        if self.watch:
+            self.watch.write(self.scalars)
+        else:
+            write_scalars(self.states, self.optimizer.scalars, self.scalars)
 
 
 def run_rule(optimizer: "Optimizer") -> None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is."""
-    if (found_inf := getattr(optimizer, "found_inf", None)) is not None and float(found_inf):
+    device.refuse_capture(optimizer)
+    if _is_skipped(optimizer):
         skip(optimizer)
         return
     signatures = [signature(optimizer, group) for group in optimizer.param_groups]
     kept: Kept = optimizer.__dict__.pop("_kept", None) or Kept()
     known = kept.works(optimizer, signatures)
+    if known is None:
+        for work in kept.found:
+            work.forget_fresh()
     works = _new_works(optimizer) if known is None else known
     try:
         made = _prepare(optimizer, works)
@@ -192,6 +265,14 @@ def run_rule(optimizer: "Optimizer") -> None:
     for work in works if made else ():
         work.run()
     optimizer.__dict__["_kept"] = kept
+
+
+def _is_skipped(optimizer: "Optimizer") -> bool:
+    """Whether a GradScaler has found infinities, as far as the host is to know."""
+    if (found_inf := getattr(optimizer, "found_inf", None)) is None:
+        return False
+    params = ((group, param) for group in optimizer.param_groups for param in group["params"])
+    return not all(is_on_device(group, param) for group, param in params) and bool(found_inf)
 
 
 def _new_works(optimizer: "Optimizer") -> list[Work]:
@@ -285,24 +366,45 @@ def _distinct(values: np.ndarray, fresh: list[Fresh]) -> tuple[list[tuple[tuple[
 
 def _coefficients(work: Work, values: tuple[float, ...], fresh: Fresh) -> tuple[Coefficients, list[float]]:
     """Compute the numbers of an update and the new scalars from the present scalars."""
-    optimizer, h = work.optimizer, hyperparameters(work.group)
-    scalars: dict[str, Any] = {s.name: value for s, value in zip(optimizer.scalars, values, strict=True)}
+    scalars = {s.name: value for s, value in zip(work.optimizer.scalars, values, strict=True)}
+    numbers, new = _numbers(work, hyperparameters(work.group), scalars, fresh)
+    keep = bool(work.group.get("differentiable"))
+    coefficients = {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}
+    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+
+
+def _numbers(
+    work: Work, h: SimpleNamespace, scalars: dict[str, Any], fresh: tuple[Any, Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Give every number that an update may read, and the new scalars: Python's numbers, or tensors if scalars are."""
+    optimizer = work.optimizer
     if "step" in scalars:
-        scalars["step"] += 1
+        scalars["step"] = scalars["step"] + 1
     derived = optimizer.coefficients(h, **scalars)
     numbers: dict[str, Any] = {
         name: value for name, value in vars(h).items() if isinstance(value, float | int | Tensor)
     }
     numbers |= {"fresh": fresh[0], "loss_scale": getattr(optimizer, "grad_scale", None), "clip": work.part.clip}
-    numbers |= {"ema_weight": 1.0 if fresh[1] else 1 - (work.group.get("ema") or 0.0), **derived}
+    numbers |= {"ema_weight": _weight_of_average(work.group, fresh[1]), **derived}
     if missing := [name for name in work.bucket.rule.coefficients if name not in numbers]:
         raise RuleError(
             f"{work.bucket.rule.name}.update reads c.{missing[0]}, which is neither a hyperparameter nor given by "
             f"`coefficients`; there are: {', '.join(sorted(numbers))}"
         )
-    keep = bool(work.group.get("differentiable"))
-    new = [float(_number(derived.get(name, value), keep_tensors=False)) for name, value in scalars.items()]
-    return {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}, new
+    return numbers, [derived.get(name, value) for name, value in scalars.items()]
+
+
+def _weight_of_average(group: Mapping[str, Any], fresh: Any) -> Any:
+    """Give the weight of the stepped parameter in its average: all of it at first."""
+    weight = 1 - (group.get("ema") or 0.0)
+    return torch.where(fresh, 1.0, weight) if isinstance(fresh, Tensor) else 1.0 if fresh else weight
+
+
+def _flags_on(place: torch.device, flags: list[bool]) -> Tensor | bool:
+    """Put flags on a device; what all of them share is not copied, which would wait."""
+    if len(set(flags)) == 1:
+        return flags[0] and torch.full((len(flags),), True, device=place)
+    return torch.tensor(flags, device=place) if flags else False
 
 
 def _number(value: Any, *, keep_tensors: bool) -> Any:

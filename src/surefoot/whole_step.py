@@ -139,7 +139,7 @@ class Part:
         group: the param group.
         params: the parameters, n of them.
         gradients: sum of squares and largest absolute value of each gradient: float64 of shape (n, 2).
-        clip: what the gradients are multiplied with.
+        clip: what the gradients are multiplied with, a number or a 0-d tensor.
         sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 4).
         before: copies of the parameters before the step, where updates cannot be measured while they are made.
         fresh: for each parameter whether its average is new, where averages are no part of the update.
@@ -148,7 +148,7 @@ class Part:
     group: dict[str, Any]
     params: list[Tensor]
     gradients: Tensor | None = None
-    clip: float = 1.0
+    clip: Any = 1.0
     sums: Tensor | None = None
     before: list[Tensor] | None = None
     fresh: list[bool] | None = None
@@ -202,8 +202,14 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
 
     Raises:
         NonFiniteGradientError: a gradient holds inf or NaN and `nonfinite="raise"`; it names the parameters.
+        RuntimeError: gradients are to be looked at in a step with `capturable=True`.
     """
     whole = optimizer.whole_step
+    if whole.nonfinite != "ignore" and any(group.get("capturable") for group in optimizer.param_groups):
+        raise RuntimeError(
+            f"nonfinite={whole.nonfinite!r} looks at gradients on the host, which a step with capturable=True must not; "
+            f"leave one of them out"
+        )
     if whole.nonfinite != "ignore" and (strange := list(_strange(optimizer, parts))):
         if whole.nonfinite == "raise":
             raise NonFiniteGradientError(
@@ -213,7 +219,8 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
         skip(optimizer)
         _warn(whole, strange)
         return False
-    scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+    scale = getattr(optimizer, "grad_scale", None)
+    scale = 1.0 if scale is None else scale
     own = [part for part in parts if part.group.get("max_grad_norm")]
     for part in own:
         same_group = [other for other in own if other.group is part.group]
@@ -226,11 +233,15 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
     return True
 
 
-def _factor(limit: float, parts: Sequence[Part], scale: float) -> float:
-    """Give what gradients are multiplied with so that their norm is at most `limit`; NaN where the norm is NaN."""
-    squares = torch.cat([part.gradients[:, 0] for part in parts if part.gradients is not None])
-    norm = squares.sum().sqrt() / scale
-    return float((float(limit) / (norm + 1e-6)).clamp(max=1.0))
+def _factor(limit: float, parts: Sequence[Part], scale: Any) -> Any:
+    """Give what gradients are multiplied with so that their norm is at most `limit`; NaN where the norm is NaN.
+
+    It is a number where the norm is on the host, and stays on the device otherwise.
+    """
+    squares = [part.gradients[:, 0] for part in parts if part.gradients is not None]
+    norm = torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return factor.item() if factor.is_cpu else factor
 
 
 def _strange(optimizer: "Optimizer", parts: Iterable[Part]) -> Iterator[str]:
@@ -317,10 +328,15 @@ def _raw(optimizer: "Optimizer") -> Any:
         names=tuple(known[params[index]] for index in chosen),
         sums=torch.cat([block.to(blocks[0].device) for block in blocks])[chosen],
         lrs=tuple(rates[index] for index in chosen) or (math.nan,),
-        clip=min((part.clip for part in whole.parts), default=1.0),
+        clip=_least([part.clip for part in whole.parts]),
         skipped=whole.skipped,
         seconds=perf_counter() - whole.start,
     )
+
+
+def _least(clips: Sequence[Any]) -> Any:
+    on_device = [clip for clip in clips if isinstance(clip, Tensor)]
+    return torch.stack(on_device).min() if on_device else min(clips, default=1.0)
 
 
 def _sums(whole: WholeStep, part: Part) -> Tensor:

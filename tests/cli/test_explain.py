@@ -22,6 +22,13 @@ def test_it_shows_operations_source_traffic_and_engine():
     assert output.endswith("1 parameters (16 elements) of bfloat16 on cpu: cpu")
 
 
+def test_it_shows_the_kernel_for_a_gpu():
+    code, output = explain("nadam", "--dtype", "bfloat16", "--gpu")
+    assert code == 0
+    assert "generated source (GPU)" in output
+    assert "exp_avg = tl.load(exp_avg_ + lanes, mask).to(tl.float32)" in output
+
+
 def test_it_says_who_gets_a_model_and_why(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch\n\ndef build():\n"

@@ -28,6 +28,7 @@ def explain(
         str | None, typer.Option(help="FILE.py:FUNCTION that returns a model, to tell which engine it would get.")
     ] = None,
     source: Annotated[bool, typer.Option(help="Show the generated source.")] = True,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Show the source for a GPU rather than for the CPU.")] = False,
 ) -> None:
     """Show an algorithm's operations, its generated kernel, the bytes it moves, and which engine would run it."""
     import torch  # noqa: PLC0415 (only when the command runs)
@@ -46,12 +47,12 @@ def explain(
         if not optimizer.is_rule():
             console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run a step of its own.")
             return
-        _show(console, optimizer, params[0].dtype, source=source)
+        _show(console, optimizer, params[0].dtype, source=source, gpu=gpu)
     except (TypeError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: bool) -> None:
+def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: bool, gpu: bool) -> None:
     from rich.syntax import Syntax  # noqa: PLC0415
 
     from surefoot import explain as facts  # noqa: PLC0415
@@ -65,8 +66,10 @@ def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: boo
     console.print("[bold]operations[/bold]")
     console.print("\n".join(f"  {line}" for line in facts.operations(rule.graph)), markup=False, soft_wrap=True)
     if source:
-        console.print("\n[bold]generated source (CPU)[/bold]")
-        console.print(Syntax(facts.source(optimizer, dtype), "python", word_wrap=True, background_color="default"))
+        console.print(f"\n[bold]generated source ({'GPU' if gpu else 'CPU'})[/bold]")
+        console.print(
+            Syntax(facts.source(optimizer, dtype, gpu=gpu), "python", word_wrap=True, background_color="default")
+        )
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):
         console.print(

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from surefoot.engines import cpu, eager, foreach
+from surefoot.engines import cpu, eager, foreach, gpu
 from surefoot.engines.bucket import Bucket, Coefficients
 
-__all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach"]
+__all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu"]
 
 _FOREACH_DEVICES = ("cuda", "xpu", "mtia", "privateuseone")
 
@@ -31,9 +31,9 @@ class Engine(Protocol):
         """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
 
 
-ENGINES: tuple[Engine, ...] = (cpu, foreach, eager)
+ENGINES: tuple[Engine, ...] = (cpu, gpu, foreach, eager)
 """All engines, the fastest first."""
-_BY_OPTION: dict[str, tuple[Engine, ...]] = {"eager": (eager,), "foreach": (foreach,), "fused": (cpu,)}
+_BY_OPTION = ("eager", "foreach", "fused")
 
 
 def choose(bucket: Bucket) -> Engine:
@@ -48,7 +48,7 @@ def choose(bucket: Bucket) -> Engine:
     """
     wish, asked_by = _wish(bucket)
     reasons = []
-    for engine in _BY_OPTION[wish] if wish else _defaults(bucket):
+    for engine in _candidates(wish, bucket):
         reason = engine.supports(bucket)
         if reason is None:
             return engine
@@ -71,6 +71,9 @@ def _wish(bucket: Bucket) -> tuple[str | None, str]:
     return ("eager" if False in options.values() else None), ""
 
 
-def _defaults(bucket: Bucket) -> tuple[Engine, ...]:
-    """Engines to try for a bucket, the best first; the last serves everything."""
-    return (cpu, foreach, eager) if bucket.device.type in _FOREACH_DEVICES else (cpu, eager)
+def _candidates(wish: str | None, bucket: Bucket) -> tuple[Engine, ...]:
+    """Engines to try for a bucket, the best first; where none was asked for, the last serves everything."""
+    kernels: Engine = gpu if bucket.device.type in gpu.DEVICES else cpu
+    asked: dict[str, tuple[Engine, ...]] = {"eager": (eager,), "foreach": (foreach,), "fused": (kernels,)}
+    lists = (foreach,) if bucket.device.type in _FOREACH_DEVICES else ()
+    return asked[wish] if wish else (kernels, *lists, eager)

@@ -37,6 +37,28 @@ def _largest(tensor: Tensor) -> Tensor:
     return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
 
 
+class EachParameter(Sequence[Coefficients]):
+    """The numbers of an update where they are computed on the device: those of each parameter, as 0-d tensors.
+
+    Attributes:
+        numbers: for each number a tensor with one element for each parameter, or what all of them share.
+    """
+
+    def __init__(self, numbers: Mapping[str, Any], count: int) -> None:
+        self.numbers, self._count = numbers, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: Any) -> Any:
+        if not 0 <= position < self._count:
+            raise IndexError(position)
+        return {
+            name: value[position] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.numbers.items()
+        }
+
+
 @dataclass(eq=False)
 class Bucket:
     """Parameters that share device, dtype and rule.
@@ -56,6 +78,7 @@ class Bucket:
         plan: what the engine keeps of the bucket between steps.
         measured: what the last run has measured, for each parameter and each of `rule.measures`: float64, on the
             parameters' device.
+        found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
     """
 
     rule: Rule
@@ -63,11 +86,12 @@ class Bucket:
     grads: list[Tensor]
     options: Mapping[str, Any]
     slots: list[list[Tensor]] = field(default_factory=list)
-    coefficients: list[Coefficients] = field(default_factory=list)
+    coefficients: Sequence[Coefficients] = field(default_factory=list)
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     gradient_addresses: np.ndarray | None = None
     plan: Any = None
     measured: Tensor | None = None
+    found_inf: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

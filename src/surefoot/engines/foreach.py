@@ -123,7 +123,8 @@ def _apply(call: _Call, args: list[Any]) -> Any:
     if not call.node.meta["tensor"]:
         return call.op(*args)
     lists = args[: max(1, len(args) - 1)] if call.op.arity > 2 else args[:1]  # noqa: PLR2004 (the last is a number)
-    if call.op.foreach is not None and all(isinstance(argument, list) for argument in lists):
+    on_device = any(isinstance(argument, Tensor) for argument in args)  # torch's lists take numbers of the host only
+    if call.op.foreach is not None and not on_device and all(isinstance(argument, list) for argument in lists):
         return _foreach(call.op, args, in_place=call.in_place)
     if call.op.name in ("add", "mul") and isinstance(args[1], list):
         return _foreach(call.op, [args[1], args[0]], in_place=False)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.optimizers.verbs import larger, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval
+from surefoot.rule.ops import BY_NAME
 from surefoot.step import rows
 from surefoot.whole_step import StepOptions
 
@@ -24,11 +26,6 @@ def _col_shape(param: Tensor) -> torch.Size | None:
 
 def _vector_shape(param: Tensor) -> torch.Size | None:
     return param.shape if param.dim() <= 1 else None
-
-
-def _root_mean_square(tensor: Tensor) -> float:
-    norm: float = tensor.norm(2).item()
-    return norm / math.sqrt(max(tensor.numel(), 1))
 
 
 class Adafactor(Optimizer):
@@ -56,6 +53,8 @@ class Adafactor(Optimizer):
         weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
         foreach: taken for torch's sake; there is one implementation.
         maximize: ascend rather than descend.
+        capturable: keep the step count on the parameters' device, so that steps can be captured in a graph; not on a
+            CPU.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -107,6 +106,7 @@ class Adafactor(Optimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
@@ -120,17 +120,18 @@ class Adafactor(Optimizer):
 
     def _step_param(self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         compute = torch.promote_types(param.dtype, torch.float32)
-        step, lr, grad = state["step"].item(), float(h.lr), grad.to(compute)
+        step, lr, grad = readable(h, state["step"].double()), readable(h, h.lr), grad.to(compute)
         eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
-        size = max(h.eps[1], _root_mean_square(param.to(compute))) * min(lr, step**-0.5)
+        size = larger(h.eps[1], _root_mean_square(h, param.to(compute))) * smaller(lr, step**-0.5)
         variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
         update = variance.clamp(min=eps1 * eps1).rsqrt() * grad
-        size /= max(1.0, _root_mean_square(update) / h.d)
-        decayed = param.to(compute) * (1 - lr * h.weight_decay) if h.weight_decay else param.to(compute)
-        param.copy_(torch.add(decayed, update, alpha=-size))
+        size = size / larger(1.0, _root_mean_square(h, update) / h.d)
+        decays = isinstance(h.weight_decay, Tensor) or h.weight_decay
+        decayed = param.to(compute) * (1 - lr * h.weight_decay) if decays else param.to(compute)
+        param.copy_(BY_NAME["add_scaled"](decayed, update, -size))
 
     @staticmethod
-    def _second_moment(grad: Tensor, state: dict[str, Any], weight: float, eps1: float) -> Tensor:
+    def _second_moment(grad: Tensor, state: dict[str, Any], weight: Any, eps1: float) -> Tensor:
         """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
         if grad.dim() <= 1:
             return _averaged(state["variance"], grad * grad, weight)
@@ -144,8 +145,12 @@ def _mean_square(grad: Tensor, dim: int) -> Tensor:
     return norm.square() / grad.size(dim)
 
 
-def _averaged(average: Tensor, value: Tensor, weight: float) -> Tensor:
+def _averaged(average: Tensor, value: Tensor, weight: Any) -> Tensor:
     """Move a stored average towards `value` and give it in the dtype of `value`, before it is rounded."""
-    new = torch.lerp(average.to(value.dtype), value, weight)
+    new: Tensor = BY_NAME["lerp"](average.to(value.dtype), value, weight)
     average.copy_(new)
     return new
+
+
+def _root_mean_square(h: SimpleNamespace, tensor: Tensor) -> Any:
+    return readable(h, tensor.norm(2).double()) / math.sqrt(max(tensor.numel(), 1))

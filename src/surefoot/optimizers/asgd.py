@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights
+from surefoot.optimizers.verbs import decay_weights, larger
 from surefoot.rule import STEP, Scalar, Slot
 from surefoot.rule.hyperparameters import LR, WEIGHT_DECAY, number
 from surefoot.whole_step import StepOptions
@@ -90,7 +90,7 @@ class ASGD(Optimizer):
             "averaging": mu != 1,
             "averaging_weight": mu,
             "eta": h.lr / (1 + h.lambd * h.lr * step) ** h.alpha,
-            "mu": 1 / max(1, step - h.t0),
+            "mu": 1 / larger(1, step - h.t0),
         }
 
     @staticmethod

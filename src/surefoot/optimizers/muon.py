@@ -1,17 +1,20 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.optimizers.verbs import add_scaled_, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
-from surefoot.step import rows
+from surefoot.step import Row, rows
 from surefoot.whole_step import StepOptions
 
 _MOST_NS_STEPS = 99
@@ -26,7 +29,7 @@ def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
         X = a X + (b A + c A A) X
 
     Args:
-        matrix: two-dimensional, any floating dtype.
+        matrix: a matrix, or a stack of matrices of one shape along a first dimension; any floating dtype.
         coefficients: a, b, c of the polynomial.
         steps: number of iterations.
         eps: least norm to divide by.
@@ -35,14 +38,24 @@ def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
         A new bfloat16 tensor of the same shape.
     """
     a, b, c = coefficients
+    multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm  # noqa: PLR2004 (one matrix)
     x = matrix.bfloat16()
-    wide = x.T if x.size(0) > x.size(1) else x
-    wide = wide / wide.norm().clamp(min=eps)
+    wide = x.mT if x.size(-2) > x.size(-1) else x
+    wide = wide / _norms(wide).clamp(min=eps)
     for _ in range(steps):
-        gram = wide @ wide.T
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        wide = torch.addmm(wide, polynomial, wide, beta=a)
-    return wide.T if x.size(0) > x.size(1) else wide
+        gram = wide @ wide.mT
+        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        wide = multiply_add(wide, polynomial, wide, beta=a)
+    return wide.mT if x.size(-2) > x.size(-1) else wide
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Give the Frobenius norm of a matrix, or of each of a stack."""
+    if x.dim() == 2:  # noqa: PLR2004 (one matrix)
+        norm: Tensor = x.norm()
+        return norm
+    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return norms
 
 
 class Muon(Optimizer):
@@ -68,6 +81,9 @@ class Muon(Optimizer):
         eps: least norm by which a matrix is divided, >= 0.
         ns_steps: number of iterations, from 0 to 99.
         adjust_lr_fn: None or `"original"`, or `"match_rms_adamw"`.
+        capturable: allow steps to be captured in a graph; not on a CPU.
+
+    On a GPU the matrices of one shape are orthogonalised together.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is no matrix.
@@ -117,6 +133,8 @@ class Muon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        *,
+        capturable: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
@@ -141,14 +159,18 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for h, param, grad, state in rows(self):
-            buffer = state["momentum_buffer"]
-            buffer.lerp_(grad.to(buffer.dtype), 1 - h.momentum)
-            update = torch.lerp(grad.to(buffer.dtype), buffer, h.momentum) if h.nesterov else buffer
-            direction = newton_schulz(update, h.ns_coefficients, h.ns_steps, h.eps)
-            param.mul_(1 - h.lr * h.weight_decay)
-            param.add_(direction, alpha=-float(h.lr * self._scale(h, param)))
+        for batch in _batches(rows(self)):
+            self._step_batch(batch)
         return loss
+
+    def _step_batch(self, batch: list[Row]) -> None:
+        """Step parameters whose directions are computed together."""
+        h, updates = batch[0].h, [_momentum(row) for row in batch]
+        stack = torch.stack(updates) if len(updates) > 1 else updates[0]
+        directions = newton_schulz(stack, h.ns_coefficients, h.ns_steps, h.eps)
+        for row, direction in zip(batch, directions if len(batch) > 1 else (directions,), strict=True):
+            row.param.mul_(1 - row.h.lr * row.h.weight_decay)
+            add_scaled_(row.param, direction, readable(row.h, -row.h.lr * self._scale(row.h, row.param)))
 
     @staticmethod
     def _scale(h: SimpleNamespace, param: Tensor) -> float:
@@ -157,3 +179,22 @@ class Muon(Optimizer):
         if h.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(height, width))
         return math.sqrt(max(1.0, height / max(width, 1)))
+
+
+def _batches(found: Iterable[Row]) -> Iterable[list[Row]]:
+    """Divide rows into those of one shape; on the CPU, where a stack is no faster, each is by itself."""
+    batches: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for position, row in enumerate(found):
+        together = not row.param.is_cpu and type(row.param) in (Tensor, Parameter)
+        iteration = (*row.h.ns_coefficients, row.h.ns_steps, row.h.eps)
+        key = (row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration)
+        batches[key if together else (position,)].append(row)
+    return batches.values()
+
+
+def _momentum(row: Row) -> Tensor:
+    """Average the gradient into the buffer and give what is to be made orthogonal."""
+    buffer, momentum = row.state["momentum_buffer"], row.h.momentum
+    grad = row.grad.to(buffer.dtype)
+    buffer.lerp_(grad, 1 - momentum)
+    return torch.lerp(grad, buffer, momentum) if row.h.nesterov else buffer

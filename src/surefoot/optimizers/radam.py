@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square
+from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square, larger
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
 from surefoot.whole_step import StepOptions
@@ -84,7 +84,7 @@ class RAdam(Optimizer):
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * step * beta2**step / bias_correction2
         # Below the threshold the rectification is not used, and its radicand may be negative or infinite.
-        tractable, limit = max(rho, _TRACTABLE), max(rho_inf, _TRACTABLE)
+        tractable, limit = larger(rho, _TRACTABLE), larger(rho_inf, _TRACTABLE)
         radicand = (tractable - 4) * (tractable - 2) * limit / ((limit - 4) * (limit - 2) * tractable)
         return adam_weights(h) | {
             "bias_correction1": 1 - beta1**step,

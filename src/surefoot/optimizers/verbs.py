@@ -25,3 +25,33 @@ def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
     """Give the numbers of Adam's two moving averages and of decoupled weight decay."""
     beta1, beta2 = h.betas
     return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}
+
+
+def smaller(x: Any, y: Any) -> Any:
+    """The smaller of two numbers, of which either may be a tensor."""
+    return -larger(-x, -y)
+
+
+def larger(x: Any, y: Any) -> Any:
+    """The larger of two numbers, of which either may be a tensor."""
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return torch.maximum(x, y)
+    if isinstance(y, Tensor):
+        return y.clamp(min=x)
+    return x.clamp(min=y) if isinstance(x, Tensor) else max(x, y)
+
+
+# For optimizers with a step of their own
+
+
+def readable(h: SimpleNamespace, value: Any) -> Any:
+    """Give a number that may be a tensor as Python's number, unless reading it would wait for a device."""
+    return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
+
+
+def add_scaled_(tensor: Tensor, other: Tensor, factor: Any) -> None:
+    """Add `factor * other` in place; a factor that is a tensor is not read on the host."""
+    if isinstance(factor, Tensor):
+        tensor.add_(other.to(torch.promote_types(tensor.dtype, torch.float32)) * factor)
+    else:
+        tensor.add_(other, alpha=factor)

@@ -66,7 +66,7 @@ class Scalar:
 
     def stored(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor | int:
         """Put `value` in the form in which the state holds it."""
-        return int(value) if self.integer else torch.tensor(value, dtype=dtype, device=device)
+        return int(value) if self.integer else torch.full((), value, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ _OPTIONS = {
             None chooses the fastest engine.""",
     "fused": """fused: True runs generated kernels, and raises where they cannot serve; None uses them where they can.
             With True a GradScaler leaves unscaling and skipping to the step.""",
-    "capturable": """capturable: keep the step count on the parameter's device; not on a CPU.  Steps cannot be captured
-            in a graph yet.""",
+    "capturable": """capturable: keep the step count, and compute what depends on it, on the parameters' device, so that
+            steps can be captured in a graph; tensors among the hyperparameters are read there.  Not on a CPU.""",
     "differentiable": "differentiable: let gradients flow through the step.  Runs one parameter at a time.",
     "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance;
             the parameter's own if None.  Arithmetic is in float32 or better either way.""",

@@ -4,6 +4,7 @@ Arguments of an operation are tensors (all of the parameter's shape) or numbers 
 An engine reads its own column and nothing else; an operation that is not here is an error that names the rule's line.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def _pick(
         if not isinstance(x, Tensor) and not isinstance(y, Tensor):
             return math.nan if math.isnan(x) or math.isnan(y) else of_numbers(x, y)
         like = x if isinstance(x, Tensor) else y
-        return of_tensors(*(torch.as_tensor(z, dtype=like.dtype, device=like.device) for z in (x, y)))
+        # Filled where it is needed: copying a number to a device would wait, and cannot be captured in a graph.
+        number = functools.partial(torch.full, (), dtype=like.dtype, device=like.device)
+        return of_tensors(*(z.to(like) if isinstance(z, Tensor) else number(z) for z in (x, y)))
 
     return pick
 

@@ -1,0 +1,75 @@
+"""The GPU engine: the graph printed as a Triton kernel, all of a bucket in one launch, one pass over memory."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from surefoot.engines.bucket import Bucket, read
+from surefoot.engines.gpu.source import storage
+
+__all__ = ["DEVICES", "read", "run", "supports"]
+
+DEVICES = ("cuda", "xpu")
+"""Device types that Triton serves; "cuda" is AMD's too."""
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+_OLDEST_NVIDIA = (8, 0)
+
+
+def supports(bucket: Bucket) -> str | None:
+    """Give the reason why a bucket cannot be served, if there is one."""
+    return next(_reasons(bucket), None)
+
+
+def _reasons(bucket: Bucket) -> Iterator[str]:
+    if bucket.device.type not in DEVICES:
+        yield f"parameters are on {bucket.device}, this engine serves {' and '.join(DEVICES)}"
+    if bucket.options.get("differentiable"):
+        yield "kernels carry no gradients through the step"
+    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype):
+        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
+    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
+    if strange is not None:
+        yield f"{type(strange).__name__} is not a plain tensor"
+    if len({id(param) for param in bucket.params}) < len(bucket.params):
+        yield "a parameter stands in the group twice, and kernels update all at once"
+    if importlib.util.find_spec("triton") is None:
+        yield "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
+    if (complaint := _complaint(bucket.device)) is not None:
+        yield complaint
+
+
+@functools.cache
+def _complaint(device: torch.device) -> str | None:
+    """Give the reason why Triton cannot serve a device, or nothing here."""
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_NVIDIA:
+            return f"Triton serves compute capability 8.0 and newer, but {device} has {'.'.join(map(str, capability))}"
+    return _missing_tool() if device.type in DEVICES and device.type != "cpu" else None
+
+
+def _missing_tool() -> str | None:
+    """Name what Triton needs to build its launcher and does not find."""
+    if sys.platform != "linux":
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, with which it builds its launcher; install gcc or clang, or set CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton finds no Python.h, with which it builds its launcher; install Python's development headers"
+    return None
+
+
+def run(bucket: Bucket) -> None:
+    """Update every parameter of the bucket and its slots in place."""
+    from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton, on first use)
+
+    if bucket.plan is None:
+        bucket.plan = Plan(bucket)
+    bucket.plan.run(bucket)

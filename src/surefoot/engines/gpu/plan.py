@@ -1,0 +1,193 @@
+"""A plan: what the GPU engine keeps of a bucket between steps, so that a step is one launch and little before it.
+
+A plan is a cache: it holds the kernel, the table of addresses on the device, and the division into chunks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.engines.bucket import Bucket, Coefficients, EachParameter, addresses
+from surefoot.engines.gpu.compile import dialect_of, load
+from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: elements of a block, the warps that share it, and the blocks of a chunk."""
+
+    block: int
+    warps: int
+    repeat: int
+
+    @property
+    def chunk(self) -> int:
+        """Elements that a program of the kernel updates."""
+        return self.block * self.repeat
+
+
+LAUNCH: Mapping[int, Launch] = {2: Launch(1024, 4, 4), 4: Launch(1024, 8, 4), 8: Launch(512, 4, 4)}
+"""The launch by the bytes of the widest array's elements: a thread moves 16 bytes of it at once, of float64 32.
+
+Not measured yet: chosen from registers, spills and the bytes in flight that the compiler's report leaves room for.
+`benchmarks/gpu.py --tune` measures the alternatives.
+"""
+
+
+def chunks_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
+    """Divide tensors into chunks: for each chunk, int64, its number in its tensor times 2**32, plus the tensor's."""
+    counts = -(-sizes // chunk)
+    tensor = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
+    number = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    chunks: np.ndarray = (number << 32) | tensor
+    return chunks
+
+
+class Plan:
+    """A bucket's kernel, its tables on the device, and the tensors that cannot be seen as flat memory."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        stored = (bucket.params, bucket.grads, *bucket.slots)
+        dtypes = tuple(tensors[0].dtype for tensors in stored)
+        sizes = np.array([param.numel() for param in bucket.params], dtype=np.int64)
+        self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
+        self._kernel = load(bucket.rule, bucket.compute_dtype, dtypes, dialect_of(bucket.device))
+        self._launch = LAUNCH[max(dtype.itemsize for dtype in dtypes)]
+        self._irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
+        self._written = [*bucket.params, *chain.from_iterable(bucket.slots)]
+        self._for_graphs = bool(bucket.options.get("capturable"))
+        self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
+        self._table = Table(self._entries, self._device, for_graphs=self._for_graphs)
+        self._chunks = Table(chunks_of(sizes, self._launch.chunk), self._device).there
+        self._numbers: Table | Tensor | None = None
+        self._sent: dict[str, float] = {}
+        self._stream = _stream(self._device)
+
+    def run(self, bucket: Bucket) -> None:
+        """Update the bucket's parameters and slots, in one launch on the current stream."""
+        self._entries[1] = addresses(bucket.grads)
+        with on(self._device), torch.no_grad():
+            lent = list(self._lend(bucket))
+            numbers = self._send_numbers(bucket.coefficients, bucket.row)
+            self._table.update(self._entries)
+            self._start(numbers, bucket.found_inf)
+            for tensors, copies in lent:
+                _give_back(tensors, copies)
+            self._note_stream(numbers)
+        torch.autograd.graph.increment_version(self._written)
+
+    def _start(self, numbers: Tensor, found_inf: Tensor | None) -> None:
+        if not len(self._chunks):
+            return
+        self._kernel[(len(self._chunks),)](
+            self._table.there,
+            self._chunks,
+            numbers,
+            found_inf,
+            self._entries.shape[1],
+            numbers.shape[-1],
+            BLOCK=self._launch.block,
+            REPEAT=self._launch.repeat,
+            num_warps=self._launch.warps,
+            # As the CPU engine: a product may be added without being rounded first, and nothing else.
+            enable_fp_fusion=True,
+        )
+
+    def _note_stream(self, numbers: Tensor) -> None:
+        """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""
+        memory = (self._table.there, self._chunks, numbers)
+        if capturing(self._device):
+            keep_for_graphs(*memory)
+        elif (stream := _stream(self._device)) != self._stream:
+            for tensor in memory:
+                tensor.record_stream(stream)
+
+    # Numbers
+
+    def _send_numbers(self, coefficients: Sequence[Coefficients], row: np.ndarray) -> Tensor:
+        """Give the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic."""
+        if isinstance(coefficients, EachParameter):
+            self._entries[-1] = np.arange(len(coefficients))
+            return self._compute_numbers(coefficients)
+        self._entries[-1] = row
+        values = [[float(numbers[name]) for numbers in coefficients] for name in self._names]
+        dtype = np.float64 if self._compute is torch.float64 else np.float32
+        array = np.array(values, dtype=dtype).reshape(len(self._names), len(coefficients))
+        if isinstance(self._numbers, Table) and self._numbers.there.shape == array.shape:
+            self._numbers.update(array)
+        else:
+            self._numbers = Table(array, self._device)
+        return self._numbers.there
+
+    def _compute_numbers(self, coefficients: EachParameter) -> Tensor:
+        """Put numbers that are on the device into their table there; Python's numbers only when they have changed."""
+        if not isinstance(self._numbers, Tensor):
+            shape = (len(self._names), len(coefficients))
+            self._numbers, self._sent = torch.empty(shape, dtype=self._compute, device=self._device), {}
+        for there, name in zip(self._numbers, self._names, strict=True):
+            value = coefficients.numbers[name]
+            if isinstance(value, Tensor):
+                there.copy_(value)
+                self._sent.pop(name, None)
+            elif self._sent.get(name) != value or capturing(self._device):
+                there.fill_(value)
+                self._sent[name] = value
+        return self._numbers
+
+    # Tensors that are laid out differently
+
+    def _lend(self, bucket: Bucket) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Copy what is not laid out as its parameter, and let the table point at the copies."""
+        for index in self._irregular:
+            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
+            copies = laid_out_alike(tensors)
+            self._entries[: len(copies), index] = addresses(copies)
+            yield tensors, copies
+
+
+def _give_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Copy back what is not the gradient."""
+    for position, (tensor, copy) in enumerate(zip(tensors, copies, strict=True)):
+        if position != 1 and copy is not tensor:
+            tensor.copy_(copy)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.accelerator.current_stream(device) if device.type != "cpu" else None
+
+
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    order = _order(tensors[0])
+    return is_dense(tensors[0]) and all(_order(tensor) == order for tensor in tensors)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Give the strides that matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its memory without gap or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def laid_out_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Give tensors of one shape in the layout of the first, or contiguous if that has gaps, as copies where needed."""
+    first = tensors[0] if is_dense(tensors[0]) else tensors[0].contiguous()
+    return [first, *(tensor if alike((first, tensor)) else _copy_like(first, tensor) for tensor in tensors[1:])]
+
+
+def _copy_like(first: Tensor, tensor: Tensor) -> Tensor:
+    copy = torch.empty_strided(first.shape, first.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)

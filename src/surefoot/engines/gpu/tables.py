@@ -1,0 +1,79 @@
+"""What a kernel reads beside tensors: small tables on the device, to which only what has changed is sent.
+
+What is sent goes from pinned memory, asynchronously, on the current stream.  While a graph is captured, everything is
+sent, from memory that is the graph's own from then on: each replay sends it again, whatever other steps have changed.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SPARES = 4
+"""Graphs that may be captured between two steps outside of one; pinned memory is best not asked for while capturing."""
+_kept_for_graphs: list[Any] = []
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on a device now goes into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, to which Triton launches."""
+    module: Any = getattr(torch, device.type)
+    return module.device(device) if device.type != "cpu" else nullcontext()
+
+
+def keep_for_graphs(*memory: Tensor) -> None:
+    """Keep memory that a graph refers to.  Nobody says when the graph is gone, so it is never given back."""
+    _kept_for_graphs.append(memory)
+
+
+class Table:
+    """Numbers on a device, and what they were set to last.
+
+    Attributes:
+        there: the numbers, on the device.
+    """
+
+    def __init__(self, values: np.ndarray, device: torch.device, *, for_graphs: bool = False) -> None:
+        self._sent = values.ravel().copy()
+        self._pinned = device.type != "cpu"
+        self._for_graphs = for_graphs
+        self._spares: list[Tensor] = []
+        self.there = torch.empty(values.shape, dtype=torch.from_numpy(self._sent).dtype, device=device)
+        self._send(0, len(self._sent))
+
+    def update(self, values: np.ndarray) -> None:
+        """Set the numbers; send from the first that has changed to the last, while a graph is captured all of them."""
+        if capturing(self.there.device):
+            self._sent[:] = values.ravel()
+            self._send_by_graph()
+            return
+        changed = np.flatnonzero(_bits(values.ravel()) != _bits(self._sent))
+        if len(changed):
+            first, end = int(changed[0]), int(changed[-1]) + 1
+            self._sent[first:end] = values.ravel()[first:end]
+            self._send(first, end)
+
+    def _send(self, first: int, end: int) -> None:
+        # Torch gives a pinned tensor's memory to others only when the copy from it has been made.
+        here = self._staging(end - first).copy_(torch.from_numpy(self._sent[first:end]))
+        self.there.view(-1)[first:end].copy_(here, non_blocking=True)
+        while self._for_graphs and len(self._spares) < _SPARES:
+            self._spares.append(self._staging(len(self._sent)))
+
+    def _send_by_graph(self) -> None:
+        here = self._spares.pop() if self._spares else self._staging(len(self._sent))
+        self.there.view(-1).copy_(here.copy_(torch.from_numpy(self._sent)), non_blocking=True)
+        keep_for_graphs(self.there, here)
+
+    def _staging(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self.there.dtype, pin_memory=self._pinned)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"i{values.itemsize}")

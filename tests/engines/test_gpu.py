@@ -1,0 +1,657 @@
+"""The GPU engine without a GPU: its numerics under Triton's interpreter, on CPU tensors that it is made to admit.
+
+What needs a device is in test_gpu_device.py; what the compiler makes of the kernels, in test_gpu_compiled.py.
+"""
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import surefoot
+from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
+from surefoot import device, engines, state
+from surefoot.engines import gpu
+from surefoot.optimizers.muon import newton_schulz
+
+pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
+
+import triton.language as tl
+
+from surefoot.engines.gpu import compile as compiling
+from surefoot.engines.gpu import plan, tables
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on inf and NaN
+FUSED = {"fused": True}
+CAPTURABLE = {"fused": True, "capturable": True}
+ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "capturable"])
+
+
+@pytest.fixture
+def language():
+    """Give Triton's language back as it was: the interpreter replaces much of it, and nothing compiles then."""
+    places = (tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base, tl.dtype)
+    before = [dict(vars(place)) for place in places]
+    yield
+    for place, names in zip(places, before, strict=True):
+        for name, value in dict(vars(place)).items():
+            if name not in names:
+                delattr(place, name)
+            elif value is not names[name]:
+                setattr(place, name, names[name])
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch, language):
+    """Let the engine serve the CPU, through Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(state, "CAPTURABLE_DEVICES", ("cpu",))
+    compiling.load.cache_clear()
+    yield
+    compiling.load.cache_clear()
+
+
+def few(dtype):
+    """Make parameters of every kind, small ones; the last has whole blocks, two chunks and an end."""
+    kinds = {name: param for name, param in zoo(dtype).items() if name != "long"}
+    return kinds | {"blocks": normals(dtype, seed=7)(4 * 1024 + 72).requires_grad_()}
+
+
+def variants(*names, plain=True):
+    """Every rule, or those named, with all of its flags, and unless not `plain` without any."""
+    rows = [row for row in ELEMENTWISE if not names or row.name in names]
+    sets = [(row, options) for row in rows for options in ([{}] * plain + [row.all_flags()])]
+    found = [pytest.param(row, options, id=f"{row.name}-{bool(options)}") for row, options in sets]
+    return pytest.mark.parametrize(("row", "options"), found)
+
+
+def trained(row, options, dtype, *, steps=STEPS, **way):
+    params = few(dtype)
+    optimizer = row.ours(list(params.values()), **options, **way)
+    train(optimizer, params, dtype, steps=range(steps))
+    assert way.get("fused") is None or all(work.engine is gpu for work in optimizer._kept.found)
+    return results(optimizer, params)
+
+
+def by_torch(row, options, dtype, *, like=None, foreach=False):
+    params = few(dtype)
+    if like is not None:
+        params = {name: param.detach().to(like).requires_grad_() for name, param in params.items()}
+    optimizer = row.build_oracle(list(params.values()), options, foreach=foreach)
+    train(optimizer, params, dtype, plain=True)
+    return results(optimizer, params)
+
+
+def flat(found):
+    return torch.cat([value.detach().double().flatten() for _, value in sorted(found.items())])
+
+
+# The same answers
+
+
+def distance_to_float64(row, options, way):
+    exact = flat(by_torch(row, options, torch.float32, like=torch.float64))
+    theirs = flat(by_torch(row, options, torch.float32, foreach=row.name != "ASGD")) - exact
+    ours = flat(trained(row, options, torch.float32, **way)) - exact
+    return ours, theirs
+
+
+@variants()
+def test_no_farther_from_float64_than_torch(row, options, record_property):
+    ours, theirs = distance_to_float64(row, options, FUSED)
+    assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
+    assert ours.abs().max() <= 1.5 * theirs.abs().max()
+    record_property("compared", "gpu, interpreted: no farther from float64 than torch's foreach (ASGD: for-loop)")
+
+
+@variants(plain=False)
+def test_no_farther_with_numbers_of_the_device(row, options, record_property):
+    ours, theirs = distance_to_float64(row, options, CAPTURABLE)
+    assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
+    assert ours.abs().max() <= 1.5 * theirs.abs().max()
+    record_property("compared", "gpu, interpreted, capturable: no farther from float64 than torch's foreach")
+
+
+@variants()
+def test_float64_agrees_with_the_for_loop(row, options, record_property):
+    actual = trained(row, options, torch.float64, **FUSED)
+    assert_close(actual, by_torch(row, options, torch.float64), rtol=1e-11, atol=1e-11)
+    record_property("compared", "gpu, interpreted: to rounding with the for-loop, float64")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@variants(plain=False)
+def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
+    """The interpreter fuses no multiplication with an addition, so there is hardly anything to differ."""
+    options = {**options, "lr": 2**-8}
+    actual, expected = (
+        row.slots_of(trained(row, options, dtype, steps=4, **way)) for way in (FUSED, {"foreach": False})
+    )
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert (flat(actual) == flat(expected)).double().mean() > 0.99
+    record_property("compared", "gpu, interpreted: 16-bit parameters, with the eager engine")
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "ASGD"])
+def test_state_may_be_wider_than_parameters(name):
+    row = next(row for row in ELEMENTWISE if row.name == name)
+    options = {**row.all_flags(), "lr": 2**-8, "state_dtype": torch.float32}
+    actual, expected = (trained(row, options, torch.bfloat16, steps=4, **way) for way in (FUSED, {"foreach": False}))
+    assert_close(actual, expected, rtol=0.02, atol=1e-3)
+
+
+@variants("Adam", "SGD", "Rprop")
+def test_complex_parameters(row, options, record_property):
+    actual, expected = (trained(row, options, torch.complex64, **way) for way in (FUSED, {"foreach": False}))
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    record_property("compared", "gpu, interpreted: complex parameters, with the eager engine")
+
+
+def special_values(dtype):
+    info = torch.finfo(dtype)
+    finite = [0.0, -0.0, 1.0, -1.5, 1e-20, info.tiny, -info.tiny / 4, info.tiny * info.eps, info.max, -info.max / 3]
+    return torch.tensor([*finite, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+
+
+@variants()
+def test_nan_inf_denormals_and_signed_zero(row, options, record_property):
+    """Bit by bit, where the for-loop's order of operations is ours."""
+    values = special_values(torch.float32)
+    if options.get("centered"):  # whether inf minus a square that overflows is NaN depends on fused multiplication
+        values = values[(values.abs() < 1e30) | values.isinf() | values.isnan()]
+    found = []
+    for way in (FUSED, {"foreach": False}):
+        param = values.repeat_interleave(len(values)).requires_grad_()
+        optimizer = row.ours([param], **options, **way)
+        for step in range(4):
+            param.grad = values.roll(3 * step).repeat(len(values))
+            optimizer.step()
+        found.append(results(optimizer, {"all": param}))
+    assert_close(*found)
+    zeros = {name: (value == 0) & (found[0][name] == 0) for name, value in found[1].items()}
+    assert_same(*({name: result[name][zeros[name]] for name in zeros} for result in found))
+    record_property("compared", "gpu, interpreted: NaN, inf, denormals and signed zero, with the eager engine")
+
+
+class Everything(surefoot.Optimizer):
+    """Uses what no optimizer of torch does."""
+
+    slots = (surefoot.Slot("mask"), surefoot.Slot("power"))
+
+    def __init__(self, params, lr=0.5, **options):
+        super().__init__(params, {"lr": lr, **options})
+
+    @staticmethod
+    def update(param, grad, mask, power, c, flags):
+        mask = torch.exp(-torch.abs(grad)) + torch.tanh(param) * torch.rsqrt(mask + 1.0)
+        power = torch.pow(torch.abs(grad) + 1.0, c.lr * 3) + torch.log(mask * mask + 1.0) + 1.0 / (power + 2.0)
+        bounded = torch.minimum(torch.where(grad > 0, torch.inf, param), torch.full_like(grad, 0.25))
+        return torch.clamp(bounded - c.lr * power, -0.5, 2.5) + torch.sign(param), mask, power
+
+
+def test_every_operation_of_a_rule_is_known(monkeypatch):
+    """Triton's interpreter lacks the device's library, so NumPy stands in for it."""
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def by_numpy(function):
+        return lambda x, *others: type(x)(
+            TensorHandle(function(x.handle.data, *(y.handle.data for y in others)), x.handle.dtype), x.type
+        )
+
+    for name, function in {"pow": np.power, "exp": np.exp, "log": np.log, "tanh": np.tanh}.items():
+        monkeypatch.setattr(libdevice, name, by_numpy(function))
+    found = []
+    for way in (FUSED, {"foreach": False}):
+        params = few(torch.float32)
+        optimizer = Everything(list(params.values()), **way)
+        train(optimizer, params, torch.float32, steps=range(3))
+        found.append(results(optimizer, params))
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_every_operation_has_an_expression():
+    from surefoot.engines.gpu import source
+    from surefoot.rule.ops import OPS
+
+    assert {op.name for op in OPS} == source._EXPRESSIONS.keys()
+
+
+# Numbers on the device
+
+
+class Unread(TorchDispatchMode):
+    """Fails when a number is read from a tensor, which on a device would wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+TENSORS = {"lr": 0.05, "weight_decay": 0.1, "momentum_decay": 0.01, "alpha": 0.8, "rho": 0.8, "eps": 1e-3, "lambd": 0.1}
+
+
+@variants(plain=False)
+def test_a_capturable_step_reads_nothing(row, options):
+    """With hyperparameters that are tensors, and they count."""
+    tensors = {name: torch.tensor(value) for name, value in TENSORS.items() if name in row.defaults}
+    if "betas" in row.defaults:
+        tensors["betas"] = (torch.tensor(0.8), torch.tensor(0.9))
+    options = {name: value for name, value in options.items() if name not in tensors} | tensors
+    found = []
+    for way in (CAPTURABLE, {"foreach": False}):
+        params = few(torch.float32)
+        optimizer = row.ours(list(params.values()), **options, **way)
+        train(optimizer, params, torch.float32, steps=range(STEADY))
+        for step in range(STEADY, STEADY + 3):
+            train(optimizer, params, torch.float32, steps=[])
+            _set_gradients(params, step)
+            options["lr"].mul_(0.9)
+            if "capturable" in way:
+                with Unread():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        options["lr"].fill_(TENSORS["lr"])
+        found.append(results(optimizer, params))
+    # Numbers of the host are computed in the precision of hyperparameters that are tensors, float32.
+    assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def _set_gradients(params, step):
+    for position, param in enumerate(params.values()):
+        if param.grad is not None:
+            param.grad = torch.empty_like(param).copy_(normals(torch.float32, seed=100 * step + position)(*param.shape))
+
+
+@pytest.mark.parametrize("engine", [{"foreach": False}, {"foreach": True}], ids=["eager", "foreach"])
+@variants("Adam", "SGD", "ASGD", "Rprop", "RAdam")
+def test_other_engines_take_numbers_on_the_device(row, options, engine):
+    expected = trained(row, options, torch.float32, foreach=False)
+    assert_close(trained(row, options, torch.float32, **engine, capturable=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [surefoot.Muon, surefoot.Adafactor])
+def test_steps_of_their_own_read_nothing_when_capturable(cls):
+    found = []
+    for capturable in (False, True):
+        normal = normals(torch.float32, seed=3)
+        params = [normal(4, 6).requires_grad_() for _ in range(3)]
+        lr = torch.tensor(0.1, dtype=torch.float64)
+        optimizer = cls(params, lr=lr if capturable else 0.1, weight_decay=0.1, capturable=capturable)
+        for step in range(4):
+            for param in params:
+                param.grad = normal(4, 6)
+            if step and capturable:
+                with Unread():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        found.append(torch.stack([param.detach() for param in params]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_stack_of_matrices_is_orthogonalised_as_each_of_them():
+    for shape in ((5, 7, 4), (3, 4, 4), (2, 3, 9)):
+        stack = normals(torch.float32, seed=5)(*shape)
+        arguments = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+        each = torch.stack([newton_schulz(matrix, *arguments) for matrix in stack])
+        torch.testing.assert_close(newton_schulz(stack, *arguments), each)
+
+
+def test_scalars_on_the_device_may_be_edited_and_replaced():
+    params = few(torch.float32)
+    optimizer = surefoot.Adam(list(params.values()), **CAPTURABLE)
+    train(optimizer, params, torch.float32, steps=[0, 1])
+    steps = [entry["step"] for entry in optimizer.state.values()]
+    steps[0].fill_(10)
+    train(optimizer, params, torch.float32, steps=[2])
+    assert steps[0] == 11
+    optimizer.state[params["matrix"]]["step"] = torch.tensor(20.0)
+    train(optimizer, params, torch.float32, steps=[3])
+    assert optimizer.state[params["matrix"]]["step"] == 21
+
+
+def test_scalars_that_are_integers_are_refused_on_the_device():
+    class Counting(surefoot.Optimizer):
+        scalars = (surefoot.Scalar("step", integer=True),)
+
+        def __init__(self, params, lr=0.5, **options):
+            super().__init__(params, {"lr": lr, **options})
+
+        @staticmethod
+        def update(param, grad, c, flags):
+            return param - grad * c.lr
+
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="`step` is declared as an integer, which is kept on the host"):
+        Counting([param], capturable=True).step()
+    assert not optimizer_state(param)
+
+
+def optimizer_state(param):
+    return {} if torch.equal(param, torch.ones(3)) else {"changed": True}
+
+
+# A GradScaler's steps
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.ASGD, surefoot.NAdam, surefoot.SGD])
+def test_a_step_with_infinities_changes_nothing_and_reads_nothing(cls):
+    options = {"momentum": 0.9, "dampening": 0.5} if cls is surefoot.SGD else {}
+    found = []
+    for skipped in (False, True):
+        params = few(torch.float32)
+        optimizer = cls(list(params.values()), **options, **CAPTURABLE)
+        for step in range(STEADY, STEADY + 3):
+            _set_all_gradients(params, step)
+            if skipped:
+                before = results(optimizer, params)
+                before = {name: value.clone() for name, value in before.items()}
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+                _step(optimizer, unread=step > STEADY)
+                after = results(optimizer, params)
+                assert_same({name: after[name] for name in before}, before)
+                _set_all_gradients(params, step, scale=4.0)
+                optimizer.found_inf = torch.tensor(0.0)
+                _step(optimizer, unread=step > STEADY)
+                del optimizer.grad_scale, optimizer.found_inf
+            else:
+                optimizer.step()
+        found.append(results(optimizer, params))
+    assert_close(*found)
+
+
+def _step(optimizer, *, unread):
+    if not unread:
+        optimizer.step()
+        return
+    with Unread():
+        optimizer.step()
+
+
+def _set_all_gradients(params, step, scale=1.0):
+    for position, param in enumerate(params.values()):
+        grad = normals(torch.float32, seed=100 * step + position)(*param.shape) * scale
+        param.grad = torch.empty_like(param).copy_(grad)
+
+
+def test_a_momentum_buffer_whose_first_steps_were_skipped_is_still_new():
+    """Also when something else has changed in between."""
+    param = torch.ones(5, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, momentum=0.9, dampening=0.5, **CAPTURABLE)
+    param.grad = torch.full((5,), torch.inf)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(param, torch.ones(5))
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.param_groups[0]["nesterov"] = 0
+    optimizer.param_groups[0]["maximize"] = True
+    param.grad = torch.full((5,), -1.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(param, torch.zeros(5))
+
+
+# Plans and tables
+
+
+@ways
+def test_a_plan_is_used_again_and_given_up(way):
+    params = few(torch.float32)
+    optimizer = surefoot.AdamW(list(params.values()), **way)
+    train(optimizer, params, torch.float32, steps=[STEADY])
+    plans = [work.bucket.plan for work in optimizer._kept.found]
+    train(optimizer, params, torch.float32, steps=[STEADY + 1])
+    assert [work.bucket.plan for work in optimizer._kept.found] == plans
+    assert all(work.bucket.grads == [] for work in optimizer._kept.found)
+    with torch.no_grad():
+        params["matrix"].data = params["matrix"].data.clone()
+    train(optimizer, params, torch.float32, steps=[STEADY + 2])
+    assert [work.bucket.plan for work in optimizer._kept.found] != plans
+
+
+CHANGES = {
+    "data": lambda t: setattr(t, "data", torch.randn(4, 3)),
+    "data in other order": lambda t: setattr(t, "data", t.data.view(3, 4).t()),
+    "set_": lambda t: t.set_(torch.randn(4, 3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize("what", ["param", "slot"])
+def test_a_changed_tensor_is_noticed(change, what):
+    found = []
+    for way in (FUSED, {"foreach": False}):
+        torch.manual_seed(0)
+        param = torch.randn(4, 3).requires_grad_()
+        optimizer = surefoot.Adam([param], lr=0.1, **way)
+        for step in range(4):
+            param.grad = torch.randn(4, 3)
+            optimizer.step()
+            if step == 1:
+                with torch.no_grad():
+                    change(param if what == "param" else optimizer.state[param]["exp_avg"])
+        found.append(results(optimizer, {"p": param}))
+    assert_close(*found)
+
+
+def test_chunks_cover_every_element_once():
+    sizes = np.array([0, 1, 1024, 0, 5 * 1024 + 3, 2, 1025])
+    covered = [[] for _ in sizes]
+    for chunk in plan.chunks_of(sizes, 1024).tolist():
+        tensor, number = chunk & 0xFFFFFFFF, chunk >> 32
+        covered[tensor] += range(number * 1024, min(int(sizes[tensor]), (number + 1) * 1024))
+    assert covered == [list(range(size)) for size in sizes]
+
+
+def test_offsets_have_64_bits():
+    (last,) = plan.chunks_of(np.array([5 * 2**32]), 1024)[-1:]
+    assert (int(last) >> 32) * 1024 == 5 * 2**32 - 1024
+
+
+def test_only_what_has_changed_is_sent(monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        tables.Table,
+        "_send",
+        lambda self, first, end, send=tables.Table._send: (sent.append((first, end)), send(self, first, end)),
+    )
+    values = np.arange(12.0).reshape(3, 4)
+    table = tables.Table(values, torch.device("cpu"))
+    table.update(values)
+    values[1, 1], values[1, 3] = np.nan, -0.0
+    table.update(values)
+    table.update(values)
+    assert sent == [(0, 12), (5, 8)]
+    np.testing.assert_array_equal(table.there.numpy(), values)
+
+
+def test_while_a_graph_is_captured_everything_is_sent_and_kept(monkeypatch):
+    values = np.arange(4)
+    table = tables.Table(values, torch.device("cpu"), for_graphs=True)
+    kept = len(tables._kept_for_graphs)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    for graph in range(tables._SPARES + 1):
+        table.update(values + graph)
+    memory = tables._kept_for_graphs[kept:]
+    assert [pinned.tolist() for _, pinned in memory] == [
+        (values + graph).tolist() for graph in range(tables._SPARES + 1)
+    ]
+    del tables._kept_for_graphs[kept:]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 5), (1, 3, 1, 2), ()])
+def test_layouts_are_compared_where_they_matter(shape):
+    tensor = torch.zeros(shape)
+    assert plan.alike([tensor, tensor.clone()])
+    turned = torch.zeros(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
+    assert plan.alike([tensor, turned]) == (sum(size > 1 for size in shape) < 2)
+    same = plan.laid_out_alike([turned, tensor, turned])
+    assert plan.alike(same)
+    assert same[0] is turned
+    assert plan.alike(plan.laid_out_alike([tensor.expand(2, *shape), torch.zeros(2, *shape)]))
+
+
+def test_a_step_writes_nothing_but_its_own():
+    base = torch.arange(60.0)
+    param = base[3:51].view(8, 6)[:, ::2].detach().requires_grad_()
+    param.grad = torch.ones(1).expand(8, 3)
+    before = base.clone()
+    surefoot.SGD([param], lr=1.0, **FUSED).step()
+    mine = torch.zeros(60, dtype=torch.bool)
+    mine[3:51].view(8, 6)[:, ::2] = True
+    assert torch.equal(base, torch.where(mine, before - 1, before))
+
+
+def test_versions_are_bumped():
+    param = torch.ones(5, requires_grad=True)
+    param.grad = torch.ones(5)
+    optimizer = surefoot.Adam([param], **FUSED)
+    optimizer.step()
+    versions = [t._version for t in (param, optimizer.state[param]["exp_avg"])]
+    optimizer.step()
+    assert [t._version for t in (param, optimizer.state[param]["exp_avg"])] > versions
+    assert param.grad._version == 0
+
+
+# Capture, as far as it shows without a device
+
+
+def test_capture_needs_capturable(monkeypatch):
+    monkeypatch.setattr(device, "capturing", lambda: True)
+    message = (
+        "Attempting CUDA graph capture of step() for an instance of {} but param_groups' capturable is False. "
+        "Set capturable=True before the steps that warm up"
+    )
+    for cls in (surefoot.Adam, surefoot.Muon, surefoot.Adafactor):
+        param = torch.ones(2, 2, requires_grad=True)
+        param.grad = torch.ones(2, 2)
+        with pytest.raises(RuntimeError) as caught:
+            cls([param]).step()
+        assert str(caught.value) == message.format(cls.__name__)
+
+
+@pytest.mark.parametrize("cls", [surefoot.Adam, surefoot.SGD, surefoot.Muon, surefoot.Adafactor])
+def test_the_first_step_is_not_captured(monkeypatch, cls):
+    monkeypatch.setattr(device, "capturing", lambda: True)
+    param = torch.ones(2, 2, requires_grad=True)
+    param.grad = torch.ones(2, 2)
+    optimizer = cls([param], capturable=True)
+    with pytest.raises(RuntimeError, match=f"the step of {cls.__name__} that is captured in a graph must be like the"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_captured_step_goes_on_from_the_last(monkeypatch):
+    """Everything is sent anew, and nothing is made anew."""
+    found = []
+    for capture in (False, True):
+        with monkeypatch.context() as patch:
+            params = few(torch.float32)
+            optimizer = surefoot.NAdam(list(params.values()), **CAPTURABLE)
+            train(optimizer, params, torch.float32, steps=range(STEADY + 1))
+            works = optimizer._kept.found
+            if capture:
+                patch.setattr(device, "capturing", lambda: True)
+                patch.setattr(tables, "capturing", lambda device: True)
+                patch.setattr(plan, "capturing", lambda device: True)
+            train(optimizer, params, torch.float32, steps=[STEADY + 2, STEADY + 3])
+            assert optimizer._kept.found is works
+        found.append(results(optimizer, params))
+    assert_same(*found)
+
+
+# Who serves
+
+
+_STEP_ON_CPU = """
+import sys, surefoot, torch
+param = torch.ones(2, requires_grad=True)
+param.grad = torch.ones(2)
+surefoot.SGD([param]).step()
+assert "triton" not in sys.modules
+"""
+
+
+def test_without_a_gpu_triton_is_not_imported():
+    subprocess.run([sys.executable, "-c", _STEP_ON_CPU], check=True, timeout=120)  # noqa: S603 (our own code)
+
+
+def _bucket(**options):
+    rule = engines.Bucket
+    from surefoot.explain import rule_of
+
+    param = torch.ones(3, requires_grad=True)
+    optimizer = surefoot.Adam([param])
+    return rule(rule_of(optimizer, optimizer.param_groups[0]), [param], [torch.ones(3)], options)
+
+
+def test_reasons_against_it(monkeypatch):
+    bucket = _bucket()
+    assert gpu.supports(bucket) is None
+    monkeypatch.setattr(gpu, "DEVICES", ("cuda", "xpu"))
+    assert gpu.supports(bucket) == "parameters are on cpu, this engine serves cuda and xpu"
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    assert gpu.supports(_bucket(differentiable=True)) == "kernels carry no gradients through the step"
+    bucket.params *= 2
+    assert gpu.supports(bucket) == "a parameter stands in the group twice, and kernels update all at once"
+    bucket = _bucket()
+    bucket.grads = [torch.ones(3, dtype=torch.int32)]
+    assert gpu.supports(bucket) == "kernels do not know torch.float32 parameters with torch.int32 gradients"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.supports(_bucket()) == (
+        "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
+    )
+    assert engines.choose(_bucket()) is engines.eager
+
+
+def test_old_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    message = "Triton serves compute capability 8.0 and newer, but cuda:0 has 7.5"
+    assert gpu._complaint.__wrapped__(torch.device("cuda", 0)) == message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings its tools")
+def test_missing_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DEVICES", ("xpu",))
+    monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", "cc")
+    message = "Triton finds no Python.h, with which it builds its launcher; install Python's development headers"
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+    (tmp_path / "Python.h").touch()
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    message = "Triton finds no C compiler, with which it builds its launcher; install gcc or clang, or set CC"
+    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+
+
+def test_the_choice_on_a_gpu(monkeypatch):
+    bucket = _bucket()
+    monkeypatch.setattr(gpu, "DEVICES", ("meta",))
+    monkeypatch.setattr(gpu, "_complaint", lambda device: None)
+    monkeypatch.setattr(engines, "_FOREACH_DEVICES", ("meta",))
+    bucket.params, bucket.grads = [torch.ones(3, device="meta")], [torch.ones(3, device="meta")]
+    assert engines.choose(bucket) is gpu
+    monkeypatch.setattr(gpu, "_complaint", lambda device: "it is too old")
+    assert engines.choose(bucket) is engines.foreach
+    bucket.options = {"fused": True}
+    with pytest.raises(RuntimeError, match="`fused=True` cannot serve Adam here: it is too old"):
+        engines.choose(bucket)
+
+
+def test_capturable_is_an_option_of_everything_that_can_be_captured():
+    without = {
+        cls
+        for cls in surefoot.optimizers.__all__
+        if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters
+    }
+    assert without == {"LBFGS", "SparseAdam"}

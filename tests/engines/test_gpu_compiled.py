@@ -1,0 +1,299 @@
+"""What the compiler makes of the GPU engine's kernels, for three generations of NVIDIA's devices; no device is needed.
+
+Expected sources stand in `golden`; with `SUREFOOT_UPDATE_GOLDEN=1` they are written anew.
+"""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import surefoot
+from conformance import ELEMENTWISE
+from surefoot.engines.gpu.source import Dialect, print_kernel
+from surefoot.explain import rule_of
+
+triton = pytest.importorskip("triton", reason="compiling kernels needs Triton, which is there on Linux")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from surefoot import state
+from surefoot.engines import gpu
+from surefoot.engines.gpu import compile as compiling
+from surefoot.engines.gpu import plan
+from surefoot.engines.gpu.plan import LAUNCH
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHITECTURES = (80, 90, 100)
+MOST_REGISTERS = 96
+"""At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16."""
+rows = pytest.mark.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
+
+
+@pytest.fixture(autouse=True)
+def real_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX):
+    optimizer = cls([torch.zeros(2)], **options)
+    rule = rule_of(optimizer, optimizer.param_groups[0])
+    stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
+    return print_kernel(rule, torch.promote_types(dtype, torch.float32), stored, dialect), stored
+
+
+def compiled(source, stored, architecture, *, found_inf=False):
+    """Compile as a launch does; give the assembly and the use of registers, shared memory and stack."""
+    kernel, launch = compiling.define(source, "kernel"), LAUNCH[max(dtype.itemsize for dtype in stored)]
+    real = "*fp64" if "pointer_type(tl.float64)" in source else "*fp32"
+    pointers = {"table": "*i64", "chunks": "*i64", "coefficients": real} | ({"found_inf": "*fp32"} if found_inf else {})
+    constants = {"BLOCK": launch.block, "REPEAT": launch.repeat} | ({} if found_inf else {"found_inf": None})
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    unit = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.warps, "enable_fp_fusion": True},
+    )
+    return unit.asm["ptx"], {"barriers": unit.asm["ptx"].count("bar.sync"), "shared": unit.metadata.shared} | usage(
+        unit.asm["ptx"], architecture
+    )
+
+
+def usage(ptx, architecture):
+    """Assemble again, for what the assembler says of registers and spills."""
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx"
+    path.write_text(ptx)
+    target = f"--gpu-name=sm_{architecture}{'a' if architecture >= 90 else ''}"
+    command = [triton.knobs.nvidia.ptxas.path, "-v", target, str(path), "-o", os.devnull]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stderr  # noqa: S603 (Triton's own)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "spills": int(spills[1]) + int(spills[2])}
+
+
+def accesses(ptx):
+    """Count accesses of global memory by their kind, width and type."""
+    return Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", ptx))
+
+
+def check(ptx, used, stored, written):
+    """Check every kernel: two branches of wide accesses, one of single ones, IEEE arithmetic, no spills."""
+    found, wide, launch = accesses(ptx), Counter(), LAUNCH[max(dtype.itemsize for dtype in stored)]
+    for dtype, is_written in zip(stored, written, strict=True):
+        size = launch.block // (32 * launch.warps) * dtype.itemsize  # bytes of a thread
+        vector = "v2.b64" if dtype is torch.float64 else "v4.b32" if size >= 16 else "v2.b32"
+        wide[f"ld.global.{vector}"] += 2 * max(1, size // 16)
+        wide[f"st.global.{vector}"] += 2 * max(1, size // 16) * is_written
+    assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
+    single = {f"ld.global.b{8 * dtype.itemsize}" for dtype in stored}
+    assert single <= found.keys(), "an end that is not aligned must go by elements"
+    assert "ftz" not in ptx
+    assert ".approx" not in ptx
+    assert "div.full" not in ptx
+    assert used["registers"] <= MOST_REGISTERS
+    assert used["spills"] == 0
+
+
+def written_by(source, stored):
+    names = re.search(r"def update\((.*?), lanes", source)[1].split(", ")
+    assert len(names) == len(stored)
+    return [f"tl.store({name} + lanes" in source for name in names]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@rows
+def test_float32(row, architecture, record_property):
+    source, stored = source_of(row.ours, row.all_flags(), torch.float32)
+    check(*compiled(source, stored, architecture), stored, written_by(source, stored))
+    record_property("compared", f"gpu, compiled for sm_{architecture}: 128 bits, no spills, IEEE arithmetic")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@rows
+def test_other_dtypes(row, dtype, record_property):
+    source, stored = source_of(row.ours, {}, dtype)
+    check(*compiled(source, stored, 90), stored, written_by(source, stored))
+    record_property("compared", "gpu, compiled for sm_90: 128 bits, no spills, IEEE arithmetic")
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrower_state(state_dtype):
+    ptx, used = compiled(*source_of(surefoot.AdamW, {}, torch.float64, state_dtype), 90)
+    assert "fma.rn.f64" in ptx
+    assert used["spills"] == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wider_state_and_skipped_steps(dtype, architecture):
+    source, stored = source_of(surefoot.AdamW, {"amsgrad": True}, dtype, torch.float32)
+    ptx, used = compiled(source, stored, architecture, found_inf=True)
+    check(ptx, used, stored, written_by(source, stored))
+    assert f"cvt.rn.{'bf16' if dtype is torch.bfloat16 else 'f16'}" in ptx
+
+
+def without_last_branch(source):
+    start = source.rindex("        else:\n")
+    return source[:start] + source[source.index("False)\n", start) + 7 :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_wide_accesses_need_no_barrier(dtype):
+    """Values stay in the threads that have loaded them."""
+    source, stored = source_of(surefoot.AdamW, {}, dtype)
+    _, used = compiled(without_last_branch(source), stored, 90)
+    assert (used["barriers"], used["shared"]) == (0, 0)
+
+
+def test_products_are_fused_with_sums():
+    """As the CPU engine's; a change of Triton's default must not change results."""
+    ptx, _ = compiled(*source_of(surefoot.SGD, {"momentum": 0.9}, torch.float32), 90)
+    assert "fma.rn.f32" in ptx
+
+
+class Transcendental(surefoot.Optimizer):
+    """A rule with what the device's library computes."""
+
+    def __init__(self, params, lr=0.5):
+        super().__init__(params, {"lr": lr})
+
+    @staticmethod
+    def update(param, grad, c, flags):
+        return torch.exp(param) + torch.log(grad) + torch.tanh(param) + torch.pow(grad, c.lr) + torch.rsqrt(param)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_functions_of_the_library_are_those_of_float64(architecture):
+    """The float32 ones flush denormals, or are approximations."""
+    ptx, used = compiled(*source_of(Transcendental, {}, torch.float32), architecture)
+    assert not re.findall(r"\b(?:add|sub|mul|fma|div|sqrt)\.[\w.]*(?:ftz|approx)[\w.]*f32", ptx)
+    assert "fma.rn.f64" in ptx
+    assert used["spills"] == 0
+
+
+# Launches
+
+
+class Target:
+    """Stands for the driver of a device that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Let steps on the CPU go all the way to Triton's launch, which compiles for a device and stops there."""
+    found = []
+
+    def run(self, *arguments, warmup, real=JITFunction.run, **options):
+        found.append((self.fn.__name__, real(self, *arguments, warmup=True, **options)))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target())
+    monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(state, "CAPTURABLE_DEVICES", ("cpu",))
+    monkeypatch.setattr(plan, "dialect_of", lambda device: Dialect.PTX)
+    compiling.load.cache_clear()
+    yield found
+    compiling.load.cache_clear()
+
+
+def step(count, **options):
+    params = [torch.ones(1000).requires_grad_() for _ in range(count)]
+    optimizer = surefoot.NAdam(params, fused=True, **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones(1000)
+        optimizer.step()
+    return optimizer
+
+
+def test_a_kernel_serves_any_number_of_tensors(launched):
+    """Triton would make constants of numbers that are 1, and another kernel for multiples of 16."""
+    for count in (1, 3, 16):
+        step(count)
+        step(count, capturable=True)
+    assert [name for name, _ in launched[3:12]] == ["gather", "kernel", "scatter"] * 3
+    assert {name: len({id(unit) for other, unit in launched if other == name}) for name, _ in launched} == {
+        "kernel": 1,
+        "gather": 1,
+        "scatter": 1,
+    }
+
+
+def test_a_launch_compiles_what_is_checked_here(launched):
+    step(2)
+    unit = launched[0][1]
+    source, stored = source_of(surefoot.NAdam, {}, torch.float32)
+    ptx, _ = compiled(source, stored, 90)
+    assert accesses(unit.asm["ptx"]) == accesses(ptx)
+    assert unit.metadata.enable_fp_fusion
+    assert unit.metadata.num_warps == LAUNCH[4].warps
+
+
+def test_a_scaled_step_reads_found_inf(launched):
+    optimizer = step(2, capturable=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(1000)
+    optimizer.step()
+    signatures = {name: unit.src.signature.get("found_inf") for name, unit in launched[-3:]}
+    assert signatures == {"gather": None, "kernel": "*fp32", "scatter": "*fp32"}
+
+
+# Sources
+
+
+class Sign(surefoot.Optimizer):
+    """A slot whose name is taken, and constants that have no literal."""
+
+    slots = (surefoot.Slot("mask"),)
+
+    def __init__(self, params, lr=0.5):
+        super().__init__(params, {"lr": lr})
+
+    @staticmethod
+    def update(param, grad, mask, c, flags):
+        return torch.where(mask > 0, param, -torch.inf) - c.lr * grad, torch.sqrt(mask * mask)
+
+
+SOURCES = {
+    **{f"{row.name.lower()}_float32": (row.ours, {}, torch.float32) for row in ELEMENTWISE},
+    **{f"{row.name.lower()}_flags_float32": (row.ours, row.all_flags(), torch.float32) for row in ELEMENTWISE},
+    "adamw_bfloat16": (surefoot.AdamW, {}, torch.bfloat16, torch.float32),
+    "adamw_bfloat16_portable": (surefoot.AdamW, {}, torch.bfloat16, torch.float32, Dialect.PORTABLE),
+    "nadam_float64": (surefoot.NAdam, {}, torch.float64),
+    "names": (Sign, {}, torch.float32),
+    "library": (Transcendental, {}, torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources_are_as_expected(name):
+    source, _ = source_of(*SOURCES[name])
+    path = GOLDEN / f"{name}.py.txt"
+    if os.environ.get("SUREFOOT_UPDATE_GOLDEN"):
+        path.write_text(source)
+    assert source == path.read_text()
+
+
+def test_every_expected_source_is_printed():
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.py.txt" for name in SOURCES)
+
+
+def test_names_that_are_taken_compile():
+    ptx, _ = compiled(*source_of(Sign, {}, torch.float32), 90)
+    assert "st.global.v4.b32" in ptx
