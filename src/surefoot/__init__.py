@@ -28,7 +28,8 @@ from surefoot.optimizers import (
 from surefoot.rule import Scalar, Slot
 
 if TYPE_CHECKING:
-    from surefoot import lr_finder, lr_scheduler, swa_utils
+    from surefoot import checkpoint, lr_finder, lr_scheduler, swa_utils
+    from surefoot.checkpoint import load, save
 
 __all__ = [
     "ASGD",
@@ -49,14 +50,18 @@ __all__ = [
     "Scalar",
     "Slot",
     "SparseAdam",
+    "checkpoint",
+    "load",
     "lr_finder",
     "lr_scheduler",
     "parameter_groups",
+    "save",
     "swa_utils",
 ]
 
 __version__ = version("surefoot")
-_ON_FIRST_USE = ("lr_finder", "lr_scheduler", "swa_utils")
+_ON_FIRST_USE = ("checkpoint", "lr_finder", "lr_scheduler", "swa_utils")
+_OF_CHECKPOINT = ("load", "save")
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 
 
@@ -64,6 +69,8 @@ def __getattr__(name: str) -> Any:
     """Import what a step does not need when it is first asked for; torch's tools for any optimizer are torch's."""
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"surefoot.{name}")
+    if name in _OF_CHECKPOINT:
+        return getattr(importlib.import_module("surefoot.checkpoint"), name)
     if name in _OF_TORCH:
         return getattr(torch.optim, name)
     raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
