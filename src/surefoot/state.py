@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Flags, Scalar, Slot, Sparse
+from surefoot.rule import STEP, Flags, Scalar, Slot, Sparse
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -148,6 +148,23 @@ def ensure_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor
 def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
     """Device of a parameter's scalars: its own where steps are captured, else the host."""
     return param.device if group.get("capturable") else torch.device("cpu")
+
+
+# Moving
+
+
+def relocated(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, device: torch.device) -> dict[str, Any]:
+    """Give a parameter's state on a device; scalars are on the host unless steps are captured."""
+    scalars = {STEP.name, *(scalar.name for scalar in optimizer.scalars)}
+    home = device if group.get("capturable") else torch.device("cpu")
+    return {name: _on(value, home if name in scalars else device) for name, value in optimizer.state[param].items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Give a tensor, or a list of them, on a device."""
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 # Scalars

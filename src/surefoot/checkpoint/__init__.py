@@ -1,4 +1,4 @@
-"""Checkpoints: verified when they are loaded, safe to open, atomic, small to inspect.  docs/checkpoints.md has the format.
+"""Checkpoints: verified when they are loaded, safe to open, atomic, quick to inspect.  See docs/checkpoints.md.
 
 `save` and `load` are the whole of it for a training loop; `Checkpoint` opens one file to look into it.
 """

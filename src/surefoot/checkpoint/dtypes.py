@@ -80,4 +80,4 @@ def flat(tensor: Tensor) -> Tensor:
 
 def as_bytes(vector: Tensor) -> memoryview:
     """Look at a vector on the CPU as bytes."""
-    return memoryview(vector.view(torch.uint8).numpy())
+    return vector.view(torch.uint8).numpy().data

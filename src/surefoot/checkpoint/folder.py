@@ -1,7 +1,7 @@
 """A folder of checkpoints: names, order, what to keep, and the newest one that is whole.
 
-Order is that of saving, which every checkpoint carries as its sequence number: whoever goes back to step 1000 and trains
-on has newer checkpoints of smaller steps.
+Order is that of saving, which every checkpoint carries as its sequence number: whoever goes back to step 1000 and
+trains on has newer checkpoints of smaller steps.
 """
 
 import contextlib

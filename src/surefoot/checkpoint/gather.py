@@ -209,4 +209,3 @@ def _group(label: str, index: int, group: Mapping[str, Any], contents: Contents)
         if type(number) is not int:
             raise TypeError(f"{spell((*path, 'params'))} must hold numbers, but holds {number!r}")
     return {"options": encode(options, path, contents.keep), "params": list(group["params"])}
-

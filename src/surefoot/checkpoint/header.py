@@ -51,6 +51,9 @@ class Summary(NamedTuple):
     nonfinite: int = 0
 
 
+_NOTHING_KNOWN = Summary(())
+
+
 @dataclass(frozen=True)
 class Place:
     """A tensor in a file.
@@ -68,7 +71,7 @@ class Place:
     shape: tuple[int, ...]
     begin: int
     order: tuple[int, ...] | None = None
-    summary: Summary = Summary(())
+    summary: Summary = _NOTHING_KNOWN
 
     @property
     def elements(self) -> int:
@@ -134,8 +137,8 @@ def compose(
     size = _padded(len(_text(places, manifest, {key: _widest(place) for key, place in places.items()})))
     if size > MOST:
         raise ValueError(
-            f"the checkpoint's names and plain data take {size:,} bytes, at most {MOST:,} are allowed; give large lists "
-            f"as tensors"
+            f"the checkpoint's names and plain data take {size:,} bytes, at most {MOST:,} are allowed; give large "
+            f"lists as tensors"
         )
     text = _text(places, manifest, summaries or {key: _widest(place) for key, place in places.items()})
     text = text.ljust(size)
@@ -218,7 +221,9 @@ def parse(text: bytes, file_size: int) -> Header:
         )
     crc = f"{zlib.crc32(text[: _CRC.start] + b'0' * _DIGITS + text[_CRC.stop :]):08x}".encode()
     if text[_CRC] != crc:
-        raise CheckpointError(f"corrupted: its header has checksum {crc.decode()}, not {text[_CRC].decode(errors='replace')}")
+        raise CheckpointError(
+            f"corrupted: its header has checksum {crc.decode()}, not {text[_CRC].decode(errors='replace')}"
+        )
     try:
         return _parsed(text, file_size)
     except CheckpointError:
@@ -231,7 +236,9 @@ def _parsed(text: bytes, file_size: int) -> Header:
     entries = _json(text)
     manifest = dict(_dict(_json(_dict(entries.pop(_METADATA))["surefoot"])))
     if not 0 <= manifest["format"] <= FORMAT:
-        raise CheckpointError(f"too new: its format is {manifest['format']}, this surefoot reads up to {FORMAT}; upgrade")
+        raise CheckpointError(
+            f"too new: its format is {manifest['format']}, this surefoot reads up to {FORMAT}; upgrade"
+        )
     notes, chunk = _dict(manifest.pop("tensors")), manifest.pop("chunk")
     if chunk != CHUNK:
         raise CheckpointError(f"not readable: it has checksums of {chunk!r} bytes each, this reader knows {CHUNK}")
@@ -251,9 +258,13 @@ def _check_extent(header: Header, file_size: int) -> None:
     if begins != ends:
         raise CheckpointError("not readable: its tensors overlap or leave gaps")
     if header.file_size > file_size:
-        raise CheckpointError(f"truncated: it has {file_size} bytes of {header.file_size}; it was not copied as a whole")
+        raise CheckpointError(
+            f"truncated: it has {file_size} bytes of {header.file_size}; it was not copied as a whole"
+        )
     if header.file_size < file_size:
-        raise CheckpointError(f"corrupted: it has {file_size} bytes, {file_size - header.file_size} more than it should")
+        raise CheckpointError(
+            f"corrupted: it has {file_size} bytes, {file_size - header.file_size} more than it should"
+        )
 
 
 def _json(text: Any) -> Any:
@@ -301,9 +312,7 @@ def _summary(note: dict[str, Any]) -> Summary:
     text, norm = note["crc32"], note.get("norm")
     cuts = pairwise(range(0, len(text) + 1, _DIGITS))
     checksums = tuple(int(text[begin:end], 16) for begin, end in cuts)
-    return Summary(
-        checksums, None if norm is None else float(norm), _whole(note.get("nonfinite", 0), _MOST_ELEMENTS)
-    )
+    return Summary(checksums, None if norm is None else float(norm), _whole(note.get("nonfinite", 0), _MOST_ELEMENTS))
 
 
 def _whole(value: Any, most: int) -> int:

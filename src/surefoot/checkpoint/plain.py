@@ -23,8 +23,9 @@ Keep = Callable[[Tensor, tuple[Any, ...]], str]
 Fetch = Callable[[str], Tensor]
 _DEEPEST = 64
 _SMALL = 64
-_NUMPY = ("bool", "float16", "float32", "float64", "complex64", "complex128") + tuple(
-    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+_NUMPY = (
+    *("bool", "float16", "float32", "float64", "complex64", "complex128"),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 )
 _FACTORIES = {"none": None, "dict": dict, "list": list, "int": int, "float": float, "set": set}
 
@@ -36,8 +37,8 @@ def encode(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
     """Give plain data in the types of JSON.
 
     Args:
-        value: None, booleans, numbers, strings, bytes, tensors, arrays, dtypes, devices, and dicts, lists, tuples, sets,
-            deques, counters of these.
+        value: None, booleans, numbers, strings, bytes, tensors, arrays, dtypes, devices, and dicts, lists, tuples,
+            sets, deques, counters of these.
         path: where it stands: a name, then keys and indices.
         keep: takes a tensor and its path, and gives the name under which it will be found.
 
@@ -54,8 +55,8 @@ def encode(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
     writer = _WRITERS.get(type(value))
     if writer is None:
         raise TypeError(
-            f"{spell(path)} is {_described(value)}, which is no plain data and cannot be saved without pickle; save what "
-            f"it is made of: numbers, strings, tensors, and dicts and lists of them"
+            f"{spell(path)} is {_described(value)}, which is no plain data and cannot be saved without pickle; save "
+            f"what it is made of: numbers, strings, tensors, and dicts and lists of them"
         )
     return writer(value, path, keep)
 
@@ -79,7 +80,9 @@ def _kept(tensor: Tensor, path: tuple[Any, ...], keep: Keep) -> str:
         kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else f"{tensor.layout}"
         raise TypeError(f"{spell(path)} is a tensor that is {kind}; only dense tensors with values can be saved")
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{spell(path)} is a tensor of {tensor.dtype}, which safetensors cannot store; save it as bytes")
+        raise TypeError(
+            f"{spell(path)} is a tensor of {tensor.dtype}, which safetensors cannot store; save it as bytes"
+        )
     return keep(tensor.detach(), path)
 
 
@@ -116,7 +119,9 @@ def _dict(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
 def _defaultdict(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
     factory = next((key for key, made in _FACTORIES.items() if made is value.default_factory), None)
     if factory is None:
-        raise TypeError(f"{spell(path)} is a defaultdict whose factory is {value.default_factory!r}; save dict(...) of it")
+        raise TypeError(
+            f"{spell(path)} is a defaultdict whose factory is {value.default_factory!r}; save dict(...) of it"
+        )
     return _tagged("defaultdict", _pairs(value, path, keep), factory=factory)
 
 

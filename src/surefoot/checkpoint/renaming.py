@@ -18,7 +18,9 @@ class Renaming:
 
     def __init__(self, rename: Rename) -> None:
         if not (rename is None or callable(rename) or isinstance(rename, Mapping)):
-            raise TypeError(f"`rename` must be a function or a dict from saved names to present ones, but is {rename!r}")
+            raise TypeError(
+                f"`rename` must be a function or a dict from saved names to present ones, but is {rename!r}"
+            )
         self._rename = rename
         self._used: set[str] = set()
 

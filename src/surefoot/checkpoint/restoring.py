@@ -126,8 +126,8 @@ def _misfit(name: str, here: Any, there: Any) -> Iterator[str]:
         yield f"`{name}` was saved with shape {tuple(there.shape)}, in the model it has {tuple(here.shape)}"
     elif here.dtype != there.dtype:
         yield (
-            f"`{name}` was saved as {there.dtype}, in the model it is {here.dtype}; load into a model of that dtype and "
-            f"convert it afterwards"
+            f"`{name}` was saved as {there.dtype}, in the model it is {here.dtype}; load into a model of that dtype "
+            f"and convert it afterwards"
         )
 
 
@@ -244,7 +244,9 @@ class StatefulPart(Part):
         lines = self.another_class(self.value)
         # Without its class, keys are what tells whose state it is; some objects add keys as they go.
         if isinstance(self.state, dict) and isinstance(self.before, dict) and bool(self.state) != bool(self.before):
-            lines.append(f"{self.label}: it was {_enabled(self.state)} when it was saved, now it is {_enabled(self.before)}")
+            lines.append(
+                f"{self.label}: it was {_enabled(self.state)} when it was saved, now it is {_enabled(self.before)}"
+            )
         return lines
 
     def apply(self) -> list[str]:
@@ -315,12 +317,10 @@ class RngPart(Part):
 
 
 _ORDER: Sequence[type[Part]] = (OptimizerPart, StatefulPart, GeneratorPart, RngPart, ModelPart)
-"""Schedulers find the learning rates of their optimizer; models come last, since only they cannot be undone for free."""
+"""Schedulers find the learning rates of their optimizer; models come last, since only they cost a copy to undo."""
 
 
-def restore(
-    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
-) -> list[str]:
+def restore(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool) -> list[str]:
     """Check every part, then change every object; if one refuses, all are as they were.
 
     Returns:
@@ -361,9 +361,7 @@ def _undo(part: Part, error: BaseException) -> None:
         error.add_note(f"`{part.label}` could not be put back: {another!r}")
 
 
-def _parts(
-    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
-) -> Iterator[Part]:
+def _parts(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool) -> Iterator[Part]:
     known, found = parameter_names(objects), checkpoint.manifest["parts"]
     for label, value in objects.items():
         make, kind = _maker(value, renaming, known)

@@ -1,6 +1,7 @@
 """The state of every random generator that a training loop draws from without naming it."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 def rng_state() -> dict[str, Any]:
     """Give the states of the global generators of Python, numpy and torch, those of CUDA devices if CUDA is in use."""
-    in_use = torch.cuda.is_initialized()
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 (the global one is what is saved)
@@ -30,7 +31,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def rng_problems(state: Any) -> list[str]:
     """Say why `set_rng_state` would fail, by trying what can be tried on generators of its own."""
-    trials = {
+    trials: dict[str, Callable[[Any], object]] = {
         "python": random.Random().setstate,  # noqa: S311 (nothing is drawn)
         "numpy": np.random.RandomState().set_state,
         "torch": torch.Generator().set_state,
@@ -45,5 +46,7 @@ def rng_problems(state: Any) -> list[str]:
     if not isinstance(cuda, list) or not all(isinstance(part, Tensor) for part in cuda):
         problems.append("the states of CUDA's generators are malformed")
     elif len(cuda) > torch.cuda.device_count():
-        problems.append(f"it has generators of {len(cuda)} CUDA devices, here are {torch.cuda.device_count()}; rng=False")
+        problems.append(
+            f"it has generators of {len(cuda)} CUDA devices, here are {torch.cuda.device_count()}; rng=False"
+        )
     return problems

@@ -18,7 +18,9 @@ def _list_of(check: Check) -> Check:
 
 
 def _object(**checks: Check) -> Check:
-    return lambda value: type(value) is dict and all(name in value and fine(value[name]) for name, fine in checks.items())
+    return lambda value: (
+        type(value) is dict and all(name in value and fine(value[name]) for name, fine in checks.items())
+    )
 
 
 def _pair(first: Check) -> Check:
@@ -66,5 +68,10 @@ def check(manifest: Mapping[str, Any]) -> None:
             raise TypeError(f"`{name}` is {manifest[name]!r:.99}")
     for label, part in manifest["parts"].items():
         kind = part.get("kind") if isinstance(part, dict) else None
-        if kind not in KINDS or not KINDS[kind](part) or not _is(str, None)(part.get("class")):
+        if (
+            not isinstance(kind, str)
+            or kind not in KINDS
+            or not KINDS[kind](part)
+            or not _is(str, None)(part.get("class"))
+        ):
             raise TypeError(f"the part `{label}` is malformed")

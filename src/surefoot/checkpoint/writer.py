@@ -29,6 +29,8 @@ except ImportError:  # Windows
 PARTIAL = ".partial"
 _AT_ONCE = 1 << 16
 """Bytes up to which handing a chunk to another thread takes longer than its checksum."""
+_BLOCK = 1 << 14
+"""Elements of which torch takes the norm on one thread."""
 _TRUSTED_NORMS = (1e-10, 1e15)
 """Norms in float32 to which squares that underflow or overflow cannot have contributed."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -150,7 +152,7 @@ def _stream(file: int, tensor: Tensor, pool: Executor) -> list[Future[Summary]]:
     """Write a tensor's bytes, and have its chunks summarized meanwhile."""
     vector = flat(tensor)
     parts = []
-    for chunk in vector.split(CHUNK // vector.element_size()) if vector.numel() else ():
+    for chunk in torch.split(vector, CHUNK // vector.element_size()) if vector.numel() else ():
         parts.append(_begun(pool, chunk))
         _write_all(file, as_bytes(chunk))
     return parts
@@ -170,8 +172,9 @@ def summarize(chunk: Tensor) -> Summary:
     if not is_number(chunk.dtype):
         return Summary((crc,))
     with torch.no_grad():
-        values = as_real(chunk)
-        norm = float(torch.linalg.vector_norm(values))
+        values = as_real(chunk).view(-1)
+        # Blocks too small for torch to wake threads, which would take the cores from the writing one.
+        norm = math.hypot(*torch.stack(torch._foreach_norm(torch.split(values, _BLOCK))).tolist())
         if _TRUSTED_NORMS[0] < norm < _TRUSTED_NORMS[1]:
             return Summary((crc,), norm)
         finite = values.isfinite()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from surefoot.cli import lr
+from surefoot.cli import ckpt, lr
 from surefoot.cli.bench import bench
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(demo)
 app.command()(explain)
+app.add_typer(ckpt.app)
 app.add_typer(lr.app)
 
 
