@@ -200,7 +200,7 @@ class OptimizerPart(Part):
             group["params"] = saved["params"]
         names = {parameter["number"]: parameter["name"] for parameter in self.parameters}
         for group in groups:
-            if self.by_name:
+            if self.by_name and isinstance(self.optimizer, Optimizer):
                 group["param_names"] = [names[number] for number in group["params"]]
             elif not self._has_names():
                 group.pop("param_names", None)

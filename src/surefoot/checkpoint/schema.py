@@ -39,13 +39,23 @@ _PARAMETER = _object(
     shape=lambda value: value is None or _NUMBERS(value),
     dtype=_is(str, None),
 )
+_OPTIMIZER = _object(
+    parameters=_list_of(_PARAMETER),
+    groups=_list_of(_object(options=_is(dict), params=_NUMBERS)),
+    state=_list_of(_pair(_anything)),
+)
+
+
+def _is_optimizer(part: Any) -> bool:
+    """Whether an optimizer's part is well formed, and describes every parameter of its groups."""
+    if not _OPTIMIZER(part):
+        return False
+    return [one["number"] for one in part["parameters"]] == [n for group in part["groups"] for n in group["params"]]
+
+
 KINDS: Mapping[str, Check] = {
     "model": _object(state=_list_of(_pair(_is(str))), metadata=_anything, parameters=_TEXTS, tied=_is(dict)),
-    "optimizer": _object(
-        parameters=_list_of(_PARAMETER),
-        groups=_list_of(_object(options=_is(dict), params=_NUMBERS)),
-        state=_list_of(_pair(_anything)),
-    ),
+    "optimizer": _is_optimizer,
     "stateful": _object(state=_anything),
     "generator": _object(state=_anything, device=_is(str)),
     "rng": _object(state=_anything),
