@@ -26,6 +26,7 @@ NAMES = {
         "RMSprop",
     ),
     *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot"),
+    *("checkpoint", "load", "save"),
     *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils"),
 }
 
@@ -47,7 +48,11 @@ def test_importing_is_light():
     assert done.stdout.strip() == ""
 
 
-MODULES = ["surefoot.optimizer", *(f"surefoot.optimizers.{name.lower()}" for name in surefoot.optimizers.__all__)]
+MODULES = [
+    "surefoot.optimizer",
+    "surefoot.checkpoint",
+    *(f"surefoot.optimizers.{name.lower()}" for name in surefoot.optimizers.__all__),
+]
 FILES = {
     f"surefoot.optimizers.{a}": f"surefoot.optimizers.{b}"
     for a, b in {"adamw": "adam", "sparseadam": "sparse_adam"}.items()

@@ -1,6 +1,6 @@
 """Training loops with everything in them, for the test of resuming; run as a program, it is the process that resumes.
 
-    python resume_loops.py FOLDER    # loads each loop's newest checkpoint, trains on, and saves what came of it
+python resume_loops.py FOLDER    # loads each loop's newest checkpoint, trains on, and saves what came of it
 """
 
 import os
@@ -93,7 +93,9 @@ def _cases() -> Iterator[Case]:
             yield Case(row, options, row.engines(["cpu"])[0], "StepLR")
         for kind in ("bfloat16", "complex64", "float64"):
             if row.elementwise:
-                yield Case(row, {**row.all_flags(), **KINDS[kind]}, "cpu" if row.name == "AdamW" else "eager", "none", kind)
+                yield Case(
+                    row, {**row.all_flags(), **KINDS[kind]}, "cpu" if row.name == "AdamW" else "eager", "none", kind
+                )
 
 
 class Net(nn.Module):

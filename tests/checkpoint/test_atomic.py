@@ -21,7 +21,6 @@ import surefoot
 from surefoot.checkpoint import CheckpointError, writer
 
 
-
 def saved(folder, step, **options):
     """Save a model whose weights are all `step`."""
     model = nn.ParameterDict({"w": torch.full((100,), float(step)), "v": torch.full((7,), float(step))})
@@ -119,8 +118,12 @@ def test_what_a_power_cut_leaves_of_unsynced_data_is_never_under_the_final_name(
 def test_old_checkpoints_are_removed_only_after_the_new_name_is_synced(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(writer.os, "replace", lambda a, b, real=os.replace: (events.append("replace"), real(a, b)))
-    monkeypatch.setattr(writer, "sync_folder", lambda path, real=writer.sync_folder: (events.append("sync"), real(path)))
-    monkeypatch.setattr(Path, "unlink", lambda self, *a, real=Path.unlink, **o: (events.append("unlink"), real(self, *a, **o)))
+    monkeypatch.setattr(
+        writer, "sync_folder", lambda path, real=writer.sync_folder: (events.append("sync"), real(path))
+    )
+    monkeypatch.setattr(
+        Path, "unlink", lambda self, *a, real=Path.unlink, **o: (events.append("unlink"), real(self, *a, **o))
+    )
     saved(tmp_path, 1, keep=1)
     saved(tmp_path, 2, keep=1)
     assert [event for event in events if event in ("replace", "sync", "unlink")][-3:] == ["replace", "sync", "unlink"]
@@ -152,7 +155,9 @@ def test_a_filesystem_that_takes_no_more(tmp_path, limit):
 
 
 def test_a_short_write_is_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.os, "write", lambda file, data, real=os.write: real(file, data[: max(1, len(data) // 3)]))
+    monkeypatch.setattr(
+        writer.os, "write", lambda file, data, real=os.write: real(file, data[: max(1, len(data) // 3)])
+    )
     saved(tmp_path, 4)
     assert loaded(tmp_path) == 4
 
@@ -183,7 +188,9 @@ def test_the_newest_whole_one_is_loaded_and_the_damaged_are_named(tmp_path):
     (tmp_path / "step-00000003.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     (tmp_path / "step-00000004.safetensors").write_bytes(data[:100])
     model = nn.ParameterDict({"w": torch.zeros(100), "v": torch.zeros(7)})
-    with pytest.warns(UserWarning, match=r"loaded .*step-00000002.safetensors; damaged, and skipped:\n .*4.safetens.* trunc"):
+    with pytest.warns(
+        UserWarning, match=r"loaded .*step-00000002.safetensors; damaged, and skipped:\n .*4.safetens.* trunc"
+    ):
         found = surefoot.load(tmp_path, model=model)
     assert found.path == tmp_path / "step-00000002.safetensors"
     assert [skip.path.name for skip in found.skipped] == ["step-00000004.safetensors", "step-00000003.safetensors"]
@@ -315,8 +322,14 @@ def test_errors_of_the_background_surface_at_the_next_call_and_once(tmp_path, mo
         Disk(full, 3, OSError(errno.ENOSPC, "No space left on device"))
         saved(tmp_path, 2, async_=True)
         surefoot.checkpoint.BACKGROUND._thread.join()
-    calls = {"save": lambda: saved(tmp_path, 3), "load": lambda: surefoot.load(tmp_path), "wait": surefoot.checkpoint.wait}
-    with pytest.raises(RuntimeError, match=r"step-00000002.safetensors was not written in the background: .*No space left"):
+    calls = {
+        "save": lambda: saved(tmp_path, 3),
+        "load": lambda: surefoot.load(tmp_path),
+        "wait": surefoot.checkpoint.wait,
+    }
+    with pytest.raises(
+        RuntimeError, match=r"step-00000002.safetensors was not written in the background: .*No space left"
+    ):
         calls[call]()
     calls[call]()
     assert loaded(tmp_path) == (3 if call == "save" else 1)

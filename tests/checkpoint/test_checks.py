@@ -31,7 +31,11 @@ def refused(path, message, error=ValueError, **objects):
     """Assert that loading is refused with a message, and that objects and generators are as they were."""
     named = [value for value in objects.values() if hasattr(value, "state_dict")]
     before = [*state_of(*named), torch.get_rng_state(), random.getstate()]
-    options = {name: [tensor.data_ptr() for tensor in one.parameters()] for name, one in objects.items() if isinstance(one, nn.Module)}
+    options = {
+        name: [tensor.data_ptr() for tensor in one.parameters()]
+        for name, one in objects.items()
+        if isinstance(one, nn.Module)
+    }
     with pytest.raises(error, match=message):
         surefoot.load(path, **objects)
     assert_same([*state_of(*named), torch.get_rng_state(), random.getstate()], before)
@@ -41,8 +45,14 @@ def refused(path, message, error=ValueError, **objects):
 MODELS = [
     (lambda: net(width=5), r"`0.weight` was saved with shape \(4, 3\), in the model it has \(5, 3\)"),
     (lambda: net(bias=False), r"`0.bias` of shape \(4,\) was saved, but is not in the model"),
-    (lambda: nn.Sequential(*net(), nn.Linear(2, 2)), r"`2.weight` of shape \(2, 2\) is in the model, but was not saved"),
-    (lambda: net(dtype=torch.float64), r"`0.weight` was saved as torch.float32, in the model it is torch.float64; load into"),
+    (
+        lambda: nn.Sequential(*net(), nn.Linear(2, 2)),
+        r"`2.weight` of shape \(2, 2\) is in the model, but was not saved",
+    ),
+    (
+        lambda: net(dtype=torch.float64),
+        r"`0.weight` was saved as torch.float32, in the model it is torch.float64; load into",
+    ),
     (lambda: nn.ModuleDict({"a": net()}), r"`a.0.weight` of shape \(4, 3\) is in the model.*"),
 ]
 
@@ -90,7 +100,9 @@ def test_hyperparameters_out_of_range_are_refused_with_a_note(tmp_path):
 
 def test_what_was_not_saved(path):
     scaler = torch.amp.GradScaler("cpu")
-    refused(path, "has no `scaler`; it has `model`, `optimizer`, `rng`, `extra`. Leave it out, or save it", scaler=scaler)
+    refused(
+        path, "has no `scaler`; it has `model`, `optimizer`, `rng`, `extra`. Leave it out, or save it", scaler=scaler
+    )
 
 
 def test_a_part_of_another_kind(tmp_path):
@@ -137,7 +149,12 @@ def test_a_scheduler_that_refuses_leaves_the_optimizer_as_it_was(tmp_path):
     optimizer, scheduler = scheduled(lambda o: Schedule(o, lr=schedules.linear(1, 0, 9)))
     path = surefoot.save(tmp_path, optimizer=optimizer, scheduler=scheduler)
     other, another = scheduled(lambda o: Schedule(o, momentum=schedules.linear(1, 0, 9)), 1)
-    refused(path, "the state dict schedules lr of group 0, but this Schedule has momentum", optimizer=other, scheduler=another)
+    refused(
+        path,
+        "the state dict schedules lr of group 0, but this Schedule has momentum",
+        optimizer=other,
+        scheduler=another,
+    )
 
 
 def test_a_scaler_that_is_disabled_now(tmp_path):
@@ -327,7 +344,9 @@ def test_prefixes_of_wrappers_are_recognized(tmp_path, prefix):
 def test_a_renamed_layer_is_guessed_from_its_shape(tmp_path):
     path = surefoot.save(tmp_path, model=nn.ModuleDict({"head": nn.Linear(3, 4), "body": nn.Linear(5, 5)}))
     model = nn.ModuleDict({"classifier": nn.Linear(3, 4), "body": nn.Linear(5, 5)})
-    with pytest.raises(ValueError, match=r"pass rename=\{'head.weight': 'classifier.weight', 'head.bias': 'classifier.bias'\}"):
+    with pytest.raises(
+        ValueError, match=r"pass rename=\{'head.weight': 'classifier.weight', 'head.bias': 'classifier.bias'\}"
+    ):
         surefoot.load(path, model=model)
     surefoot.load(path, model=model, rename={"head": "classifier"})
 
@@ -376,7 +395,12 @@ def test_optimizers_of_torch_are_saved_and_loaded_too(tmp_path):
 def test_optimizers_of_torch_go_by_the_order_which_is_checked(path):
     model = net()
     theirs = torch.optim.AdamW([*model.parameters()][::-1])
-    refused(path, "the parameters have other names, or another order, and torch's optimizers go by", model=model, optimizer=theirs)
+    refused(
+        path,
+        "the parameters have other names, or another order, and torch's optimizers go by",
+        model=model,
+        optimizer=theirs,
+    )
 
 
 def test_nothing_depends_on_the_file_after_a_load(tmp_path):
@@ -387,3 +411,24 @@ def test_nothing_depends_on_the_file_after_a_load(tmp_path):
     path.write_bytes(b"")
     assert_same(state_of(other, again), state_of(model, optimizer))
     assert found.extra[0].sum() == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("background", [False, True])
+def test_tensors_and_generators_of_cuda(tmp_path, background):
+    model = net().cuda()
+    optimizer = surefoot.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3, device="cuda")).sum().backward()
+    optimizer.step()
+    generator = torch.Generator("cuda").manual_seed(3)
+    path = surefoot.save(tmp_path, model=model, optimizer=optimizer, sampler=generator, async_=background)
+    draws = [torch.rand(3, device="cuda"), torch.rand(3, device="cuda", generator=generator)]
+    other = net().cuda()
+    again, another = surefoot.AdamW(other.parameters()), torch.Generator("cuda")
+    surefoot.load(path, model=other, optimizer=again, sampler=another)
+    assert_same(state_of(other, again), state_of(model, optimizer))
+    assert again.state[other[0].weight]["exp_avg"].is_cuda
+    assert not again.state[other[0].weight]["step"].is_cuda
+    assert all(map(torch.equal, draws, [torch.rand(3, device="cuda"), torch.rand(3, device="cuda", generator=another)]))
+    refused(path, "a generator of cuda was saved, this is one of cpu", sampler=torch.Generator())

@@ -188,7 +188,16 @@ def test_a_header_of_the_greatest_length_that_is_not_there_costs_no_memory(tmp_p
 
 # Fuzzed
 
-WATCHED = {"exec", "compile", "os.system", "subprocess.Popen", "pickle.find_class", "os.exec", "ctypes.dlopen", "marshal.loads"}
+WATCHED = {
+    "exec",
+    "compile",
+    "os.system",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "os.exec",
+    "ctypes.dlopen",
+    "marshal.loads",
+}
 _events: list[str] = []
 _watching = False
 
@@ -218,11 +227,15 @@ def read_all(path):
     return None
 
 
-_leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("optimizer.weight.step")
+_leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("optimizer.weight.step")
+)
 _json = st.recursive(
     _leaves,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["$", "of", "kind", "a", "dtype"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["$", "of", "kind", "a", "dtype"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -299,5 +312,7 @@ def test_a_folder_without_a_whole_checkpoint_says_why(tmp_path):
         load(tmp_path / "nowhere")
     path = minimal(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint in .* is whole:.*step-00000000.safetensors is truncated"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)no checkpoint in .* is whole:.*step-00000000.safetensors is truncated"
+    ):
         load(tmp_path)

@@ -76,12 +76,14 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
 def _opened(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain data, and opening it could run code: {error}"
+            f"{path} is damaged, or holds more than tensors and plain data, which only running code could restore: {error}"
         ) from None
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no file of torch.save: {error}") from None
+    except Exception as error:  # torch's reader raises what comes first
+        raise ValueError(f"{path} is no whole file of torch.save: {error!r}") from error
 
 
 def _whole(data: Mapping[Any, Any]) -> Mapping[Any, Any]:
