@@ -440,8 +440,8 @@ class Optimizer(torch.optim.Optimizer):
     def to(self, device: torch.device | str | int | None = None) -> Self:
         """Move the state to a device: to offload it, or to follow parameters that have moved.
 
-        Step counts and other scalars stay on the CPU, except in groups with `capturable=True`.  Parameters and gradients
-        are the model's and stay where they are; a step needs state and parameters on the same device again.
+        Step counts and other scalars stay on the CPU, except in groups with `capturable=True`.  Parameters and
+        gradients are the model's and stay where they are; a step needs state and parameters on the same device again.
 
         Args:
             device: where to; by default to where each parameter is.

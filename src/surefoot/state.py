@@ -115,8 +115,8 @@ def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor
         if value is not None and (value.shape != slot.shape_for(param) or value.device != param.device):
             raise RuntimeError(
                 f"state `{slot.name}` of {describe(group, param)} on {param.device} has shape {tuple(value.shape)} on "
-                f"{value.device}; after replacing or moving a parameter, move its state with `optimizer.to()` or delete it with "
-                f"`del optimizer.state[param]`"
+                f"{value.device}; after replacing or moving a parameter, move its state with `optimizer.to()`, or "
+                f"delete it with `del optimizer.state[param]`"
             )
 
 

@@ -18,13 +18,15 @@ def main() -> None:
     folder, megabytes, background = sys.argv[1], float(sys.argv[2]), sys.argv[3:] == ["async"]
     model = torch.nn.ParameterDict({f"w{i}": torch.zeros(int(megabytes * 62_500)) for i in range(4)})
     optimizer = surefoot.SGD(model.named_parameters(), foreach=False)
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     step = 1 + max((int(path.stem[5:]) for path in surefoot.checkpoint.Path(folder).glob("step-*")), default=0)
     while True:
         for param in model.values():
             param.data.fill_(step)
         surefoot.save(folder, model=model, optimizer=optimizer, step=step, keep=2, async_=background)
-        print(step - background, flush=True)
+        sys.stdout.write(f"{step - background}\n")
+        sys.stdout.flush()
         step += 1
 
 

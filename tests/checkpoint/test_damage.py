@@ -1,4 +1,4 @@
-"""Damaged and forged files: every flipped byte and every truncation is noticed, and no file makes the reader do harm."""
+"""Damaged and forged files: every flipped byte and every truncation is noticed, and no file makes a reader do harm."""
 
 import json
 import os

@@ -9,12 +9,16 @@ import surefoot
 from helpers import (
     ALGORITHMS,
     assert_same,
-    make as make_optimizer,
     make_params,
     name_of,
     snapshot,
-    train as train_steps,
     twin,
+)
+from helpers import (
+    make as make_optimizer,
+)
+from helpers import (
+    train as train_steps,
 )
 from surefoot.checkpoint import Checkpoint, CheckpointError, manifest_of
 from surefoot.checkpoint.converting import from_torch, to_torch

@@ -35,7 +35,7 @@ def make(tmp_path, step=1000, **options):
 
 
 def test_inspect_shows_parts_groups_and_parameters(tmp_path):
-    path, model, _ = make(tmp_path)
+    path, _, _ = make(tmp_path)
     shown = lines(ckpt("inspect", tmp_path))
     assert shown[0] == str(path)
     assert shown[1].startswith("step 1000, ")
@@ -78,7 +78,7 @@ def test_inspect_of_an_optimizer_alone_and_of_long_lists(tmp_path):
 
 
 def test_inspect_as_json(tmp_path):
-    path, model, optimizer = make(tmp_path)
+    path, _, _ = make(tmp_path)
     found = json.loads(ckpt("inspect", tmp_path, "--json").output)
     assert (found["path"], found["step"], found["format"], found["bytes"]) == (str(path), 1000, 1, path.stat().st_size)
     assert found["parts"]["optimizer"]["groups"][0]["lr"] == 0.25
@@ -95,7 +95,7 @@ def test_inspect_as_json_stays_json_with_values_that_json_lacks(tmp_path):
     path = surefoot.save(
         tmp_path, optimizer=optimizer, extra={"best": math.inf, "z": 1j, "nan": torch.tensor(math.nan)}
     )
-    found = json.loads(ckpt("inspect", path, "--json").output, parse_constant=lambda text: pytest.fail(text))
+    found = json.loads(ckpt("inspect", path, "--json").output, parse_constant=pytest.fail)
     assert found["parts"]["extra"]["state"] == {"best": "inf", "z": [0.0, 1.0], "nan": "nan"}
     assert found["parts"]["optimizer"]["groups"][0]["lr"] == "inf"
 
@@ -162,7 +162,7 @@ def test_diff_of_values_that_are_not_finite(tmp_path):
 
 
 def test_convert_there_and_back(tmp_path):
-    path, model, _ = make(tmp_path)
+    _, model, _ = make(tmp_path)
     result = ckpt("convert", tmp_path, tmp_path / "a.pt")
     assert result.exit_code == 0
     assert "with model, optimizer, scheduler, rng, extra, step" in result.output

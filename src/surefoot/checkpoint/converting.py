@@ -80,7 +80,8 @@ def _opened(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain data, which only running code could restore: {error}"
+            f"{path} is damaged, or holds more than tensors and plain data, which only running code could restore: "
+            f"{error}"
         ) from None
     except Exception as error:  # torch's reader raises what comes first
         raise ValueError(f"{path} is no whole file of torch.save: {error!r}") from error
