@@ -348,7 +348,8 @@ def _kill(folder: Path, after: float, *, background: bool) -> bool:
     checkpoint, skipped = newest(folder)
     values: list[Tensor] = [checkpoint.tensor(name) for name in checkpoint.places if name.startswith("model.")]
     step = checkpoint.manifest["step"]
-    if ready != "ready\n" or skipped or step < int(steps[-1] if steps else 0) or not all((value == step).all() for value in values):
+    mixed = not all((value == step).all() for value in values)
+    if ready != "ready\n" or skipped or mixed or step < int(steps[-1] if steps else 0):
         raise RuntimeError(f"killed after steps {steps}: loaded step {step}, skipped {skipped}")
     return interrupted
 

@@ -319,7 +319,7 @@ def test_renamed_parameters(path, rename):
     ("rename", "error", "message"),
     [
         ({"x": "y"}, ValueError, "rename: nothing saved is called `x`"),
-        ({"0": "1"}, ValueError, "two tensors are called `1.weight` after renaming"),
+        ({"0": "1"}, ValueError, "rename: 2 parameters would be called `1.weight`"),
         (lambda _: None, TypeError, "`rename` must answer a name, but answered None for `0.weight`"),
         (3, TypeError, "`rename` must be a function or a dict from saved names to present ones, but is 3"),
     ],
@@ -327,6 +327,17 @@ def test_renamed_parameters(path, rename):
 def test_mistakes_in_a_renaming(path, rename, error, message):
     with pytest.raises(error, match=message):
         surefoot.load(path, model=net(), rename=rename)
+
+
+def test_names_of_one_model_among_several_begin_with_its_key(tmp_path):
+    models = {"g": net(), "d": net()}
+    path = surefoot.save(tmp_path, model=models, optimizer=surefoot.SGD([*models["g"].parameters()]))
+    others = {"g": nn.ModuleDict({"a": net()}), "d": net()}
+    optimizer = surefoot.SGD([*others["g"].parameters()])
+    surefoot.load(path, model=others, optimizer=optimizer, rename={"g": "g.a"})
+    assert_same(list(others["g"].state_dict().values()), list(models["g"].state_dict().values()))
+    with pytest.raises(ValueError, match=r"rename: `0.weight` must begin with `g.`, the key of its model"):
+        surefoot.load(path, model=others, rename=lambda name: name.removeprefix("g."))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])

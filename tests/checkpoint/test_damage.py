@@ -14,7 +14,7 @@ from torch import nn
 
 import surefoot
 from helpers import assert_same
-from surefoot.checkpoint import Checkpoint, CheckpointError
+from surefoot.checkpoint import Checkpoint, CheckpointError, facts
 from surefoot.checkpoint.header import LENGTH, MOST
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
@@ -215,6 +215,7 @@ def read_all(path):
     global _watching  # noqa: PLW0603 (audit hooks cannot be removed)
     _watching = True
     try:
+        facts.as_json(Checkpoint(path))
         load(path)
     except ValueError as error:
         return error

@@ -1,6 +1,5 @@
 """What a checkpoint contains, as facts for people and programs; only its header is read."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,12 +95,11 @@ def shown(value: Any, checkpoint: Checkpoint) -> Any:
         return [shown(item, checkpoint) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.get(TAG) == "tensor" and checkpoint.places[value["of"]].elements == 1:
+    place = next(iter(places_of(checkpoint, value).values()), None)
+    if value.get(TAG) == "tensor" and place is not None and place.elements == 1:
         number = checkpoint.tensor(value["of"]).item()
-        return (
-            number if isinstance(number, int) or (isinstance(number, float) and math.isfinite(number)) else str(number)
-        )
-    return shown(value["of"], checkpoint) if TAG in value else {k: shown(v, checkpoint) for k, v in value.items()}
+        return number if isinstance(number, int | float) else str(number)
+    return shown(value.get("of"), checkpoint) if TAG in value else {k: shown(v, checkpoint) for k, v in value.items()}
 
 
 def parameters_of(checkpoint: Checkpoint, label: str) -> list[Parameter]:

@@ -113,12 +113,20 @@ class Header:
 
 
 def arrange(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Give every tensor a place; wide elements come first, so that all are aligned to their own size."""
+    """Give every tensor a place.
+
+    Wide elements come first, so that all are aligned to their own size; and single numbers before larger tensors, so
+    that reading step counts touches few pages.
+    """
     found, begin = {}, 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize):
+    for key, tensor in sorted(tensors.items(), key=_rank):
         found[key] = Place(tensor.dtype, tuple(tensor.shape), begin, order_of(tensor))
         begin = found[key].end
     return found
+
+
+def _rank(item: tuple[str, Tensor]) -> tuple[int, bool]:
+    return -DTYPES[item[1].dtype].itemsize, item[1].numel() > 1
 
 
 def compose(

@@ -253,6 +253,6 @@ _READERS: dict[str, Callable[[Any, Any, Fetch], Any]] = {
 def tensors_in(data: Any) -> Iterable[str]:
     """Give the names of the tensors that encoded data refers to."""
     if isinstance(data, dict) and data.get(TAG) in ("tensor", "array"):
-        return [data["of"]]
+        return [data["of"]] if isinstance(data.get("of"), str) else []
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return itertools.chain.from_iterable(map(tensors_in, parts))

@@ -1,6 +1,7 @@
 """Names of parameters that have changed since a checkpoint was saved."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 
@@ -46,10 +47,24 @@ class Renaming:
         return [f"rename: nothing saved is called `{key}`" for key in keys if key not in self._used]
 
 
-def collisions(names: Iterable[str]) -> list[str]:
-    """Give the names that occur more than once."""
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+def renamed(names: Sequence[str], renaming: Renaming, prefix: str = "") -> list[str]:
+    """Give present names of saved ones.
+
+    Args:
+        names: saved names.
+        renaming: from saved names to present ones.
+        prefix: the key of a model among several, which stands before its names in a renaming.
+
+    Raises:
+        ValueError: two become the same, or one loses its model's key.
+    """
+    found = [renaming(prefix + name) for name in names]
+    for name, count in Counter(found).items():
+        if count > 1:
+            raise ValueError(f"rename: {count} parameters would be called `{name}`")
+        if not name.startswith(prefix):
+            raise ValueError(f"rename: `{name}` must begin with `{prefix}`, the key of its model")
+    return [name.removeprefix(prefix) for name in found]
 
 
 def hint(missing: Mapping[str, object], unexpected: Mapping[str, object]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surefoot.checkpoint.gather import Objects, names_of, parameter_names
 from surefoot.checkpoint.plain import Fetch, decode
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.renaming import Renaming, collisions, hint
+from surefoot.checkpoint.renaming import Renaming, hint, renamed
 from surefoot.checkpoint.rng import rng_problems, rng_state, set_rng_state
 from surefoot.errors import CheckpointError
 from surefoot.optimizer import Optimizer
@@ -65,17 +65,18 @@ class ModelPart(Part):
     def __init__(self, model: nn.Module, renaming: Renaming, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.model = model
-        fetch = self.checkpoint.tensor
-        self.state = [(renaming(name), decode(value, fetch)) for name, value in self.saved["state"]]
+        key = self.label.partition(".")[2]
+        names = renamed([name for name, _ in self.saved["state"]], renaming, f"{key}." if key else "")
+        values = [decode(value, self.checkpoint.tensor) for _, value in self.saved["state"]]
+        self.state = list(zip(names, values, strict=True))
         self.before: Mapping[str, Any] = {}
 
     def problems(self) -> list[str]:
         """See `Part`."""
         here, there = self.model.state_dict(), dict(self.state)
-        lines = [f"two tensors are called `{name}` after renaming" for name in collisions(n for n, _ in self.state)]
         missing = {name: _shape(value) for name, value in here.items() if name not in there}
         extra = {name: _shape(value) for name, value in there.items() if name not in here}
-        lines += [f"`{name}`{shape} is in the model, but was not saved" for name, shape in missing.items()]
+        lines = [f"`{name}`{shape} is in the model, but was not saved" for name, shape in missing.items()]
         lines += [f"`{name}`{shape} was saved, but is not in the model" for name, shape in extra.items()]
         lines += chain.from_iterable(_misfit(name, here[name], there[name]) for name in here if name in there)
         if missing and extra and (advice := hint(missing, extra)):
@@ -146,8 +147,9 @@ class OptimizerPart(Part):
         self.optimizer = optimizer
         self.names = names_of(optimizer, known)
         self.parameters = [dict(parameter) for parameter in self.saved["parameters"]]
-        for parameter in self.parameters:
-            parameter["name"] = None if parameter["name"] is None else renaming(parameter["name"])
+        named = [parameter for parameter in self.parameters if parameter["name"] is not None]
+        for parameter, name in zip(named, renamed([one["name"] for one in named], renaming), strict=True):
+            parameter["name"] = name
         self.before: dict[str, Any] = {}
 
     @property
@@ -159,7 +161,7 @@ class OptimizerPart(Part):
         """See `Part`."""
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         names = [parameter["name"] for parameter in self.parameters]
-        lines = [f"two parameters are called `{name}` after renaming" for name in collisions(filter(None, names))]
+        lines = []
         if not isinstance(self.optimizer, Optimizer) and self.by_name and names != self.names:
             lines.append("the parameters have other names, or another order, and torch's optimizers go by the order")
         here = dict(zip(self.names if self.by_name and self.names else range(len(params)), params, strict=True))

@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL = ".partial"
+PARTIAL = ".surefoot-partial"
 _AT_ONCE = 1 << 16
 """Bytes up to which handing a chunk to another thread takes longer than its checksum."""
 _BLOCK = 1 << 14
