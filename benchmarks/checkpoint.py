@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py                          # speed, at 1 GB, in about two minutes
     python benchmarks/checkpoint.py --part kill --kills 200  # the stress, in about ten
 
-It prints a table and writes `benchmarks/results/checkpoint.csv`.  Every save goes to a new name, as in a training run,
+It prints a table and writes `benchmarks/results/checkpoint-<part>.csv`.  Every save goes to a new name, as in a training run,
 and the file before is removed afterwards; contenders take turns.  Every load runs in a fresh process, with the file in
 the system's cache.  The folder for the files is `--folder`.
 """
@@ -85,14 +85,15 @@ def main() -> None:
         name, *arguments = options.child
         print(json.dumps(CHILDREN[name](*arguments)))
         return
-    lines: list[Line] = []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for part in options.part:
-            lines += PARTS[part](Path(folder), options)
-    print(markdown(lines))
     options.out.mkdir(parents=True, exist_ok=True)
     columns = ("machine", "date", "torch", "threads", *Line._fields)
-    write_csv(options.out / "checkpoint.csv", ((*circumstances(), *line) for line in lines), columns)
+    lines: list[Line] = []
+    for part in options.part:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            found = list(PARTS[part](Path(folder), options))
+        write_csv(options.out / f"checkpoint-{part}.csv", ((*circumstances(), *line) for line in found), columns)
+        lines += found
+    print(markdown(lines))
 
 
 def markdown(lines: Sequence[Line]) -> str:

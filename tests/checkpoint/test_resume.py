@@ -23,7 +23,7 @@ def outcomes(tmp_path_factory):
     for case in CASES:
         loop = Loop(case)
         loop.train()
-        surefoot.save(folder / case.name, **loop.parts())
+        surefoot.save(folder / f"{case.name}.safetensors", **loop.parts())
         expected[case.name] = {"losses": loop.train(), **deepcopy(loop.outcome())}
     program = [sys.executable, "-W", "error", str(Path(resume_loops.__file__)), str(folder)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)  # noqa: S603

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,14 +155,19 @@ def _write(target: Path, contents: Contents, step: int | None, sequence: int, ke
 
 def manifest_of(contents: Contents, step: int | None, sequence: int) -> dict[str, Any]:
     """Give the manifest of contents that are saved now."""
-    versions = {"surefoot": version("surefoot"), "torch": torch.__version__, "numpy": np.__version__}
     return {
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {**versions, "python": platform.python_version(), "platform": sys.platform},
+        "versions": _versions(),
         "step": step,
         "sequence": sequence,
         "parts": contents.parts,
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    libraries = {"surefoot": version("surefoot"), "torch": torch.__version__, "numpy": np.__version__}
+    return {**libraries, "python": platform.python_version(), "platform": sys.platform}
 
 
 def load(

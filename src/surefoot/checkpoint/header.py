@@ -142,14 +142,14 @@ def compose(
     Raises:
         ValueError: it would be larger than a reader accepts.
     """
-    size = _padded(len(_text(places, manifest, {key: _widest(place) for key, place in places.items()})))
+    widest = _text(places, manifest, {key: _widest(place) for key, place in places.items()})
+    size = _padded(len(widest))
     if size > MOST:
         raise ValueError(
             f"the checkpoint's names and plain data take {size:,} bytes, at most {MOST:,} are allowed; give large "
             f"lists as tensors"
         )
-    text = _text(places, manifest, summaries or {key: _widest(place) for key, place in places.items()})
-    text = text.ljust(size)
+    text = (widest if summaries is None else _text(places, manifest, summaries)).ljust(size)
     crc = f"{zlib.crc32(text):08x}".encode()
     return size.to_bytes(LENGTH, "little") + text[: _CRC.start] + crc + text[_CRC.stop :]
 
