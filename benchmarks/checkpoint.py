@@ -3,9 +3,9 @@
     python benchmarks/checkpoint.py                          # speed, at 1 GB, in about two minutes
     python benchmarks/checkpoint.py --part kill --kills 200  # the stress, in about ten
 
-It prints a table and writes `benchmarks/results/checkpoint-<part>.csv`.  Every save goes to a new name, as in a training
-run, and the file before is removed afterwards; contenders take turns.  Every load runs in a fresh process, with the
-file in the system's cache.  The folder for the files is `--folder`.
+It prints a table and writes `benchmarks/results/checkpoint-<part>.csv`.  Every save goes to a new name, as in a
+training run, and the file before is removed afterwards; contenders take turns.  Every load runs in a fresh process,
+with the file in the system's cache.  The folder for the files is `--folder`.
 """
 
 import argparse

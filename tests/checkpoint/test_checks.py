@@ -403,6 +403,24 @@ def test_optimizers_of_torch_are_saved_and_loaded_too(tmp_path):
     assert_same(ours.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+def test_optimizers_of_torch_that_do_not_match_are_left_alone_when_not_strict(path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 9))
+    theirs = torch.optim.AdamW(model.parameters(), lr=0.5)
+    found = surefoot.load(path, model=model, optimizer=theirs, strict=False)
+    assert theirs.param_groups[0]["lr"] == 0.5
+    assert not theirs.state
+    assert [line for line in found.mismatched if line.startswith("optimizer")] == [
+        "optimizer: `1.weight` was saved with shape (2, 4), here it has (9, 4)",
+        "optimizer: `1.bias` was saved with shape (2,), here it has (9,)",
+    ]
+
+
+def test_another_class_is_reported_when_not_strict(path):
+    model = net()
+    found = surefoot.load(path, model=model, optimizer=surefoot.SGD(model.parameters()), strict=False)
+    assert "optimizer: AdamW was saved, this is SGD" in found.mismatched
+
+
 def test_optimizers_of_torch_go_by_the_order_which_is_checked(path):
     model = net()
     theirs = torch.optim.AdamW([*model.parameters()][::-1])

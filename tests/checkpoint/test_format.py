@@ -151,7 +151,7 @@ def test_buffers_and_extra_state_and_versions_of_modules(tmp_path):
             return {"count": self.count, "last": torch.ones(2)}
 
         def set_extra_state(self, state):
-            self.count = state["count"]
+            self.count, self.last = state["count"], state["last"]
 
     model = nn.Sequential(nn.Linear(3, 3), Counting(3))
     model[1].count = 5
@@ -160,6 +160,7 @@ def test_buffers_and_extra_state_and_versions_of_modules(tmp_path):
     path = surefoot.save(tmp_path, model=model)
     surefoot.load(path, model=other)
     assert other[1].count == 5
+    assert other[1].last.untyped_storage().nbytes() == 8  # a copy, no view of the file
     assert torch.equal(other[1].running_mean, model[1].running_mean)
     assert other[1].num_batches_tracked == 1
     assert Checkpoint(path).manifest["parts"]["model"]["metadata"]["1"] == {"version": 2}

@@ -222,7 +222,7 @@ def load(
 
 def _extra(checkpoint: Checkpoint) -> Any:
     part = checkpoint.manifest["parts"].get("extra")
-    return None if part is None else decode(part["state"], lambda name: checkpoint.tensor(name).clone())
+    return None if part is None else decode(part["state"], checkpoint.copy)
 
 
 def _tell(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:

@@ -160,7 +160,7 @@ def _state_dict(part: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
 
     def fetch(name: str) -> Tensor:
         if name not in copies:  # what was one tensor stays one
-            copies[name] = checkpoint.tensor(name).clone()
+            copies[name] = checkpoint.copy(name)
         return copies[name]
 
     if part["kind"] == "model":

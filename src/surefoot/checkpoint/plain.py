@@ -230,7 +230,7 @@ def _read_int(of: Any, *_: Any) -> int:
 
 _READERS: dict[str, Callable[[Any, Any, Fetch], Any]] = {
     "tensor": lambda of, _, fetch: fetch(of),
-    "array": lambda of, _, fetch: fetch(of).clone().numpy(),
+    "array": lambda of, _, fetch: fetch(of).numpy(),
     "numpy": _read_numpy,
     "int": _read_int,
     "float": lambda of, *_: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[of],

@@ -76,6 +76,10 @@ class Checkpoint:
         permuted = view.permute(place.order).contiguous()
         return permuted.permute(sorted(range(view.dim()), key=place.order.__getitem__))
 
+    def copy(self, name: str) -> Tensor:
+        """Give a copy of a tensor in memory, in its memory format; see `tensor`."""
+        return self.tensor(name).clone()
+
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compare the checksums of tensors, all by default, with their bytes, on as many threads as torch has.
 

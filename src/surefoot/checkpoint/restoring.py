@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.checkpoint.gather import Objects, names_of, parameter_names
-from surefoot.checkpoint.plain import Fetch, decode
+from surefoot.checkpoint.plain import TAG, Fetch, decode
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.renaming import Renaming, hint, renamed
 from surefoot.checkpoint.rng import rng_problems, rng_state, set_rng_state
@@ -67,9 +67,14 @@ class ModelPart(Part):
         self.model = model
         key = self.label.partition(".")[2]
         names = renamed([name for name, _ in self.saved["state"]], renaming, f"{key}." if key else "")
-        values = [decode(value, self.checkpoint.tensor) for _, value in self.saved["state"]]
+        values = [self._value(data) for _, data in self.saved["state"]]
         self.state = list(zip(names, values, strict=True))
         self.before: Mapping[str, Any] = {}
+
+    def _value(self, data: Any) -> Any:
+        """Give a tensor as a view of the file, from which it will be copied; extra state is copied, a module may keep it."""
+        is_tensor = isinstance(data, dict) and data.get(TAG) == "tensor"
+        return decode(data, self.checkpoint.tensor if is_tensor else self.checkpoint.copy)
 
     def problems(self) -> list[str]:
         """See `Part`."""
@@ -92,7 +97,7 @@ class ModelPart(Part):
             for name, value in self.state
             if self.strict or (name in here and not any(_misfit(name, here[name], value)))
         )
-        metadata = decode(self.saved["metadata"], self.checkpoint.tensor)
+        metadata = decode(self.saved["metadata"], self.checkpoint.copy)
         if metadata is not None:
             fitting._metadata = metadata  # type: ignore[attr-defined]  # where torch keeps versions of modules
         if any(map(_has_own_loading, self.model.modules())):
@@ -177,21 +182,24 @@ class OptimizerPart(Part):
         """See `Part`."""
         self.before = dict(self.optimizer.__dict__)
         if not isinstance(self.optimizer, Optimizer):
-            # torch's keep the tensors that they are given.
-            self.optimizer.load_state_dict(self._state_dict(self._copied))
-            return []
+            return self._apply_to_torchs()
         with self._lent_names():
             report = self.optimizer.load_state_dict(self._state_dict(self.checkpoint.tensor), strict=self.strict)
-        return [f"{self.label}: {kind}: {line}" for kind, lines in report._asdict().items() for line in lines]
+        lines = [f"{self.label}: {kind}: {line}" for kind, lines in report._asdict().items() for line in lines]
+        return [*([] if self.strict else self.another_class(self.optimizer)), *lines]
+
+    def _apply_to_torchs(self) -> list[str]:
+        """Load all or nothing: torch's optimizers check nothing.  They keep the tensors that they are given."""
+        lines = self.problems()
+        if not lines:
+            self.optimizer.load_state_dict(self._state_dict(self.checkpoint.copy))
+        return lines
 
     def undo(self) -> None:
         """See `Part`."""
         if self.before:
             self.optimizer.__dict__.clear()
             self.optimizer.__dict__.update(self.before)
-
-    def _copied(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name).clone()
 
     def _state_dict(self, fetch: Fetch) -> dict[str, Any]:
         state = [(decode(key, fetch), decode(entry, fetch)) for key, entry in self.saved["state"]]
@@ -238,7 +246,7 @@ class StatefulPart(Part):
     def __init__(self, value: Any, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.value = value
-        self.state = decode(self.saved["state"], lambda name: self.checkpoint.tensor(name).clone())
+        self.state = decode(self.saved["state"], self.checkpoint.copy)
         self.before = deepcopy(value.state_dict())
 
     def problems(self) -> list[str]:
@@ -272,7 +280,7 @@ class GeneratorPart(Part):
     def __init__(self, generator: torch.Generator, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.generator = generator
-        self.state = decode(self.saved["state"], lambda name: self.checkpoint.tensor(name).clone())
+        self.state = decode(self.saved["state"], self.checkpoint.copy)
         self.before = generator.get_state()
 
     def problems(self) -> list[str]:
@@ -301,7 +309,7 @@ class RngPart(Part):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.state = decode(self.saved["state"], lambda name: self.checkpoint.tensor(name).clone())
+        self.state = decode(self.saved["state"], self.checkpoint.copy)
         self.before = rng_state()
 
     def problems(self) -> list[str]:
