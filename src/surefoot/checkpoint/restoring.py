@@ -72,7 +72,7 @@ class ModelPart(Part):
         self.before: Mapping[str, Any] = {}
 
     def _value(self, data: Any) -> Any:
-        """Give a tensor as a view of the file, from which it will be copied; extra state is copied, a module may keep it."""
+        """Give a tensor as a view of the file; extra state, which a module may keep, is copied."""
         is_tensor = isinstance(data, dict) and data.get(TAG) == "tensor"
         return decode(data, self.checkpoint.tensor if is_tensor else self.checkpoint.copy)
 
