@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -150,16 +150,20 @@ def saving(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
         "surefoot.save": lambda path: _ignore(surefoot.save(path, model=model, optimizer=optimizer)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    busy: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(options.repeat + 1):
         for name, save in contenders.items():
             path = folder / f"{name.split()[-1]}-{turn}.safetensors"
+            before = process_time()
             taken = _timed(lambda save=save, path=path: save(path))
             path.with_name(f"{name.split()[-1]}-{turn - 1}.safetensors").unlink(missing_ok=True)
             if turn:  # the first touches memory for the first time
                 seconds[name].append(taken)
+                busy[name].append(process_time() - before)
     for path in folder.iterdir():
         path.unlink()
     yield from _compared("save", seconds, "torch.save", {"surefoot.save": 1.1})
+    yield from _compared("save, CPU time of all threads", busy, "torch.save", {})
 
 
 def _ignore(_: object) -> None:
