@@ -344,8 +344,8 @@ def _kill(folder: Path, after: float, *, background: bool) -> bool:
     command = [sys.executable, str(WRITER), str(folder), "8", *(["async"] if background else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         ready = process.stdout.readline() if process.stdout else ""
-        if not folder.is_dir():
-            time.sleep(0.2)
+        while not any(folder.glob("step-*")):
+            time.sleep(0.01)
         time.sleep(after)
         process.kill()
         steps = process.communicate()[0].split()

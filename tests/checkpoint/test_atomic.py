@@ -170,7 +170,9 @@ def test_kill_9_at_random_moments(tmp_path, background):
     for _ in range(2):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
             assert process.stdout.readline() == "ready\n"
-            time.sleep(0.1 + chance.random() / 10)
+            while int(process.stdout.readline()) < 1:
+                pass
+            time.sleep(chance.random() / 10)
             process.kill()
             steps = process.stdout.read().split()
         assert loaded(tmp_path) >= int(steps[-1] if steps else 0)
