@@ -26,6 +26,7 @@ NAMES = {
         "RMSprop",
     ),
     *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot", "StepOptions"),
+    *("checkpoint", "load", "save"),
     *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
 }
 
@@ -64,6 +65,7 @@ def test_the_version_is_the_distributions():
 MODULES = [
     "surefoot.optimizer",
     "surefoot.telemetry.telemetry",
+    "surefoot.checkpoint",
     *(f"surefoot.optimizers.{name.lower()}" for name in surefoot.optimizers.__all__),
 ]
 FILES = {

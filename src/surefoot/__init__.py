@@ -8,7 +8,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surefoot import lr_finder, lr_scheduler, swa_utils, telemetry
+    from surefoot import checkpoint, lr_finder, lr_scheduler, swa_utils, telemetry
+    from surefoot.checkpoint import load, save
     from surefoot.groups import parameter_groups
     from surefoot.optimizer import Optimizer
     from surefoot.optimizers import (
@@ -51,9 +52,12 @@ __all__ = [
     "Slot",
     "SparseAdam",
     "StepOptions",
+    "checkpoint",
+    "load",
     "lr_finder",
     "lr_scheduler",
     "parameter_groups",
+    "save",
     "swa_utils",
     "telemetry",
 ]
@@ -63,7 +67,9 @@ _MODULES = {
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
     "StepOptions": "surefoot.whole_step",
+    "load": "surefoot.checkpoint",
     "parameter_groups": "surefoot.groups",
+    "save": "surefoot.checkpoint",
 }
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 

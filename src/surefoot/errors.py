@@ -15,3 +15,7 @@ class NonFiniteGradientError(ArithmeticError):
 
 class InternalError(AssertionError):
     """Surefoot itself is at fault: a pass left a graph that breaks the specification."""
+
+
+class CheckpointError(ValueError):
+    """A file is no whole checkpoint: truncated, corrupted, forged, or of another kind."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from surefoot.loading import LoadReport, load
 from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
-from surefoot.state import make_state
+from surefoot.state import make_state, relocated
 from surefoot.step import ENGINE_OPTIONS, run_rule
 from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, clear, finish
 
@@ -504,6 +504,31 @@ class Optimizer(torch.optim.Optimizer):
             self.__dict__.update(before)
             raise
         return loaded.report
+
+    def to(self, device: torch.device | str | int | None = None) -> Self:
+        """Move the state to a device: to offload it, or to follow parameters that have moved.
+
+        Step counts and other scalars stay on the CPU, except in groups with `capturable=True`.  Parameters and
+        gradients are the model's and stay where they are; a step needs state and parameters on the same device again.
+
+        Args:
+            device: where to; by default to where each parameter is.
+
+        Returns:
+            The optimizer itself.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizer = surefoot.AdamW(model.parameters())
+            >>> optimizer = optimizer.to("cpu")  # offload, to make room for an evaluation
+            >>> optimizer = optimizer.to()  # and back
+        """
+        target = None if device is None else torch.device(device)
+        pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
+        moved = [relocated(self, group, param, target or param.device) for group, param in pairs]
+        for (_, param), entry in zip(pairs, moved, strict=True):
+            self.state[param].update(entry)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy groups, state, defaults and the options in use; hooks stay behind, as in torch."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import EMA, Flags, Scalar, Slot, Sparse
+from surefoot.rule import EMA, STEP, Flags, Scalar, Slot, Sparse
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -127,8 +127,8 @@ def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor
         if value is not None and (value.shape != slot.shape_for(param) or value.device != param.device):
             raise RuntimeError(
                 f"state `{slot.name}` of {describe(group, param)} on {param.device} has shape {tuple(value.shape)} on "
-                f"{value.device}; after replacing or moving a parameter, move its state too or delete it with "
-                f"`del optimizer.state[param]`"
+                f"{value.device}; after replacing or moving a parameter, move its state with `optimizer.to()`, or "
+                f"delete it with `del optimizer.state[param]`"
             )
 
 
@@ -165,6 +165,23 @@ def is_on_device(group: Mapping[str, Any], param: Tensor) -> bool:
 def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
     """Device of a parameter's scalars: its own or the host."""
     return param.device if is_on_device(group, param) else torch.device("cpu")
+
+
+# Moving
+
+
+def relocated(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor, device: torch.device) -> dict[str, Any]:
+    """Give a parameter's state on a device; scalars are on the host unless steps are captured."""
+    scalars = {STEP.name, *(scalar.name for scalar in optimizer.scalars)}
+    home = device if group.get("capturable") else torch.device("cpu")
+    return {name: _on(value, home if name in scalars else device) for name, value in optimizer.state[param].items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Give a tensor, or a list of them, on a device."""
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 # Scalars

@@ -207,8 +207,8 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
     whole = optimizer.whole_step
     if whole.nonfinite != "ignore" and any(group.get("capturable") for group in optimizer.param_groups):
         raise RuntimeError(
-            f"nonfinite={whole.nonfinite!r} looks at gradients on the host, which a step with capturable=True must not; "
-            f"leave one of them out"
+            f"nonfinite={whole.nonfinite!r} looks at gradients on the host, which a step with capturable=True must "
+            f"not; leave one of them out"
         )
     if whole.nonfinite != "ignore" and (strange := list(_strange(optimizer, parts))):
         if whole.nonfinite == "raise":

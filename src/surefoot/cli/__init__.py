@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from surefoot.cli import lr
+from surefoot.cli import ckpt, lr
 from surefoot.cli.bench import bench
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
@@ -33,6 +33,7 @@ app.command()(demo)
 app.command()(explain)
 app.command()(report)
 app.command(context_settings={"allow_interspersed_args": False})(run)
+app.add_typer(ckpt.app)
 app.add_typer(lr.app)
 
 

@@ -1,0 +1,241 @@
+"""Checkpoints: verified when they are loaded, safe to open, atomic, quick to inspect.  See docs/checkpoints.md.
+
+`save` and `load` are the whole of it for a training loop; `Checkpoint` opens one file to look into it.
+"""
+
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from surefoot.checkpoint import folder
+from surefoot.checkpoint.background import BACKGROUND
+from surefoot.checkpoint.folder import Skipped
+from surefoot.checkpoint.gather import Contents, gather, objects_of
+from surefoot.checkpoint.plain import decode
+from surefoot.checkpoint.reader import Checkpoint
+from surefoot.checkpoint.renaming import Rename, Renaming
+from surefoot.checkpoint.restoring import restore
+from surefoot.checkpoint.writer import remove_leftovers, sync_folder, write
+from surefoot.errors import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "Loaded", "Skipped", "load", "save", "wait"]
+
+StrPath = str | os.PathLike[str]
+_log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What `load` has loaded.
+
+    Attributes:
+        path: the file.
+        step: the step under which it was saved; None for a single file without one.
+        extra: the plain data that was saved, tensors in it copied; None if there was none.
+        skipped: newer checkpoints that are damaged, and why.
+        mismatched: what did not match; empty when strict.
+        versions: of Python and the libraries with which it was saved.
+    """
+
+    path: Path
+    step: int | None
+    extra: Any
+    skipped: list[Skipped]
+    mismatched: list[str]
+    versions: dict[str, str]
+
+
+def save(
+    path: StrPath,
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    sampler: Any = None,
+    extra: Any = None,
+    rng: bool = True,
+    step: int | None = None,
+    keep: int | None = None,
+    async_: bool = False,
+) -> Path:
+    """Save a training loop's state, so that `load` in a new process goes on with the same bits.
+
+    The file appears when it is whole and on the disk; until then, what was there before stays.
+
+    Args:
+        path: a folder, in which the file is called `step-<step>.safetensors`; or a file ending in `.safetensors`.
+        model: a module, or a dict or list of several; the same holds for the next four.
+        optimizer: any optimizer.  Its parameters are saved under their names in `param_groups`, or in the models.
+        scheduler: anything with `state_dict` and `load_state_dict`.
+        scaler: a `torch.amp.GradScaler`, or the like.
+        sampler: a `torch.Generator`, or anything with `state_dict` and `load_state_dict`.
+        extra: plain data: None, booleans, numbers, strings, bytes, tensors, arrays, and containers of them.
+        rng: save the global random generators of Python, numpy and torch.
+        step: number of the step, >= 0; by default, in a folder, one more than the newest's.
+        keep: how many checkpoints, >= 1, stay in the folder; by default all.  Older ones are removed after this one
+            is whole.
+        async_: copy the state and write it in the background.  An error is raised by the next `save`, `load` or `wait`.
+
+    Returns:
+        The file.
+
+    Raises:
+        TypeError: something is no plain data, or no model, optimizer and so on; the message names it.
+        ValueError: `step` or `keep` is out of range.
+        OSError: it could not be written; what was there stays.
+        RuntimeError: an earlier write in the background has failed.
+
+    Example:
+        >>> import tempfile, torch, surefoot
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = surefoot.AdamW(model.named_parameters())
+        >>> folder = tempfile.mkdtemp()
+        >>> surefoot.save(folder, model=model, optimizer=optimizer, extra={"epoch": 3}, step=1000, keep=3).name
+        'step-00001000.safetensors'
+        >>> surefoot.load(folder, model=model, optimizer=optimizer).extra
+        {'epoch': 3}
+    """
+    BACKGROUND.wait()
+    path = Path(path)
+    _check_numbers(path, step, keep)
+    objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
+    contents = gather(objects, extra, rng=rng)
+    target, number, sequence = _target(path, step)
+    if not async_:
+        _write(target, contents, number, sequence, keep)
+        return target
+    copied = contents.copy()
+    BACKGROUND.start(target, lambda: _write(target, copied, number, sequence, keep))
+    return target
+
+
+def _check_numbers(path: Path, step: int | None, keep: int | None) -> None:
+    for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"`{name}` must be a whole number >= {least}, but got {value!r}")
+    if keep is not None and folder.is_file_name(path):
+        raise ValueError(f"`keep` needs a folder of checkpoints, but {path} is one file; give its folder and step=")
+
+
+def _target(path: Path, step: int | None) -> tuple[Path, int | None, int]:
+    """Give the file to write, its step and its sequence number."""
+    place = path.parent if folder.is_file_name(path) else path
+    _make_folder(place)
+    remove_leftovers(place)
+    if folder.is_file_name(path):
+        return path, step, 0
+    found, _ = folder.opened(place)
+    newest = found[0].manifest if found else {"step": -1, "sequence": -1}
+    number = (newest["step"] or 0) + 1 if step is None else step
+    return folder.path_of(place, number), number, newest["sequence"] + 1
+
+
+def _make_folder(place: Path) -> None:
+    if not place.is_dir():
+        place.mkdir(parents=True)
+        sync_folder(place.parent)
+
+
+def _write(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
+    write(target, contents.tensors, manifest_of(contents, step, sequence))
+    if keep is not None:
+        folder.rotate(target.parent, keep)
+
+
+def manifest_of(contents: Contents, step: int | None, sequence: int) -> dict[str, Any]:
+    """Give the manifest of contents that are saved now."""
+    return {
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "step": step,
+        "sequence": sequence,
+        "parts": contents.parts,
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    libraries = {"surefoot": version("surefoot"), "torch": torch.__version__, "numpy": np.__version__}
+    return {**libraries, "python": platform.python_version(), "platform": sys.platform}
+
+
+def load(
+    path: StrPath,
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    sampler: Any = None,
+    rng: bool | None = None,
+    rename: Rename = None,
+    strict: bool = True,
+) -> Loaded:
+    """Load what `save` has saved into objects that are there.
+
+    Every byte is checked, then every object is asked whether its part fits, and only then is anything changed.  What
+    is saved and not asked for is left out.
+
+    Args:
+        path: a folder, of which the newest whole checkpoint is taken; or a file.
+        model: as in `save`; its tensors are filled in place, wherever they are.
+        optimizer: as in `save`; parameters are matched by name where both sides have names, by position otherwise.
+        scheduler: as in `save`.
+        scaler: as in `save`.
+        sampler: as in `save`.
+        rng: set the global random generators; by default if an optimizer is loaded, for that is a resume.
+        rename: a function from the saved names of parameters and buffers to their present ones, or a dict of such names
+            or of modules.
+        strict: refuse unless everything matches.  Otherwise load what matches, and report the rest.
+
+    Returns:
+        Which file it was, what was skipped, the extra data and more; see `Loaded`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: there is no whole one.
+        ValueError: it does not fit, with a list of where; nothing has changed.
+        RuntimeError: an earlier write in the background has failed.
+    """
+    BACKGROUND.wait()
+    objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
+    renaming = Renaming(rename)
+    checkpoint, skipped = folder.newest(path)
+    extra = _extra(checkpoint)
+    with_rng = optimizer is not None if rng is None else rng
+    mismatched = restore(checkpoint, objects, renaming, rng=with_rng, strict=strict)
+    _tell(checkpoint, skipped)
+    versions: Mapping[str, str] = checkpoint.manifest["versions"]
+    return Loaded(checkpoint.path, checkpoint.manifest["step"], extra, skipped, mismatched, dict(versions))
+
+
+def _extra(checkpoint: Checkpoint) -> Any:
+    part = checkpoint.manifest["parts"].get("extra")
+    return None if part is None else decode(part["state"], checkpoint.copy)
+
+
+def _tell(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
+    _log.info("loaded %s", checkpoint.path)
+    if skipped:
+        reasons = "\n  ".join(skip.reason for skip in skipped)
+        warnings.warn(f"loaded {checkpoint.path}; damaged, and skipped:\n  {reasons}", stacklevel=3)
+
+
+def wait() -> None:
+    """Wait until a save in the background has ended.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    BACKGROUND.wait()

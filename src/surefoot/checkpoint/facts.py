@@ -1,0 +1,188 @@
+"""What a checkpoint contains, as facts for people and programs; only its header is read."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from surefoot.checkpoint.dtypes import name as dtype_name
+from surefoot.checkpoint.folder import is_file_name, opened
+from surefoot.checkpoint.header import Place
+from surefoot.checkpoint.plain import TAG, tensors_in
+from surefoot.checkpoint.reader import Checkpoint
+from surefoot.errors import CheckpointError
+
+
+class Tensors(NamedTuple):
+    """A number of tensors, summed up.
+
+    Attributes:
+        tensors: how many.
+        elements: of all.
+        nbytes: of all.
+        nonfinite: elements that are infinite or NaN.
+    """
+
+    tensors: int
+    elements: int
+    nbytes: int
+    nonfinite: int
+
+
+class Parameter(NamedTuple):
+    """A parameter or buffer, and its state in an optimizer.
+
+    Attributes:
+        name: its name, or number.
+        shape: its shape, None if it is not known.
+        dtype: its dtype.
+        values: the tensor in a model, None if no model was saved.
+        tied_to: the name under which it is stored, if that is another.
+        state: by slot its tensor, or the number itself.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    values: Place | None
+    tied_to: str | None
+    state: Mapping[str, Any]
+
+
+def chosen(path: Path) -> Checkpoint:
+    """Open a file, or the newest in a folder whose header is whole.
+
+    Raises:
+        CheckpointError: there is none.
+        OSError: it cannot be opened.
+    """
+    if is_file_name(path):
+        return Checkpoint(path)
+    found, skipped = opened(path)
+    if not found:
+        reasons = "".join(f"\n  {skip.reason}" for skip in skipped)
+        raise CheckpointError(f"there is no checkpoint in {path}{reasons}")
+    return found[0]
+
+
+def total(places: Iterable[Place]) -> Tensors:
+    """Sum up tensors."""
+    found = list(places)
+    return Tensors(
+        len(found),
+        sum(place.elements for place in found),
+        sum(place.nbytes for place in found),
+        sum(place.summary.nonfinite for place in found),
+    )
+
+
+def places_of(checkpoint: Checkpoint, data: Any) -> dict[str, Place]:
+    """Give the tensors to which encoded data refers, each once."""
+    return {name: checkpoint.places[name] for name in tensors_in(data) if name in checkpoint.places}
+
+
+def groups_of(checkpoint: Checkpoint, label: str) -> list[dict[str, Any]]:
+    """Give the param groups of an optimizer: hyperparameters as they print, and numbers of parameters."""
+    return [
+        {name: shown(value, checkpoint) for name, value in group["options"].items() if name != "param_names"}
+        | {"params": group["params"]}
+        for group in checkpoint.manifest["parts"][label]["groups"]
+    ]
+
+
+def shown(value: Any, checkpoint: Checkpoint) -> Any:
+    """Give plain data in the plainest form: tuples as lists, tensors by their names."""
+    if isinstance(value, list):
+        return [shown(item, checkpoint) for item in value]
+    if not isinstance(value, dict):
+        return value
+    place = next(iter(places_of(checkpoint, value).values()), None)
+    if value.get(TAG) == "tensor" and place is not None and place.elements == 1:
+        number = checkpoint.tensor(value["of"]).item()
+        return number if isinstance(number, int | float) else str(number)
+    return shown(value.get("of"), checkpoint) if TAG in value else {k: shown(v, checkpoint) for k, v in value.items()}
+
+
+def parameters_of(checkpoint: Checkpoint, label: str) -> list[Parameter]:
+    """Give what a model, or an optimizer that stands alone, has; a model's come with their state in every optimizer."""
+    part = checkpoint.manifest["parts"][label]
+    if part["kind"] == "optimizer":
+        return [*_of_optimizer(checkpoint, part)]
+    key = label.partition(".")[2]
+    state = _states(checkpoint)
+    return [
+        _of_model(checkpoint, name, data, part, state.get(f"{key}.{name}" if key else name, {}))
+        for name, data in part["state"]
+    ]
+
+
+def _of_model(
+    checkpoint: Checkpoint, name: str, data: Any, part: Mapping[str, Any], state: Mapping[str, Any]
+) -> Parameter:
+    place = checkpoint.places.get(next(iter(tensors_in(data)), ""))
+    if place is None:
+        return Parameter(name, None, None, None, None, {})
+    return Parameter(name, place.shape, dtype_name(place.dtype), place, part["tied"].get(name), state)
+
+
+def _of_optimizer(checkpoint: Checkpoint, part: Mapping[str, Any]) -> Iterator[Parameter]:
+    entries = {key: entry for key, entry in part["state"] if isinstance(key, int)}
+    for one in part["parameters"]:
+        shape = None if one["shape"] is None else tuple(one["shape"])
+        name = str(one["number"]) if one["name"] is None else one["name"]
+        state = _slots(checkpoint, entries.get(one["number"], {}))
+        yield Parameter(name, shape, one["dtype"], None, None, state)
+
+
+def _states(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """Give the state in all optimizers by the names of parameters."""
+    optimizers = [part for part in checkpoint.manifest["parts"].values() if part["kind"] == "optimizer"]
+    return {one.name: one.state for part in optimizers for one in _of_optimizer(checkpoint, part)}
+
+
+def _slots(checkpoint: Checkpoint, entry: Any) -> dict[str, Any]:
+    """Give the slots of an entry: tensors as places, counters and other numbers as they are."""
+    entry = entry if isinstance(entry, dict) and TAG not in entry else {}
+    found: dict[str, Any] = {}
+    for name, data in entry.items():
+        places = list(places_of(checkpoint, data).values())
+        value = shown(data, checkpoint) if not places or places[0].elements == 1 else places
+        found[name] = places[0] if value is places and len(places) == 1 else value
+    return found
+
+
+def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give everything but the values of tensors, ready for JSON."""
+    manifest = checkpoint.manifest
+    own = {name: manifest[name] for name in ("format", "step", "sequence", "saved_at", "versions")}
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.header.file_size,
+        **own,
+        "parts": {label: _part(checkpoint, label) for label in manifest["parts"]},
+        "tensors": {name: tensor_facts(place) for name, place in checkpoint.places.items()},
+    }
+
+
+def _part(checkpoint: Checkpoint, label: str) -> dict[str, Any]:
+    part = checkpoint.manifest["parts"][label]
+    found = {"kind": part["kind"], "class": part.get("class")}
+    found |= total(places_of(checkpoint, part).values())._asdict()
+    if part["kind"] == "optimizer":
+        found |= {"groups": groups_of(checkpoint, label), "parameters": part["parameters"]}
+    if part["kind"] == "model":
+        found |= {"parameters": part["parameters"], "tied": part["tied"]}
+    if part["kind"] in ("stateful", "plain"):
+        found |= {"state": shown(part["state"], checkpoint)}
+    return found
+
+
+def tensor_facts(place: Place) -> dict[str, Any]:
+    """Give what is known of a tensor, ready for JSON."""
+    return {
+        "shape": list(place.shape),
+        "dtype": dtype_name(place.dtype),
+        "bytes": place.nbytes,
+        "norm": place.summary.norm,
+        "nonfinite": place.summary.nonfinite,
+        "crc32": [f"{crc:08x}" for crc in place.summary.checksums],
+    }

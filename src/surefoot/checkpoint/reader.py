@@ -1,0 +1,121 @@
+"""Reading a file: its header, its tensors as views of mapped memory, and whether every byte is the one written."""
+
+import math
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.checkpoint import migrations
+from surefoot.checkpoint.header import CHUNK, LENGTH, Header, Place, length_of, parse
+from surefoot.errors import CheckpointError
+
+
+class Checkpoint:
+    """A checkpoint on disk.  Opening it reads the header only.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: the file.
+        header: what it contains; see `Header`.
+        manifest: everything that is no tensor, in the present version of the format.
+
+    Raises:
+        OSError: it cannot be opened.
+        CheckpointError: it is no checkpoint, its header is damaged, or its length is wrong.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.header = _read_header(self.path)
+            self.manifest: Mapping[str, Any] = migrations.migrated(self.header.manifest)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} is {error}") from None
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """The tensors' places in the file, by name."""
+        return self.header.places
+
+    @cached_property
+    def _data(self) -> Tensor:
+        """The tensors' bytes, mapped; private, so that writing to them would not change the file."""
+        size = self.header.file_size - self.header.size
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != self.header.file_size:
+                raise CheckpointError(f"{self.path} was changed while it was read")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8, offset=self.header.size)
+
+    def tensor(self, name: str) -> Tensor:
+        """Give a tensor, as it is on disk: read-only by convention, a view of mapped memory unless it is permuted.
+
+        `verify` tells whether its bytes are right.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        place = self.places.get(name)
+        if place is None:
+            raise CheckpointError(f"{self.path} refers to a tensor `{name}`, which it does not have")
+        view = self._data[place.begin : place.end].view(place.dtype).view(place.shape)
+        if place.order is None:
+            return view
+        permuted = view.permute(place.order).contiguous()
+        return permuted.permute(sorted(range(view.dim()), key=place.order.__getitem__))
+
+    def copy(self, name: str) -> Tensor:
+        """Give a copy of a tensor in memory, in its memory format; see `tensor`."""
+        return self.tensor(name).clone()
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare the checksums of tensors, all by default, with their bytes, on as many threads as torch has.
+
+        Raises:
+            CheckpointError: some are wrong; it says which.
+        """
+        if wrong := self.corrupted(names):
+            shown = ", ".join(f"`{name}`" for name in wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
+            raise CheckpointError(f"{self.path} is corrupted: bytes of {shown} are not those written")
+
+    def corrupted(self, names: Iterable[str] | None = None) -> list[str]:
+        """Give the names of the tensors whose bytes are not those written."""
+        chosen = self.places if names is None else names
+        chunks = [(name, index) for name in chosen for index in range(_chunks(self.places[name]))]
+        data = self._data.numpy().data
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            # Handing out many small chunks takes longer than their checksums.
+            apply = pool.map if self.header.file_size > CHUNK else map
+            right = apply(lambda chunk: _is_right(data, self.places[chunk[0]], chunk[1]), chunks)
+            return list(dict.fromkeys(name for (name, _), fine in zip(chunks, right, strict=True) if not fine))
+
+
+def _read_header(path: Path) -> Header:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = length_of(file.read(LENGTH), size)
+        text = file.read(length)
+        if len(text) < length:
+            raise CheckpointError("truncated: it became shorter while it was read")
+        return parse(text, size)
+
+
+def _chunks(place: Place) -> int:
+    return math.ceil(place.nbytes / CHUNK)
+
+
+def _is_right(data: memoryview, place: Place, index: int) -> bool:
+    begin = place.begin + index * CHUNK
+    return zlib.crc32(data[begin : min(begin + CHUNK, place.end)]) == place.summary.checksums[index]

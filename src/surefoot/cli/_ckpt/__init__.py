@@ -1,0 +1,1 @@
+"""What `surefoot ckpt` prints."""

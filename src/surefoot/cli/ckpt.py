@@ -1,0 +1,188 @@
+"""The command `surefoot ckpt`: look into checkpoints, check, compare, convert and migrate them."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from surefoot.checkpoint import Checkpoint
+
+app = typer.Typer(
+    name="ckpt",
+    help="Checkpoints: look into them, check, compare, convert and migrate them.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PathArgument = Annotated[Path, typer.Argument(help="A checkpoint, or a folder, of which the newest is taken.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON rather than tables.")]
+
+Everything = Annotated[bool, typer.Option("--all", help="Show every row of a long table.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Say what is wrong with a file in one line, with status 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Give numbers that JSON lacks as strings."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@app.callback()
+def _group() -> None:
+    """Checkpoints: look into them, check, compare, convert and migrate them."""
+
+
+@app.command()
+def inspect(path: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
+    """Show parts, groups, parameters, state, sizes, norms and non-finite values.  Reads the header only."""
+    from surefoot.checkpoint import facts  # noqa: PLC0415 (commands import when they run)
+
+    with _errors():
+        checkpoint = facts.chosen(path)
+        if as_json:
+            _print_json(facts.as_json(checkpoint))
+        else:
+            _show(checkpoint, everything=everything)
+
+
+def _show(checkpoint: "Checkpoint", *, everything: bool) -> None:
+    from surefoot.cli._ckpt import tables  # noqa: PLC0415
+
+    parts = checkpoint.manifest["parts"]
+    models, optimizers = ([label for label in parts if parts[label]["kind"] == kind] for kind in ("model", "optimizer"))
+    tables.show(
+        tables.overview(checkpoint),
+        *(tables.groups(checkpoint, label) for label in optimizers),
+        *(tables.parameters(checkpoint, label, everything=everything) for label in models or optimizers),
+    )
+
+
+@app.command()
+def verify(path: PathArgument, as_json: AsJson = False) -> None:
+    """Check every byte of a checkpoint, or of all in a folder; the status is 1 if one is damaged."""
+    from surefoot.checkpoint import folder  # noqa: PLC0415
+
+    with _errors():
+        paths = [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}"))
+        if not paths:
+            raise FileNotFoundError(f"there is no checkpoint in {path}")
+        found = {str(one): _damage(one) for one in paths}
+    if as_json:
+        _print_json([{"path": one, "whole": problem is None, "problem": problem} for one, problem in found.items()])
+    else:
+        for one, problem in found.items():
+            typer.echo(f"{one}: whole" if problem is None else problem)
+    raise typer.Exit(int(any(found.values())))
+
+
+def _damage(path: Path) -> str | None:
+    """Say what is wrong with a file, None if nothing is."""
+    from surefoot.checkpoint import Checkpoint, CheckpointError  # noqa: PLC0415
+
+    try:
+        Checkpoint(path).verify()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@app.command()
+def diff(left: PathArgument, right: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
+    """Compare two checkpoints: tensors by value, everything else by place; the status is 1 if they differ."""
+    from surefoot.checkpoint import comparing, facts  # noqa: PLC0415
+
+    with _errors():
+        sides = [facts.chosen(path) for path in (left, right)]
+        for side in sides:
+            side.verify()
+        found = list(comparing.differences(*sides))
+    if as_json:
+        _print_json([one._asdict() for one in found])
+    elif found:
+        _show_differences(found, *(str(side.path) for side in sides), everything=everything)
+    else:
+        typer.echo("no difference")
+    raise typer.Exit(int(bool(found)))
+
+
+def _show_differences(found: list[Any], left: str, right: str, *, everything: bool) -> None:
+    from surefoot.cli._ckpt import tables  # noqa: PLC0415
+
+    tables.show(tables.differences(found, left, right, everything=everything))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of torch.save, or a checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="A .safetensors file to write, or a .pt file for torch.load.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the target if it is there.")] = False,
+) -> None:
+    """Convert a file of torch.save to a checkpoint, or a checkpoint to a file for torch.load(weights_only=True)."""
+    from surefoot.checkpoint import folder  # noqa: PLC0415
+
+    with _errors():
+        _check_target(target, force=force)
+        to_ours = target.suffix == folder.SUFFIX
+        if to_ours == (source.suffix == folder.SUFFIX or source.is_dir()):
+            raise ValueError(
+                f"one of the two must be a {folder.SUFFIX} file, the other a file of torch: {source}, {target}"
+            )
+        (_from_torch if to_ours else _to_torch)(source, target)
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} is there already; name another, or give --force")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent}")
+
+
+def _from_torch(source: Path, target: Path) -> None:
+    from surefoot.checkpoint import converting, manifest_of  # noqa: PLC0415
+    from surefoot.checkpoint.writer import write  # noqa: PLC0415
+
+    contents, step, taken = converting.from_torch(source)
+    write(target, contents.tensors, manifest_of(contents, step, 0))
+    for one in taken:
+        typer.echo(f"{one.key} -> {one.label}")
+    typer.echo(f"wrote {target}")
+
+
+def _to_torch(source: Path, target: Path) -> None:
+    from surefoot.checkpoint import converting, facts  # noqa: PLC0415
+
+    found = converting.to_torch(facts.chosen(source), target)
+    typer.echo(f"wrote {target} with {', '.join(found)}; open it with torch.load(..., weights_only=True)")
+
+
+@app.command()
+def migrate(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")],
+) -> None:
+    """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay."""
+    from surefoot.checkpoint import folder, migrating  # noqa: PLC0415
+
+    with _errors():
+        for one in [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}")):
+            typer.echo(f"{one}: {migrating.migrate(one)}")
