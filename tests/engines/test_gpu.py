@@ -6,6 +6,7 @@ What needs a device is in test_gpu_device.py; what the compiler makes of the ker
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -655,3 +656,11 @@ def test_capturable_is_an_option_of_everything_that_can_be_captured():
         if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters
     }
     assert without == {"LBFGS", "SparseAdam"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
+def test_the_benchmark_says_that_it_measured_nothing():
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    assert result.returncode == 1
+    assert "benchmarks/gpu.py needs a CUDA device, and there is none: nothing was measured" in result.stderr
