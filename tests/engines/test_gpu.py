@@ -6,6 +6,7 @@ What needs a device is in test_gpu_device.py; what the compiler makes of the ker
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -479,12 +480,20 @@ def test_while_a_graph_is_captured_everything_is_sent_and_kept(monkeypatch):
     table = tables.Table(values, torch.device("cpu"), for_graphs=True)
     kept = len(tables._kept_for_graphs)
     monkeypatch.setattr(tables, "capturing", lambda device: True)
-    for graph in range(tables._SPARES + 1):
+    for graph in range(tables.SPARES):
         table.update(values + graph)
+    with pytest.raises(
+        RuntimeError, match="at most 16 graphs may be captured in a row; take a step outside of a capture"
+    ):
+        table.update(values)
     memory = tables._kept_for_graphs[kept:]
-    assert [pinned.tolist() for _, pinned in memory] == [
-        (values + graph).tolist() for graph in range(tables._SPARES + 1)
-    ]
+    assert [pinned.tolist() for _, pinned in memory] == [(values + graph).tolist() for graph in range(tables.SPARES)]
+    monkeypatch.setattr(tables, "capturing", lambda device: False)
+    for _ in range(2):
+        table.there.fill_(-1)  # as a replay would set it
+        table.update(values)
+        assert table.there.tolist() == values.tolist()
+    assert [pinned.tolist() for _, pinned in memory] == [(values + graph).tolist() for graph in range(tables.SPARES)]
     del tables._kept_for_graphs[kept:]
 
 
@@ -567,6 +576,32 @@ def test_a_captured_step_goes_on_from_the_last(monkeypatch):
             assert optimizer._kept.found is works
         found.append(results(optimizer, params))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("change", ["lr", "grad"])
+def test_a_replay_between_two_steps_is_reckoned_with(monkeypatch, change):
+    """A replay sets tables to what they were when it was captured, which the next step outside must not rely on."""
+    param = torch.zeros(5, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, capturable=True, fused=True)
+    first, second = torch.ones(5), torch.full((5,), 10.0)
+    param.grad = first
+    optimizer.step()
+    of_work = optimizer._kept.found[0].bucket.plan
+    table, numbers = of_work._table.there, of_work._numbers
+    captured = table.clone(), numbers.clone()
+    with monkeypatch.context() as patch:
+        for module in (tables, plan):
+            patch.setattr(module, "capturing", lambda device: True)
+        optimizer.step()  # here it is not only recorded but taken
+    if change == "lr":
+        optimizer.param_groups[0]["lr"] = 10.0
+    else:
+        param.grad = second
+    for _ in range(2):
+        optimizer.step()
+        table.copy_(captured[0])
+        numbers.copy_(captured[1])
+    assert param.tolist() == [-22.0] * 5
 
 
 # Who serves
@@ -655,3 +690,11 @@ def test_capturable_is_an_option_of_everything_that_can_be_captured():
         if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters
     }
     assert without == {"LBFGS", "SparseAdam"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
+def test_the_benchmark_says_that_it_measured_nothing():
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    assert result.returncode == 1
+    assert "benchmarks/gpu.py needs a CUDA device, and there is none: nothing was measured" in result.stderr

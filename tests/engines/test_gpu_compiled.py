@@ -63,16 +63,18 @@ def compiled(source, stored, architecture, *, found_inf=False):
         options={"num_warps": launch.warps, "enable_fp_fusion": True},
     )
     return unit.asm["ptx"], {"barriers": unit.asm["ptx"].count("bar.sync"), "shared": unit.metadata.shared} | usage(
-        unit.asm["ptx"], architecture
+        unit.asm["ptx"]
     )
 
 
-def usage(ptx, architecture):
+def usage(ptx):
     """Assemble again, for what the assembler says of registers and spills."""
     path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx"
     path.write_text(ptx)
-    target = f"--gpu-name=sm_{architecture}{'a' if architecture >= 90 else ''}"
-    command = [triton.knobs.nvidia.ptxas.path, "-v", target, str(path), "-o", os.devnull]
+    target = "--gpu-name=" + re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    tools = triton.knobs.nvidia
+    tool = getattr(tools, "ptxas_blackwell", tools.ptxas)  # from Triton 3.6 on there are two, of which this knows more
+    command = [tool.path, "-v", target, str(path), "-o", os.devnull]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stderr  # noqa: S603 (Triton's own)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "spills": int(spills[1]) + int(spills[2])}

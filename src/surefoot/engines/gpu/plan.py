@@ -64,6 +64,7 @@ class Plan:
         self._chunks = Table(chunks_of(sizes, self._launch.chunk), self._device).there
         self._numbers: Table | Tensor | None = None
         self._sent: dict[str, float] = {}
+        self._in_graphs = False
         self._stream = _stream(self._device)
 
     def run(self, bucket: Bucket) -> None:
@@ -123,7 +124,11 @@ class Plan:
         return self._numbers.there
 
     def _compute_numbers(self, coefficients: EachParameter) -> Tensor:
-        """Put numbers that are on the device into their table there; Python's numbers only when they have changed."""
+        """Put numbers that are on the device into their table there.
+
+        Python's numbers only when they have changed; but a graph sets them too, and nobody knows when it is replayed.
+        """
+        self._in_graphs = self._in_graphs or capturing(self._device)
         if not isinstance(self._numbers, Tensor):
             shape = (len(self._names), len(coefficients))
             self._numbers, self._sent = torch.empty(shape, dtype=self._compute, device=self._device), {}
@@ -132,7 +137,7 @@ class Plan:
             if isinstance(value, Tensor):
                 there.copy_(value)
                 self._sent.pop(name, None)
-            elif self._sent.get(name) != value or capturing(self._device):
+            elif self._sent.get(name) != value or self._in_graphs:
                 there.fill_(value)
                 self._sent[name] = value
         return self._numbers

@@ -74,5 +74,5 @@ class Scattered:
         count = len(self._tensors)
         with on(self._device):
             _kernel(function, interpreted=triton.knobs.runtime.interpret)[(triton.cdiv(count, _BLOCK),)](
-                self._table.there, *arguments, count, WIDE=self._wide, BLOCK=_BLOCK
+                self._table.there, *arguments, count, WIDE=self._wide, BLOCK=_BLOCK, enable_fp_fusion=True
             )

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SPARES = 4
-"""Graphs that may be captured between two steps outside of one; pinned memory is best not asked for while capturing."""
+SPARES = 16
+"""Graphs that may be captured between two steps outside of one: no pinned memory can be had while capturing."""
 _kept_for_graphs: list[Any] = []
 
 
@@ -33,7 +33,7 @@ def keep_for_graphs(*memory: Tensor) -> None:
 
 
 class Table:
-    """Numbers on a device, and what they were set to last.
+    """Numbers on a device, and what they were set to last by a step that was not captured.
 
     Attributes:
         there: the numbers, on the device.
@@ -44,35 +44,51 @@ class Table:
         self._pinned = device.type != "cpu"
         self._for_graphs = for_graphs
         self._spares: list[Tensor] = []
+        self._in_graphs = False
         self.there = torch.empty(values.shape, dtype=torch.from_numpy(self._sent).dtype, device=device)
         self._send(0, len(self._sent))
+        self._provide()
 
     def update(self, values: np.ndarray) -> None:
-        """Set the numbers; send from the first that has changed to the last, while a graph is captured all of them."""
+        """Set the numbers; send from the first that has changed to the last, while a graph is captured all of them.
+
+        Raises:
+            RuntimeError: more graphs are captured than there is memory set aside for.
+        """
+        new = values.ravel()
         if capturing(self.there.device):
-            self._sent[:] = values.ravel()
-            self._send_by_graph()
+            self._send_by_graph(new)
             return
-        changed = np.flatnonzero(_bits(values.ravel()) != _bits(self._sent))
+        self._provide()
+        # What a graph has set since, nobody knows here.
+        changed = np.arange(len(new)) if self._in_graphs else np.flatnonzero(_bits(new) != _bits(self._sent))
         if len(changed):
             first, end = int(changed[0]), int(changed[-1]) + 1
-            self._sent[first:end] = values.ravel()[first:end]
+            self._sent[first:end] = new[first:end]
             self._send(first, end)
 
     def _send(self, first: int, end: int) -> None:
         # Torch gives a pinned tensor's memory to others only when the copy from it has been made.
         here = self._staging(end - first).copy_(torch.from_numpy(self._sent[first:end]))
         self.there.view(-1)[first:end].copy_(here, non_blocking=True)
-        while self._for_graphs and len(self._spares) < _SPARES:
-            self._spares.append(self._staging(len(self._sent)))
 
-    def _send_by_graph(self) -> None:
-        here = self._spares.pop() if self._spares else self._staging(len(self._sent))
-        self.there.view(-1).copy_(here.copy_(torch.from_numpy(self._sent)), non_blocking=True)
+    def _provide(self) -> None:
+        """Set memory aside for graphs."""
+        if self._for_graphs and (missing := SPARES - len(self._spares)):
+            self._spares += self._staging(missing, len(self._sent)).unbind()
+
+    def _send_by_graph(self, values: np.ndarray) -> None:
+        if not self._spares:
+            raise RuntimeError(
+                f"at most {SPARES} graphs may be captured in a row; take a step outside of a capture before the next"
+            )
+        self._in_graphs = True
+        here = self._spares.pop().copy_(torch.from_numpy(values))
+        self.there.view(-1).copy_(here, non_blocking=True)
         keep_for_graphs(self.there, here)
 
-    def _staging(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=self.there.dtype, pin_memory=self._pinned)
+    def _staging(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.there.dtype, pin_memory=self._pinned)
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
