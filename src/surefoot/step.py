@@ -228,8 +228,8 @@ class Work:
         if self.device_scalars:
             self._run_on_device(self.device_scalars)
         else:
-            self._count()
             self._run_engine()
+            self._count()
         self.part.sums, self.bucket.measured = self.bucket.measured, None
         self.bucket.grads, self.bucket.gradient_addresses, self.made, self.scalars = [], None, [], None
 

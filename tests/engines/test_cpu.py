@@ -443,3 +443,24 @@ def test_rows_of_a_view_leave_their_neighbours_alone():
     surefoot.SGD([param], lr=0.5, fused=True).step()
     changed = (whole.detach() != 1).nonzero().tolist()
     assert changed == [[row, column] for row in (2, 5) for column in (1, 2, 3)]
+
+
+def test_a_kernel_that_cannot_be_made_leaves_everything_as_it_was(monkeypatch):
+    optimizer, params = make(sizes=(5,))
+    params[0].grad = torch.ones(5)
+    before = params[0].detach().clone()
+
+    def fail(*arguments):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(plan, "compiled_kernel", fail)
+    with pytest.raises(OSError, match="no compiler"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert not optimizer.state or optimizer.state[params[0]]["step"] == 0
+    monkeypatch.undo()
+    optimizer.step()
+    expected, others = make(sizes=(5,))
+    others[0].grad = torch.ones(5)
+    expected.step()
+    assert torch.equal(params[0], others[0])
