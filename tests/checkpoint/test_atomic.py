@@ -61,9 +61,10 @@ class Disk:
 
 def moments(tmp_path_factory):
     """Count the moments of one save."""
+    folder = tmp_path_factory.mktemp("count")
     with pytest.MonkeyPatch.context() as monkeypatch:
         disk = Disk(monkeypatch, None)
-        saved(tmp_path_factory.mktemp("count"), 2)
+        saved(folder, 2)
     return disk.events
 
 
