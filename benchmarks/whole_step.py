@@ -77,7 +77,8 @@ def _compare(part: str, case: str, steps: Mapping[str, Callable[[], float]], rou
     seconds = {name: np.zeros(rounds) for name in steps}
     for index in range(rounds):
         for name, step in steps.items():
-            seconds[name][index] = step()
+            step()  # not counted: it finds the caches full of another contender's data
+            seconds[name][index] = np.median([step() for _ in range(3)])
     first = next(iter(steps))
     for name in list(steps)[1:]:
         ratios = Quartiles.of(seconds[name] / seconds[first])

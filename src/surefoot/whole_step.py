@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class WholeStep:
         skipped: how many of them were skipped.
         parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
             changes nothing, when it began.
-        names: of the parameters, once they were needed.
+        names, roster: of the parameters, and who of them is measured, once they were needed.
     """
 
     max_grad_norm: float | None = None
@@ -85,6 +85,7 @@ class WholeStep:
     skips: bool = field(default=False, repr=False)
     start: float = field(default=0.0, repr=False)
     names: dict[Tensor, str] = field(default_factory=dict, repr=False)
+    roster: "Roster | None" = field(default=None, repr=False)
 
     @classmethod
     def take(cls, defaults: dict[str, Any]) -> "WholeStep":
@@ -117,7 +118,7 @@ class WholeStep:
         return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": [], "names": {}}
+        return self.__dict__ | {"parts": [], "names": {}, "roster": None}
 
 
 _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
@@ -318,20 +319,38 @@ def _raw(optimizer: "Optimizer") -> Any:
     """Put together what telemetry is to get of this step."""
     from surefoot.telemetry import RawStep  # noqa: PLC0415 (on first use)
 
-    whole, known = optimizer.whole_step, names_of(optimizer)
-    params = [param for part in whole.parts for param in part.params]
-    chosen = [index for index, param in enumerate(params) if whole.telemetry.selects(known[param])]
+    whole = optimizer.whole_step
+    roster = _roster(optimizer, [param for part in whole.parts for param in part.params])
     rates = [float(part.group.get("lr", math.nan)) for part in whole.parts for _ in part.params]
     blocks = [_sums(whole, part) for part in whole.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
+    sums = torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
         step=whole.steps,
-        names=tuple(known[params[index]] for index in chosen),
-        sums=torch.cat([block.to(blocks[0].device) for block in blocks])[chosen],
-        lrs=tuple(rates[index] for index in chosen) or (math.nan,),
+        names=roster.names,
+        sums=sums if len(roster.chosen) == len(sums) else sums[roster.chosen],
+        lrs=tuple(rates[index] for index in roster.chosen) or (math.nan,),
         clip=_least([part.clip for part in whole.parts]),
         skipped=whole.skipped,
         seconds=perf_counter() - whole.start,
     )
+
+
+class Roster(NamedTuple):
+    """Who is measured: of some parameters the positions of those that telemetry selects, and their names."""
+
+    params: list[Tensor]
+    chosen: list[int]
+    names: tuple[str, ...]
+
+
+def _roster(optimizer: "Optimizer", params: list[Tensor]) -> Roster:
+    """Give who is measured of the parameters of this step; kept for steps of the same parameters."""
+    whole = optimizer.whole_step
+    if whole.roster is None or list(map(id, whole.roster.params)) != list(map(id, params)):
+        names = [names_of(optimizer)[param] for param in params]
+        chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
+        whole.roster = Roster(params, chosen, tuple(names[index] for index in chosen))
+    return whole.roster
 
 
 def _least(clips: Sequence[Any]) -> Any:
