@@ -267,3 +267,26 @@ def test_sharded_parameters(engine, row, mesh):
         step(optimizer, sharded, distribute_tensor(grad, mesh, [Shard(0)]))
         step(twin, plain, grad)
     assert_close({"param": sharded.full_tensor()}, {"param": plain})
+
+
+@each_row([row for row in ROWS if row.name in ("AdamW", "Adafactor")])
+def test_the_whole_step_of_sharded_parameters(row, mesh):
+    options = {"max_grad_norm": 1.0, "ema": 0.9, "telemetry": True}
+    values = normals(torch.float64, seed=1)(8, 4)
+    sharded = distribute_tensor(values.clone(), mesh, [Shard(0)]).requires_grad_()
+    plain = values.clone().requires_grad_()
+    optimizer, twin = (row.build([param], options) for param in (sharded, plain))
+    for number in range(3):
+        grad = normals(torch.float64, seed=2 + number)(8, 4)
+        if number == 2:
+            grad[0, 0] = torch.nan
+        step(optimizer, sharded, distribute_tensor(grad, mesh, [Shard(0)]))
+        step(twin, plain, grad)
+        assert_close(*({"numbers": torch.tensor(numbers(each))} for each in (optimizer, twin)))
+    averages = [each.state[param]["ema"] for each, param in ((optimizer, sharded), (twin, plain))]
+    assert_close({"ema": averages[0].full_tensor()}, {"ema": averages[1]})
+
+
+def numbers(optimizer):
+    total = optimizer.telemetry.latest().total
+    return [total.grad_norm, total.param_norm, total.update_norm, total.max_grad, total.nonfinite]

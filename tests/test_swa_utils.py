@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -265,3 +266,50 @@ def test_swalr_follows_another_schedule():
         swa.step()
         seen.append(optimizer.param_groups[0]["lr"])
     assert seen == pytest.approx([0.08, 0.11, 0.14, 0.17, 0.2, 0.2, 0.2])
+
+
+# Found by trying to break it
+
+
+class Bare(torch.nn.Module):
+    def __init__(self, *shape, dtype=torch.float32):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+
+def test_a_changed_shape_is_refused_later_too():
+    for options in ({"multi_avg_fn": ours.get_ema_multi_avg_fn(0.5)}, {"avg_fn": ours.get_ema_avg_fn(0.5)}):
+        model = Bare(3)
+        average = ours.AveragedModel(model, **options)
+        for _ in range(4):
+            average.update_parameters(model)
+        model.weight.data = torch.full((1,), 5.0)
+        with pytest.raises(ValueError, match="the model has a tensor of shape"):
+            average.update_parameters(model)
+        assert average.module.weight.tolist() == [0.0] * 3
+
+
+def test_replaced_memory_of_complex_parameters_is_seen():
+    model = Bare(3, dtype=torch.complex64)
+    average = ours.AveragedModel(model, multi_avg_fn=ours.get_ema_multi_avg_fn(0.5))
+    for _ in range(4):
+        average.update_parameters(model)
+    model.weight.data = torch.ones(3, dtype=torch.complex64)
+    average.update_parameters(model)
+    assert average.module.weight.tolist() == [0.5] * 3
+    average.module.weight.data = torch.full((3,), 8, dtype=torch.complex64)
+    average.update_parameters(model)
+    assert average.module.weight.tolist() == [4.5] * 3
+
+
+def test_an_average_is_freed_at_once_and_keeps_no_model():
+    model = Bare(3)
+    average = ours.AveragedModel(model, multi_avg_fn=ours.get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        average.update_parameters(model)
+    weight = weakref.ref(model.weight)
+    del model
+    assert weight() is None
+    gone = weakref.ref(average)
+    del average
+    assert gone() is None

@@ -396,3 +396,105 @@ def test_options_are_copied_and_pickled():
     set_gradients(params)
     optimizer.step()
     assert again.whole_step.steps == 0
+
+
+# Found by trying to break it
+
+
+def test_a_skipped_step_does_not_hide_what_has_changed():
+    param = torch.zeros(4).requires_grad_()
+    optimizer = surefoot.SGD([param], lr=1.0, nonfinite="skip")
+    for _ in range(2):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    param.data = torch.full((4,), 10.0)
+    param.grad = torch.full((4,), math.nan)
+    with pytest.warns(RuntimeWarning, match="was skipped"):
+        optimizer.step()
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert param.tolist() == [9.0] * 4
+
+
+def test_a_skipped_step_does_not_hide_strides():
+    param = torch.zeros(4, 4).requires_grad_()
+    optimizer = surefoot.SGD([param], lr=1.0, nonfinite="skip")
+    for value in (1.0, 1.0, math.nan, 1.0):
+        param.grad = (
+            torch.full((4, 4), value) if optimizer.whole_step.steps < 2 else torch.full((1,), value).expand(4, 4)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+    assert torch.equal(param, torch.full((4, 4), -3.0))
+
+
+def test_a_grad_scaler_goes_on_after_an_overflow():
+    model = torch.nn.Linear(2, 1)
+    optimizer = surefoot.SGD(model.parameters(), lr=0.1, zero_grad_after_step=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for step in range(6):
+        loss = model(torch.ones(3, 2)).sum() * (math.inf if step == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**15
+    assert (optimizer.whole_step.steps, optimizer.whole_step.skipped) == (6, 1)
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+class Own(surefoot.Optimizer):
+    """A rule whose names are those of the step's own numbers."""
+
+    def __init__(self, params, lr=1.0, clip=0.5, ema_weight=2.0, **options):
+        super().__init__(params, {"lr": lr, "clip": clip, "ema_weight": ema_weight, **options})
+
+    @staticmethod
+    def update(param, grad, c, flags):
+        return (param - c.lr * c.clip * c.ema_weight * grad,)
+
+
+def test_a_rule_may_call_its_numbers_as_it_likes():
+    param = torch.zeros(2).requires_grad_()
+    param.grad = torch.tensor([3.0, 4.0])
+    optimizer = Own([param], max_grad_norm=0.1, ema=0.5)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.tensor([-0.06, -0.08]), rtol=1e-4, atol=0)
+    assert torch.equal(optimizer.state[param]["ema"], param)
+
+
+def test_a_slot_may_be_called_ema_where_no_average_is_kept():
+    class Slotted(surefoot.Optimizer):
+        slots = (surefoot.Slot("ema"),)
+
+        def __init__(self, params, **options):
+            super().__init__(params, {"lr": 1.0, **options})
+
+        @staticmethod
+        def update(param, grad, ema, c, flags):
+            return param - c.lr * grad, ema + grad
+
+    param = torch.zeros(2).requires_grad_()
+    param.grad = torch.ones(2)
+    optimizer = Slotted([param])
+    optimizer.step()
+    assert optimizer.state[param]["ema"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="Slotted has a slot `ema` of its own"):
+        Slotted([param], ema=0.9)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (
+            surefoot.SGD,
+            {"nonfinite": "skip"},
+            "`nonfinite` is an option of SGD, not of a param group; give it",
+        ),
+        (surefoot.SGD, {"zero_grad_after_step": True}, "`zero_grad_after_step` is an option of SGD"),
+        (LBFGS, {"max_grad_norm": 0.1}, "LBFGS takes no `max_grad_norm`: its step is its own"),
+    ],
+)
+def test_options_that_a_group_cannot_have(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls([{"params": [torch.ones(2)], **options}])

@@ -62,6 +62,7 @@ class Averaging:
                 bucket = kinds[average.device, average.dtype, value.dtype]
                 bucket.params.append(local(average))
                 bucket.grads.append(local(value))
+        self._plain = all(type(tensor) in cpu.PLAIN and not tensor.is_complex() for pair in pairs for tensor in pair)
         for bucket in kinds.values():
             bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
         self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]
@@ -84,7 +85,7 @@ class Averaging:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
         from surefoot.engines.cpu.tensors import watched  # noqa: PLC0415 (compiled, on first use)
 
-        if all(engine is cpu and not bucket.params[0].is_complex() for engine, bucket in self._works):
+        if self._plain and all(engine is cpu for engine, _ in self._works):
             looks = [watched((bucket.params, bucket.grads)) for _, bucket in self._works]
             self._looks = None if None in looks else looks
 

@@ -43,10 +43,10 @@ class Watch:
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
+        grads = work.grads()  # held while kernels run, whatever other threads do
         if self._look.changed():
             return False
-        work.bucket.gradient_addresses = self._look.gradients
-        work.bucket.grads = work.grads() if work.bucket.plan.irregular else []
+        work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, grads
         return True
 
     def read(self) -> np.ndarray:
@@ -64,6 +64,7 @@ class Kept:
     """The works of a step and what they were made from."""
 
     signatures: list[Signature] = field(default_factory=list)
+    groups: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
     state: Any = None
@@ -81,13 +82,15 @@ class Kept:
             return cls()
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
-        return cls(signatures, params, idle, optimizer.state, _items(optimizer.state, works), works)
+        groups = [(group, len(group["params"])) for group in optimizer.param_groups]
+        return cls(signatures, groups, params, idle, optimizer.state, _items(optimizer.state, works), works)
 
     def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
         holds = (
             self.found
             and self.signatures == signatures
+            and _same_groups(self.groups, optimizer.param_groups)
             and _same(self.params, _params(optimizer))
             and all(param.grad is None for param in self.idle)
             and self.state is optimizer.state
@@ -95,6 +98,14 @@ class Kept:
             and all(work.watch.renew(work) for work in self.found)  # type: ignore[union-attr]
         )
         return self.found if holds else None
+
+
+def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, Any]]) -> bool:
+    """Whether these are the groups, with as many parameters in each."""
+    same = len(ours) == len(theirs)
+    return same and all(
+        own is group and count == len(group["params"]) for (own, count), group in zip(ours, theirs, strict=True)
+    )
 
 
 class _Items:

@@ -23,7 +23,7 @@ from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state, relocated
 from surefoot.step import ENGINE_OPTIONS, run_rule
-from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, clear, finish
+from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, check_group_options, clear, finish
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -218,6 +218,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a value is out of range.
             RuntimeError: engine options contradict one another.
         """
+        check_group_options(cls, group)
         for name, check in (*GROUP_RANGES.items(), *cls.ranges.items()):
             if name in group:
                 check(name, group[name])
@@ -234,8 +235,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to the step: where the user asked for `fused=True`, as in torch."""
-        return any(group.get("fused") for group in self.param_groups)
+        """Whether a GradScaler leaves unscaling to the step.
+
+        So it is with `fused=True`, as in torch, and where the step is to do more than update, as it must then know of
+        steps that are skipped.
+        """
+        return any(group.get("fused") for group in self.param_groups) or (
+            self.is_rule() and bool(self.whole_step.asked())
+        )
 
     # Groups
 

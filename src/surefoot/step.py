@@ -145,17 +145,20 @@ class Work:
 
     def read(self) -> None:
         """Measure the gradients."""
-        if isinstance(self.params[0].grad, sharded_type() or ()) or self._is_sparse():
+        if self._is_sharded() or self._is_sparse():
             self.part.gradients = read_gradients(self.params)
         else:
             self.part.gradients = self.engine.read(self.bucket)
+
+    def _is_sharded(self) -> bool:
+        return isinstance(self.params[0], sharded_type() or ())
 
     def _is_sparse(self) -> bool:
         return self.watch is None and self.bucket.grads[0].is_sparse
 
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
-        if not self._is_sparse() and self.engine is not gpu:
+        if not self._is_sparse() and not self._is_sharded() and self.engine is not gpu:
             self.bucket.rule = bind(
                 cast("Any", type(self.optimizer)), (("measured", wanted), *self.bucket.rule.flags[1:])
             )
@@ -190,7 +193,7 @@ class Work:
         h = device.numbers_on(place, hyperparameters(self.group))
         scalars = dict(zip((s.name for s in optimizer.scalars), self.device_scalars.read(), strict=True))
         numbers, self.scalars = _numbers(self, h, scalars, (self.fresh, self.fresh_average))
-        numbers |= {name: device.number_on(place, numbers[name]) for name in ("loss_scale", "clip")}
+        numbers |= {name: device.number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}
         self.bucket.coefficients = EachParameter(
             {name: numbers[name] for name in self.bucket.rule.coefficients}, len(self.params)
         )
@@ -260,6 +263,7 @@ def run_rule(optimizer: "Optimizer") -> None:
         raise
     if not made:
         _undo(works)
+        kept = kept if known is not None else Kept()  # what was kept has been found not to hold
     elif known is None:
         kept = Kept.of(optimizer, signatures, works)
     for work in works if made else ():
@@ -384,8 +388,8 @@ def _numbers(
     numbers: dict[str, Any] = {
         name: value for name, value in vars(h).items() if isinstance(value, float | int | Tensor)
     }
-    numbers |= {"fresh": fresh[0], "loss_scale": getattr(optimizer, "grad_scale", None), "clip": work.part.clip}
-    numbers |= {"ema_weight": _weight_of_average(work.group, fresh[1]), **derived}
+    numbers |= {"fresh": fresh[0], "loss_scale": getattr(optimizer, "grad_scale", None), **derived}
+    numbers |= {"step_clip": work.part.clip, "step_ema_weight": _weight_of_average(work.group, fresh[1])}
     if missing := [name for name in work.bucket.rule.coefficients if name not in numbers]:
         raise RuleError(
             f"{work.bucket.rule.name}.update reads c.{missing[0]}, which is neither a hyperparameter nor given by "

@@ -167,6 +167,7 @@ class AveragedModel(Module):
         if not (self._update is not None and self._update.holds(self.module, model, self.use_buffers)):
             self._update = _Update(self.module, model, self.use_buffers)
         update, self._update = self._update, None
+        lasting = isinstance(average_all, Averager)
         if self.n_averaged == 0:
             update.copy_all()
         elif isinstance(average_all, Averager):
@@ -175,7 +176,7 @@ class AveragedModel(Module):
             update.copy_rest()
             self._average(update.averaged, average_all)
         self.n_averaged += 1
-        self._update = update
+        self._update = update if lasting else None
 
     def _average(self, pairs: Pairs, average_all: AverageAll | None) -> None:
         """Average by a function of the user's."""
@@ -201,7 +202,8 @@ class _Update:
         self.averaged, self.copied = ([*pairs, *buffers], []) if use_buffers else (pairs, buffers)
         self._use_buffers = use_buffers
         self._averaging: Averaging | None = None
-        self._modules = (averaged, weakref.ref(model, self._let_go))
+        let_go = weakref.WeakMethod(self._let_go)  # not the update itself, which would then be part of a cycle
+        self._modules = (averaged, weakref.ref(model, lambda gone: (found := let_go()) and found(gone)))
         tensors = list(chain(averaged.parameters(), averaged.buffers(), model.parameters(), model.buffers()))
         own = set(map(id, tensors))
         direct = all(id(current) in own for _, current in (*self.averaged, *self.copied))
@@ -214,7 +216,8 @@ class _Update:
     def holds(self, averaged: Module, model: Module, use_buffers: bool) -> bool:
         """Whether these are the modules, with the tensors that they had."""
         same = self._modules[0] is averaged and self._modules[1]() is model and self._use_buffers == use_buffers
-        return same and self._items is not None and not self._items.changed()
+        known = same and self._items is not None and not self._items.changed()
+        return known and (self._averaging is None or self._averaging.holds())
 
     def copy_all(self) -> None:
         """Copy every value."""
@@ -228,7 +231,7 @@ class _Update:
     def move(self, weight: float) -> None:
         """Average by the engines, and copy the rest."""
         self.copy_rest()
-        if self._averaging is None or not self._averaging.holds():
+        if self._averaging is None:
             averages, values = zip(*self.averaged, strict=True) if self.averaged else ((), ())
             self._averaging = Averaging(averages, values)
             self._averaging.move(weight)

@@ -61,6 +61,25 @@ _NONFINITE = ("ignore", "skip", "raise")
 _PER_GROUP = ("max_grad_value", "ema")
 
 
+def check_group_options(cls: "type[Optimizer]", group: Mapping[str, Any]) -> None:
+    """Refuse options that a group cannot have.
+
+    Raises:
+        ValueError: an option of the whole optimizer, or one that this algorithm does not take.
+    """
+    given = {name for name in StepOptions.__annotations__ if group.get(name) is not None}
+    if misplaced := given - set(GROUP_RANGES):
+        raise ValueError(
+            f"`{min(misplaced)}` is an option of {cls.__name__}, not of a param group; give it to {cls.__name__}()"
+        )
+    if unfit := given - cls.step_options():
+        raise ValueError(f"{cls.__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop")
+    if "ema" in given and any(slot.name == "ema" for slot in cls.slots):
+        raise ValueError(
+            f"{cls.__name__} has a slot `ema` of its own, so that the option `ema` has no place for its average"
+        )
+
+
 @dataclass(eq=False)
 class WholeStep:
     """The options of one optimizer that are not its groups', and what its steps have come to.
@@ -191,8 +210,9 @@ def read_gradients(params: Sequence[Tensor]) -> Tensor:
 def _read(grad: Any) -> Tensor:
     sharded = sharded_type()
     if sharded is not None and isinstance(grad, sharded):
-        numbers = (torch.linalg.vector_norm(grad, dtype=torch.float64).square(), grad.abs().max())
-        return torch.stack([number.full_tensor().double() for number in numbers])
+        return torch.stack(
+            [_whole(torch.linalg.vector_norm(grad, dtype=torch.float64)).square(), _whole(grad.abs().max())]
+        )
     values = grad.coalesce().values() if grad.is_sparse else grad
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     return measure(reading().measures, (values, values))
@@ -372,15 +392,26 @@ def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
     """Measure by torch's operations what the update has not measured."""
     gradients = read_gradients(part.params) if part.gradients is None else part.gradients
     before = part.params if part.before is None or whole.skips else part.before
-    squares = [
-        measure(TELEMETRY[1:3], (local(p), local(p) - local(q))) for p, q in zip(part.params, before, strict=True)
-    ]
+    squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
     return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:]], dim=1)
 
 
+def _square(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, sharded_type() or ()):
+        return _whole(torch.linalg.vector_norm(tensor, dtype=torch.float64)).square()
+    return measure(TELEMETRY[1:2], (local(tensor),))[0]
+
+
 def _count_strange(grad: Any) -> Tensor:
-    values: Tensor = grad.coalesce().values() if grad.is_sparse else grad
-    return (~values.isfinite()).sum().double()
+    values: Any = grad.coalesce().values() if grad.is_sparse else grad
+    return _whole((~values.isfinite()).sum())
+
+
+def _whole(number: Any) -> Tensor:
+    """Give a number of all shards."""
+    sharded = sharded_type()
+    whole: Tensor = number.full_tensor() if sharded is not None and isinstance(number, sharded) else number
+    return whole.double()
 
 
 _SHOWN, _MANY = 5, 16

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -464,3 +465,62 @@ def test_a_kernel_that_cannot_be_made_leaves_everything_as_it_was(monkeypatch):
     others[0].grad = torch.ones(5)
     expected.step()
     assert torch.equal(params[0], others[0])
+
+
+# Found by trying to break it
+
+
+def test_a_replaced_group_counts():
+    optimizer, params = make(surefoot.SGD, sizes=(5,), lr=1.0)
+    train(optimizer, params)
+    before = params[0].detach().clone()
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0], lr=0.0)
+    train(optimizer, params)
+    assert torch.equal(params[0], before)
+
+
+def test_a_parameter_that_goes_to_another_group_takes_its_rate():
+    _, params = make(surefoot.SGD, sizes=(2, 3, 4), lr=1.0)
+    optimizer = surefoot.SGD([{"params": params[:2]}, {"params": params[2:], "lr": 0.0}], lr=1.0)
+    train(optimizer, params)
+    before = params[1].detach().clone()
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    train(optimizer, params)
+    assert torch.equal(params[1], before)
+
+
+def test_gradients_live_while_kernels_run(monkeypatch):
+    optimizer, params = make(surefoot.SGD, sizes=(5,))
+    train(optimizer, params)
+    params[0].grad = torch.ones(5)
+    grad = weakref.ref(params[0].grad)
+    run, seen = plan.Plan.run, []
+
+    def run_while_another_thread_drops_it(self, bucket):
+        params[0].grad = None
+        seen.append(grad() is not None)
+        run(self, bucket)
+
+    monkeypatch.setattr(plan.Plan, "run", run_while_another_thread_drops_it)
+    optimizer.step()
+    assert seen == [True]
+    assert grad() is None
+
+
+def test_the_first_step_may_be_in_inference_mode():
+    anatomy.anatomy.cache_clear()
+    param = torch.zeros(4).requires_grad_()
+    param.grad = torch.ones(4)
+    optimizer = surefoot.SGD([param], lr=1.0)
+    with torch.inference_mode():
+        optimizer.step()
+    assert param.tolist() == [-1.0] * 4
+    assert anatomy.anatomy() is not None
+
+
+def test_indices_outside_of_a_parameter_are_refused():
+    param = torch.zeros(4, 2).requires_grad_()
+    param.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2))
+    param.grad._indices()[0, 0] = 7
+    with pytest.raises(IndexError, match=r"a sparse gradient of shape \(4, 2\) has indices outside of it"):
+        surefoot.SparseAdam([param]).step()

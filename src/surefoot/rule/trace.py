@@ -123,7 +123,7 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     outputs = _outputs(optimizer, returned, active)
     if averaged:
         new: Any = outputs[0]
-        average: Any = torch.lerp(inputs[EMA.name], new, coefficients.ema_weight)
+        average: Any = torch.lerp(inputs[EMA.name], new, coefficients.step_ema_weight)
         outputs.append(average)
     measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
     tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
@@ -141,7 +141,7 @@ def _place(error: BaseException, file: str) -> str:
 def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
     """Give the gradient as the rule is to see it: clipped by norm, then by value, and negated under `maximize`."""
     if settled.get("clipped"):
-        grad = grad * coefficients.clip
+        grad = grad * coefficients.step_clip
     if settled.get("max_grad_value"):
         grad = torch.clamp(grad, -coefficients.max_grad_value, coefficients.max_grad_value)
     return -grad if settled["maximize"] else grad

@@ -60,8 +60,9 @@ class Anatomy:
 def anatomy() -> Anatomy | None:
     """Find all places and functions; None where one of them cannot be found."""
     try:
-        return _find()
-    except LookupError:
+        with torch.inference_mode(mode=False):
+            return _find()
+    except (LookupError, AttributeError, RuntimeError):
         return None
 
 

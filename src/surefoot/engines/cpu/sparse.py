@@ -29,7 +29,7 @@ def run_rows(bucket: Bucket) -> bool:
     owner = np.repeat(np.arange(len(counts)), counts)
     job = Job(2 + len(bucket.slots), np.array(sizes, dtype=np.int64)[owner])
     job.rows[:] = bucket.row[owner]
-    at = [grad.indices().numpy() for grad in bucket.grads]
+    at = [_checked(grad) for grad in bucket.grads]
     job.pointers[0] = _rows_of(bucket.params, at)
     job.pointers[1] = _rows_of(values, [np.arange(count)[None] for count in counts])
     for place, tensors in enumerate(bucket.slots):
@@ -41,6 +41,15 @@ def run_rows(bucket: Bucket) -> bool:
     bucket.measured = torch.from_numpy(whole) if bucket.rule.measures else None
     torch.autograd.graph.increment_version([tensor for tensors in arrays for tensor in tensors])
     return True
+
+
+def _checked(grad: Tensor) -> np.ndarray:
+    """Give the indices of a gradient, all of them inside."""
+    index: np.ndarray = grad.indices().numpy()
+    sizes = np.array(grad.shape[: len(index)])[:, None]
+    if not ((index >= 0) & (index < sizes)).all():
+        raise IndexError(f"a sparse gradient of shape {tuple(grad.shape)} has indices outside of it")
+    return index
 
 
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
