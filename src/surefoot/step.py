@@ -4,6 +4,7 @@ Everything that can be refused is refused while buckets are made, before any sta
 CPU engine are kept until the next step, which uses them again if nothing has changed.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -81,13 +82,15 @@ def _rows(optimizer: "Optimizer", part: Part, grads: Sequence[Tensor]) -> Iterat
     made = [ensure_state(optimizer, group, param, slots) for param in part.params]
     part.fresh = [EMA.name in names for names in made] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if optimizer.whole_step.measures else None
+    plain, moved = (
+        hyperparameters(group),
+        functools.cache(lambda place: device.numbers_on(place, hyperparameters(group))),
+    )
     for param, grad in zip(part.params, grads, strict=True):
         state = optimizer.state.get(param, {})
         if "step" in state:
             state["step"] += 1
-        h = hyperparameters(group)
-        if is_on_device(group, param) or not param.is_cpu:
-            h = device.numbers_on(param.device, h)
+        h = moved(param.device) if is_on_device(group, param) or not param.is_cpu else plain
         yield Row(h, param, _seen(optimizer, part, grad), state)
 
 

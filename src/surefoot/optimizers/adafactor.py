@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import larger, readable, smaller
+from surefoot.optimizers.verbs import add_scaled_, larger, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval
 from surefoot.rule.ops import BY_NAME
+from surefoot.state import sharded_type
 from surefoot.step import rows
 from surefoot.whole_step import StepOptions
 
@@ -120,37 +121,57 @@ class Adafactor(Optimizer):
 
     def _step_param(self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         compute = torch.promote_types(param.dtype, torch.float32)
-        step, lr, grad = readable(h, state["step"].double()), readable(h, h.lr), grad.to(compute)
+        step, lr, grad = readable(h, state["step"]), readable(h, h.lr), grad.to(compute)
         eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
         size = larger(h.eps[1], _root_mean_square(h, param.to(compute))) * smaller(lr, step**-0.5)
         variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
-        update = variance.clamp(min=eps1 * eps1).rsqrt() * grad
+        update = _direction(variance, grad, eps1)
         size = size / larger(1.0, _root_mean_square(h, update) / h.d)
-        decays = isinstance(h.weight_decay, Tensor) or h.weight_decay
-        decayed = param.to(compute) * (1 - lr * h.weight_decay) if decays else param.to(compute)
+        kept = 1 - lr * h.weight_decay if isinstance(h.weight_decay, Tensor) or h.weight_decay else None
+        if param.dtype == compute and _knows_in_place(param):
+            if kept is not None:
+                param.mul_(kept)
+            add_scaled_(param, update, -size)
+            return
+        decayed = param.to(compute) if kept is None else param.to(compute) * kept
         param.copy_(BY_NAME["add_scaled"](decayed, update, -size))
 
     @staticmethod
     def _second_moment(grad: Tensor, state: dict[str, Any], weight: Any, eps1: float) -> Tensor:
         """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
         if grad.dim() <= 1:
-            return _averaged(state["variance"], grad * grad, weight)
+            return _averaged(state["variance"], grad * grad, weight).clone()
         row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
         col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
-        return (row @ col) / row.mean(dim=-2, keepdim=True).clamp(min=eps1)
+        mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
+        return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
+
+
+def _knows_in_place(tensor: Tensor) -> bool:
+    """Whether operations may work in place: a sharded tensor's know fewer such forms."""
+    return not isinstance(tensor, sharded_type() or ())
+
+
+def _direction(variance: Tensor, grad: Tensor, eps1: float) -> Tensor:
+    """Give grad / sqrt(variance), in the memory of `variance` where that is possible."""
+    if _knows_in_place(variance):
+        return variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
+    return variance.clamp(min=eps1 * eps1).rsqrt() * grad
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
-    norm: Tensor = grad.norm(dim=dim, keepdim=True)
-    return norm.square() / grad.size(dim)
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True)
+    return norm.square_().div_(grad.size(dim)) if _knows_in_place(norm) else norm.square() / grad.size(dim)
 
 
 def _averaged(average: Tensor, value: Tensor, weight: Any) -> Tensor:
-    """Move a stored average towards `value` and give it in the dtype of `value`, before it is rounded."""
+    """Move a stored average towards `value` and give it in the dtype of `value`, before it is rounded; for reading."""
+    if average.dtype == value.dtype and _knows_in_place(average) and not isinstance(weight, Tensor):
+        return average.lerp_(value, weight)
     new: Tensor = BY_NAME["lerp"](average.to(value.dtype), value, weight)
     average.copy_(new)
     return new
 
 
 def _root_mean_square(h: SimpleNamespace, tensor: Tensor) -> Any:
-    return readable(h, tensor.norm(2).double()) / math.sqrt(max(tensor.numel(), 1))
+    return readable(h, torch.linalg.vector_norm(tensor)) / math.sqrt(max(tensor.numel(), 1))
