@@ -59,14 +59,17 @@ def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, 
     Args:
         measures: what was measured.
         parts: of shape (parts, measures).
-        owner: for each part the number of what it belongs to.
+        owner: for each part the number of what it belongs to, ascending.
         count: how many owners there are.
     """
     result = np.zeros((count, len(measures)))
+    if not parts.size:
+        return result
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
     for column, measure in enumerate(measures):
         combine = np.maximum if measure.kind == "largest" else np.add
         with np.errstate(invalid="ignore"):  # NaN is an answer here
-            combine.at(result[:, column], owner, parts[:, column])
+            result[owner[starts], column] = combine.reduceat(parts[:, column], starts)
     return result
 
 
