@@ -284,8 +284,9 @@ def test_a_changed_shape_is_refused_later_too():
         for _ in range(4):
             average.update_parameters(model)
         model.weight.data = torch.full((1,), 5.0)
-        with pytest.raises(ValueError, match="the model has a tensor of shape"):
-            average.update_parameters(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="the model has a tensor of shape"):
+                average.update_parameters(model)
         assert average.module.weight.tolist() == [0.0] * 3
 
 

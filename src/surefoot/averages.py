@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.engines import Bucket, Engine, choose, cpu
+from surefoot.engines.bucket import PLAIN
 from surefoot.optimizer import Optimizer
 from surefoot.rule import bind
 from surefoot.state import local
@@ -62,7 +63,7 @@ class Averaging:
                 bucket = kinds[average.device, average.dtype, value.dtype]
                 bucket.params.append(local(average))
                 bucket.grads.append(local(value))
-        self._plain = all(type(tensor) in cpu.PLAIN and not tensor.is_complex() for pair in pairs for tensor in pair)
+        self._plain = all(type(tensor) in PLAIN and not tensor.is_complex() for pair in pairs for tensor in pair)
         for bucket in kinds.values():
             bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
         self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from surefoot import device
 from surefoot.engines import cpu, gpu
+from surefoot.engines.bucket import PLAIN
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -160,4 +161,4 @@ def _plain(param: Tensor, grad: Tensor) -> bool:
 def _as_it_is(param: Tensor, grad: Tensor) -> bool:
     """Whether the memory of a parameter and its gradient holds what they mean."""
     means_other = grad.layout is not torch.strided or grad.is_neg() or grad.is_conj() or grad._is_zerotensor()
-    return type(param) in cpu.PLAIN and not means_other
+    return type(param) in PLAIN and not means_other

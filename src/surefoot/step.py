@@ -206,10 +206,11 @@ class Work:
 
     def forget_fresh(self) -> None:
         """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
-        if isinstance(self.fresh, Tensor):
-            for state in compress(self.states, self.fresh.tolist()):
-                for slot in self.bucket.rule.slots:
-                    state.pop(slot.name, None)
+        for fresh, slots in ((self.fresh, self.optimizer.slots), (self.fresh_average, (EMA,))):
+            if isinstance(fresh, Tensor):
+                for state in compress(self.states, fresh.tolist()):
+                    for slot in slots:
+                        state.pop(slot.name, None)
 
     def _run_on_device(self, scalars: device.DeviceScalars) -> None:
         """Run, and count the step if it was taken."""
@@ -230,7 +231,7 @@ class Work:
             self.engine.run(self.bucket)
 
     def run(self) -> None:
-        """Count the step, update the bucket's parameters, and forget their gradients."""
+        """Update the bucket's parameters, count the step, and forget the gradients."""
         if self.device_scalars:
             self._run_on_device(self.device_scalars)
         else:
@@ -350,9 +351,9 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
         if key not in works:
             rule = bind(algorithm, of_rows if grad.is_sparse else flags)
             bucket = Bucket(rule, [], [], {name: group.get(name) for name in ENGINE_OPTIONS})
-            works[key] = Work(optimizer, group, [], bucket, eager, Part(group, []))
+            params: list[Tensor] = []
+            works[key] = Work(optimizer, group, params, bucket, eager, Part(group, params))
         works[key].params.append(param)
-        works[key].part.params.append(param)
         works[key].bucket.params.append(local(param))
         works[key].bucket.grads.append(grad if grad.is_sparse else local(grad))
     for work in works.values():

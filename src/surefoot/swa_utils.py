@@ -164,9 +164,9 @@ class AveragedModel(Module):
             ValueError: the model has other tensors than the one that was copied; the average is as it was.
         """
         average_all = None if self.avg_fn else self.multi_avg_fn or get_swa_multi_avg_fn()
-        if not (self._update is not None and self._update.holds(self.module, model, self.use_buffers)):
-            self._update = _Update(self.module, model, self.use_buffers)
         update, self._update = self._update, None
+        if update is None or not update.holds(self.module, model, self.use_buffers):
+            update = _Update(self.module, model, self.use_buffers)
         lasting = isinstance(average_all, Averager)
         if self.n_averaged == 0:
             update.copy_all()

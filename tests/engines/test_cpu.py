@@ -249,7 +249,7 @@ def test_a_look_sees_what_changes_a_tensors_memory(change, of):
     assert not watch.changed()
     change(params[3] if of == "param" else states[3]["average"])
     assert watch.changed()
-    assert not watch.changed()
+    assert watch.changed(), "what was made before the change must never be used again"
 
 
 @pytest.mark.parametrize(

@@ -401,6 +401,21 @@ def test_a_momentum_buffer_whose_first_steps_were_skipped_is_still_new():
     assert torch.equal(param, torch.zeros(5))
 
 
+def test_an_average_whose_first_steps_were_skipped_is_still_new():
+    """Also when something else has changed in between, and where the algorithm has no slots."""
+    param = torch.ones(5, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, ema=0.9, **CAPTURABLE)
+    param.grad = torch.full((5,), torch.inf)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["maximize"] = True
+    param.grad = torch.full((5,), -1.0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(param, torch.zeros(5))
+    assert torch.equal(optimizer.state[param]["ema"], param)
+
+
 # Plans and tables
 
 

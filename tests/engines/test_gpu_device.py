@@ -312,7 +312,11 @@ def no_waiting():
 def test_a_step_waits_for_nothing(name, way, no_waiting):
     cls, options = RULES[name]
     params = made()
-    optimizer = cls(params, **options, **way)
+    step_without_waiting(cls(params, **options, **way), params, no_waiting)
+
+
+def step_without_waiting(optimizer, params, no_waiting):
+    """Take steps, the first two of which may wait."""
     for step in range(4):
         set_grads(params, step)
         if step > 1:
@@ -327,12 +331,7 @@ def test_steps_of_their_own_wait_for_nothing(name, capturable, no_waiting):
     cls, options = OWN_STEP[name]
     params = [torch.randn(32, 48, device="cuda").requires_grad_() for _ in range(4)]
     optimizer = cls(params, lr=torch.tensor(0.01, device="cuda"), capturable=capturable, **options)
-    for step in range(4):
-        set_grads(params, step)
-        if step > 1:
-            no_waiting()
-        optimizer.step()
-        torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(optimizer, params, no_waiting)
 
 
 def test_tensor_hyperparameters_wait_for_nothing(no_waiting):
@@ -340,12 +339,7 @@ def test_tensor_hyperparameters_wait_for_nothing(no_waiting):
     numbers = {name: torch.tensor(value, device="cuda") for name, value in (("lr", 0.01), ("weight_decay", 0.1))}
     betas = (torch.tensor(0.9, device="cuda"), torch.tensor(0.99, device="cuda"))
     optimizer = surefoot.AdamW(params, **numbers, betas=betas, capturable=True)
-    for step in range(4):
-        set_grads(params, step)
-        if step > 1:
-            no_waiting()
-        optimizer.step()
-        torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(optimizer, params, no_waiting)
     exact = surefoot.AdamW(made(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), foreach=False)
     for step in range(4):
         set_grads(exact.param_groups[0]["params"], step)

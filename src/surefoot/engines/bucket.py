@@ -1,6 +1,6 @@
 """A bucket: the parameters of a group that one call of an engine can serve."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,26 @@ from torch import Tensor
 from surefoot.rule import Measure, Rule, reading
 
 Coefficients = Mapping[str, Any]
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory kernels may take for what the tensors mean."""
 
 
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """Give the addresses of tensors' memory."""
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Iterator[str]:
+    """Give the reasons why no engine that runs kernels can serve a bucket; `storage` tells which dtypes they know."""
+    if bucket.options.get("differentiable"):
+        yield "kernels carry no gradients through the step"
+    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
+        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
+    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
+    if strange is not None:
+        yield f"{type(strange).__name__} is not a plain tensor"
+    if len({id(param) for param in bucket.params}) < len(bucket.params):
+        yield "a parameter stands in the group twice, and kernels update all at once"
 
 
 def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from surefoot.engines.bucket import Bucket
+from surefoot.engines.bucket import Bucket, obstacles
 from surefoot.engines.cpu.source import storage
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def supports(bucket: Bucket) -> str | None:
@@ -21,15 +19,7 @@ def supports(bucket: Bucket) -> str | None:
 def _reasons(bucket: Bucket) -> Iterator[str]:
     if bucket.device.type != "cpu":
         yield f"parameters are on {bucket.device}, this engine serves the CPU"
-    if bucket.options.get("differentiable"):
-        yield "kernels carry no gradients through the step"
-    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
-        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
-    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
-    if strange is not None:
-        yield f"{type(strange).__name__} is not a plain tensor"
-    if len({id(param) for param in bucket.params}) < len(bucket.params):
-        yield "a parameter stands in the group twice, and kernels update all at once"
+    yield from obstacles(bucket, storage)
     if not _has_compiler():
         yield "Numba is not installed; pip install numba"
 

@@ -1,6 +1,6 @@
 """A plan: what the CPU engine keeps of a bucket between steps so that a step costs little more than reading gradients.
 
-A plan is a cache.  `fits` tells whether everything it was made from is still so; if not, the engine makes another.
+A plan is a cache: `kept.py` tells whether everything it was made from is still so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,6 +103,7 @@ class Plan:
         self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
         sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
         self.job = Job(len(stored), sizes)
+        self._kernels: dict[Rule, int] = {}
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         for row, tensors in enumerate(stored):
             if row != 1:
@@ -125,11 +126,14 @@ class Plan:
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: np.ndarray, rows: np.ndarray) -> Tensor | None:
         arrays = 2 + len(rule.slots)
-        kernel = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
+        if (kernel := self._kernels.get(rule)) is None:
+            kernel = self._kernels[rule] = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
         known = bucket.gradient_addresses
         self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
-        measured = np.zeros((len(bucket.params), len(rule.measures)))
-        measured[self.regular] = self.job.run(kernel, numbers, rule.measures)
+        measured = self.job.run(kernel, numbers, rule.measures)
+        if self.irregular:
+            regular, measured = measured, np.zeros((len(bucket.params), len(rule.measures)))
+            measured[self.regular] = regular
         for index in self.irregular:
             tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)][:arrays]
             row = int(rows[index])

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from surefoot.engines.cpu.passes import suited
+from surefoot.engines.expressions import COMMON
 from surefoot.rule import Measure, Rule
 
 # Slots of the job that a kernel is handed: addresses and counts, each an int64.
@@ -22,10 +23,7 @@ _STORAGE: dict[torch.dtype, tuple[str, str, str]] = {
     torch.float16: ("uint16", "real(from_half({0}))", "to_half(float32({0}))"),
 }
 
-_EXPRESSIONS: dict[str, str] = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
+_EXPRESSIONS: dict[str, str] = COMMON | {
     "div": "{0} / {1}",
     # As torch: the two powers that are roots are so at infinity and zero too.
     "pow": "math.sqrt({0}) if {1} == real(0.5) else real(1) / math.sqrt({0}) if {1} == real(-0.5) else {0} ** {1}",
@@ -40,19 +38,9 @@ _EXPRESSIONS: dict[str, str] = {
     "tanh": "math.tanh({0})",
     "maximum": "{0} if ({0} > {1}) | ({0} != {0}) else {1}",
     "minimum": "{0} if ({0} < {1}) | ({0} != {0}) else {1}",
-    "add_scaled": "{0} + {1} * {2}",
     "lerp": "{0} + {2} * ({1} - {0}) if abs({2}) < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
-    "addcmul": "{0} + {3} * {1} * {2}",
     "addcdiv": "{0} + {3} * {1} / {2}",
     "where": "{1} if {0} != 0 else {2}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "fill": "{1}",
-    "copy": "{0}",
 }
 
 

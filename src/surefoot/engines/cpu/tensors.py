@@ -74,15 +74,21 @@ class Look:
         self._job[5] *= bool(names)
         self._job[25] = gradients
         self.gradients = self._records[:, 1, 0]
-        self.changed()
+        _probe()(self._job.ctypes.data)
+        self._over = False
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
         seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
 
     def changed(self) -> bool:
-        """Whether something has changed, or cannot be known not to have."""
-        _probe()(self._job.ctypes.data)
-        return bool(self._job[24])
+        """Whether something has changed, or cannot be known not to have; once it has, for good.
+
+        What was made from the tensors as they were must not be used again, whatever they are like now.
+        """
+        if not self._over:
+            _probe()(self._job.ctypes.data)
+            self._over = bool(self._job[24])
+        return self._over
 
 
 def watched(*arguments: Any, **options: Any) -> Look | None:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
-from surefoot.engines.bucket import Bucket, read
+from surefoot.engines.bucket import Bucket, obstacles, read
 from surefoot.engines.gpu.source import storage
 
 __all__ = ["DEVICES", "read", "run", "supports"]
 
 DEVICES = ("cuda", "xpu")
 """Device types that Triton serves; "cuda" is AMD's too."""
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OLDEST_NVIDIA = (8, 0)
 
 
@@ -30,15 +29,7 @@ def supports(bucket: Bucket) -> str | None:
 def _reasons(bucket: Bucket) -> Iterator[str]:
     if bucket.device.type not in DEVICES:
         yield f"parameters are on {bucket.device}, this engine serves {' and '.join(DEVICES)}"
-    if bucket.options.get("differentiable"):
-        yield "kernels carry no gradients through the step"
-    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype):
-        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
-    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
-    if strange is not None:
-        yield f"{type(strange).__name__} is not a plain tensor"
-    if len({id(param) for param in bucket.params}) < len(bucket.params):
-        yield "a parameter stands in the group twice, and kernels update all at once"
+    yield from obstacles(bucket, storage)
     if importlib.util.find_spec("triton") is None:
         yield "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
     if (complaint := _complaint(bucket.device)) is not None:

@@ -14,6 +14,7 @@ from enum import Enum
 import torch
 from torch import fx
 
+from surefoot.engines.expressions import COMMON
 from surefoot.rule import Rule
 
 
@@ -42,10 +43,7 @@ _STORAGE: dict[torch.dtype, tuple[str, dict[Dialect, tuple[str, str]]]] = {
     ),
 }
 
-_EXPRESSIONS: dict[str, str] = {
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
+_EXPRESSIONS: dict[str, str] = COMMON | {
     "div": "quotient({0}, {1})",
     # As torch: the two powers that are roots are so at infinity and zero too.
     "pow": "tl.where({1} == 0.5, root({0}), tl.where({1} == -0.5, quotient({one}, root({0})), power({0}, {1})))",
@@ -60,19 +58,9 @@ _EXPRESSIONS: dict[str, str] = {
     "tanh": "hyperbolic_tangent({0})",
     "maximum": "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
     "minimum": "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})",
-    "add_scaled": "{0} + {1} * {2}",
     "lerp": "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1.0 - {2}))",
-    "addcmul": "{0} + {3} * {1} * {2}",
     "addcdiv": "{0} + quotient({3} * {1}, {2})",
     "where": "tl.where({0} != 0, {1}, {2})",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "fill": "{1}",
-    "copy": "{0}",
 }
 
 
