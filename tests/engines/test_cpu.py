@@ -229,6 +229,7 @@ CHANGES = {
     "resize_": lambda t: t.resize_(2, 2),
     "transposed": lambda t: t.t_(),
     "memory of the storage": lambda t: t.untyped_storage().resize_(1 << 16),
+    "memory shared with a lazy clone": lambda t: setattr(t, "clone_that_lives", t._lazy_clone()),
 }
 
 
@@ -301,6 +302,15 @@ def test_a_look_does_without_room_for_many_dimensions():
     params[1].grad = torch.zeros((1,) * 7 + (4,))[..., ::2]
     assert watch.changed()
     assert look((1,) * 8 + (2,))[0].changed()
+
+
+def test_a_lazy_clone_keeps_what_it_was_cloned_from():
+    optimizer, params = make()
+    train(optimizer, params)
+    clone, before = params[0].detach()._lazy_clone(), params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(clone, before)
+    assert not torch.equal(params[0], before)
 
 
 def test_items_of_dicts():

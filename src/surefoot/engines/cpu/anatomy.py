@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 WORD = 8
-MOST = 16
-"""Words that sizes and strides, of up to 5 dimensions, may take in an implementation."""
-_IMPLEMENTATION_WORDS, _METADATA_WORDS = 22, 12
+MOST = 17
+"""Words that may describe a tensor in an implementation: from sizes and strides, of up to 5 dimensions, to the kind."""
+_IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 22, 12, 8
 Place = TypeVar("Place")
 _QUESTIONS = ("data_ptr", "dtype", "dim", "sizes", "strides")
 
@@ -29,13 +30,15 @@ class Anatomy:
 
     Attributes:
         tensor: in a Python tensor, its C++ tensor, which is the address of an implementation.
-        geometry: in an implementation, the words that hold sizes and strides of up to 5 dimensions.
+        storage: in an implementation, the address of its storage.
+        data: in a storage, the address of its memory; what owns it is told by the next two words.
+        description: in an implementation, the words that hold sizes and strides of up to 5 dimensions, dtype and kind.
         key_set: in an implementation, what tells its kind: layout, device, and whether negated or without memory.
         autograd: in an implementation, the address of its autograd metadata, 0 if it has none.
         version: in an implementation, the address of its version counter, 0 if it has none.
         count: in a version counter, the count, of 32 bits.
         grad: in autograd metadata, the C++ tensor of the gradient.
-        geometry_words: how many of them there are.
+        described: how many words describe a tensor.
         undefined: the implementation of a gradient that is None.
         questions: functions of torch's stable C interface: data_ptr, dtype, dim, sizes, strides.
         lookup: `PyDict_GetItemWithError`.
@@ -43,13 +46,15 @@ class Anatomy:
     """
 
     tensor: int
-    geometry: int
+    storage: int
+    data: int
+    description: int
     key_set: int
     autograd: int
     version: int
     count: int
     grad: int
-    geometry_words: int
+    described: int
     undefined: int
     questions: tuple[int, ...]
     lookup: int
@@ -83,6 +88,7 @@ def _find() -> Anatomy:
         range(key_set),
         lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain),
     )
+    storage, data = _storage(key_set)
     metadata = [_word(_cdata(param), autograd) for param in params]
     grads = [_cdata(param.grad) for param in params[:2]]  # type: ignore[arg-type]
     grad = _place(range(1, _METADATA_WORDS), lambda i: [_word(m, i) for m in metadata[:2]] == grads)
@@ -90,21 +96,35 @@ def _find() -> Anatomy:
     if len(undefined) != 1:
         raise LookupError
     geometry, (version, count) = _geometry(key_set), _version(key_set)
+    if (described := key_set + 1 - geometry.start) > MOST:
+        raise LookupError
     lookup, walk = map(_address, (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next))
     return Anatomy(
         tensor=WORD * tensor,
-        geometry=WORD * geometry.start,
+        storage=WORD * storage,
+        data=WORD * data,
+        description=WORD * geometry.start,
         key_set=WORD * key_set,
         autograd=WORD * autograd,
         version=WORD * version,
         count=WORD * count,
         grad=WORD * grad,
-        geometry_words=len(geometry),
+        described=described,
         undefined=undefined.pop(),
         questions=_questions(),
         lookup=lookup,
         walk=walk,
     )
+
+
+def _storage(key_set: int) -> tuple[int, int]:
+    """Find the word that leads to the storage, and in it the one that leads to its memory."""
+    tensors = [torch.ones(3), torch.ones(3)[1:], torch.from_numpy(np.ones(3)), torch.from_numpy(np.ones(3))]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    word = _place(
+        range(key_set), lambda i: all(_word(_cdata(t), i) == s._cdata for t, s in zip(tensors, storages, strict=True))
+    )
+    return word, _place(range(_STORAGE_WORDS), lambda i: all(_word(s._cdata, i) == s.data_ptr() for s in storages))
 
 
 def _version(key_set: int) -> tuple[int, int]:
@@ -146,7 +166,7 @@ def _geometry(key_set: int) -> range:
         torch.ones(1, 1, 1, 4, 3).transpose(3, 4),
     ]
     different = [alike[0], *others]
-    if len(longest) > MOST or len({tuple(_word(_cdata(t), i) for i in longest) for t in different}) < len(different):
+    if len({tuple(_word(_cdata(t), i) for i in longest) for t in different}) < len(different):
         raise LookupError
     return longest
 

@@ -116,8 +116,8 @@ class Plan:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
         numbers = numbers_of(bucket)
         self.job.rows[:] = self._regular(bucket.row)
+        self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
-        self.versions.count()
 
     def read(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""

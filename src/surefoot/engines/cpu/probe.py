@@ -1,18 +1,21 @@
 """Compiled look at many tensors at once, at the places that `anatomy` has found.
 
 Not imported: `tensors` compiles this file's text as it does kernels, which it also resembles.  What is known of a
-tensor is a record of int64: address, kind, geometry as it lies in memory, dtype, dimensions, sizes, strides.
+tensor is a record of int64: address of its memory; where it, its implementation, and its storage are; the memory's
+address and owner as the storage has them; the words of the implementation that describe it; then, for those that are
+described by other words, dimensions, kind, dtype, sizes, strides.
 """
 
 from numba import carray, cfunc, float32, float64, int64, njit, types, uint32
 
-from surefoot.engines.cpu.intrinsics import call, count, lookup, pointer, walk
+from surefoot.engines.cpu.intrinsics import call, count, lookup, pointer, prefetch, walk
 
-GEOMETRY, DIMENSIONS, INLINE = 16, 8, 5
-DTYPE = 2 + GEOMETRY
-SIZES = DTYPE + 2
-RECORD = SIZES + 2 * DIMENSIONS
-ANATOMY, QUESTIONS = 8 * 8, 17 * 8  # places in a job, in bytes
+TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS = 1, 2, 3, 4, 7, 24
+SIZES, DIMENSIONS, INLINE = FACTS + 3, 8, 5
+RECORD = SIZES + 2 * DIMENSIONS + 5
+ANATOMY, QUESTIONS = 8 * 8, 19 * 8  # places in a job, in bytes
+JOB = 28
+AHEAD, LINE = 8, 64  # how many positions before it is looked at a tensor is fetched, and bytes that are fetched at once
 
 
 @njit(error_model="numpy")
@@ -31,26 +34,40 @@ def ask(question, tensor, answer):
 
 @njit(error_model="numpy")
 def differs(tensor, record, job):
-    """Compare a tensor with its record, but for the address, and bring the record up to date."""
-    anatomy, questions, answer = words(job + ANATOMY, 9), words(job + QUESTIONS, 5), words(job, 8)[7]
+    """Compare a tensor with its record, but for where it is, and bring the record up to date."""
+    anatomy = words(job + ANATOMY, 11)
     implementation = words(tensor, 1)[0]
-    record[0] = ask(questions[0], tensor, answer)
-    kind = words(implementation + anatomy[2], 1)[0]
-    changed = kind != record[1]
-    dtype = ask(questions[1], tensor, answer)
-    changed |= dtype != record[DTYPE]
-    record[1], record[DTYPE] = kind, dtype
-    geometry = words(implementation + anatomy[1], anatomy[7])
-    same = record[DTYPE + 1] <= INLINE
+    storage = words(implementation + anatomy[9], 1)[0]
+    description = words(implementation + anatomy[1], anatomy[7])
+    same = record[FACTS] <= INLINE
     for word in range(anatomy[7]):
-        same &= geometry[word] == record[2 + word]
-    if same:
-        return changed
+        same &= description[word] == record[DESCRIPTION + word]
+    if same & (storage == record[STORAGE]) & (storage != 0):
+        memory = words(storage + anatomy[10], 3)
+        if (memory[0] == record[MEMORY]) & (memory[1] == record[MEMORY + 1]) & (memory[2] == record[MEMORY + 2]):
+            return False
+    record[0] = ask(words(job + QUESTIONS, 5)[0], tensor, words(job, 8)[7])
+    record[TENSOR], record[IMPLEMENTATION], record[STORAGE] = tensor, implementation, storage
+    if storage:
+        memory = words(storage + anatomy[10], 3)
+        for word in range(3):
+            record[MEMORY + word] = memory[word]
+    return not same and described_otherwise(tensor, record, job)
+
+
+@njit(error_model="numpy")
+def described_otherwise(tensor, record, job):
+    """Compare what a tensor is like with its record, whatever words describe it, and bring the record up to date."""
+    anatomy, questions, answer = words(job + ANATOMY, 11), words(job + QUESTIONS, 5), words(job, 8)[7]
+    implementation = words(tensor, 1)[0]
+    description = words(implementation + anatomy[1], anatomy[7])
     for word in range(anatomy[7]):
-        record[2 + word] = geometry[word]
+        record[DESCRIPTION + word] = description[word]
+    kind, dtype = words(implementation + anatomy[2], 1)[0], ask(questions[1], tensor, answer)
     dimensions = ask(questions[2], tensor, answer)
-    changed |= (dimensions != record[DTYPE + 1]) | (dimensions > DIMENSIONS)
-    record[DTYPE + 1] = dimensions
+    facts = record[FACTS:]
+    changed = (facts[0] != dimensions) | (dimensions > DIMENSIONS) | (facts[1] != kind) | (facts[2] != dtype)
+    facts[0], facts[1], facts[2] = dimensions, kind, dtype
     sizes, strides = answer, answer
     if dimensions:
         sizes, strides = ask(questions[3], tensor, answer), ask(questions[4], tensor, answer)
@@ -69,17 +86,32 @@ def moved(tensor, record, job):
 
 
 @njit(error_model="numpy")
+def fetch(records, count, data):
+    """Begin to load the tensors of some records from where they were last, for most are not in a cache any more."""
+    for index in range(count):
+        record = words(records + index * (RECORD * 8), FACTS)
+        prefetch(record[TENSOR])
+        for line in range(3):
+            prefetch(record[IMPLEMENTATION] + line * LINE)
+        prefetch(record[STORAGE] + data)
+
+
+@njit(error_model="numpy")
 def changes(job):
     """Count what has changed about parameters, gradients and the entries of their state."""
-    slots, anatomy = words(job, 26), words(job + ANATOMY, 9)
+    slots, anatomy = words(job, JOB), words(job + ANATOMY, 11)
     tensors, entries, changed = slots[1], slots[2], 0
     objects = words(slots[3], (1 + entries) * tensors)
     states, names = words(slots[4], tensors), words(slots[5], entries)
+    row = (2 + entries) * (RECORD * 8)
     for index in range(tensors):
+        record = slots[6] + index * row
+        if index + AHEAD < tensors:
+            fetch(record + AHEAD * row, 2 + entries, anatomy[10])
+            prefetch(states[index + AHEAD])
         tensor = objects[index] + anatomy[0]
-        record = slots[6] + index * (2 + entries) * (RECORD * 8)
         changed += moved(tensor, words(record, RECORD), job)
-        if slots[25]:
+        if slots[27]:
             metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
             gradient = metadata + anatomy[6]
             if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
@@ -87,7 +119,7 @@ def changes(job):
             changed += differs(gradient, words(record + RECORD * 8, RECORD), job)
         for entry in range(entries):
             expected = objects[(1 + entry) * tensors + index]
-            if slots[5] and lookup(slots[22], states[index], names[entry]) != expected:
+            if slots[5] and lookup(slots[24], states[index], names[entry]) != expected:
                 return changed + 1
             changed += moved(expected + anatomy[0], words(record + (2 + entry) * (RECORD * 8), RECORD), job)
     return changed
@@ -100,11 +132,11 @@ def other_items(slots):
     owners, answer, differing = words(slots[6], 2 * slots[1]), slots[7], 0
     position = words(answer, 3)
     for index in range(slots[1]):
-        if owners[2 * index] and lookup(slots[22], owners[2 * index], owners[2 * index + 1]) != dicts[index]:
+        if owners[2 * index] and lookup(slots[24], owners[2 * index], owners[2 * index + 1]) != dicts[index]:
             return differing + 1
         expected, found = words(pairs, 2 * sizes[index]), 0
         position[0] = 0
-        while walk(slots[23], dicts[index], answer, answer + 8, answer + 16):
+        while walk(slots[25], dicts[index], answer, answer + 8, answer + 16):
             if found < sizes[index]:
                 differing += (position[1] != expected[2 * found]) | (position[2] != expected[2 * found + 1])
             found += 1
@@ -132,7 +164,7 @@ def copy_numbers(slots, reading):
 @njit(error_model="numpy")
 def count_versions(job):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
-    slots, anatomy = words(job, 26), words(job + ANATOMY, 9)
+    slots, anatomy = words(job, JOB), words(job + ANATOMY, 11)
     objects = words(slots[3], slots[1])
     for index in range(slots[1]):
         counter = words(words(objects[index] + anatomy[0], 1)[0] + anatomy[4], 1)[0]
@@ -145,11 +177,11 @@ def count_versions(job):
 @cfunc(types.void(types.int64), error_model="numpy")
 def kernel(job):
     """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions."""
-    slots = words(job, 26)
+    slots = words(job, JOB)
     if slots[0] == 1:
-        slots[24] = changes(job)
+        slots[26] = changes(job)
     elif slots[0] == 2:
-        slots[24] = other_items(slots)
+        slots[26] = other_items(slots)
     elif slots[0] == 5:
         count_versions(job)
     else:

@@ -166,7 +166,7 @@ import math
 from numba import carray, cfunc, float32, float64, int64, njit, types, uint16, uint32, uint64
 
 from surefoot.engines.cpu.intrinsics import (
-    as_float32, as_float64, as_uint32, as_uint64, claim, from_half, plus_square, pointer, to_half
+    as_float32, as_float64, as_uint32, as_uint64, claim, from_half, narrow_vectors, plus_square, pointer, to_half
 )
 from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
 
@@ -175,6 +175,7 @@ real = {real}
 
 @njit(error_model="numpy", fastmath={{"contract"}}, nogil=True)
 def update({parameters}):
+    narrow_vectors()
 {starts}
     for i in range(n):
 {body}
@@ -184,6 +185,7 @@ def update({parameters}):
 @cfunc(types.void(types.int64), error_model="numpy", fastmath={{"contract"}})
 def kernel(job):
     """Update the tensors of a job; any number of threads may run it on the same job at once."""
+    narrow_vectors()
     slots = carray(pointer(job, int64(0)), {job_size})
     items, tensors = slots[1], slots[9]
     first_segment = carray(pointer(slots[2], int64(0)), items + 1)

@@ -15,7 +15,7 @@ from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
 
-_RECORD = 36
+_RECORD, _RESULT, _GRADIENTS = 48, 26, 27
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS = 1, 2, 3, 4, 5
 
 
@@ -29,11 +29,12 @@ def _probe() -> Any:
 def _job(task: int, *slots: int | np.ndarray) -> np.ndarray:
     """Make a job; arrays stand in it by their address and must outlive it."""
     known = anatomy()
-    job = np.zeros(26, dtype=np.int64)
+    job = np.zeros(_GRADIENTS + 1, dtype=np.int64)
     job[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
     if known is not None:
-        places = (known.tensor, known.geometry, known.key_set, known.autograd, known.version, known.count, known.grad)
-        job[8:24] = [*places, known.geometry_words, known.undefined, *known.questions, known.lookup, known.walk]
+        places = (known.tensor, known.description, known.key_set, known.autograd, known.version, known.count)
+        more = (known.grad, known.described, known.undefined, known.storage, known.data)
+        job[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk]
     return job
 
 
@@ -72,7 +73,7 @@ class Look:
         self._answer = np.zeros(8, dtype=np.int64)
         self._job = _job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
         self._job[5] *= bool(names)
-        self._job[25] = gradients
+        self._job[_GRADIENTS] = gradients
         self.gradients = self._records[:, 1, 0]
         _probe()(self._job.ctypes.data)
         self._over = False
@@ -87,7 +88,7 @@ class Look:
         """
         if not self._over:
             _probe()(self._job.ctypes.data)
-            self._over = bool(self._job[24])
+            self._over = bool(self._job[_RESULT])
         return self._over
 
 
@@ -124,7 +125,7 @@ class Items:
     def changed(self) -> bool:
         """Whether an item has come, gone or been replaced."""
         _probe()(self._job.ctypes.data)
-        return bool(self._job[24])
+        return bool(self._job[_RESULT])
 
 
 class Versions:
