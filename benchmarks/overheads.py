@@ -1,6 +1,6 @@
 """What surefoot costs beside its steps: imports, first steps, memory, Python per tensor.
 
-    python benchmarks/overheads.py                       # all of it, in about eight minutes on two quiet cores
+    python benchmarks/overheads.py                       # all of it, in about twelve minutes on two quiet cores
     python benchmarks/overheads.py --part import memory  # some of it
 
 It prints a table and writes `benchmarks/results/overheads.csv`.  What depends on a fresh process runs in one.
@@ -244,8 +244,49 @@ def python(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
             yield _line("a tensor in a step", of, shapes.title, list(values), "us", most)
 
 
-PARTS = {"import": imports, "first-step": first_steps, "memory": memory, "python": python}
-CHILDREN: Mapping[str, Callable[..., Any]] = {"first": _first_step, "memory": _memory_of_steps}
+# The GPU engine's host
+
+
+def gpu_host(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
+    """Measure what a tensor costs the host in a step of the GPU engine, launches left out; it needs no GPU."""
+    for variant in variants:
+        for way in ("host", "capturable"):
+            for count in ("1000", "5000"):
+                values = _child("gpu-host", variant, way, count)
+                yield _line("a tensor in a step on a GPU", f"{variant}, {way}", f"{count} x 1", values, "us", 1.0)
+
+
+def _host_of_gpu_steps(variant: str, way: str, count: str) -> list[float]:
+    """Time steps of the GPU engine on tensors of the CPU; nothing is launched, and each step has other gradients.
+
+    What torch computes on the device when `capturable` is computed by the CPU here, in place of being launched.
+    """
+    from surefoot import state  # noqa: PLC0415
+    from surefoot.engines import gpu  # noqa: PLC0415
+    from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton)
+    from surefoot.engines.gpu.scalars import Scattered  # noqa: PLC0415
+
+    gpu.DEVICES = state.CAPTURABLE_DEVICES = ("cpu",)  # type: ignore[assignment]
+    Plan._start = Scattered._launch = lambda *_: None  # type: ignore[method-assign,assignment]
+    torch.set_num_threads(1)
+    params = [Parameter(torch.zeros(1)) for _ in range(int(count))]
+    gradients = [[torch.ones(1) for _ in params] for _ in range(2)]
+    options = {**VARIANTS[variant].options, "fused": True, "capturable": way == "capturable"}
+    optimizer = getattr(surefoot, VARIANTS[variant].optimizer)(params, **options)
+    times = []
+    for step in range(100):
+        for param, gradient in zip(params, gradients[step % 2], strict=True):
+            param.grad = gradient
+        times.append(1e6 * _timed(optimizer.step) / len(params))
+    return times[5:]
+
+
+PARTS = {"import": imports, "first-step": first_steps, "memory": memory, "python": python, "gpu-host": gpu_host}
+CHILDREN: Mapping[str, Callable[..., Any]] = {
+    "first": _first_step,
+    "memory": _memory_of_steps,
+    "gpu-host": _host_of_gpu_steps,
+}
 
 
 if __name__ == "__main__":

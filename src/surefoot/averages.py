@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surefoot.engines import Bucket, Engine, choose, cpu
 from surefoot.engines.bucket import PLAIN
+from surefoot.engines.looks import items_of, look_at
 from surefoot.optimizer import Optimizer
 from surefoot.rule import bind
 from surefoot.state import local
@@ -84,20 +85,14 @@ class Averaging:
 
     def watch(self) -> None:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
-        from surefoot.engines.cpu.tensors import watched  # noqa: PLC0415 (compiled, on first use)
-
         if self._plain and all(engine is cpu for engine, _ in self._works):
-            looks = [watched((bucket.params, bucket.grads)) for _, bucket in self._works]
-            self._looks = None if None in looks else looks
+            self._looks = [look_at((bucket.params, bucket.grads)) for _, bucket in self._works]
 
 
 def watch_modules(*modules: nn.Module) -> Any:
-    """Watch which tensors and submodules modules have; gives an `Items`, or None where they cannot be watched."""
-    from surefoot.engines.cpu.anatomy import anatomy  # noqa: PLC0415 (on first use)
-    from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
-
+    """Watch which tensors and submodules modules have: what it gives tells whether they have `changed`."""
     owners = [(part, name) for module in modules for part in module.modules() for name in _CONTENTS]
-    return None if anatomy() is None else Items([getattr(part, name) for part, name in owners], owners)
+    return items_of([getattr(part, name) for part, name in owners], owners)
 
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")

@@ -7,17 +7,18 @@ the dicts of state and their entries, and the memory, dtype, sizes and strides o
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import is_
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot import device
 from surefoot.engines import cpu, gpu
 from surefoot.engines.bucket import PLAIN
+from surefoot.engines.cpu.tensors import Versions
+from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
+from surefoot.state import local
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -28,31 +29,30 @@ _DICTS = (dict, defaultdict)
 
 
 class Watch:
-    """Watches the tensors of one bucket, and reads and writes its scalars."""
+    """Watches the tensors of one bucket, and reads and writes those of its scalars that the host has."""
 
     def __init__(self, work: "Work") -> None:
-        from surefoot.engines.cpu.tensors import Numbers, Versions, watched  # noqa: PLC0415 (compiled, on first use)
-
         scalars = [scalar.name for scalar in work.optimizer.scalars]
         names = [*scalars, *(slot.name for slot in work.bucket.rule.slots)]
         entries = {name: [state[name] for state in work.states] for name in names}
-        self._look: Any = watched((work.params, *entries.values()), work.states, names, gradients=True)
-        tensors = list(chain.from_iterable(entries[name] for name in scalars))
-        self._numbers, self._versions = Numbers(tensors), Versions(tensors)
+        self._look = look_at((work.params, *entries.values()), work.states, names, gradients=True)
+        of_host = [] if work.on_device else list(chain.from_iterable(entries[name] for name in scalars))
+        self._numbers, self._versions = numbers_in(of_host), Versions(of_host)
         self._shape = (len(scalars), len(work.params))
-        self.sound = self._look is not None
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
         grads = work.grads()  # held while kernels run, whatever other threads do
         if self._look.changed():
             return False
+        grads = list(map(local, grads)) if work.params[0].is_complex() else grads
         work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, grads
         return True
 
     def read(self) -> np.ndarray:
         """Read the scalars: float64 of shape (scalars, parameters)."""
-        return self._numbers.read().reshape(self._shape)
+        values: np.ndarray = self._numbers.read()
+        return values.reshape(self._shape)
 
     def write(self, values: np.ndarray) -> None:
         """Write the scalars."""
@@ -75,16 +75,19 @@ class Kept:
     @classmethod
     def of(cls, optimizer: "Optimizer", signatures: list[Signature], works: "list[Work]") -> "Kept":
         """Keep works, if their engines can use all of them again."""
-        if not works or type(optimizer.state) not in _DICTS or not all(_reusable(work) for work in works):
+        if not works or type(optimizer.state) not in _DICTS:
             return cls()
         for work in works:
-            work.watch = device.Watch(work) if work.engine is gpu else Watch(work)
-        if not all(work.watch and work.watch.sound for work in works):
+            if work.engine is gpu and not work.on_device:
+                _bring_home(work)
+        if not all(_reusable(work) for work in works):
             return cls()
+        for work in works:
+            work.watch = Watch(work)
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in optimizer.param_groups]
-        return cls(signatures, groups, params, idle, optimizer.state, _items(optimizer.state, works), works)
+        return cls(signatures, groups, params, idle, optimizer.state, items_of([optimizer.state]), works)
 
     def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
@@ -92,7 +95,7 @@ class Kept:
             self.found
             and self.signatures == signatures
             and _same_groups(self.groups, optimizer.param_groups)
-            and _same(self.params, _params(optimizer))
+            and same_objects(self.params, _params(optimizer))
             and all(param.grad is None for param in self.idle)
             and self.state is optimizer.state
             and not self.items.changed()
@@ -109,53 +112,22 @@ def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, 
     )
 
 
-class _Items:
-    """Tells whether a dict still has the items it had, where there is no compiler to look faster."""
-
-    def __init__(self, items: dict[Any, Any]) -> None:
-        self._items, self._own = items, dict(items)
-
-    def changed(self) -> bool:
-        return not (_same(self._own, self._items) and _same(self._own.values(), self._items.values()))
-
-
-def _items(state: Any, works: "list[Work]") -> Any:
-    if not any(work.engine is cpu for work in works):
-        return _Items(state)
-    from surefoot.engines.cpu.tensors import Items  # noqa: PLC0415
-
-    return Items([state])
-
-
 def _params(optimizer: "Optimizer") -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _same(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
-    """Whether two iterables give the same objects."""
-    end = object()
-    ours, theirs = iter(ours), iter(theirs)
-    return all(map(is_, ours, theirs)) and next(ours, end) is end and next(theirs, end) is end
+def _bring_home(work: "Work") -> None:
+    """Let the host have the scalars that it reads at every step, if somebody has put them on a device."""
+    for state, scalar in product(work.states, work.optimizer.scalars):
+        if isinstance(value := state[scalar.name], Tensor) and not value.is_cpu:
+            state[scalar.name] = value.cpu()
 
 
 def _reusable(work: "Work") -> bool:
-    scalars = [state[scalar.name] for state in work.states for scalar in work.optimizer.scalars]
-    if work.engine is gpu:
-        return all(map(_as_it_is, work.params, work.grads())) and not any(isinstance(value, int) for value in scalars)
-    if work.engine is not cpu:
+    if work.engine not in (cpu, gpu) or not all(type(state) is dict for state in work.states):
         return False
-    from surefoot.engines.cpu.tensors import Numbers  # noqa: PLC0415 (NumPy and the compiler)
-
-    return (
-        all(type(state) is dict for state in work.states)
-        and all(map(_plain, work.params, work.grads()))
-        and Numbers.can_hold(scalars)
-    )
-
-
-def _plain(param: Tensor, grad: Tensor) -> bool:
-    """Whether an engine works on a parameter and its gradient themselves rather than on something made from them."""
-    return _as_it_is(param, grad) and not param.is_complex()
+    scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
+    return all(map(_as_it_is, work.params, work.grads())) and (work.on_device or can_hold(scalars))
 
 
 def _as_it_is(param: Tensor, grad: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """A step of a rule: from param groups to buckets, and from buckets through an engine.
 
-Everything that can be refused is refused while buckets are made, before any state exists or changes.  Buckets of the
-CPU engine are kept until the next step, which uses them again if nothing has changed.
+Everything that can be refused is refused while buckets are made, before any state exists or changes.  Buckets of
+engines that run kernels are kept until the next step, which uses them again if nothing has changed.
 """
 
 import functools
@@ -116,7 +116,7 @@ class Work:
     states: list[dict[str, Any]] = field(default_factory=list)
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
-    watch: Watch | device.Watch | None = None
+    watch: Watch | None = None
     device_scalars: device.DeviceScalars | None = None
     fresh: Any = False
     fresh_average: Any = False

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import surefoot
+from surefoot.engines import looks
 from surefoot.engines.cpu import anatomy, plan, tensors, threads
 from surefoot.engines.cpu import compile as compiling
 from surefoot.engines.cpu.source import Layout, print_kernel
@@ -191,6 +192,21 @@ def test_a_plan_is_used_again_and_given_up():
     assert optimizer._kept.found is not works
 
 
+def test_a_plan_of_complex_parameters_is_used_again():
+    param = torch.ones(3, dtype=torch.complex64).requires_grad_()
+    expected = torch.ones(3, dtype=torch.complex64).requires_grad_()
+    optimizer = surefoot.SGD([param], lr=0.5, momentum=0.9)
+    reference = surefoot.SGD([expected], lr=0.5, momentum=0.9, foreach=False)
+    for step in range(6):
+        grad = torch.full((3,), complex(step, 1.0))
+        param.grad, expected.grad = (grad.conj() if step == 3 else grad), (grad.conj() if step == 3 else grad)
+        works = optimizer._kept.found if step else None
+        optimizer.step()
+        reference.step()
+        assert (optimizer._kept.found is works) == (step in (1, 2, 5))
+        assert torch.equal(param, expected)
+
+
 def test_a_plan_keeps_no_gradient_alive():
     optimizer, params = make()
     train(optimizer, params)
@@ -205,7 +221,11 @@ def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch
     assert found() is None
     optimizer, params = make()
     assert all(map(torch.equal, expected, train(optimizer, params)))
-    assert not optimizer._kept.found
+    assert looks_of(optimizer) == {looks.PlainLook}
+
+
+def looks_of(optimizer):
+    return {type(work.watch._look) for work in optimizer._kept.found}
 
 
 def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
@@ -214,7 +234,7 @@ def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
     monkeypatch.setattr(tensors, "anatomy", lambda: dataclasses.replace(known, questions=sizes_for_data))
     optimizer, params = make()
     train(optimizer, params)
-    assert not optimizer._kept.found
+    assert looks_of(optimizer) == {looks.PlainLook}
     assert all(map(torch.equal, params, train(*make())))
 
 
@@ -233,26 +253,30 @@ CHANGES = {
 }
 
 
-def look(dimensions=(4, 3)):
+kinds_of_look = pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
+
+
+def look(dimensions=(4, 3), kind=tensors.Look):
     params = [torch.randn(dimensions) for _ in range(5)]  # set_ and resize_ refuse those that require gradients
     for param in params:
         param.grad = torch.randn(dimensions)
     states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
     entries = [[state[name] for state in states] for name in ("step", "average")]
-    return tensors.Look((params, *entries), states, ("step", "average"), gradients=True), params, states
+    return kind((params, *entries), states, ("step", "average"), gradients=True), params, states
 
 
+@kinds_of_look
 @pytest.mark.parametrize("of", ["param", "state"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_a_look_sees_what_changes_a_tensors_memory(change, of):
-    watch, params, states = look()
-    assert watch.sound
+def test_a_look_sees_what_changes_a_tensors_memory(change, of, kind):
+    watch, params, states = look(kind=kind)
     assert not watch.changed()
     change(params[3] if of == "param" else states[3]["average"])
     assert watch.changed()
     assert watch.changed(), "what was made before the change must never be used again"
 
 
+@kinds_of_look
 @pytest.mark.parametrize(
     "grad",
     [
@@ -265,8 +289,8 @@ def test_a_look_sees_what_changes_a_tensors_memory(change, of):
     ],
     ids=["none", "dtype", "order", "negated", "without memory", "sparse"],
 )
-def test_a_look_sees_another_kind_of_gradient(grad):
-    watch, params, _ = look()
+def test_a_look_sees_another_kind_of_gradient(grad, kind):
+    watch, params, _ = look(kind=kind)
     params[4].grad = None
     if grad is not None and grad.dtype is torch.float64:
         params[4].data = params[4].data.double()
@@ -274,17 +298,19 @@ def test_a_look_sees_another_kind_of_gradient(grad):
     assert watch.changed()
 
 
-def test_a_look_gives_the_addresses_of_gradients():
-    watch, params, _ = look()
+@kinds_of_look
+def test_a_look_gives_the_addresses_of_gradients(kind):
+    watch, params, _ = look(kind=kind)
     for param in params[1:]:
         param.grad = torch.randn(4, 3)
     assert not watch.changed()
     assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
 
 
+@kinds_of_look
 @pytest.mark.parametrize("change", ["replaced", "deleted", "cleared", "none"])
-def test_a_look_sees_another_entry(change):
-    watch, _, states = look()
+def test_a_look_sees_another_entry(change, kind):
+    watch, _, states = look(kind=kind)
     state = states[2]
     {
         "replaced": lambda: state.update(average=state["average"].clone()),
@@ -302,6 +328,7 @@ def test_a_look_does_without_room_for_many_dimensions():
     params[1].grad = torch.zeros((1,) * 7 + (4,))[..., ::2]
     assert watch.changed()
     assert look((1,) * 8 + (2,))[0].changed()
+    assert not look((1,) * 8 + (2,), looks.look_at)[0].changed()
 
 
 def test_a_lazy_clone_keeps_what_it_was_cloned_from():
@@ -313,13 +340,18 @@ def test_a_lazy_clone_keeps_what_it_was_cloned_from():
     assert not torch.equal(params[0], before)
 
 
-def test_items_of_dicts():
+@pytest.mark.parametrize("kind", [tensors.Items, looks.PlainItems])
+def test_items_of_dicts(kind):
     items = {"a": object(), "b": object()}
-    seen = tensors.Items([{}, items])
+    seen = kind([{}, items])
     assert not seen.changed()
     items["c"] = 1
     assert seen.changed()
     del items["c"]
+    assert not seen.changed()
+    last = items.popitem()
+    assert seen.changed()
+    items.update([last])
     assert not seen.changed()
     items["a"] = object()
     assert seen.changed()
@@ -327,9 +359,10 @@ def test_items_of_dicts():
     assert seen.changed()
 
 
-def test_items_of_attributes():
+@pytest.mark.parametrize("kind", [tensors.Items, looks.PlainItems])
+def test_items_of_attributes(kind):
     owner = torch.nn.Linear(2, 2)
-    seen = tensors.Items([owner._parameters], [(owner, "_parameters")])
+    seen = kind([owner._parameters], [(owner, "_parameters")])
     assert not seen.changed()
     owner._parameters = dict(owner._parameters)
     assert seen.changed()
@@ -350,9 +383,10 @@ def test_tensors_without_versions_are_left_alone():
     assert all(tensor.is_inference() for tensor in counted)
 
 
-def test_numbers_are_read_and_rounded_as_their_tensors():
+@pytest.mark.parametrize("kind", [tensors.Numbers, looks.PlainNumbers])
+def test_numbers_are_read_and_rounded_as_their_tensors(kind):
     scalars = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
-    numbers = tensors.Numbers(scalars)
+    numbers = kind(scalars)
     assert numbers.read().tolist() == [scalars[0].item(), 0.1]
     numbers.write(np.array([1 / 3, 1 / 3]))
     assert [scalar.item() for scalar in scalars] == [torch.tensor(1 / 3).item(), 1 / 3]

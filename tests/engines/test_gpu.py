@@ -4,8 +4,10 @@ What needs a device is in test_gpu_device.py; what the compiler makes of the ker
 """
 
 import inspect
+import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
 from surefoot import device, engines, state
-from surefoot.engines import gpu
+from surefoot.engines import gpu, looks
+from surefoot.engines.cpu import tensors as cpu_tensors
 from surefoot.optimizers.muon import newton_schulz
 
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
@@ -419,8 +422,27 @@ def test_an_average_whose_first_steps_were_skipped_is_still_new():
 # Plans and tables
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def looking(request, monkeypatch):
+    """Look at tensors as where Numba is installed, and as where it is not."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu_tensors, "available", lambda: False)
+    return request.param
+
+
+def test_looks_are_those_asked_for(looking):
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = surefoot.Adam([param], **FUSED)
+    optimizer.step()
+    (work,) = optimizer._kept.found
+    plain = (looks.PlainLook, looks.PlainNumbers)
+    kinds = plain if looking == "plain" else (cpu_tensors.Look, cpu_tensors.Numbers)
+    assert (type(work.watch._look), type(work.watch._numbers)) == kinds
+
+
 @ways
-def test_a_plan_is_used_again_and_given_up(way):
+def test_a_plan_is_used_again_and_given_up(way, looking):
     params = few(torch.float32)
     optimizer = surefoot.AdamW(list(params.values()), **way)
     train(optimizer, params, torch.float32, steps=[STEADY])
@@ -443,12 +465,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 @pytest.mark.parametrize("what", ["param", "slot"])
-def test_a_changed_tensor_is_noticed(change, what):
+@ways
+def test_a_changed_tensor_is_noticed(change, what, way, looking):
     found = []
-    for way in (FUSED, {"foreach": False}):
+    for each in (way, {"foreach": False}):
         torch.manual_seed(0)
         param = torch.randn(4, 3).requires_grad_()
-        optimizer = surefoot.Adam([param], lr=0.1, **way)
+        optimizer = surefoot.Adam([param], lr=0.1, **each)
         for step in range(4):
             param.grad = torch.randn(4, 3)
             optimizer.step()
@@ -457,6 +480,104 @@ def test_a_changed_tensor_is_noticed(change, what):
                     change(param if what == "param" else optimizer.state[param]["exp_avg"])
         found.append(results(optimizer, {"p": param}))
     assert_close(*found)
+
+
+STATE_CHANGES = {
+    "step edited": lambda state, last: state[last]["step"].fill_(7),
+    "step replaced": lambda state, last: state[last].update(step=torch.tensor(7.0)),
+    "step of the host's own": lambda state, last: state[last].update(step=7),
+    "slot replaced": lambda state, last: state[last].update(exp_avg=state[last]["exp_avg"] * 2),
+    "slot edited": lambda state, last: state[last]["exp_avg"].mul_(2),
+    "entry replaced": lambda state, last: state.update({last: {k: v * 2 for k, v in state[last].items()}}),
+    "last one deleted": lambda state, last: state.pop(last),
+    "cleared": lambda state, last: state.clear(),
+}
+
+
+@ways
+@pytest.mark.parametrize("change", STATE_CHANGES.values(), ids=list(STATE_CHANGES))
+def test_changed_state_counts(change, way, looking):
+    found = []
+    for each in (way, {"foreach": False}):
+        torch.manual_seed(0)
+        params = {name: torch.randn(4, 3).requires_grad_() for name in "abc"}
+        optimizer = surefoot.Adam(list(params.values()), lr=0.1, **each)
+        for step in range(5):
+            for param in params.values():
+                param.grad = torch.randn(4, 3)
+            optimizer.step()
+            if step == 2:
+                change(optimizer.state, params["c"])
+        found.append({name: value for name, value in results(optimizer, params).items() if "step" not in name})
+    assert_close(*found)
+
+
+@ways
+def test_complex_parameters_are_watched(way, looking):
+    """Their gradients' memory is that of the real views; one that is only marked as conjugate is not."""
+    param, expected = (torch.ones(3, dtype=torch.complex64).requires_grad_() for _ in range(2))
+    optimizer = surefoot.SGD([param], lr=0.5, momentum=0.9, **way)
+    reference = surefoot.SGD([expected], lr=0.5, momentum=0.9, foreach=False)
+    for step in range(7):
+        grad = torch.full((3,), complex(step, 1.0))
+        for each in (param, expected):
+            each.grad = grad.clone().conj() if step == 3 else grad.clone()
+        works = optimizer._kept.found if step else None
+        optimizer.step()
+        reference.step()
+        assert (optimizer._kept.found is works) == (step in (1, 2, 5, 6))
+        assert_close({"p": param}, {"p": expected})
+
+
+def test_gradients_live_until_the_kernel_has_its_addresses(monkeypatch, looking):
+    """Another thread may drop them at any time."""
+    param = torch.ones(5, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, **FUSED)
+    for _ in range(3):
+        param.grad = torch.ones(5)
+        optimizer.step()
+    param.grad = torch.ones(5)
+    grad, start, seen = weakref.ref(param.grad), plan.Plan._start, []
+
+    def start_while_another_thread_drops_it(self, *arguments):
+        param.grad = None
+        seen.append(grad() is not None)
+        start(self, *arguments)
+
+    monkeypatch.setattr(plan.Plan, "_start", start_while_another_thread_drops_it)
+    optimizer.step()
+    assert seen == [True]
+    assert grad() is None
+    assert param.tolist() == [-3.0] * 5
+
+
+_WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+import torch, surefoot
+from surefoot import state
+from surefoot.engines import eager, foreach, gpu, looks
+for fused in (False, True):
+    gpu.DEVICES = state.CAPTURABLE_DEVICES = ("cpu",) if fused else ()
+    param = torch.ones(3, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, momentum=0.5, **({"fused": True} if fused else {}))
+    for step in range(4):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    assert param.tolist() == [-5.125] * 3, param
+works = optimizer._kept.found
+assert [work.engine for work in works] == [gpu]
+assert type(works[0].watch._look) is looks.PlainLook
+model = torch.nn.Linear(2, 2)
+average = surefoot.swa_utils.AveragedModel(model)
+for _ in range(3):
+    average.update_parameters(model)
+"""
+
+
+def test_numba_is_not_needed():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", _WITHOUT_NUMBA], check=True, timeout=120, env=environment)  # noqa: S603 (our own code)
 
 
 def test_chunks_cover_every_element_once():

@@ -1,4 +1,8 @@
-"""Knowing cheaply whether parameters, gradients and state are what they were, and reading many numbers at once."""
+"""Knowing cheaply whether parameters, gradients and state are what they were, and reading many numbers at once.
+
+Nothing here is about tensors of the CPU, but for `Numbers`.  Looks and the like are made by `engines.looks`, which does
+without a compiler where there is none.
+"""
 
 import ctypes
 import functools
@@ -21,9 +25,27 @@ _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS = 1, 2, 3, 4, 5
 
 @functools.cache
 def _probe() -> Any:
-    """Give the compiled probe, which is called with the interpreter locked since it looks into dicts."""
+    """Give the compiled probe, which is called with the interpreter locked since it looks into dicts.
+
+    Raises:
+        ImportError: there is no compiler, or none that works.
+    """
     address = load(Path(__file__).with_name("probe.py").read_text(), "probe")
     return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
+
+
+def available() -> bool:
+    """Whether there is a compiler, and torch keeps things in known places."""
+    return anatomy() is not None and _has_probe()
+
+
+@functools.cache
+def _has_probe() -> bool:
+    try:
+        _probe()
+    except ImportError:
+        return False
+    return True
 
 
 def _job(task: int, *slots: int | np.ndarray) -> np.ndarray:
@@ -55,7 +77,7 @@ class Look:
         gradients: addresses of the gradients' memory at the last look: int64 of shape (length,).
         sound: whether the look sees what Python sees; do not use it otherwise.
 
-    Make looks with `watched`.
+    Make looks with `engines.looks.look_at`.
     """
 
     def __init__(
@@ -92,14 +114,6 @@ class Look:
         return self._over
 
 
-def watched(*arguments: Any, **options: Any) -> Look | None:
-    """Make a look, of the same arguments; None where it cannot be relied upon."""
-    if anatomy() is None:
-        return None
-    look = Look(*arguments, **options)
-    return look if look.sound else None
-
-
 class Items:
     """Tells whether dicts still have the items they had: the same objects in the same order.
 
@@ -133,7 +147,7 @@ class Versions:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors, self._job = tensors, None
-        if anatomy() is None or any(tensor.is_inference() for tensor in tensors):
+        if not available() or any(tensor.is_inference() for tensor in tensors):
             return
         objects, seen = _ids(tensors), np.zeros(len(tensors), dtype=np.int64)
         job = _job(_VERSIONS, len(tensors), 1, objects, seen)
@@ -158,14 +172,6 @@ class Numbers:
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
         self._job = _job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
-
-    @staticmethod
-    def can_hold(tensors: Iterable[object]) -> bool:
-        """Whether all of these are tensors of the kind."""
-        return all(
-            isinstance(t, Tensor) and t.dim() == 0 and t.dtype in (torch.float32, torch.float64) and t.is_cpu
-            for t in tensors
-        )
 
     def read(self) -> np.ndarray:
         """Give the values, in an array that the next call overwrites."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients, EachParameter, addresses
+from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import dialect_of, load
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 
@@ -57,7 +58,7 @@ class Plan:
         self._kernel = load(bucket.rule, bucket.compute_dtype, dtypes, dialect_of(bucket.device))
         self._launch = LAUNCH[max(dtype.itemsize for dtype in dtypes)]
         self._irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
-        self._written = [*bucket.params, *chain.from_iterable(bucket.slots)]
+        self._versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         self._for_graphs = bool(bucket.options.get("capturable"))
         self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
         self._table = Table(self._entries, self._device, for_graphs=self._for_graphs)
@@ -69,7 +70,8 @@ class Plan:
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, in one launch on the current stream."""
-        self._entries[1] = addresses(bucket.grads)
+        known = bucket.gradient_addresses
+        self._entries[1] = addresses(bucket.grads) if known is None else known
         with on(self._device), torch.no_grad():
             lent = list(self._lend(bucket))
             numbers = self._send_numbers(bucket.coefficients, bucket.row)
@@ -78,7 +80,7 @@ class Plan:
             for tensors, copies in lent:
                 _give_back(tensors, copies)
             self._note_stream(numbers)
-        torch.autograd.graph.increment_version(self._written)
+        self._versions.count()
 
     def _start(self, numbers: Tensor, found_inf: Tensor | None) -> None:
         if not len(self._chunks):

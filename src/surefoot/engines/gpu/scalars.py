@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from surefoot.engines.bucket import addresses
+from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 
 _BLOCK = 256
@@ -54,25 +55,24 @@ class Scattered:
         self._device, self._wide = tensors[0].device, tensors[0].dtype is torch.float64
         self._pointers = addresses(tensors)
         self._table = Table(self._pointers, self._device, for_graphs=True)
-        self._tensors = list(tensors)
+        self._count, self._versions = len(tensors), Versions(tensors)
 
     def read(self) -> Tensor:
         """Give the numbers: float64 of shape (tensors,)."""
         self._table.update(self._pointers)
         if capturing(self._device):
             keep_for_graphs(self._table.there)
-        values = torch.empty(len(self._tensors), dtype=torch.float64, device=self._device)
+        values = torch.empty(self._count, dtype=torch.float64, device=self._device)
         self._launch(gather, values)
         return values
 
     def write(self, values: Tensor, found_inf: Tensor | None) -> None:
         """Set the numbers from float64 of shape (tensors,), unless `found_inf` is there and not zero."""
         self._launch(scatter, values, found_inf)
-        torch.autograd.graph.increment_version(self._tensors)
+        self._versions.count()
 
     def _launch(self, function: Callable[..., None], *arguments: Tensor | None) -> None:
-        count = len(self._tensors)
         with on(self._device):
-            _kernel(function, interpreted=triton.knobs.runtime.interpret)[(triton.cdiv(count, _BLOCK),)](
-                self._table.there, *arguments, count, WIDE=self._wide, BLOCK=_BLOCK, enable_fp_fusion=True
+            _kernel(function, interpreted=triton.knobs.runtime.interpret)[(triton.cdiv(self._count, _BLOCK),)](
+                self._table.there, *arguments, self._count, WIDE=self._wide, BLOCK=_BLOCK, enable_fp_fusion=True
             )
