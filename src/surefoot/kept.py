@@ -5,7 +5,7 @@ the dicts of state and their entries, and the memory, dtype, sizes and strides o
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,34 @@ from surefoot.engines import cpu, gpu
 from surefoot.engines.bucket import PLAIN
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
-from surefoot.state import local
+from surefoot.rule import Flags
+from surefoot.state import flags_of, local
+from surefoot.whole_step import is_clipped
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
     from surefoot.step import Work
 
 Signature = tuple[Any, ...]
+ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 _DICTS = (dict, defaultdict)
+_CONSTANT = (int, float, str, type(None))
+
+
+def signature(optimizer: "Optimizer", group: Mapping[str, Any]) -> Signature:
+    """What of a group decides its buckets, beside its tensors."""
+    return (all_flags(optimizer, group), *map(group.get, ENGINE_OPTIONS))
+
+
+def all_flags(optimizer: "Optimizer", group: Mapping[str, Any]) -> Flags:
+    """Settle a group's flags, and those of the step.
+
+    These are: whether telemetry is measured, decided later; whether a GradScaler left the gradients for the step to
+    unscale; whether they are clipped by norm.
+    """
+    scaled = getattr(optimizer, "grad_scale", None) is not None
+    step = (("measured", False), ("scaled", scaled), ("clipped", is_clipped(optimizer, group)))
+    return (*step, *flags_of(optimizer, group))
 
 
 class Watch:
@@ -51,20 +71,59 @@ class Watch:
 
     def read(self) -> np.ndarray:
         """Read the scalars: float64 of shape (scalars, parameters)."""
+        if not self._shape[0]:
+            return np.zeros(self._shape)
         values: np.ndarray = self._numbers.read()
         return values.reshape(self._shape)
 
     def write(self, values: np.ndarray) -> None:
         """Write the scalars."""
+        if not self._shape[0]:
+            return
         self._numbers.write(values.ravel())
         self._versions.count()
+
+
+class Options:
+    """The options of groups, and whether they decide the same buckets as before."""
+
+    def __init__(self, optimizer: "Optimizer") -> None:
+        self._signatures = [signature(optimizer, group) for group in optimizer.param_groups]
+        self._note(optimizer)
+
+    def _note(self, optimizer: "Optimizer") -> None:
+        self._seen = _options(optimizer)
+        lists = [group["params"] for group in optimizer.param_groups]
+        self._constant = all(_is_constant(each) or any(each is params for params in lists) for each in self._seen)
+
+    def same(self, optimizer: "Optimizer") -> bool:
+        """Whether nothing can have changed: the same objects, none of which can change its value."""
+        return self._constant and same_objects(self._seen, _options(optimizer))
+
+    def decide_the_same(self, optimizer: "Optimizer") -> bool:
+        """Whether the buckets are the same; the options of now are the ones to compare with from then on."""
+        self._note(optimizer)
+        return self._signatures == [signature(optimizer, group) for group in optimizer.param_groups]
+
+
+def _options(optimizer: "Optimizer") -> list[object]:
+    """Give the names and values of all options, and what else of an optimizer signatures depend on."""
+    options: list[object] = [optimizer.whole_step.max_grad_norm, getattr(optimizer, "grad_scale", None) is None]
+    for group in optimizer.param_groups:
+        options += group
+        options += group.values()
+    return options
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, _CONSTANT) or (isinstance(value, tuple) and all(map(_is_constant, value)))
 
 
 @dataclass(eq=False)
 class Kept:
     """The works of a step and what they were made from."""
 
-    signatures: list[Signature] = field(default_factory=list)
+    options: Options | None = None
     groups: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     idle: list[Tensor] = field(default_factory=list)
@@ -73,8 +132,8 @@ class Kept:
     found: "list[Work]" = field(default_factory=list)
 
     @classmethod
-    def of(cls, optimizer: "Optimizer", signatures: list[Signature], works: "list[Work]") -> "Kept":
-        """Keep works, if their engines can use all of them again."""
+    def of(cls, optimizer: "Optimizer", options: Options, works: "list[Work]") -> "Kept":
+        """Keep works, made from these options, if their engines can use all of them again."""
         if not works or type(optimizer.state) not in _DICTS:
             return cls()
         for work in works:
@@ -87,13 +146,13 @@ class Kept:
         params = list(_params(optimizer))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in optimizer.param_groups]
-        return cls(signatures, groups, params, idle, optimizer.state, items_of([optimizer.state]), works)
+        return cls(options, groups, params, idle, optimizer.state, items_of([optimizer.state]), works)
 
-    def works(self, optimizer: "Optimizer", signatures: list[Signature]) -> "list[Work] | None":
+    def works(self, optimizer: "Optimizer") -> "list[Work] | None":
         """Give the works with this step's gradients, or None if anything has changed."""
         holds = (
             self.found
-            and self.signatures == signatures
+            and self._same_options(optimizer)
             and _same_groups(self.groups, optimizer.param_groups)
             and same_objects(self.params, _params(optimizer))
             and all(param.grad is None for param in self.idle)
@@ -102,6 +161,13 @@ class Kept:
             and all(work.watch.renew(work) for work in self.found)  # type: ignore[union-attr]
         )
         return self.found if holds else None
+
+    def _same_options(self, optimizer: "Optimizer") -> bool:
+        if self.options is None or self.options.same(optimizer):
+            return self.options is not None
+        for work in self.found:
+            work.options = None
+        return self.options.decide_the_same(optimizer)
 
 
 def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, Any]]) -> bool:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.kept import ENGINE_OPTIONS
 from surefoot.loading import LoadReport, load
 from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state, relocated
-from surefoot.step import ENGINE_OPTIONS, run_rule
+from surefoot.step import run_rule
 from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, check_group_options, clear, finish
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from surefoot import device
 from surefoot.engines import Bucket, Coefficients, Engine, choose, cpu, eager, gpu
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
-from surefoot.kept import Kept, Watch
-from surefoot.rule import EMA, Flags, bind
+from surefoot.kept import ENGINE_OPTIONS, Kept, Options, Watch, all_flags
+from surefoot.rule import EMA, bind
 from surefoot.state import (
     active_slots,
     admissible_gradient,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Fresh = tuple[bool, bool]
 """Of a parameter: whether a slot of its algorithm has just been made, and whether its average has."""
 _NOT_FRESH = (False, False)
-ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+_NUMBER = (float, int, Tensor)
 
 
 class Row(NamedTuple):
@@ -118,6 +118,8 @@ class Work:
     scalars: Any = None
     watch: Watch | None = None
     device_scalars: device.DeviceScalars | None = None
+    options: SimpleNamespace | None = None
+    first: np.ndarray | None = None
     fresh: Any = False
     fresh_average: Any = False
 
@@ -162,16 +164,15 @@ class Work:
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
         if not self._is_sparse() and not self._is_sharded() and self.engine is not gpu:
-            self.bucket.rule = bind(
-                cast("Any", type(self.optimizer)), (("measured", wanted), *self.bucket.rule.flags[1:])
-            )
+            flags = self.bucket.rule.flags
+            if flags[0] != ("measured", wanted):
+                self.bucket.rule = bind(cast("Any", type(self.optimizer)), (("measured", wanted), *flags[1:]))
         elif wanted:
             self.part.before = [param.detach().clone() for param in self.params]
 
     def compute_numbers(self) -> None:
         """Put the numbers of this step into the bucket, and compute the new scalars."""
-        slots = {slot.name for slot in self.optimizer.slots}
-        fresh = [(not slots.isdisjoint(names), EMA.name in names) for names in self.made]
+        fresh = self._fresh() if self.made else []
         if self.group.get("ema") and EMA not in self.bucket.rule.slots:
             self.part.fresh = [new for _, new in fresh]
         if self.on_device:
@@ -180,10 +181,17 @@ class Work:
         scalars = self.optimizer.scalars
         values = self.watch.read() if self.watch else read_scalars(self.states, scalars)
         distinct, row = _distinct(values, fresh)
+        if self.first is None:
+            self.first = np.zeros(len(self.params), dtype=np.int64)
         numbers = [_coefficients(self, column, fresh) for column, fresh in distinct]
-        self.bucket.coefficients, self.bucket.row = [number for number, _ in numbers], row
+        self.bucket.coefficients = [number for number, _ in numbers]
+        self.bucket.row = self.first if row is None else row
         new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
-        self.scalars = new[:, row]
+        self.scalars = new[:, self.bucket.row] if scalars else values
+
+    def _fresh(self) -> list[Fresh]:
+        slots = {slot.name for slot in self.optimizer.slots}
+        return [(not slots.isdisjoint(names), EMA.name in names) for names in self.made]
 
     def _compute_on_device(self, fresh: list[Fresh]) -> None:
         """Do so on the parameters' device, without reading anything from it."""
@@ -253,12 +261,12 @@ def run_rule(optimizer: "Optimizer") -> None:
     if _is_skipped(optimizer):
         skip(optimizer)
         return
-    signatures = [signature(optimizer, group) for group in optimizer.param_groups]
     kept: Kept = optimizer.__dict__.pop("_kept", None) or Kept()
-    known = kept.works(optimizer, signatures)
+    known = kept.works(optimizer)
     if known is None:
         for work in kept.found:
             work.forget_fresh()
+    options = Options(optimizer) if known is None else None
     works = _new_works(optimizer) if known is None else known
     try:
         made = _prepare(optimizer, works)
@@ -268,8 +276,8 @@ def run_rule(optimizer: "Optimizer") -> None:
     if not made:
         _undo(works)
         kept = kept if known is not None else Kept()  # what was kept has been found not to hold
-    elif known is None:
-        kept = Kept.of(optimizer, signatures, works)
+    elif options is not None:
+        kept = Kept.of(optimizer, options, works)
     for work in works if made else ():
         work.run()
     optimizer.__dict__["_kept"] = kept
@@ -318,25 +326,9 @@ def _undo(works: "Sequence[Work]") -> None:
         work.detach_state()
 
 
-def signature(optimizer: "Optimizer", group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a group decides its buckets, beside its tensors."""
-    return (_all_flags(optimizer, group), *map(group.get, ENGINE_OPTIONS))
-
-
-def _all_flags(optimizer: "Optimizer", group: Mapping[str, Any]) -> Flags:
-    """Settle a group's flags, and those of the step.
-
-    These are: whether telemetry is measured, decided later; whether a GradScaler left the gradients for the step to
-    unscale; whether they are clipped by norm.
-    """
-    scaled = getattr(optimizer, "grad_scale", None) is not None
-    step = (("measured", False), ("scaled", scaled), ("clipped", is_clipped(optimizer, group)))
-    return (*step, *flags_of(optimizer, group))
-
-
 def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
     """Make the buckets of a group, refusing what the rule or the chosen engine cannot do."""
-    flags, algorithm = _all_flags(optimizer, group), cast("Any", type(optimizer))
+    flags, algorithm = all_flags(optimizer, group), cast("Any", type(optimizer))
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     works: dict[tuple[Any, ...], Work] = {}
     for param in group["params"]:
@@ -361,13 +353,17 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
         yield work
 
 
-def _distinct(values: np.ndarray, fresh: list[Fresh]) -> tuple[list[tuple[tuple[float, ...], Fresh]], np.ndarray]:
-    """Find the distinct columns of scalars, told apart by `fresh`, and for each parameter the index of its own."""
-    count = values.shape[1]
-    fresh = fresh or [_NOT_FRESH] * count
-    if fresh.count(fresh[0]) == count and (values == values[:, :1]).all():
-        return [(tuple(values[:, 0].tolist()), fresh[0])], np.zeros(count, dtype=np.int64)
-    columns = list(zip(map(tuple, values.T.tolist()), fresh, strict=True))
+def _distinct(
+    values: np.ndarray, fresh: list[Fresh]
+) -> tuple[list[tuple[tuple[float, ...], Fresh]], np.ndarray | None]:
+    """Find the distinct columns of scalars, told apart by `fresh`, and where there are several, which a parameter has.
+
+    An empty `fresh` means that nothing is.
+    """
+    first = fresh[0] if fresh else _NOT_FRESH
+    if fresh.count(first) == len(fresh) and (not len(values) or (values == values[:, :1]).all()):
+        return [(tuple(values[:, 0].tolist()), first)], None
+    columns = list(zip(map(tuple, values.T.tolist()), fresh or [_NOT_FRESH] * values.shape[1], strict=True))
     index = {column: position for position, column in enumerate(dict.fromkeys(columns))}
     return list(index), np.array([index[column] for column in columns], dtype=np.int64)
 
@@ -375,7 +371,9 @@ def _distinct(values: np.ndarray, fresh: list[Fresh]) -> tuple[list[tuple[tuple[
 def _coefficients(work: Work, values: tuple[float, ...], fresh: Fresh) -> tuple[Coefficients, list[float]]:
     """Compute the numbers of an update and the new scalars from the present scalars."""
     scalars = {s.name: value for s, value in zip(work.optimizer.scalars, values, strict=True)}
-    numbers, new = _numbers(work, hyperparameters(work.group), scalars, fresh)
+    if work.options is None:
+        work.options = hyperparameters(work.group)
+    numbers, new = _numbers(work, SimpleNamespace(**vars(work.options)), scalars, fresh)
     keep = bool(work.group.get("differentiable"))
     coefficients = {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}
     return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
@@ -389,17 +387,27 @@ def _numbers(
     if "step" in scalars:
         scalars["step"] = scalars["step"] + 1
     derived = optimizer.coefficients(h, **scalars)
-    numbers: dict[str, Any] = {
-        name: value for name, value in vars(h).items() if isinstance(value, float | int | Tensor)
-    }
-    numbers |= {"fresh": fresh[0], "loss_scale": getattr(optimizer, "grad_scale", None), **derived}
+    numbers = {"fresh": fresh[0], "loss_scale": getattr(optimizer, "grad_scale", None), **derived}
     numbers |= {"step_clip": work.part.clip, "step_ema_weight": _weight_of_average(work.group, fresh[1])}
-    if missing := [name for name in work.bucket.rule.coefficients if name not in numbers]:
-        raise RuleError(
-            f"{work.bucket.rule.name}.update reads c.{missing[0]}, which is neither a hyperparameter nor given by "
-            f"`coefficients`; there are: {', '.join(sorted(numbers))}"
-        )
+    for name in work.bucket.rule.coefficients:
+        if name not in numbers:
+            numbers[name] = _given(work, h, name, numbers)
     return numbers, [derived.get(name, value) for name, value in scalars.items()]
+
+
+def _given(work: Work, h: SimpleNamespace, name: str, numbers: Mapping[str, Any]) -> Any:
+    """Give a hyperparameter that an update reads.
+
+    Raises:
+        RuleError: there is none of that name that is a number.
+    """
+    if not isinstance(value := getattr(h, name, None), _NUMBER):
+        given = {known for known, value in vars(h).items() if isinstance(value, _NUMBER)}
+        raise RuleError(
+            f"{work.bucket.rule.name}.update reads c.{name}, which is neither a hyperparameter nor given by "
+            f"`coefficients`; there are: {', '.join(sorted({*numbers, *given}))}"
+        )
+    return value
 
 
 def _weight_of_average(group: Mapping[str, Any], fresh: Any) -> Any:

@@ -514,6 +514,46 @@ def test_a_kernel_that_cannot_be_made_leaves_everything_as_it_was(monkeypatch):
 # Found by trying to break it
 
 
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+def test_options_that_change_in_place_count(kind):
+    made = [make(surefoot.AdamW, lr=torch.tensor(0.25) if kind == "tensor" else 0.25) for _ in range(2)]
+    for optimizer, params in made:
+        optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        train(optimizer, params)
+    (changed, params), (other, others) = made
+    changed.param_groups[0]["betas"][0] = 0.5
+    other.param_groups[0] |= {"betas": (0.5, 0.99)}
+    if kind == "tensor":
+        changed.param_groups[0]["lr"].fill_(0.125)
+        other.param_groups[0]["lr"] = 0.125
+    assert all(map(torch.equal, train(changed, params), train(other, others)))
+
+
+class _Halving(surefoot.Optimizer):
+    """Halves its rate at every step, in the group and in what it is handed."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def coefficients(self, h, step):
+        h.lr = h.lr / 2
+        self.param_groups[0]["lr"] /= 2
+        return {"rate": h.lr}
+
+    @staticmethod
+    def update(param, grad, c, flags):
+        return param - c.rate * grad
+
+
+def test_coefficients_may_change_what_they_are_handed():
+    param = torch.zeros(3, requires_grad=True)
+    optimizer = _Halving([param], lr=1.0)
+    param.grad = torch.ones(3)
+    for _ in range(4):
+        optimizer.step()
+    assert param.tolist() == [-15 / 16] * 3
+
+
 def test_a_replaced_group_counts():
     optimizer, params = make(surefoot.SGD, sizes=(5,), lr=1.0)
     train(optimizer, params)

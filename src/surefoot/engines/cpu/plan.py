@@ -38,18 +38,24 @@ class Job:
         self._parts = (first, self._tensor, start, size)
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
         self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0], dtype=np.int64)
+        self._address = self._job.ctypes.data
+        self._coefficients = np.zeros((0, 0))
 
-    def run(self, kernel: int, coefficients: np.ndarray, measures: Sequence[Measure] = ()) -> np.ndarray:
-        """Run a kernel on all items; `coefficients` is (rows, coefficients per row), float64.
+    def run(self, kernel: int, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()) -> np.ndarray:
+        """Run a kernel on all items; `coefficients` has for each row its numbers.
 
         Returns:
             What it measured: float64 of shape (tensors, measures).
         """
+        if self._coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
+            self._coefficients = np.zeros(shape)
+            self._job[7] = self._coefficients.ctypes.data
+        self._coefficients[:] = coefficients
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
-            self._job[[0, 7, 10]] = 0, coefficients.ctypes.data, measured.ctypes.data
+            self._job[0], self._job[10] = 0, measured.ctypes.data if measures else 0
             threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
-            run_on_threads(kernel, self._job.ctypes.data, threads)
+            run_on_threads(kernel, self._address, threads)
         return combined(measures, measured, self._tensor, len(self.rows))
 
 
@@ -104,6 +110,7 @@ class Plan:
         sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
         self.job = Job(len(stored), sizes)
         self._kernels: dict[Rule, int] = {}
+        self._row: np.ndarray | None = None
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         for row, tensors in enumerate(stored):
             if row != 1:
@@ -115,16 +122,17 @@ class Plan:
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
         numbers = numbers_of(bucket)
-        self.job.rows[:] = self._regular(bucket.row)
+        if self._row is not bucket.row:
+            self._row, self.job.rows[:] = bucket.row, self._regular(bucket.row)
         self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
 
     def read(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
-        self.job.rows[:] = 0
-        return self._run(reading(), bucket, np.zeros((1, 0)), np.zeros(len(bucket.params), dtype=np.int64))
+        self._row, self.job.rows[:] = None, 0
+        return self._run(reading(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
 
-    def _run(self, rule: Rule, bucket: Bucket, numbers: np.ndarray, rows: np.ndarray) -> Tensor | None:
+    def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
         arrays = 2 + len(rule.slots)
         if (kernel := self._kernels.get(rule)) is None:
             kernel = self._kernels[rule] = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
@@ -145,7 +153,9 @@ class Plan:
         return torch.from_numpy(measured) if rule.measures else None
 
 
-def _run_piece(kernel: int, views: Sequence[Tensor], numbers: np.ndarray, measures: Sequence[Measure]) -> np.ndarray:
+def _run_piece(
+    kernel: int, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
+) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
     job = Job(len(copies), np.array([copies[0].numel()], dtype=np.int64))
@@ -158,10 +168,10 @@ def _run_piece(kernel: int, views: Sequence[Tensor], numbers: np.ndarray, measur
     return row
 
 
-def numbers_of(bucket: Bucket) -> np.ndarray:
-    """Give the bucket's coefficients as kernels take them: float64 of shape (rows, coefficients)."""
+def numbers_of(bucket: Bucket) -> list[list[float]]:
+    """Give the bucket's coefficients as kernels take them, a row for each set of them."""
     names = bucket.rule.coefficients
-    return np.array([[float(row[name]) for name in names] for row in bucket.coefficients], dtype=np.float64)
+    return [[float(row[name]) for name in names] for row in bucket.coefficients]
 
 
 def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:

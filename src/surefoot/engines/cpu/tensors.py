@@ -48,16 +48,23 @@ def _has_probe() -> bool:
     return True
 
 
-def _job(task: int, *slots: int | np.ndarray) -> np.ndarray:
-    """Make a job; arrays stand in it by their address and must outlive it."""
-    known = anatomy()
-    job = np.zeros(_GRADIENTS + 1, dtype=np.int64)
-    job[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
-    if known is not None:
-        places = (known.tensor, known.description, known.key_set, known.autograd, known.version, known.count)
-        more = (known.grad, known.described, known.undefined, known.storage, known.data)
-        job[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk]
-    return job
+class _Job:
+    """What the probe is asked; arrays stand in it by their address and must outlive it."""
+
+    def __init__(self, task: int, *slots: int | np.ndarray) -> None:
+        known = anatomy()
+        self.slots = np.zeros(_GRADIENTS + 1, dtype=np.int64)
+        self.slots[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
+        if known is not None:
+            places = (known.tensor, known.description, known.key_set, known.autograd, known.version, known.count)
+            more = (known.grad, known.described, known.undefined, known.storage, known.data)
+            self.slots[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk]
+        self._probe, self._address = _probe(), self.slots.ctypes.data
+
+    def ask(self) -> bool:
+        """Let the probe do it; what it has found counts as true."""
+        self._probe(self._address)
+        return bool(self.slots[_RESULT])
 
 
 def _ids(objects: Iterable[object]) -> np.ndarray:
@@ -93,11 +100,11 @@ class Look:
         count = len(columns[0])
         self._records = np.zeros((count, 1 + len(columns), _RECORD), dtype=np.int64)
         self._answer = np.zeros(8, dtype=np.int64)
-        self._job = _job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
-        self._job[5] *= bool(names)
-        self._job[_GRADIENTS] = gradients
+        self._job = _Job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
+        self._job.slots[5] *= bool(names)
+        self._job.slots[_GRADIENTS] = gradients
         self.gradients = self._records[:, 1, 0]
-        _probe()(self._job.ctypes.data)
+        self._job.ask()
         self._over = False
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
         seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
@@ -109,8 +116,7 @@ class Look:
         What was made from the tensors as they were must not be used again, whatever they are like now.
         """
         if not self._over:
-            _probe()(self._job.ctypes.data)
-            self._over = bool(self._job[_RESULT])
+            self._over = self._job.ask()
         return self._over
 
 
@@ -134,12 +140,11 @@ class Items:
             _ids(part for place in places for part in place) if places else nobody,
             np.zeros(3, dtype=np.int64),
         ]
-        self._job = _job(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
+        self._job = _Job(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
 
     def changed(self) -> bool:
         """Whether an item has come, gone or been replaced."""
-        _probe()(self._job.ctypes.data)
-        return bool(self._job[_RESULT])
+        return self._job.ask()
 
 
 class Versions:
@@ -150,10 +155,10 @@ class Versions:
         if not available() or any(tensor.is_inference() for tensor in tensors):
             return
         objects, seen = _ids(tensors), np.zeros(len(tensors), dtype=np.int64)
-        job = _job(_VERSIONS, len(tensors), 1, objects, seen)
-        _probe()(job.ctypes.data)
+        job = _Job(_VERSIONS, len(tensors), 1, objects, seen)
+        job.ask()
         if seen.tolist() == [tensor._version for tensor in tensors]:
-            job[2] = 0
+            job.slots[2] = 0
             self._objects, self._job = objects, job
 
     def count(self) -> None:
@@ -161,7 +166,7 @@ class Versions:
         if self._job is None:
             torch.autograd.graph.increment_version(self._tensors)
         else:
-            _probe()(self._job.ctypes.data)
+            self._job.ask()
 
 
 class Numbers:
@@ -171,7 +176,7 @@ class Numbers:
         self._addresses = addresses(tensors)
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
-        self._job = _job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
+        self._job = _Job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
 
     def read(self) -> np.ndarray:
         """Give the values, in an array that the next call overwrites."""
@@ -183,6 +188,6 @@ class Numbers:
         self._run(_WRITE)
 
     def _run(self, task: int) -> np.ndarray:
-        self._job[0] = task
-        _probe()(self._job.ctypes.data)
+        self._job.slots[0] = task
+        self._job.ask()
         return self._values

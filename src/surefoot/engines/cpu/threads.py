@@ -35,18 +35,18 @@ def thread_count() -> int:
 def run_on_threads(address: int, job: int, threads: int) -> None:
     """Call the kernel at `address` with a job from `threads` threads; return when all are done."""
     if threads == 1:
-        _prototype()(address)(job)
+        _function(address)(job)
     elif (gomp := _gomp_parallel()) is not None:
         gomp(address, job, threads, 0)
     else:
-        kernel = _prototype()(address)
+        kernel = _function(address)
         for waiting in [_pool(threads).submit(kernel, job) for _ in range(threads)]:
             waiting.result()
 
 
 @functools.cache
-def _prototype() -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64)
+def _function(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
 
 
 @functools.cache
