@@ -242,7 +242,7 @@ def contenders(variant: Variant) -> dict[str, Callable[[list[Parameter]], Step]]
 
 def launch_each(optimizer: surefoot.Optimizer) -> Step:
     """Give a step that launches our kernel once for each parameter, and does nothing else on the host."""
-    plan = plan_of(optimizer)
+    plan, rule = plan_of(optimizer)
     tensor = plan._chunks & 0xFFFFFFFF
     chunks = [plan._chunks[tensor == index] for index in range(plan._entries.shape[1])]
     numbers = plan._numbers.there
@@ -250,18 +250,18 @@ def launch_each(optimizer: surefoot.Optimizer) -> Step:
     def step() -> None:
         whole = plan._chunks
         for plan._chunks in chunks:
-            plan._start(numbers, None)
+            plan._start(rule, numbers, None)
         plan._chunks = whole
 
     return step
 
 
-def plan_of(optimizer: surefoot.Optimizer) -> Any:
-    """Take two steps and give the plan that they have left."""
+def plan_of(optimizer: surefoot.Optimizer) -> tuple[Any, Any]:
+    """Take two steps and give the plan that they have left, and the rule."""
     optimizer.step()
     optimizer.step()
     (work,) = optimizer._kept.found
-    return work.bucket.plan
+    return work.bucket.plan, work.bucket.rule
 
 
 # Tables
@@ -329,13 +329,13 @@ def tune(elements: int, bandwidth: float) -> Iterator[Tuned]:
 def _try_launches(case: Case, bandwidth: float) -> Iterator[Tuned]:
     from surefoot.engines.gpu.plan import Launch, chunks_of  # noqa: PLC0415
 
-    plan = plan_of(getattr(surefoot, case.variant.optimizer)(parameters(case), **case.variant.options))
+    plan, rule = plan_of(getattr(surefoot, case.variant.optimizer)(parameters(case), **case.variant.options))
     sizes = plan._entries[-2]
     # Bytes of a parameter that a thread moves for a block, warps, blocks of a chunk.
     for each, warps, repeat in itertools.product((16, 32), (4, 8), (1, 2, 4, 8, 16)):
         plan._launch = Launch(32 * warps * each // case.dtype.itemsize, warps, repeat)
         plan._chunks = torch.from_numpy(chunks_of(sizes, plan._launch.chunk)).cuda()
-        seconds, _ = timed(lambda: plan._start(plan._numbers.there, None), 0.1)
+        seconds, _ = timed(lambda: plan._start(rule, plan._numbers.there, None), 0.1)
         share = case.bytes() / seconds / bandwidth
         print(f"{case.variant.name:14} {case.dtype} {plan._launch} {share:.1%}")
         yield Tuned(case.variant.name, str(case.dtype), *plan._launch, share)

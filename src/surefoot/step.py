@@ -163,7 +163,7 @@ class Work:
 
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
-        if not self._is_sparse() and not self._is_sharded() and self.engine is not gpu:
+        if not self._is_sparse() and not self._is_sharded():
             flags = self.bucket.rule.flags
             if flags[0] != ("measured", wanted):
                 self.bucket.rule = bind(cast("Any", type(self.optimizer)), (("measured", wanted), *flags[1:]))
@@ -375,7 +375,9 @@ def _coefficients(work: Work, values: tuple[float, ...], fresh: Fresh) -> tuple[
         work.options = hyperparameters(work.group)
     numbers, new = _numbers(work, SimpleNamespace(**vars(work.options)), scalars, fresh)
     keep = bool(work.group.get("differentiable"))
-    coefficients = {name: _number(numbers[name], keep_tensors=keep) for name in work.bucket.rule.coefficients}
+    # What clips is computed on the device, which kernels there need not wait for.
+    kept = work.bucket.rule.coefficients if keep else ("step_clip",) * (work.engine is gpu)
+    coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in work.bucket.rule.coefficients}
     return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
 
 

@@ -160,7 +160,7 @@ class Part:
         params: the parameters, n of them.
         gradients: sum of squares and largest absolute value of each gradient: float64 of shape (n, 2).
         clip: what the gradients are multiplied with, a number or a 0-d tensor.
-        sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 4).
+        sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 5).
         before: copies of the parameters before the step, where updates cannot be measured while they are made.
         fresh: for each parameter whether its average is new, where averages are no part of the update.
     """
@@ -213,9 +213,14 @@ def _read(grad: Any) -> Tensor:
         return torch.stack(
             [_whole(torch.linalg.vector_norm(grad, dtype=torch.float64)).square(), _whole(grad.abs().max())]
         )
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    values = _values(grad)
     return measure(reading().measures, (values, values))
+
+
+def _values(grad: Any) -> Any:
+    """Give the real numbers of a gradient."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
@@ -380,12 +385,7 @@ def _least(clips: Sequence[Any]) -> Any:
 
 def _sums(whole: WholeStep, part: Part) -> Tensor:
     """Give a row for each parameter: squares of gradient, parameter, update, largest gradient, how many are strange."""
-    sums = part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
-    strange = torch.zeros(len(sums), 1, dtype=torch.float64, device=sums.device)
-    suspects = range(len(sums)) if not sums.is_cpu else (~sums[:, 3].isfinite()).nonzero().flatten().tolist()
-    for index in suspects:
-        strange[index] = _count_strange(part.params[index].grad)
-    return torch.cat([sums, strange], dim=1)
+    return part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
 
 
 def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
@@ -393,7 +393,11 @@ def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
     gradients = read_gradients(part.params) if part.gradients is None else part.gradients
     before = part.params if part.before is None or whole.skips else part.before
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
-    return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:]], dim=1)
+    strange = torch.zeros(len(gradients), 1, dtype=torch.float64, device=gradients.device)
+    suspects = ~gradients[:, 1].isfinite() if gradients.is_cpu else torch.ones(len(gradients))
+    for index in suspects.nonzero().flatten().tolist():
+        strange[index] = _count_strange(part.params[index].grad)
+    return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:], strange], dim=1)
 
 
 def _square(tensor: Tensor) -> Tensor:
@@ -403,8 +407,7 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def _count_strange(grad: Any) -> Tensor:
-    values: Any = grad.coalesce().values() if grad.is_sparse else grad
-    return _whole((~values.isfinite()).sum())
+    return _whole((~_values(grad).isfinite()).sum())
 
 
 def _whole(number: Any) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
-from surefoot import device, engines, state
+from surefoot import device, engines, state, whole_step
 from surefoot.engines import gpu, looks
+from surefoot.engines.bucket import measure
 from surefoot.engines.cpu import tensors as cpu_tensors
+from surefoot.errors import NonFiniteGradientError
+from surefoot.explain import rule_of
 from surefoot.optimizers.muon import newton_schulz
+from surefoot.rule import TELEMETRY, Measure, reading
 
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from surefoot.engines.gpu import compile as compiling
 from surefoot.engines.gpu import plan, tables
+from surefoot.engines.gpu.measured import combined
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on inf and NaN
 FUSED = {"fused": True}
@@ -53,6 +60,8 @@ def language():
 def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("sum", "max"):  # written in Triton themselves, for its compiler if it was imported before
+        monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
     monkeypatch.setattr(state, "CAPTURABLE_DEVICES", ("cpu",))
     compiling.load.cache_clear()
@@ -419,6 +428,183 @@ def test_an_average_whose_first_steps_were_skipped_is_still_new():
     assert torch.equal(optimizer.state[param]["ema"], param)
 
 
+# What is measured
+
+
+def strange_values(dtype):
+    """Make tensors that are empty, small, of one chunk and of many; with NaN, inf and what overflows when squared."""
+    made = [*few(dtype).values(), torch.empty(0, dtype=dtype), normals(dtype, seed=8)(2 * 4096)]
+    made = [tensor.detach() for tensor in made]
+    spoilt = [made[-1].clone() for _ in range(4)]
+    spoilt[0][5000], spoilt[1][70], spoilt[2][-1] = torch.nan, -torch.inf, torch.inf
+    spoilt[2][0] = -torch.nan
+    spoilt[3] *= torch.finfo(dtype).max / 8
+    return [*made, *spoilt, made[-1] * torch.finfo(dtype).tiny, torch.full_like(made[-1], -0.0)]
+
+
+def reading_of(params, grads):
+    optimizer = surefoot.SGD(params)
+    rule = rule_of(optimizer, optimizer.param_groups[0])
+    return gpu.read(engines.Bucket(rule, [param.detach() for param in params], grads, {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gradients_are_read_precisely(dtype):
+    """As sums in float64, whatever the dtype: no square overflows or vanishes on the way."""
+    grads = strange_values(dtype)
+    found = reading_of([torch.zeros_like(grad) for grad in grads], grads)
+    exact = torch.stack([measure(reading().measures, (grad, grad)) for grad in grads])
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0, equal_nan=True)
+    assert torch.equal(found[:, 1].nan_to_num(-1.0), exact[:, 1].nan_to_num(-1.0))
+    assert found.dtype is torch.float64
+
+
+def test_gradients_of_any_layout_are_read():
+    grads = [torch.randn(6, 4).t(), torch.randn(1).expand(4, 6), torch.randn(8, 10)[:, ::2], torch.randn(5000)[1:]]
+    params = [torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(8, 5), torch.zeros(4999)]
+    before = [grad.clone() for grad in grads]
+    found = reading_of(params, grads)
+    exact = torch.stack([measure(reading().measures, (grad, grad)) for grad in grads])
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0)
+    assert all(map(torch.equal, grads, before))
+    assert not any(param.any() for param in params)
+
+
+def test_many_chunks_are_put_together():
+    parts = torch.rand(3, 5001, dtype=torch.float64)
+    parts[1, 2500] = parts[2, 4000] = torch.nan
+    parts[2, 1] = torch.inf
+    firsts = torch.tensor([0, 0, 1, 2400, 2400, 5001])
+    kinds = ("sum_of_squares", "largest", "largest")
+    found = combined([Measure("gradient", kind) for kind in kinds], parts, firsts)
+    rows = [parts[:, a:b] for a, b in pairwise(firsts)]
+    exact = [[row[0].sum(), *(part.max() if part.numel() else torch.zeros(()) for part in row[1:])] for row in rows]
+    exact = torch.tensor(exact, dtype=torch.float64)
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0, equal_nan=True)
+    assert found[2, 2] == torch.inf
+
+
+class Noted(surefoot.telemetry.Telemetry):
+    """Keeps what steps hand over."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.raw = []
+
+    def record(self, raw):
+        self.raw.append(raw)
+        super().record(raw)
+
+
+def noted(row, options, dtype, way, **whole):
+    params, telemetry = few(dtype), Noted()
+    optimizer = row.ours(list(params.values()), **options, **way, telemetry=telemetry, **whole)
+    train(optimizer, params, dtype, steps=range(4))
+    return telemetry.raw, results(optimizer, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+@variants("Adam", "SGD", plain=False)
+def test_the_update_measures_what_the_eager_engine_does(row, options, dtype):
+    options = {**options, "lr": 2**-8}
+    (ours, params), (theirs, expected) = (
+        noted(row, options, dtype, way, max_grad_norm=0.5) for way in (FUSED, {"foreach": False})
+    )
+    tolerance = 1e-5 if dtype.itemsize > 2 else 1e-2
+    assert_close(params, expected, rtol=8 * tolerance, atol=8 * tolerance)
+    for raw, other in zip(ours, theirs, strict=True):
+        assert raw.names == other.names
+        torch.testing.assert_close(raw.sums, other.sums, rtol=tolerance, atol=1e-6 * tolerance)
+        assert float(raw.clip) == pytest.approx(float(other.clip), rel=1e-6)
+
+
+@ways
+def test_measuring_changes_nothing_and_keeps_the_plan(way):
+    """Also where only some steps are measured."""
+    found = []
+    for telemetry in (None, surefoot.telemetry.Telemetry(every=2)):
+        params = few(torch.float32)
+        optimizer = surefoot.NAdam(list(params.values()), **way, telemetry=telemetry)
+        train(optimizer, params, torch.float32, steps=range(STEADY + 1))
+        works = optimizer._kept.found
+        train(optimizer, params, torch.float32, steps=range(STEADY + 1, STEADY + 4))
+        assert optimizer._kept.found is works
+        assert all(work.part.before is None for work in works)
+        found.append(results(optimizer, params))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.SGD])
+def test_what_a_scaler_skips_is_measured_as_it_stands(cls):
+    """Gradients as they are, parameters as they stay, no update."""
+    params = [torch.randn(5000).requires_grad_(), torch.randn(30, 20).t().requires_grad_()]
+    telemetry = Noted()
+    optimizer = cls(params, lr=0.1, **CAPTURABLE, telemetry=telemetry, ema=0.9)
+    optimizer.grad_scale = torch.tensor(4.0)
+    for skipped in (0.0, 1.0, 0.0):
+        optimizer.found_inf = torch.tensor(skipped)
+        for param in params:
+            param.grad = torch.randn(param.shape)
+            param.grad[0] = torch.nan if skipped else 1.0
+        state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        after = [value for entry in optimizer.state.values() for value in entry.values()]
+        assert not skipped or all(map(torch.equal, (*params, *after), (*before, *state)))
+        for sums, param, old in zip(telemetry.raw[-1].sums, params, before, strict=True):
+            values = (param.grad / 4, param, param - old, param.grad / 4, param.grad / 4)
+            exact = measure(TELEMETRY, [value.detach() for value in values])
+            torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_clipping_waits_for_nothing(monkeypatch):
+    """The norm is on the device, and so is what gradients are multiplied with."""
+    found = []
+    for clip in (torch.tensor(0.25, dtype=torch.float64), 0.25):
+        monkeypatch.setattr(whole_step, "_factor", lambda *_, clip=clip: clip)
+        params = few(torch.float32)
+        optimizer = surefoot.Adam(list(params.values()), max_grad_norm=1.0, **FUSED, telemetry=True)
+        train(optimizer, params, torch.float32, steps=range(STEADY + 1))
+        for step in range(3):
+            _set_gradients(params, step)
+            with Unread():
+                optimizer.step()
+        found.append(results(optimizer, params))
+    assert_same(*found)
+
+
+def test_guards_look_at_what_the_kernel_has_read():
+    params = {name: torch.ones(5000).requires_grad_() for name in "ab"}
+    optimizer = surefoot.SGD(list(params.items()), lr=1.0, **FUSED, nonfinite="raise")
+    for step in range(3):
+        for param in params.values():
+            param.grad = torch.ones(5000)
+        if step == 2:
+            params["b"].grad[4999] = torch.nan
+            with pytest.raises(NonFiniteGradientError, match="the gradients of `b` hold inf or NaN"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert all(torch.equal(param, torch.full((5000,), -1.0)) for param in params.values())
+
+
+def test_a_captured_step_may_be_clipped(monkeypatch):
+    """Which sends addresses twice: there is pinned memory for as many graphs as without."""
+    found = []
+    for capture in (False, True):
+        with monkeypatch.context() as patch:
+            params = few(torch.float32)
+            optimizer = surefoot.Adam(list(params.values()), max_grad_norm=0.1, **CAPTURABLE)
+            train(optimizer, params, torch.float32, steps=range(STEADY + 1))
+            kept = len(tables._kept_for_graphs)
+            for module in (tables, plan, device) if capture else ():
+                patch.setattr(module, "capturing", lambda *_: True)
+            train(optimizer, params, torch.float32, steps=range(STEADY + 1, STEADY + 1 + tables.SPARES))
+            del tables._kept_for_graphs[kept:]
+        found.append(results(optimizer, params))
+    assert_same(*found)
+
+
 # Plans and tables
 
 
@@ -542,7 +728,7 @@ def test_gradients_live_until_the_kernel_has_its_addresses(monkeypatch, looking)
     def start_while_another_thread_drops_it(self, *arguments):
         param.grad = None
         seen.append(grad() is not None)
-        start(self, *arguments)
+        return start(self, *arguments)
 
     monkeypatch.setattr(plan.Plan, "_start", start_while_another_thread_drops_it)
     optimizer.step()
@@ -613,7 +799,7 @@ def test_only_what_has_changed_is_sent(monkeypatch):
 
 def test_while_a_graph_is_captured_everything_is_sent_and_kept(monkeypatch):
     values = np.arange(4)
-    table = tables.Table(values, torch.device("cpu"), for_graphs=True)
+    table = tables.Table(values, torch.device("cpu"), for_graphs=1)
     kept = len(tables._kept_for_graphs)
     monkeypatch.setattr(tables, "capturing", lambda device: True)
     for graph in range(tables.SPARES):
@@ -758,8 +944,6 @@ def test_without_a_gpu_triton_is_not_imported():
 
 def _bucket(**options):
     rule = engines.Bucket
-    from surefoot.explain import rule_of
-
     param = torch.ones(3, requires_grad=True)
     optimizer = surefoot.Adam([param])
     return rule(rule_of(optimizer, optimizer.param_groups[0]), [param], [torch.ones(3)], options)

@@ -16,6 +16,7 @@ import surefoot
 from conformance import ELEMENTWISE
 from surefoot.engines.gpu.source import Dialect, print_kernel
 from surefoot.explain import rule_of
+from surefoot.rule import bind, reading
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs Triton, which is there on Linux")
 
@@ -26,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from surefoot import state
 from surefoot.engines import gpu
 from surefoot.engines.gpu import compile as compiling
-from surefoot.engines.gpu import plan
+from surefoot.engines.gpu import measured, plan
 from surefoot.engines.gpu.plan import LAUNCH
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,19 +43,28 @@ def real_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX):
+def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX, *, measured=False):
     optimizer = cls([torch.zeros(2)], **options)
     rule = rule_of(optimizer, optimizer.param_groups[0])
+    rule = bind(cls, (("measured", True), *rule.flags)) if measured else rule
     stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
     return print_kernel(rule, torch.promote_types(dtype, torch.float32), stored, dialect), stored
+
+
+def reading_source(dtype, dialect=Dialect.PTX):
+    """Give the source of the kernel that reads gradients, in a bucket with two slots."""
+    stored = (dtype,) * 4
+    return print_kernel(reading(), torch.promote_types(dtype, torch.float32), stored, dialect), stored
 
 
 def compiled(source, stored, architecture, *, found_inf=False):
     """Compile as a launch does; give the assembly and the use of registers, shared memory and stack."""
     kernel, launch = compiling.define(source, "kernel"), LAUNCH[max(dtype.itemsize for dtype in stored)]
     real = "*fp64" if "pointer_type(tl.float64)" in source else "*fp32"
-    pointers = {"table": "*i64", "chunks": "*i64", "coefficients": real} | ({"found_inf": "*fp32"} if found_inf else {})
-    constants = {"BLOCK": launch.block, "REPEAT": launch.repeat} | ({} if found_inf else {"found_inf": None})
+    absent = dict.fromkeys(["found_inf"] * (not found_inf) + ["coefficients"] * ("row = " not in source))
+    every = {"table": "*i64", "chunks": "*i64", "coefficients": real, "found_inf": "*fp32", "measured": "*fp64"}
+    pointers = {name: type_ for name, type_ in every.items() if name in kernel.arg_names and name not in absent}
+    constants = {"BLOCK": launch.block, "REPEAT": launch.repeat} | absent
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     unit = triton.compile(
@@ -87,20 +97,31 @@ def accesses(ptx):
 
 def check(ptx, used, stored, written):
     """Check every kernel: two branches of wide accesses, one of single ones, IEEE arithmetic, no spills."""
-    found, wide, launch = accesses(ptx), Counter(), LAUNCH[max(dtype.itemsize for dtype in stored)]
+    found = accesses(ptx)
+    wide = {kind: 2 * count for kind, count in wide_accesses(stored, written).items()}
+    assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
+    check_singles(ptx, found, stored)
+    assert used["registers"] <= MOST_REGISTERS
+    assert used["spills"] == 0
+
+
+def wide_accesses(stored, written):
+    """Count the wide accesses of a block."""
+    wide, launch = Counter(), LAUNCH[max(dtype.itemsize for dtype in stored)]
     for dtype, is_written in zip(stored, written, strict=True):
         size = launch.block // (32 * launch.warps) * dtype.itemsize  # bytes of a thread
         vector = "v2.b64" if dtype is torch.float64 else "v4.b32" if size >= 16 else "v2.b32"
-        wide[f"ld.global.{vector}"] += 2 * max(1, size // 16)
-        wide[f"st.global.{vector}"] += 2 * max(1, size // 16) * is_written
-    assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
+        wide[f"ld.global.{vector}"] += max(1, size // 16)
+        wide[f"st.global.{vector}"] += max(1, size // 16) * is_written
+    return wide
+
+
+def check_singles(ptx, found, stored):
     single = {f"ld.global.b{8 * dtype.itemsize}" for dtype in stored}
     assert single <= found.keys(), "an end that is not aligned must go by elements"
     assert "ftz" not in ptx
     assert ".approx" not in ptx
     assert "div.full" not in ptx
-    assert used["registers"] <= MOST_REGISTERS
-    assert used["spills"] == 0
 
 
 def written_by(source, stored):
@@ -139,6 +160,57 @@ def test_wider_state_and_skipped_steps(dtype, architecture):
     ptx, used = compiled(source, stored, architecture, found_inf=True)
     check(ptx, used, stored, written_by(source, stored))
     assert f"cvt.rn.{'bf16' if dtype is torch.bfloat16 else 'f16'}" in ptx
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gradients_are_read_in_wide_accesses(dtype, architecture):
+    """Of whole chunks, with one reduction at their end; the parameter is not touched."""
+    source, stored = reading_source(dtype)
+    ptx, used = compiled(source, stored, architecture)
+    found, (wide, *_) = accesses(ptx), wide_accesses(stored[:1], [False])
+    repeat = LAUNCH[dtype.itemsize].repeat
+    per_block = wide_accesses(stored[:1], [False])[wide]
+    assert found[wide] in (per_block, repeat * per_block)  # the loop may be unrolled
+    check_singles(ptx, found, stored)
+    assert "fma.rn.f64" in ptx
+    assert {kind for kind in found if kind.startswith("st.")} == {"st.global.b64"}
+    assert used["registers"] <= MOST_REGISTERS
+    assert used["spills"] <= (4 if (dtype, architecture) == (torch.float16, 100) else 0)
+
+
+@pytest.mark.parametrize("found_inf", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measuring_updates(dtype, architecture, found_inf):
+    source, stored = source_of(surefoot.AdamW, {}, dtype, torch.float32, measured=True)
+    ptx, used = compiled(source, stored, architecture, found_inf=found_inf)
+    found, wide = accesses(ptx), wide_accesses(stored, written_by(source, stored))
+    assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
+    check_singles(ptx, found, stored)
+    assert used["registers"] <= MOST_REGISTERS
+    assert used["spills"] == 0
+
+
+@rows
+def test_every_rule_measures(row):
+    for dtype in (torch.float32, torch.float64):
+        source, stored = source_of(row.ours, row.all_flags(), dtype, measured=True)
+        ptx, used = compiled(source, stored, 90, found_inf=True)
+        check_singles(ptx, accesses(ptx), stored)
+        assert used["spills"] == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_are_put_together(architecture):
+    kernel = triton.jit(measured.combine, do_not_specialize=["chunks"])
+    signature = {"parts": "*fp64", "firsts": "*i64", "results": "*fp64", "chunks": "i32"}
+    constants = {"LARGEST": 2, "BLOCK": measured._BLOCK}
+    unit = triton.compile(
+        ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants),
+        target=GPUTarget("cuda", architecture, 32),
+    )
+    assert usage(unit.asm["ptx"])["spills"] == 0
 
 
 def without_last_branch(source):
@@ -237,6 +309,16 @@ def test_a_kernel_serves_any_number_of_tensors(launched):
     }
 
 
+def test_measuring_kernels_serve_any_number_of_tensors(launched):
+    for count in (1, 3, 16):
+        for capturable in (False, True):
+            step(count, capturable=capturable, telemetry=True, max_grad_norm=1.0)
+    names = [name for name, _ in launched if name not in ("gather", "scatter")]
+    assert names == ["kernel", "combine"] * (len(names) // 2)
+    units = {name: len({id(unit) for other, unit in launched if other == name}) for name in names}
+    assert units == {"kernel": 2, "combine": 2}, "one to read, one to update"
+
+
 def test_a_launch_compiles_what_is_checked_here(launched):
     step(2)
     unit = launched[0][1]
@@ -281,11 +363,17 @@ SOURCES = {
     "names": (Sign, {}, torch.float32),
     "library": (Transcendental, {}, torch.float16),
 }
+MEASURED = {
+    "adamw_measured_bfloat16": lambda: source_of(surefoot.AdamW, {}, torch.bfloat16, torch.float32, measured=True),
+    "sgd_measured_float64": lambda: source_of(surefoot.SGD, {}, torch.float64, measured=True),
+    "reading_float32": lambda: reading_source(torch.float32),
+    "reading_bfloat16_portable": lambda: reading_source(torch.bfloat16, Dialect.PORTABLE),
+}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [*SOURCES, *MEASURED])
 def test_sources_are_as_expected(name):
-    source, _ = source_of(*SOURCES[name])
+    source, _ = source_of(*SOURCES[name]) if name in SOURCES else MEASURED[name]()
     path = GOLDEN / f"{name}.py.txt"
     if os.environ.get("SUREFOOT_UPDATE_GOLDEN"):
         path.write_text(source)
@@ -293,7 +381,7 @@ def test_sources_are_as_expected(name):
 
 
 def test_every_expected_source_is_printed():
-    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.py.txt" for name in SOURCES)
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.py.txt" for name in (*SOURCES, *MEASURED))
 
 
 def test_names_that_are_taken_compile():

@@ -365,6 +365,101 @@ def test_steps_of_their_own_are_those_of_the_host(name):
     torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
 
 
+# What is measured
+
+
+def test_norms_are_those_of_float64():
+    """Of many sizes and layouts, with squares that no float32 holds; twice the same bits."""
+    params = [*made(), torch.ones(2_000_003, device="cuda").requires_grad_()]
+    found = []
+    for _ in range(2):
+        optimizer = surefoot.SGD(params, lr=0.0, max_grad_norm=1.0, telemetry=True)
+        set_grads(params, 1)
+        params[5].grad *= 1e30
+        optimizer.step()
+        (work,) = optimizer._kept.found
+        assert work.engine.__name__ == "surefoot.engines.gpu"
+        squares = torch.stack([param.grad.double().square().sum() for param in params])
+        torch.testing.assert_close(work.part.gradients[:, 0], squares, rtol=1e-12, atol=0.0)
+        largest = torch.stack([param.grad.double().abs().amax() if param.numel() else squares[1] for param in params])
+        assert torch.equal(work.part.gradients[:, 1], largest)
+        ours = torch.stack([param.detach().double().square().sum() for param in params])
+        torch.testing.assert_close(work.part.sums[:, 1], ours, rtol=1e-5, atol=0.0)
+        found.append(torch.cat([work.part.gradients, work.part.sums], dim=1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_strange_gradients_are_counted(dtype):
+    param = torch.ones(9000, dtype=dtype, device="cuda").requires_grad_()
+    param.grad = torch.ones_like(param)
+    param.grad[::1000], param.grad[8999] = torch.nan, -torch.inf
+    optimizer = surefoot.AdamW([param], telemetry=True)
+    optimizer.step()
+    sums = optimizer.telemetry.latest().sums[0]
+    assert sums[4] == 10
+    assert torch.isnan(torch.tensor(sums[[0, 3]])).all()
+
+
+def test_clipping_is_torchs():
+    for dtype in (torch.float32, torch.bfloat16):
+        params, expected = made(dtype), made(dtype)
+        optimizer = surefoot.SGD(params, lr=0.1, max_grad_norm=0.5)
+        plain = surefoot.SGD(expected, lr=0.1, foreach=False)
+        for step in range(4):
+            set_grads(params, step)
+            set_grads(expected, step)
+            optimizer.step()
+            torch.nn.utils.clip_grad_norm_([param for param in expected if param.numel()], 0.5)
+            plain.step()
+        for param, other in zip(params, expected, strict=True):
+            tolerance = 1e-5 if dtype is torch.float32 else 0.02
+            torch.testing.assert_close(param, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", [{}, {"fused": True}, {"capturable": True}], ids=["default", "fused", "capturable"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_measuring_waits_for_nothing(name, way, no_waiting):
+    cls, options = RULES[name]
+    params = made()
+    optimizer = cls(params, **options, **way, max_grad_norm=1.0, telemetry=True, ema=0.9)
+    step_without_waiting(optimizer, params, no_waiting)
+    assert torch.isfinite(torch.tensor(optimizer.telemetry.latest().sums)).all()
+
+
+def test_a_clipped_step_is_replayed_with_the_same_bits():
+    options = {"max_grad_norm": 0.01, "ema": 0.9}
+    ways = [replayed(surefoot.AdamW, options, graph=graph, only_matrices=False) for graph in (False, True)]
+    assert all(map(torch.equal, *ways))
+
+
+def test_what_a_scaler_skips_is_measured_as_it_stands():
+    param = torch.ones(5000, device="cuda").requires_grad_()
+    optimizer = surefoot.AdamW([param], lr=0.1, fused=True, telemetry=True)
+    optimizer.grad_scale = torch.full((), 4.0, device="cuda")
+    for skipped in (0.0, 1.0):
+        optimizer.found_inf = torch.full((), skipped, device="cuda")
+        param.grad = torch.full_like(param, 4.0)
+        optimizer.step()
+    sums = optimizer.telemetry.latest().sums[0]
+    square = param.detach().double().square().sum().item()
+    assert sums.tolist() == [5000.0, pytest.approx(square, rel=1e-6), 0.0, 1.0, 0.0]
+
+
+def test_scalars_left_on_the_device_come_home():
+    """A step that the host counts reads no step count from the device, whoever has put it there."""
+    params = made()
+    optimizer = surefoot.Adam(params, capturable=True)
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = False
+    for step in range(1, 4):
+        set_grads(params, step)
+        optimizer.step()
+    assert all(entry["step"].is_cpu and entry["step"] == 4 for entry in optimizer.state.values())
+    assert used_engines(optimizer) == {"surefoot.engines.gpu"}
+
+
 # GradScaler
 
 

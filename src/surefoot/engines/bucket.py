@@ -35,10 +35,7 @@ def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Itera
 
 def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:
     """Measure tensors by torch's operations: a row of float64."""
-    numbers = [
-        _largest(t) if m.kind == "largest" else t.double().square().sum()
-        for m, t in zip(measures, tensors, strict=True)
-    ]
+    numbers = [_BY_TORCH[measure.kind](tensor) for measure, tensor in zip(measures, tensors, strict=True)]
     return torch.stack([number.detach().double() for number in numbers])
 
 
@@ -50,6 +47,13 @@ def read(bucket: "Bucket") -> Tensor:
 
 def _largest(tensor: Tensor) -> Tensor:
     return tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+
+
+_BY_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum_of_squares": lambda tensor: tensor.double().square().sum(),
+    "largest": _largest,
+    "strange": lambda tensor: (~tensor.isfinite()).sum(),
+}
 
 
 class EachParameter(Sequence[Coefficients]):

@@ -75,7 +75,8 @@ class Measure:
 
     Attributes:
         of: what is measured, for messages.
-        kind: `"sum_of_squares"` or `"largest"`, which is the greatest absolute value and NaN where there is one.
+        kind: `"sum_of_squares"`; `"largest"`, which is the greatest absolute value and NaN where there is one; or
+            `"strange"`, which is the count of inf and NaN.
         precise: whether squares are summed in float64 rather than in the dtype of the arithmetic.
     """
 

@@ -149,7 +149,7 @@ def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
 
 def _measured(param: Any, grad: Any, new: Any) -> dict[Measure, Any]:
     """Give what telemetry measures of a parameter, its gradient and its new value."""
-    return dict(zip(TELEMETRY, (grad, new, new - param, grad), strict=True))
+    return dict(zip(TELEMETRY, (grad, new, new - param, grad, grad), strict=True))
 
 
 TELEMETRY = (
@@ -157,6 +157,7 @@ TELEMETRY = (
     Measure("parameter", "sum_of_squares"),
     Measure("update", "sum_of_squares"),
     Measure("gradient", "largest"),
+    Measure("gradient", "strange"),
 )
 READING = (Measure("gradient", "sum_of_squares", precise=True), Measure("gradient", "largest"))
 

@@ -36,7 +36,7 @@ class RawStep:
         names: the parameters that were measured, n of them.
         sums: float64 of shape (n, 5), on any device; for each parameter the sum of squares of the gradient, of the
             parameter after the step and of the update (after - before), the largest |gradient|, and the count of
-            gradient elements that are inf or NaN.
+            gradient elements that are inf or NaN (of a complex one: of its real and imaginary parts).
         lrs: the learning rate of each parameter, n numbers; or one for all.
         clip: what the gradients were multiplied with by clipping; 1 if they were not.  A tensor has one element.
         skipped: how many of the steps so far were skipped, this one included.  A tensor has one element.

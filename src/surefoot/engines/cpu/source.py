@@ -122,16 +122,27 @@ class _Measured(NamedTuple):
     results: list[str]
 
 
+_BITS = {
+    torch.float32: ("uint32", 0x7FFFFFFF, 0x7F800000),
+    torch.float64: ("uint64", 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
+"""For each dtype of arithmetic: the type of its bit patterns, those of absolute values, infinity."""
+
+
 def _measured(graph: fx.Graph, measures: tuple[Measure, ...], stored: int, layout: Layout) -> _Measured:
     """Print what is measured.  Absolute values are compared as bit patterns, among which NaN is the greatest."""
-    bits, mask = ("uint32", 0x7FFFFFFF) if layout.compute is torch.float32 else ("uint64", 0x7FFFFFFFFFFFFFFF)
+    bits, mask, infinity = _BITS[layout.compute]
     printed = _Measured([], [], [])
     values = next(iter(reversed(graph.nodes))).args[0][stored:]
     for index, (measure, value) in enumerate(zip(measures, map(_identifier, values), strict=True)):
-        total = f"measure{index}"
-        if measure.kind == "largest":
+        total, magnitude = f"measure{index}", f"{bits}(as_{bits}({value}) & {bits}({mask}))"
+        if measure.kind == "strange":
             printed.starts.append(f"{total} = {bits}(0)")
-            printed.body.append(f"{total} = max({total}, {bits}(as_{bits}({value}) & {bits}({mask})))")
+            printed.body.append(f"{total} = {bits}({total} + {bits}({magnitude} >= {bits}({infinity})))")
+            printed.results.append(f"float64({total})")
+        elif measure.kind == "largest":
+            printed.starts.append(f"{total} = {bits}(0)")
+            printed.body.append(f"{total} = max({total}, {magnitude})")
             printed.results.append(f"float64(as_{bits.replace('uint', 'float')}({total}))")
         else:
             real = "float64" if measure.precise else "real"

@@ -8,13 +8,12 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from surefoot.engines.bucket import Bucket, obstacles, read
+from surefoot.engines.bucket import Bucket, obstacles
 from surefoot.engines.gpu.source import storage
-
-__all__ = ["DEVICES", "read", "run", "supports"]
 
 DEVICES = ("cuda", "xpu")
 """Device types that Triton serves; "cuda" is AMD's too."""
@@ -59,8 +58,18 @@ def _missing_tool() -> str | None:
 
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
+    _plan(bucket).run(bucket)
+
+
+def read(bucket: Bucket) -> torch.Tensor:
+    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+    measured: torch.Tensor = _plan(bucket).read(bucket)
+    return measured
+
+
+def _plan(bucket: Bucket) -> Any:
     from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton, on first use)
 
     if bucket.plan is None:
         bucket.plan = Plan(bucket)
-    bucket.plan.run(bucket)
+    return bucket.plan

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import linecache
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,16 @@ def dialect_of(device: torch.device) -> Dialect:
 def load(rule: Rule, compute: torch.dtype, stored: tuple[torch.dtype, ...], dialect: Dialect) -> Any:
     """Make the kernel of a rule, once in this process; Triton compiles it when it is first launched."""
     return define(print_kernel(rule, compute, stored, dialect), rule.name.lower())
+
+
+def jitted(function: Callable[..., None], *counts: str) -> Any:
+    """Make a kernel of a plain function, not another one for each value of its arguments `counts`."""
+    return _jitted(function, counts, interpreted=triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _jitted(function: Callable[..., None], counts: tuple[str, ...], *, interpreted: bool) -> Any:  # noqa: ARG001 (another kernel then)
+    return triton.jit(function, do_not_specialize=list(counts))
 
 
 def define(source: str, name: str) -> Any:

@@ -14,7 +14,9 @@ from torch import Tensor
 from surefoot.engines.bucket import Bucket, Coefficients, EachParameter, addresses
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import dialect_of, load
+from surefoot.engines.gpu.measured import combined
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
+from surefoot.rule import Rule, reading
 
 
 class Launch(NamedTuple):
@@ -47,61 +49,80 @@ def chunks_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
     return chunks
 
 
+def firsts_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
+    """Give for each tensor the number of its first chunk, and at last the number of all chunks."""
+    return np.concatenate([[0], np.cumsum(-(-sizes // chunk))]).astype(np.int64)
+
+
 class Plan:
-    """A bucket's kernel, its tables on the device, and the tensors that cannot be seen as flat memory."""
+    """A bucket's kernels, its tables on the device, and the tensors that cannot be seen as flat memory."""
 
     def __init__(self, bucket: Bucket) -> None:
         stored = (bucket.params, bucket.grads, *bucket.slots)
-        dtypes = tuple(tensors[0].dtype for tensors in stored)
+        self._stored = tuple(tensors[0].dtype for tensors in stored)
         sizes = np.array([param.numel() for param in bucket.params], dtype=np.int64)
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
-        self._kernel = load(bucket.rule, bucket.compute_dtype, dtypes, dialect_of(bucket.device))
-        self._launch = LAUNCH[max(dtype.itemsize for dtype in dtypes)]
+        self._dialect = dialect_of(bucket.device)
+        self._launch = LAUNCH[max(dtype.itemsize for dtype in self._stored)]
         self._irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
         self._versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
-        self._for_graphs = bool(bucket.options.get("capturable"))
         self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
-        self._table = Table(self._entries, self._device, for_graphs=self._for_graphs)
+        # A step sends addresses twice if it reads gradients before the update.
+        sends = 2 if bucket.options.get("capturable") else 0
+        self._table = Table(self._entries, self._device, for_graphs=sends)
         self._chunks = Table(chunks_of(sizes, self._launch.chunk), self._device).there
+        self._firsts = Table(firsts_of(sizes, self._launch.chunk), self._device).there
         self._numbers: Table | Tensor | None = None
         self._sent: dict[str, float] = {}
         self._in_graphs = False
         self._stream = _stream(self._device)
 
     def run(self, bucket: Bucket) -> None:
-        """Update the bucket's parameters and slots, in one launch on the current stream."""
-        known = bucket.gradient_addresses
-        self._entries[1] = addresses(bucket.grads) if known is None else known
+        """Update the bucket's parameters and slots, in one launch on the current stream, and measure what is asked."""
         with on(self._device), torch.no_grad():
-            lent = list(self._lend(bucket))
+            lent = list(self._lend(bucket, (bucket.params, bucket.grads, *bucket.slots)))
             numbers = self._send_numbers(bucket.coefficients, bucket.row)
             self._table.update(self._entries)
-            self._start(numbers, bucket.found_inf)
+            bucket.measured = self._start(bucket.rule, numbers, bucket.found_inf)
             for tensors, copies in lent:
                 _give_back(tensors, copies)
             self._note_stream(numbers)
         self._versions.count()
 
-    def _start(self, numbers: Tensor, found_inf: Tensor | None) -> None:
-        if not len(self._chunks):
-            return
-        self._kernel[(len(self._chunks),)](
-            self._table.there,
-            self._chunks,
-            numbers,
-            found_inf,
-            self._entries.shape[1],
-            numbers.shape[-1],
-            BLOCK=self._launch.block,
-            REPEAT=self._launch.repeat,
-            num_warps=self._launch.warps,
-            # As the CPU engine: a product may be added without being rounded first, and nothing else.
-            enable_fp_fusion=True,
-        )
+    def read(self, bucket: Bucket) -> Tensor | None:
+        """Measure the bucket's gradients and leave everything as it is."""
+        with on(self._device), torch.no_grad():
+            lent = list(self._lend(bucket, (bucket.params, bucket.grads)))
+            self._table.update(self._entries)
+            measured = self._start(reading(), None, None)
+            self._note_stream()
+        del lent  # copies that were read
+        return measured
 
-    def _note_stream(self, numbers: Tensor) -> None:
+    def _start(self, rule: Rule, numbers: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
+        """Launch the kernel of a rule; give what it measures of each tensor."""
+        count, measures = len(self._chunks), rule.measures
+        parts = torch.empty((len(measures), count), dtype=torch.float64, device=self._device) if measures else None
+        if count:
+            load(rule, self._compute, self._stored, self._dialect)[(count,)](
+                self._table.there,
+                self._chunks,
+                numbers,
+                found_inf,
+                *(() if parts is None else (parts,)),
+                self._entries.shape[1],
+                0 if numbers is None else numbers.shape[-1],
+                BLOCK=self._launch.block,
+                REPEAT=self._launch.repeat,
+                num_warps=self._launch.warps,
+                # As the CPU engine: a product may be added without being rounded first, and nothing else.
+                enable_fp_fusion=True,
+            )
+        return None if parts is None else combined(measures, parts, self._firsts)
+
+    def _note_stream(self, *numbers: Tensor) -> None:
         """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""
-        memory = (self._table.there, self._chunks, numbers)
+        memory = (self._table.there, self._chunks, self._firsts, *numbers)
         if capturing(self._device):
             keep_for_graphs(*memory)
         elif (stream := _stream(self._device)) != self._stream:
@@ -111,18 +132,24 @@ class Plan:
     # Numbers
 
     def _send_numbers(self, coefficients: Sequence[Coefficients], row: np.ndarray) -> Tensor:
-        """Give the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic."""
+        """Give the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic.
+
+        Tensors among them are on the device already, and the same for all rows.
+        """
         if isinstance(coefficients, EachParameter):
             self._entries[-1] = np.arange(len(coefficients))
             return self._compute_numbers(coefficients)
         self._entries[-1] = row
-        values = [[float(numbers[name]) for numbers in coefficients] for name in self._names]
+        shared = {name: value for name, value in coefficients[0].items() if isinstance(value, Tensor)}
+        values = [[0.0 if name in shared else float(row[name]) for row in coefficients] for name in self._names]
         dtype = np.float64 if self._compute is torch.float64 else np.float32
         array = np.array(values, dtype=dtype).reshape(len(self._names), len(coefficients))
         if isinstance(self._numbers, Table) and self._numbers.there.shape == array.shape:
             self._numbers.update(array)
         else:
             self._numbers = Table(array, self._device)
+        for name, value in shared.items():
+            self._numbers.there[self._names.index(name)].copy_(value)
         return self._numbers.there
 
     def _compute_numbers(self, coefficients: EachParameter) -> Tensor:
@@ -146,10 +173,12 @@ class Plan:
 
     # Tensors that are laid out differently
 
-    def _lend(self, bucket: Bucket) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Copy what is not laid out as its parameter, and let the table point at the copies."""
+    def _lend(self, bucket: Bucket, stored: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Let the table point at the gradients, and at copies of what is not laid out as its parameter."""
+        known = bucket.gradient_addresses
+        self._entries[1] = addresses(bucket.grads) if known is None else known
         for index in self._irregular:
-            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
+            tensors = [tensors[index] for tensors in stored]
             copies = laid_out_alike(tensors)
             self._entries[: len(copies), index] = addresses(copies)
             yield tensors, copies

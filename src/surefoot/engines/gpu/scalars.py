@@ -3,9 +3,7 @@
 The two kernels are plain functions here, and Triton's when they are first launched; it takes no annotation but its own.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.tensors import Versions
+from surefoot.engines.gpu.compile import jitted
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 
 _BLOCK = 256
@@ -43,18 +42,13 @@ def scatter(table, values, found_inf, count, WIDE: tl.constexpr, BLOCK: tl.const
         tl.store(place.to(tl.pointer_type(tl.float32)), number.to(tl.float32), lane < count)
 
 
-@functools.cache
-def _kernel(function: Callable[..., None], *, interpreted: bool) -> Any:  # noqa: ARG001 (another kernel then)
-    return triton.jit(function, do_not_specialize=["count"])
-
-
 class Scattered:
     """0-d tensors of one dtype, float32 or float64, on one device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._device, self._wide = tensors[0].device, tensors[0].dtype is torch.float64
         self._pointers = addresses(tensors)
-        self._table = Table(self._pointers, self._device, for_graphs=True)
+        self._table = Table(self._pointers, self._device, for_graphs=1)
         self._count, self._versions = len(tensors), Versions(tensors)
 
     def read(self) -> Tensor:
@@ -73,6 +67,6 @@ class Scattered:
 
     def _launch(self, function: Callable[..., None], *arguments: Tensor | None) -> None:
         with on(self._device):
-            _kernel(function, interpreted=triton.knobs.runtime.interpret)[(triton.cdiv(self._count, _BLOCK),)](
+            jitted(function, "count")[(triton.cdiv(self._count, _BLOCK),)](
                 self._table.there, *arguments, self._count, WIDE=self._wide, BLOCK=_BLOCK, enable_fp_fusion=True
             )

@@ -7,7 +7,7 @@ elements; only what is left goes by elements.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from surefoot.engines.expressions import COMMON
-from surefoot.rule import Rule
+from surefoot.rule import Measure, Rule
 
 
 class Dialect(Enum):
@@ -93,8 +93,24 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
         "x",
         "tl.where(x == x, nearest(x.to(tl.uint32, bitcast=True)), 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)",
     ),
+    "within": ("x, mask", "x if mask is None else tl.where(mask, x, 0)"),
+    # Among the bit patterns of absolute values NaN is the greatest.
+    "bits": (
+        "x",
+        "x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF",
+        "x.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
+    ),
+    "sum_of_squares": ("x, mask", "within(x * x, mask)"),
+    "largest": ("x, mask", "within(bits(x), mask)"),
+    "strange": (
+        "x, mask",
+        "within((bits(x) >= 0x7FF0000000000000).to(tl.int32), mask)",
+        "within((bits(x) >= 0x7F800000).to(tl.int32), mask)",
+    ),
+    "sum_of": ("x", "tl.sum(x, axis=0).to(tl.float64)"),
+    "greatest_of": ("x", "tl.max(x, axis=0)"),
 }
-_RESERVED = {*_FUNCTIONS, "inf", "lanes", "libdevice", "mask", "nan", "tl", "triton"}
+_RESERVED = {*_FUNCTIONS, "inf", "lanes", "libdevice", "mask", "nan", "skipped", "tl", "triton"}
 
 
 def storage(dtype: torch.dtype) -> bool:
@@ -132,31 +148,44 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
     Args:
         rule: the rule.
         compute: dtype of the arithmetic, float32 or float64.
-        stored: dtypes of param, grad and the slots, in this order.
+        stored: dtypes of param, grad and the slots, in this order; a rule of fewer slots leaves the last alone.
         dialect: how the device is spoken to.
     """
     arrays, real = _arrays(rule.graph, stored), _STORAGE[compute][0]
     places = [f"{array.name}_" for array in arrays]
     numbers = [f"c_{name}" for name in rule.coefficients]
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
+    stores = [array.store(real, dialect) for array in arrays if array.new]
+    skipped = ("skipped",) if rule.measures and stores else ()
+    call = "update(" + ", ".join([*places, "lanes", "{}", *numbers, *skipped, "{}"]) + ")"
+    calls = {
+        "whole": call.format("None", True),
+        "end": call.format(f"lanes < rest // {LANES} * {LANES}", True),
+        "elements": call.format("lanes < rest", False),
+    }
+    steps = [f"{array.name}_ += BLOCK * {array.dtype.itemsize}" for array in arrays]
+    measured = _measured(rule, real, calls, steps) if rule.measures else _Measured()
     body = [
         *(array.load(real, dialect) for array in arrays),
-        *_operations(rule.graph, real),
-        *(array.store(real, dialect) for array in arrays if array.new),
+        *_operations(rule.graph, real, skipped),
+        *(["if not skipped:", *(f"    {store}" for store in stores)] if skipped else stores),
+        *measured.results,
     ]
     kernel = _TEMPLATE.format(
-        parameters=", ".join([*places, "lanes", "mask", *numbers]),
+        parameters=", ".join([*places, "lanes", "mask", *numbers, *skipped]),
         pointers=_lines(f"{array.name}_ = {array.name}_.to(tl.pointer_type({array.type}))" for array in arrays),
         hints=_lines(f"    {place} = tl.multiple_of({place}, {ALIGNMENT})" for place in places),
         body=_lines(body),
-        count=len(arrays),
-        reads=_lines(_reads(arrays, numbers)),
+        argument="measured, " if rule.measures else "",
+        count=len(stored),
+        skip=_SKIP_STORES if skipped else "" if rule.measures else _SKIP,
+        reads=_lines(_reads(arrays, numbers, len(stored))),
         together=" | ".join(places),
-        arrays=", ".join(places),
-        steps=_lines(f"    {array.name}_ += BLOCK * {array.dtype.itemsize}" for array in arrays),
-        numbers="".join(f", {number}" for number in numbers),
         below=ALIGNMENT - 1,
-        lanes=LANES,
+        starts=measured.starts,
+        block=measured.block or _BLOCK.format(**calls, lanes=LANES),
+        steps=_lines(f"    {step}" for step in steps),
+        keep=measured.keep,
     )
     title = f"{rule.name}, flags: {flags}; " + ", ".join(f"{array.name} {array.dtype}" for array in arrays)
     return _HEAD.format(title=title) + _preamble(kernel, real, dialect) + kernel
@@ -165,29 +194,130 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
 def _arrays(graph: fx.Graph, stored: Sequence[torch.dtype]) -> list[_Array]:
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     results = next(iter(reversed(graph.nodes))).args[0]
-    new = dict(zip([inputs[0], *inputs[2:]], results, strict=True))
+    new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
     return [
         _Array(_identifier(node), dtype, _argument(new[node]) if new.get(node, node) is not node else None)
-        for node, dtype in zip(inputs, stored, strict=True)
+        for node, dtype in zip(inputs, stored, strict=False)
     ]
 
 
-def _reads(arrays: Sequence[_Array], numbers: Sequence[str]) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Measured:
+    """Lines of a kernel that measures.
+
+    Attributes:
+        results: what `update` gives of each element.
+        starts: those before the loop, which update a chunk that is whole.
+        block: those that update a block in the loop.
+        keep: those behind it.
+    """
+
+    results: tuple[str, ...] = ()
+    starts: str = ""
+    block: str = ""
+    keep: str = ""
+
+
+def _measured(rule: Rule, real: str, calls: Mapping[str, str], steps: Sequence[str]) -> _Measured:
+    """Print what is measured; `calls` update a block, after `steps` the next one.
+
+    Chunks that are whole are reduced once, at their end; what is left goes by elements, which takes few registers.
+    """
+    values = next(iter(reversed(rule.graph.nodes))).args[0][-len(rule.measures) :]
+    numbers = [_Number(index, measure, real) for index, measure in enumerate(rule.measures)]
+    parts, totals = (", ".join(f"{name}{number.index}" for number in numbers) for name in ("part", "total"))
+    reduced = ", ".join(number.reduced for number in numbers)
+    starts = [
+        f"{totals} = {', '.join(number.nothing for number in numbers)}",
+        "if aligned & (rest >= BLOCK * REPEAT):",
+        f"    {totals} = {', '.join(number.nothings for number in numbers)}",
+        "    for _ in range(REPEAT):",
+        f"        {parts} = {calls['whole']}",
+        *(f"        {number.added}" for number in numbers),
+        *(f"        {step}" for step in steps),
+        f"    {totals} = {reduced.replace('part', 'total')}",
+        "    rest = end",
+    ]
+    block = [f"{parts} = {calls['elements']}", f"{parts} = {reduced}", *(number.added for number in numbers)]
+    results = ", ".join(number.of_elements(_identifier(value)) for number, value in zip(numbers, values, strict=True))
+    return _Measured(
+        (f"return {results}",),
+        _lines(starts) + "\n",
+        _lines(f"    {line}" for line in block),
+        _lines(number.kept for number in numbers) + "\n",
+    )
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number that a kernel measures, and how it is written."""
+
+    index: int
+    measure: Measure
+    real: str
+
+    @property
+    def _is_largest(self) -> bool:
+        return self.measure.kind == "largest"
+
+    @property
+    def _bits(self) -> str:
+        return "tl.int64" if self.real == "tl.float64" else "tl.int32"
+
+    def of_elements(self, value: str) -> str:
+        """Of each element of a block."""
+        return f"{self.measure.kind}({value}{'.to(tl.float64)' if self.measure.precise else ''}, mask)"
+
+    @property
+    def nothing(self) -> str:
+        """Of nothing."""
+        return f"tl.full((), 0, {self._bits if self._is_largest else 'tl.float64'})"
+
+    @property
+    def nothings(self) -> str:
+        """Of nothing, for each element of a block."""
+        kinds = {"sum_of_squares": self.real, "largest": self._bits, "strange": "tl.int32"}
+        return f"tl.full((BLOCK,), 0, {'tl.float64' if self.measure.precise else kinds[self.measure.kind]})"
+
+    @property
+    def added(self) -> str:
+        """Added to the total."""
+        total, part = f"total{self.index}", f"part{self.index}"
+        return f"{total} = tl.maximum({total}, {part})" if self._is_largest else f"{total} += {part}"
+
+    @property
+    def reduced(self) -> str:
+        """Of a block as a whole."""
+        return f"{'greatest_of' if self._is_largest else 'sum_of'}(part{self.index})"
+
+    @property
+    def kept(self) -> str:
+        """Put where it is kept for this chunk."""
+        total = f"total{self.index}"
+        value = f"{total}.to({self.real}, bitcast=True).to(tl.float64)" if self._is_largest else total
+        return f"tl.store(measured + {self.index} * tl.num_programs(0) + tl.program_id(0), {value})"
+
+
+def _reads(arrays: Sequence[_Array], numbers: Sequence[str], stored: int) -> Iterator[str]:
     """Read from the table where a block's arrays begin, and its numbers."""
     for position, array in enumerate(arrays):
         yield f"{array.name}_ = tl.load(entry + {position} * tensors) + first * {array.dtype.itemsize}"
     if numbers:
-        yield f"row = coefficients + tl.load(entry + {len(arrays) + 1} * tensors)"
+        yield f"row = coefficients + tl.load(entry + {stored + 1} * tensors)"
     for position, number in enumerate(numbers):
         yield f"{number} = tl.load(row + {position} * rows)"
 
 
-def _operations(graph: fx.Graph, real: str) -> Iterator[str]:
-    one = f"tl.full((), 1.0, {real})"
+def _operations(graph: fx.Graph, real: str, skipped: Sequence[str]) -> Iterator[str]:
+    """Print the operations; in a step that is skipped, the new parameter that is measured is the old one."""
+    one, (param, *_) = f"tl.full((), 1.0, {real})", graph.nodes
+    new = next(iter(reversed(graph.nodes))).args[0][0]
     for node in graph.nodes:
         if node.op == "call_function":
             arguments = [_argument(argument, real) for argument in node.args]
             yield f"{_identifier(node)} = {_EXPRESSIONS[node.target.name].format(*arguments, real=real, one=one)}"
+            for flag in skipped if node is new else ():
+                yield f"{_identifier(node)} = tl.where({flag}, {_identifier(param)}, {_identifier(node)})"
 
 
 def _argument(argument: object, real: str = "") -> str:
@@ -248,25 +378,33 @@ def update({parameters}, ALIGNED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("tensors", "rows"))
-def kernel(table, chunks, coefficients, found_inf, tensors, rows, BLOCK: tl.constexpr, REPEAT: tl.constexpr):
+def kernel(table, chunks, coefficients, found_inf, {argument}tensors, rows, BLOCK: tl.constexpr, REPEAT: tl.constexpr):
     """Update a chunk: table[i, t] is the address of array i of tensor t, then come its size and its row of numbers."""
     chunk = tl.load(chunks + tl.program_id(0))
     entry = table + (chunk & 0xFFFFFFFF)
     first = (chunk >> 32) * (BLOCK * REPEAT)
     rest = tl.load(entry + {count} * tensors) - first
-    if found_inf is not None:
-        rest = tl.where(tl.load(found_inf) != 0, 0, rest)
-{reads}
+{skip}{reads}
     aligned = (({together}) & {below}) == 0
     lanes = tl.arange(0, BLOCK)
     end = tl.maximum(rest - BLOCK * REPEAT, 0)
-    while rest > end:
-        if aligned & (rest >= BLOCK):
-            update({arrays}, lanes, None{numbers}, True)
-        elif aligned & (rest % {lanes} == 0):
-            update({arrays}, lanes, lanes < rest // {lanes} * {lanes}{numbers}, True)
-        else:
-            update({arrays}, lanes, lanes < rest{numbers}, False)
+{starts}    while rest > end:
+{block}
 {steps}
         rest -= BLOCK
-'''
+{keep}'''
+
+_BLOCK = """        if aligned & (rest >= BLOCK):
+            {whole}
+        elif aligned & (rest % {lanes} == 0):
+            {end}
+        else:
+            {elements}"""
+
+_SKIP = """    if found_inf is not None:
+        rest = tl.where(tl.load(found_inf) != 0, 0, rest)
+"""
+_SKIP_STORES = """    skipped = False
+    if found_inf is not None:
+        skipped = tl.load(found_inf) != 0
+"""

@@ -37,9 +37,14 @@ class Table:
 
     Attributes:
         there: the numbers, on the device.
+
+    Args:
+        values: the numbers.
+        device: the device.
+        for_graphs: how often at most a captured step sets them.
     """
 
-    def __init__(self, values: np.ndarray, device: torch.device, *, for_graphs: bool = False) -> None:
+    def __init__(self, values: np.ndarray, device: torch.device, *, for_graphs: int = 0) -> None:
         self._sent = values.ravel().copy()
         self._pinned = device.type != "cpu"
         self._for_graphs = for_graphs
@@ -74,7 +79,7 @@ class Table:
 
     def _provide(self) -> None:
         """Set memory aside for graphs."""
-        if self._for_graphs and (missing := SPARES - len(self._spares)):
+        if missing := SPARES * self._for_graphs - len(self._spares):
             self._spares += self._staging(missing, len(self._sent)).unbind()
 
     def _send_by_graph(self, values: np.ndarray) -> None:
