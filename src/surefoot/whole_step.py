@@ -6,11 +6,13 @@ measures are part of the update.  Optimizers that are no rule do the same throug
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +92,7 @@ class WholeStep:
         skipped: how many of them were skipped.
         parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
             changes nothing, when it began.
-        names, roster: of the parameters, and who of them is measured, once they were needed.
+        roster: who is measured, once that was needed.
     """
 
     max_grad_norm: float | None = None
@@ -103,7 +105,6 @@ class WholeStep:
     measures: bool = field(default=False, repr=False)
     skips: bool = field(default=False, repr=False)
     start: float = field(default=0.0, repr=False)
-    names: dict[Tensor, str] = field(default_factory=dict, repr=False)
     roster: "Roster | None" = field(default=None, repr=False)
 
     @classmethod
@@ -137,7 +138,7 @@ class WholeStep:
         return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": [], "names": {}, "roster": None}
+        return self.__dict__ | {"parts": [], "roster": None}
 
 
 _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
@@ -275,13 +276,11 @@ def _strange(optimizer: "Optimizer", parts: Iterable[Part]) -> Iterator[str]:
 
 
 def names_of(optimizer: "Optimizer") -> dict[Tensor, str]:
-    """Name every parameter; what has been found is kept while the parameters stay."""
+    """Name every parameter."""
     from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
 
-    whole, params = optimizer.whole_step, [param for group in optimizer.param_groups for param in group["params"]]
-    if any(param not in whole.names for param in params):
-        whole.names = dict(zip(params, parameter_names(optimizer), strict=True))
-    return whole.names
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return dict(zip(params, parameter_names(optimizer), strict=True))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -334,42 +333,66 @@ def _average(optimizer: "Optimizer", part: Part) -> None:
         Averaging(averages, [param.detach() for param in params]).move(1.0 if fresh else 1 - part.group["ema"])
 
 
-@torch.no_grad()
 def _raw(optimizer: "Optimizer") -> Any:
     """Put together what telemetry is to get of this step."""
     from surefoot.telemetry import RawStep  # noqa: PLC0415 (on first use)
 
     whole = optimizer.whole_step
-    roster = _roster(optimizer, [param for part in whole.parts for param in part.params])
-    rates = [float(part.group.get("lr", math.nan)) for part in whole.parts for _ in part.params]
+    roster = _roster(optimizer, whole.parts)
     blocks = [_sums(whole, part) for part in whole.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
-    sums = torch.cat([block.to(blocks[0].device) for block in blocks])
+    sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
         step=whole.steps,
         names=roster.names,
-        sums=sums if len(roster.chosen) == len(sums) else sums[roster.chosen],
-        lrs=tuple(rates[index] for index in roster.chosen) or (math.nan,),
+        sums=sums if roster.chosen is None else sums[roster.chosen],
+        lrs=_rates(whole.parts, roster.chosen),
         clip=_least([part.clip for part in whole.parts]),
         skipped=whole.skipped,
         seconds=perf_counter() - whole.start,
     )
 
 
-class Roster(NamedTuple):
-    """Who is measured: of some parameters the positions of those that telemetry selects, and their names."""
+def _rates(parts: Sequence[Part], chosen: Tensor | None) -> tuple[float, ...]:
+    """Give the learning rates of those who are measured; one if all parts share it."""
+    rates = [float(part.group.get("lr", math.nan)) for part in parts]
+    if len(set(rates)) <= 1:
+        return tuple(rates[:1]) or (math.nan,)
+    each = [rate for rate, part in zip(rates, parts, strict=True) for _ in part.params]
+    return tuple(each) if chosen is None else tuple(each[index] for index in chosen.tolist())
 
-    params: list[Tensor]
-    chosen: list[int]
+
+class Roster(NamedTuple):
+    """Who is measured of the parameters of some parts.
+
+    Attributes:
+        parts: the parts, not held.
+        given: the names that the groups gave.
+        chosen: positions of those that telemetry selects, None if it selects all.
+        names: their names.
+    """
+
+    parts: list["weakref.ref[Part]"]
+    given: list[list[str] | None]
+    chosen: Tensor | None
     names: tuple[str, ...]
 
 
-def _roster(optimizer: "Optimizer", params: list[Tensor]) -> Roster:
-    """Give who is measured of the parameters of this step; kept for steps of the same parameters."""
-    whole = optimizer.whole_step
-    if whole.roster is None or list(map(id, whole.roster.params)) != list(map(id, params)):
-        names = [names_of(optimizer)[param] for param in params]
-        chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
-        whole.roster = Roster(params, chosen, tuple(names[index] for index in chosen))
+def _roster(optimizer: "Optimizer", parts: Sequence[Part]) -> Roster:
+    """Give who is measured in this step; kept for steps of the same parts and names."""
+    whole, old = optimizer.whole_step, optimizer.whole_step.roster
+    given = [group.get("param_names") for group in optimizer.param_groups]
+    if old is not None and given == old.given and [part() for part in old.parts] == parts:
+        return old
+    known = names_of(optimizer)
+    names = [known[param] for part in parts for param in part.params]
+    chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
+    measured = tuple(names[index] for index in chosen)
+    whole.roster = Roster(
+        parts=list(map(weakref.ref, parts)),
+        given=[None if each is None else list(each) for each in given],
+        chosen=None if len(chosen) == len(names) else torch.tensor(chosen, dtype=torch.int64),
+        names=old.names if old is not None and measured == old.names else measured,
+    )
     return whole.roster
 
 
@@ -381,13 +404,17 @@ def _least(clips: Sequence[Any]) -> Any:
 def _sums(whole: WholeStep, part: Part) -> Tensor:
     """Give a row for each parameter: squares of gradient, parameter, update, largest gradient, how many are strange."""
     sums = part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
-    strange = torch.zeros(len(sums), 1, dtype=torch.float64, device=sums.device)
-    suspects = range(len(sums)) if not sums.is_cpu else (~sums[:, 3].isfinite()).nonzero().flatten().tolist()
-    for index in suspects:
-        strange[index] = _count_strange(part.params[index].grad)
-    return torch.cat([sums, strange], dim=1)
+    if not sums.is_cpu:
+        return torch.cat([sums, torch.stack([_count_strange(param.grad) for param in part.params])[:, None]], dim=1)
+    numbers = np.zeros((len(sums), 5))
+    numbers[:, :4] = sums.numpy()
+    if not math.isfinite(numbers[:, 3].max(initial=0.0)):
+        for index in np.flatnonzero(~np.isfinite(numbers[:, 3])):
+            numbers[index, 4] = _count_strange(part.params[index].grad)
+    return torch.from_numpy(numbers)
 
 
+@torch.no_grad()
 def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
     """Measure by torch's operations what the update has not measured."""
     gradients = read_gradients(part.params) if part.gradients is None else part.gradients
