@@ -197,4 +197,4 @@ def test_a_callback_that_raises_leaves_a_whole_step():
         optimizer.step()
     assert param.tolist() == [0.0] * 3
     assert param.grad is None
-    assert optimizer.whole_step.parts == []
+    assert optimizer.whole_step.now.parts == []

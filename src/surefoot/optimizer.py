@@ -23,7 +23,16 @@ from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state, relocated
 from surefoot.step import ENGINE_OPTIONS, run_rule
-from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, check_group_options, clear, finish
+from surefoot.whole_step import (
+    GROUP_RANGES,
+    StepOptions,
+    WholeStep,
+    begin,
+    check_group_options,
+    clear,
+    finish,
+    refuse_unfit,
+)
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -127,11 +136,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)
         self.whole_step = WholeStep.take(defaults)
-        asked = self.whole_step.asked() | ({"ema", "max_grad_value"} & set(defaults))
-        if unfit := asked - self.step_options():
-            raise ValueError(
-                f"{type(self).__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop"
-            )
+        refuse_unfit(type(self), self.whole_step.asked())
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -390,16 +395,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # Hooks
 
-    _in_step = False
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        self._in_step = True
-        try:
-            yield
-        finally:
-            self._in_step = False
-
     def _make_hooks(self) -> None:
         for kind in _HOOK_KINDS:
             self.__dict__.setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
@@ -564,17 +559,21 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self._in_step:  # a step that calls its base's: the hooks have been run already
+        now = self.whole_step.now
+        if now.inside:  # a step that calls its base's: the hooks have been run already
             return step(self, *args, **kwargs)
-        with self._stepping(), torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             begin(self)
-            result = step(*positional, **kwargs)
+            with now:
+                result = step(*positional, **kwargs)
+                raw = finish(self)
             try:
-                finish(self)
+                if raw is not None:
+                    self.telemetry.record(raw)
                 self._optimizer_step_code()
                 post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
                 for hook in chain.from_iterable(hooks.values() for hooks in post):

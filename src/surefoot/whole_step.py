@@ -5,10 +5,12 @@ measures are part of the update.  Optimizers that are no rule do the same throug
 """
 
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -63,6 +65,12 @@ _NONFINITE = ("ignore", "skip", "raise")
 _PER_GROUP = ("max_grad_value", "ema")
 
 
+def refuse_unfit(cls: "type[Optimizer]", asked: set[str]) -> None:
+    """Raise ValueError when an algorithm does not take an option."""
+    if unfit := asked - cls.step_options():
+        raise ValueError(f"{cls.__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop")
+
+
 def check_group_options(cls: "type[Optimizer]", group: Mapping[str, Any]) -> None:
     """Refuse options that a group cannot have.
 
@@ -74,12 +82,56 @@ def check_group_options(cls: "type[Optimizer]", group: Mapping[str, Any]) -> Non
         raise ValueError(
             f"`{min(misplaced)}` is an option of {cls.__name__}, not of a param group; give it to {cls.__name__}()"
         )
-    if unfit := given - cls.step_options():
-        raise ValueError(f"{cls.__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop")
+    refuse_unfit(cls, given)
     if "ema" in given and any(slot.name == "ema" for slot in cls.slots):
         raise ValueError(
             f"{cls.__name__} has a slot `ema` of its own, so that the option `ema` has no place for its average"
         )
+
+
+class Now(threading.local):
+    """The step that a thread is making: each sees its own, and they take turns, so that none undoes another's.
+
+    A turn begins when the closure, which may wait for other threads, has been called; it ends before callbacks and
+    hooks are called.
+
+    Attributes:
+        lock: what they take turns by; an interrupted turn does not shut its own thread out.
+        inside: whether the algorithm runs, so that a call of `step` is one of its base's.
+        step: the step's number.
+        parts: its parameters.
+        measures: whether it is measured.
+        skips: whether it changes nothing.
+        start: when it began.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self._holds = lock, False
+        self.inside = self.measures = self.skips = False
+        self.parts: list[Part] = []
+        self.step, self.start = 0, 0.0
+
+    def take_turn(self) -> None:
+        """Wait until no other thread is at the parameters."""
+        if not self._holds:
+            self.lock.acquire()
+            self._holds = True
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = False
+        if self._holds:
+            self._holds = False
+            self.lock.release()
+
+    def __reduce__(self) -> Any:
+        return _nothing_now, ()
+
+
+def _nothing_now() -> Now:
+    return Now(threading.RLock())
 
 
 @dataclass(eq=False)
@@ -90,9 +142,9 @@ class WholeStep:
         max_grad_norm, nonfinite, zero_grad_after_step, telemetry: see `StepOptions`.
         steps: how many steps were asked for.
         skipped: how many of them were skipped.
-        parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
-            changes nothing, when it began.
+        checked: the options, of groups too, that the last step has found allowed.
         roster: who is measured, once that was needed.
+        now: the step that is being made.
     """
 
     max_grad_norm: float | None = None
@@ -101,11 +153,9 @@ class WholeStep:
     telemetry: Any = None
     steps: int = 0
     skipped: int = 0
-    parts: list["Part"] = field(default_factory=list, repr=False)
-    measures: bool = field(default=False, repr=False)
-    skips: bool = field(default=False, repr=False)
-    start: float = field(default=0.0, repr=False)
+    checked: list[Any] = field(default_factory=list, repr=False)
     roster: "Roster | None" = field(default=None, repr=False)
+    now: Now = field(default_factory=_nothing_now, repr=False)
 
     @classmethod
     def take(cls, defaults: dict[str, Any]) -> "WholeStep":
@@ -120,11 +170,10 @@ class WholeStep:
                 del defaults[name]
         whole = cls(**given)
         whole.check()
-        whole.telemetry = _telemetry(whole.telemetry)
         return whole
 
     def check(self) -> None:
-        """Raise when an option is out of its range."""
+        """Raise when an option is out of its range; make a telemetry where True asks for one."""
         GROUP_RANGES["max_grad_norm"]("max_grad_norm", self.max_grad_norm)
         if self.nonfinite not in _NONFINITE:
             raise ValueError(
@@ -132,15 +181,17 @@ class WholeStep:
             )
         if not isinstance(self.zero_grad_after_step, bool):
             raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
+        self.telemetry = _telemetry(self.telemetry)
 
     def asked(self) -> set[str]:
         """Give the names of the options that ask for something."""
         return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": [], "roster": None}
+        return self.__dict__ | {"checked": [], "roster": None}
 
 
+_OPTIONS = tuple(StepOptions.__annotations__)
 _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
 
 
@@ -176,17 +227,42 @@ class Part:
 
 
 def begin(optimizer: "Optimizer") -> None:
-    """Count a step, and decide whether it is measured."""
-    whole = optimizer.whole_step
-    whole.steps += 1
-    whole.parts, whole.skips, whole.start = [], False, perf_counter()
-    whole.measures = whole.telemetry is not None and whole.telemetry.wanted(whole.steps)
+    """Check options that were changed, count a step, and decide whether it is measured."""
+    whole, now, options = optimizer.whole_step, optimizer.whole_step.now, _options(optimizer)
+    if len(options) != len(whole.checked) or not all(map(is_, options, whole.checked)):
+        check_options(optimizer)
+        whole.checked = options
+    with now.lock:
+        whole.steps = now.step = whole.steps + 1
+    now.parts, now.skips, now.start = [], False, perf_counter()
+    now.measures = whole.telemetry is not None and whole.telemetry.wanted(now.step)
+
+
+def _options(optimizer: "Optimizer") -> list[Any]:
+    """Give what the options of the whole step and of all groups are now."""
+    of_groups = [group.get(name) for group in optimizer.param_groups for name in _OPTIONS]
+    return [*of_groups, *map(vars(optimizer.whole_step).__getitem__, _OWN)]
+
+
+def check_options(optimizer: "Optimizer") -> None:
+    """Refuse options of the step, of the optimizer's and of its groups', that are out of range or not taken.
+
+    Raises:
+        ValueError, TypeError: an option is; nothing has changed.
+    """
+    whole, cls = optimizer.whole_step, type(optimizer)
+    whole.check()
+    refuse_unfit(cls, whole.asked())
+    for group in optimizer.param_groups:
+        check_group_options(cls, group)
+        for name, check in GROUP_RANGES.items():
+            check(name, group.get(name))
 
 
 def skip(optimizer: "Optimizer") -> None:
     """Note that this step changes nothing."""
     optimizer.whole_step.skipped += 1
-    optimizer.whole_step.skips = True
+    optimizer.whole_step.now.skips = True
 
 
 def is_clipped(optimizer: "Optimizer", group: Mapping[str, Any]) -> bool:
@@ -304,17 +380,16 @@ def _warn(whole: WholeStep, strange: Sequence[str]) -> None:
 # After the update
 
 
-def finish(optimizer: "Optimizer") -> None:
-    """Average what the update has not averaged, and hand over what was measured."""
-    whole = optimizer.whole_step
-    if not whole.skips:
-        for part in whole.parts:
+def finish(optimizer: "Optimizer") -> Any:
+    """Average what the update has not averaged, and give what was measured, None if nothing was."""
+    now = optimizer.whole_step.now
+    if not now.skips:
+        for part in now.parts:
             if part.fresh is not None:
                 _average(optimizer, part)
-    raw = _raw(optimizer) if whole.measures else None
-    whole.parts = []
-    if raw is not None:
-        whole.telemetry.record(raw)
+    raw = _raw(optimizer) if now.measures else None
+    now.parts = []
+    return raw
 
 
 def clear(optimizer: "Optimizer") -> None:
@@ -337,18 +412,18 @@ def _raw(optimizer: "Optimizer") -> Any:
     """Put together what telemetry is to get of this step."""
     from surefoot.telemetry import RawStep  # noqa: PLC0415 (on first use)
 
-    whole = optimizer.whole_step
-    roster = _roster(optimizer, whole.parts)
-    blocks = [_sums(whole, part) for part in whole.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
+    whole, now = optimizer.whole_step, optimizer.whole_step.now
+    roster = _roster(optimizer, now.parts)
+    blocks = [_sums(now, part) for part in now.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
     sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
-        step=whole.steps,
+        step=now.step,
         names=roster.names,
         sums=sums if roster.chosen is None else sums[roster.chosen],
-        lrs=_rates(whole.parts, roster.chosen),
-        clip=_least([part.clip for part in whole.parts]),
+        lrs=_rates(now.parts, roster.chosen),
+        clip=_least([part.clip for part in now.parts]),
         skipped=whole.skipped,
-        seconds=perf_counter() - whole.start,
+        seconds=perf_counter() - now.start,
     )
 
 
@@ -387,13 +462,13 @@ def _roster(optimizer: "Optimizer", parts: Sequence[Part]) -> Roster:
     names = [known[param] for part in parts for param in part.params]
     chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
     measured = tuple(names[index] for index in chosen)
-    whole.roster = Roster(
+    whole.roster = new = Roster(
         parts=list(map(weakref.ref, parts)),
         given=[None if each is None else list(each) for each in given],
         chosen=None if len(chosen) == len(names) else torch.tensor(chosen, dtype=torch.int64),
         names=old.names if old is not None and measured == old.names else measured,
     )
-    return whole.roster
+    return new
 
 
 def _least(clips: Sequence[Any]) -> Any:
@@ -401,9 +476,9 @@ def _least(clips: Sequence[Any]) -> Any:
     return torch.stack(on_device).min() if on_device else min(clips, default=1.0)
 
 
-def _sums(whole: WholeStep, part: Part) -> Tensor:
+def _sums(now: Now, part: Part) -> Tensor:
     """Give a row for each parameter: squares of gradient, parameter, update, largest gradient, how many are strange."""
-    sums = part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
+    sums = part.sums if part.sums is not None and not now.skips else _sums_afterwards(now, part)
     if not sums.is_cpu:
         return torch.cat([sums, torch.stack([_count_strange(param.grad) for param in part.params])[:, None]], dim=1)
     numbers = np.zeros((len(sums), 5))
@@ -415,10 +490,10 @@ def _sums(whole: WholeStep, part: Part) -> Tensor:
 
 
 @torch.no_grad()
-def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
+def _sums_afterwards(now: Now, part: Part) -> Tensor:
     """Measure by torch's operations what the update has not measured."""
     gradients = read_gradients(part.params) if part.gradients is None else part.gradients
-    before = part.params if part.before is None or whole.skips else part.before
+    before = part.params if part.before is None or now.skips else part.before
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
     return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:]], dim=1)
 
