@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 import surefoot
 from conformance import ROWS, STEPS, assert_close, gradients, groups, normals, results, zoo
 from helpers import assert_same, make_params, snapshot
-from surefoot.errors import NonFiniteGradientError
+from surefoot.errors import NonFiniteGradientError, NotRestoredError
 from surefoot.optimizers.lbfgs import LBFGS
 from surefoot.telemetry import JsonLines, Telemetry, read
 
@@ -301,6 +301,61 @@ def test_ema_parameters_are_swapped_in_and_out():
     with pytest.raises(KeyError), optimizer.ema_parameters():
         raise KeyError
     assert all(map(torch.equal, params, before))
+
+
+def averaged():
+    """Make an optimizer of named parameters with averages; give it, its parameters and what they are."""
+    params = {name: torch.randn(4).requires_grad_() for name in "abc"}
+    optimizer = surefoot.SGD(params.items(), lr=0.1, ema=0.5)
+    for step in range(2):
+        set_gradients([*params.values()], step)
+        optimizer.step()
+    return optimizer, [*params.values()], [param.detach().clone() for param in params.values()]
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 4), (3, 4), (0,)], ids=str)
+def test_parameters_of_another_shape_are_put_back(shape):
+    optimizer, params, before = averaged()
+    averages = [optimizer.state[param]["ema"].clone() for param in params]
+    with optimizer.ema_parameters():
+        params[0].data = torch.ones(shape)
+        params[1].data = params[1].data.double()
+    assert all(map(torch.equal, params, before))
+    assert all(torch.equal(optimizer.state[param]["ema"], old) for param, old in zip(params, averages, strict=True))
+
+
+def test_all_parameters_that_can_be_are_put_back_and_the_others_named():
+    optimizer, params, before = averaged()
+    averages = [optimizer.state[param]["ema"].clone() for param in params]
+
+    def break_two():
+        for param in params[:2]:
+            torch.utils.swap_tensors(param, torch.empty(4, device="meta").requires_grad_())
+        raise KeyError
+
+    with (
+        pytest.raises(NotRestoredError, match="`a`, `b` could not be put back, .* all others were.") as caught,
+        optimizer.ema_parameters(),
+    ):
+        break_two()
+    assert isinstance(caught.value.__context__, KeyError)
+    (a, value_of_a), (b, value_of_b) = caught.value.values
+    assert a is params[0]
+    assert b is params[1]
+    assert_same([value_of_a, value_of_b, params[2].detach()], before)
+    assert_same([optimizer.state[param]["ema"] for param in params], averages)
+
+
+def test_an_average_of_another_shape_is_not_swapped_in():
+    optimizer, params, before = averaged()
+    params[1].data = torch.ones(2, 4)
+    with (
+        pytest.raises(RuntimeError, match="the averages of `b` have another shape than the parameters have now"),
+        optimizer.ema_parameters(),
+    ):
+        pass
+    assert torch.equal(params[0], before[0])
+    assert params[1].tolist() == torch.ones(2, 4).tolist()
 
 
 def test_averages_are_saved_and_go_on():

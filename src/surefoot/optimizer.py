@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.errors import NotRestoredError
 from surefoot.loading import LoadReport, load
 from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
@@ -31,6 +32,8 @@ from surefoot.whole_step import (
     check_group_options,
     clear,
     finish,
+    listed,
+    names_among,
     refuse_unfit,
 )
 
@@ -373,25 +376,36 @@ class Optimizer(torch.optim.Optimizer):
         """Let the parameters be their averages inside a `with` block, for evaluation or saving; then put them back.
 
         Parameters without an average, which have not been stepped, stay as they are.  What is written to the
-        parameters inside the block is lost.
+        parameters inside the block is lost, and so is another shape that they have been given there.
 
         Raises:
-            RuntimeError: no parameter has an average; pass `ema=` to the optimizer and take a step.
+            RuntimeError: no parameter has an average: pass `ema=` to the optimizer and take a step; or an average has
+                another shape than its parameter.  Nothing has changed then.
+            NotRestoredError: at the end, parameters cannot take their values back, since they have become tensors of
+                another kind.  All others have theirs; the error holds the values of these.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        averaged = [param for param in params if EMA.name in self.state.get(param, {})]
-        if not averaged:
+        averages = {param: self.state[param][EMA.name] for param in params if EMA.name in self.state.get(param, {})}
+        if not averages:
             raise RuntimeError("there are no averages of parameters: pass `ema=0.999` to the optimizer and take a step")
-        kept = [param.detach().clone() for param in averaged]
+        if other := [param for param, average in averages.items() if param.shape != average.shape]:
+            raise RuntimeError(
+                f"the averages of {listed(names_among(self, other))} have another shape than the parameters have now; "
+                f"delete them with `del optimizer.state[param]`"
+            )
+        kept = [(param, param.detach().clone()) for param in averages]
         try:
             with torch.no_grad():
-                for param in averaged:
-                    param.copy_(self.state[param][EMA.name])
+                for param, average in averages.items():
+                    param.copy_(average)
             yield
         finally:
-            with torch.no_grad():
-                for param, value in zip(averaged, kept, strict=True):
-                    param.copy_(value)
+            if lost := [pair for pair in kept if not _put_back(*pair)]:
+                raise NotRestoredError(
+                    f"{listed(names_among(self, [param for param, _ in lost]))} could not be put back, having become "
+                    f"other tensors inside the block; all others were. What they were is in this error's `values`",
+                    lost,
+                )
 
     # Hooks
 
@@ -584,6 +598,19 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     hooked_step.hooked = True  # type: ignore[attr-defined]
     return hooked_step
+
+
+def _put_back(param: Tensor, value: Tensor) -> bool:
+    """Give a parameter the value that it had, in place if it still fits; tell whether that could be done."""
+    try:
+        with torch.no_grad():
+            if param.shape == value.shape and param.is_meta == value.is_meta:
+                param.copy_(value)
+            else:
+                param.data = value
+    except RuntimeError:
+        return False
+    return True
 
 
 def _new_arguments(

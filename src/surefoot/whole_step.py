@@ -311,7 +311,7 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
     if whole.nonfinite != "ignore" and (strange := list(_strange(optimizer, parts))):
         if whole.nonfinite == "raise":
             raise NonFiniteGradientError(
-                f"the gradients of {_listed(strange)} hold inf or NaN; nothing was changed. Look at the loss and the "
+                f"the gradients of {listed(strange)} hold inf or NaN; nothing was changed. Look at the loss and the "
                 f'learning rate, or pass nonfinite="skip" to leave such steps out'
             )
         skip(optimizer)
@@ -359,7 +359,14 @@ def names_of(optimizer: "Optimizer") -> dict[Tensor, str]:
     return dict(zip(params, parameter_names(optimizer), strict=True))
 
 
-def _listed(names: Sequence[str]) -> str:
+def names_among(optimizer: "Optimizer", params: Iterable[Tensor]) -> list[str]:
+    """Name some of the parameters, which need not be the optimizer's any more."""
+    known = names_of(optimizer)
+    return [known.get(param, "a removed parameter") for param in params]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name parameters in a message, the first few if there are many."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more parameters"
 
@@ -370,7 +377,7 @@ def _warn(whole: WholeStep, strange: Sequence[str]) -> None:
     most = skipped >= _MANY and skipped & (skipped - 1) == 0 and 2 * skipped > steps
     if skipped == 1 or most:
         warnings.warn(
-            f"step {steps} was skipped since the gradients of {_listed(strange)} hold inf or NaN; {skipped} of {steps} "
+            f"step {steps} was skipped since the gradients of {listed(strange)} hold inf or NaN; {skipped} of {steps} "
             f"steps were skipped so far",
             RuntimeWarning,
             stacklevel=7,
