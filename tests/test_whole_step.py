@@ -267,6 +267,16 @@ def test_skipping_is_counted_and_never_silent():
     assert optimizer.state[params[0]]["step"] == 2
 
 
+def test_the_warning_of_a_skipped_step_is_about_the_line_that_steps():
+    optimizer, params = make(nonfinite="skip")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps `step`
+    set_gradients(params)
+    params[0].grad[:] = math.nan
+    with pytest.warns(RuntimeWarning, match="step 1 was skipped") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
 def test_the_first_step_may_be_skipped():
     optimizer, params = make(cls=surefoot.SGD, momentum=0.9, nonfinite="skip", ema=0.9)
     set_gradients(params)

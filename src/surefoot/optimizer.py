@@ -5,6 +5,7 @@ is ours.  What an algorithm computes stands in `optimizers`, how it is run in `e
 """
 
 import functools
+import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -571,7 +573,6 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
-    @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         now = self.whole_step.now
         if now.inside:  # a step that calls its base's: the hooks have been run already
@@ -596,8 +597,20 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 clear(self)
         return result
 
-    hooked_step.hooked = True  # type: ignore[attr-defined]
-    return hooked_step
+    opaque = _opaque(functools.wraps(step)(hooked_step))
+    opaque.hooked = True  # type: ignore[attr-defined]
+    return opaque
+
+
+def _opaque(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
+    closed = _disable_dynamo(method)  # imports torch._dynamo, which takes seconds, only when it is called
+
+    @functools.wraps(method)
+    def open_or_closed(*args: Any, **kwargs: Any) -> Any:
+        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+
+    return open_or_closed
 
 
 def _put_back(param: Tensor, value: Tensor) -> bool:

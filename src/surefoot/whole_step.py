@@ -5,6 +5,7 @@ measures are part of the update.  Optimizers that are no rule do the same throug
 """
 
 import math
+import sys
 import threading
 import warnings
 import weakref
@@ -380,8 +381,19 @@ def _warn(whole: WholeStep, strange: Sequence[str]) -> None:
             f"step {steps} was skipped since the gradients of {listed(strange)} hold inf or NaN; {skipped} of {steps} "
             f"steps were skipped so far",
             RuntimeWarning,
-            stacklevel=7,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """Give the `stacklevel` of the code that called `step`, outside torch and surefoot, for a warning of the caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_OURS = ("surefoot", "torch")
 
 
 # After the update
