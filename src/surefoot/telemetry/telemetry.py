@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from multiprocessing import util
 from typing import Any
 
 from torch import distributed
@@ -201,6 +202,8 @@ class Telemetry:
             sink.claim(self)
         self._outlets = tuple(map(_Outlet, sinks))
         self._closing = weakref.finalize(self, _close, self._outlets)
+        # Processes that multiprocessing has forked end without what finalize registers with atexit.
+        util.Finalize(self, self._closing, exitpriority=0)
         self._checked = False
 
     # What the step asks
