@@ -573,6 +573,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
+    @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         now = self.whole_step.now
         if now.inside:  # a step that calls its base's: the hooks have been run already
@@ -597,7 +598,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 clear(self)
         return result
 
-    opaque = _opaque(functools.wraps(step)(hooked_step))
+    opaque = functools.wraps(step)(_opaque(hooked_step))
     opaque.hooked = True  # type: ignore[attr-defined]
     return opaque
 
@@ -606,7 +607,6 @@ def _opaque(method: Callable[..., Any]) -> Callable[..., Any]:
     """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
     closed = _disable_dynamo(method)  # imports torch._dynamo, which takes seconds, only when it is called
 
-    @functools.wraps(method)
     def open_or_closed(*args: Any, **kwargs: Any) -> Any:
         return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
 
