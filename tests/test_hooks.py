@@ -113,6 +113,22 @@ def test_step_hooks_see_and_replace_the_arguments(cls):
     assert after == [new_args, new_kwargs]
 
 
+@pytest.mark.parametrize("kind", ["step_pre", "step_post"])
+@pytest.mark.parametrize("cls", [surefoot.AdamW, torch.optim.AdamW], ids=["surefoot", "torch"])
+def test_a_hook_may_step_once_more(cls, kind):
+    optimizer, calls = ready(cls), []
+
+    def again(optimizer, args, kwargs):
+        calls.append(None)
+        if len(calls) == 1:
+            optimizer.step()
+
+    getattr(optimizer, f"register_{kind}_hook")(again)
+    optimizer.step()
+    assert len(calls) == 2
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 2
+
+
 @pytest.mark.parametrize("wrong", [3, (1,), (1, 2, 3), [(), {}]], ids=str)
 @pytest.mark.parametrize("cls", [surefoot.SGD, torch.optim.SGD], ids=["surefoot", "torch"])
 def test_a_pre_hook_that_returns_something_else_is_refused(cls, wrong):

@@ -725,3 +725,13 @@ def printable(value):
     if isinstance(value, list):
         return [printable(item) for item in value]
     return repr(value)
+
+
+def test_parameters_that_were_added_without_names_keep_their_state():
+    params = make_params()
+    optimizer = make(surefoot.AdamW, [("a", params[0])])
+    optimizer.param_groups[0]["params"].append(params[1])  # as some code does, past `add_param_group`
+    train(optimizer)
+    before = snapshot(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(snapshot(optimizer), before)

@@ -1,8 +1,10 @@
 """What a step measures for telemetry, on every engine, against torch's own norms."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -125,6 +127,53 @@ def test_only_what_is_wanted_is_measured():
     assert "b.weight" in str(optimizer.telemetry.latest())
 
 
+def test_learning_rates_are_those_of_the_groups():
+    params = [torch.ones(3).requires_grad_() for _ in range(3)]
+    groups = [{"params": [("a", params[0]), ("b", params[1])]}, {"params": [("c", params[2])], "lr": 0.5}]
+    optimizer = surefoot.SGD(groups, lr=0.1, telemetry=Telemetry(parameters=["b", "c"]))
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.telemetry.latest().lrs.tolist() == [0.1, 0.5]
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert optimizer.telemetry.latest().lrs.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+def test_names_that_are_changed_later_count(cls):
+    params = [(name, torch.ones(3, 3).requires_grad_()) for name in "ab"]
+    optimizer = cls(params, telemetry=True)
+    names = []
+    for step in range(4):
+        for _, param in params:
+            param.grad = torch.ones(3, 3)
+        if step == 2:
+            optimizer.param_groups[0]["param_names"][1] = "new"
+        optimizer.step()
+        names.append(optimizer.telemetry.latest().names)
+    assert names == [("a", "b"), ("a", "b"), ("a", "new"), ("a", "new")]
+    assert names[0] is names[1]  # records share their names
+    assert names[2] is names[3]
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+def test_parameters_that_were_removed_are_let_go(cls):
+    stays, goes = torch.ones(3, 3).requires_grad_(), torch.ones(3, 3).requires_grad_()
+    optimizer = cls([("stays", stays), ("goes", goes)], telemetry=Telemetry(every=2), nonfinite="skip")
+    stays.grad, goes.grad = torch.ones(3, 3), torch.full((3, 3), math.nan)
+    with pytest.warns(RuntimeWarning, match="the gradients of `goes` hold inf or NaN"):
+        optimizer.step()
+    gone = weakref.ref(goes)
+    group = optimizer.param_groups[0]
+    group["params"], group["param_names"] = [stays], ["stays"]
+    optimizer.state.pop(goes, None)
+    del goes
+    optimizer.step()
+    gc.collect()
+    assert gone() is None
+
+
 def test_telemetry_is_checked_and_copied():
     param = torch.ones(2).requires_grad_()
     with pytest.raises(TypeError, match="`telemetry` must be True, False, None or a surefoot.telemetry.Telemetry, but"):
@@ -148,4 +197,4 @@ def test_a_callback_that_raises_leaves_a_whole_step():
         optimizer.step()
     assert param.tolist() == [0.0] * 3
     assert param.grad is None
-    assert optimizer.whole_step.parts == []
+    assert optimizer.whole_step.now.parts == []

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import sys
+import threading
 import warnings
 
 import pytest
@@ -11,8 +13,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import surefoot
 from conformance import ROWS, STEPS, assert_close, gradients, groups, normals, results, zoo
-from surefoot.errors import NonFiniteGradientError
+from helpers import assert_same, make_params, snapshot
+from surefoot.errors import NonFiniteGradientError, NotRestoredError
 from surefoot.optimizers.lbfgs import LBFGS
+from surefoot.telemetry import JsonLines, Telemetry, read
 
 OPTIONS = {
     "norm": {"max_grad_norm": 3.0},
@@ -263,6 +267,16 @@ def test_skipping_is_counted_and_never_silent():
     assert optimizer.state[params[0]]["step"] == 2
 
 
+def test_the_warning_of_a_skipped_step_is_about_the_line_that_steps():
+    optimizer, params = make(nonfinite="skip")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps `step`
+    set_gradients(params)
+    params[0].grad[:] = math.nan
+    with pytest.warns(RuntimeWarning, match="step 1 was skipped") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
 def test_the_first_step_may_be_skipped():
     optimizer, params = make(cls=surefoot.SGD, momentum=0.9, nonfinite="skip", ema=0.9)
     set_gradients(params)
@@ -297,6 +311,61 @@ def test_ema_parameters_are_swapped_in_and_out():
     with pytest.raises(KeyError), optimizer.ema_parameters():
         raise KeyError
     assert all(map(torch.equal, params, before))
+
+
+def averaged():
+    """Make an optimizer of named parameters with averages; give it, its parameters and what they are."""
+    params = {name: torch.randn(4).requires_grad_() for name in "abc"}
+    optimizer = surefoot.SGD(params.items(), lr=0.1, ema=0.5)
+    for step in range(2):
+        set_gradients([*params.values()], step)
+        optimizer.step()
+    return optimizer, [*params.values()], [param.detach().clone() for param in params.values()]
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 4), (3, 4), (0,)], ids=str)
+def test_parameters_of_another_shape_are_put_back(shape):
+    optimizer, params, before = averaged()
+    averages = [optimizer.state[param]["ema"].clone() for param in params]
+    with optimizer.ema_parameters():
+        params[0].data = torch.ones(shape)
+        params[1].data = params[1].data.double()
+    assert all(map(torch.equal, params, before))
+    assert all(torch.equal(optimizer.state[param]["ema"], old) for param, old in zip(params, averages, strict=True))
+
+
+def test_all_parameters_that_can_be_are_put_back_and_the_others_named():
+    optimizer, params, before = averaged()
+    averages = [optimizer.state[param]["ema"].clone() for param in params]
+
+    def break_two():
+        for param in params[:2]:
+            torch.utils.swap_tensors(param, torch.empty(4, device="meta").requires_grad_())
+        raise KeyError
+
+    with (
+        pytest.raises(NotRestoredError, match="`a`, `b` could not be put back, .* all others were.") as caught,
+        optimizer.ema_parameters(),
+    ):
+        break_two()
+    assert isinstance(caught.value.__context__, KeyError)
+    (a, value_of_a), (b, value_of_b) = caught.value.values
+    assert a is params[0]
+    assert b is params[1]
+    assert_same([value_of_a, value_of_b, params[2].detach()], before)
+    assert_same([optimizer.state[param]["ema"] for param in params], averages)
+
+
+def test_an_average_of_another_shape_is_not_swapped_in():
+    optimizer, params, before = averaged()
+    params[1].data = torch.ones(2, 4)
+    with (
+        pytest.raises(RuntimeError, match="the averages of `b` have another shape than the parameters have now"),
+        optimizer.ema_parameters(),
+    ):
+        pass
+    assert torch.equal(params[0], before[0])
+    assert params[1].tolist() == torch.ones(2, 4).tolist()
 
 
 def test_averages_are_saved_and_go_on():
@@ -357,6 +426,79 @@ def test_an_average_that_begins_later_starts_with_the_stepped_weights():
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("max_grad_norm", -1, ValueError, "`max_grad_norm` must be a number > 0, or None, but is: -1"),
+        ("max_grad_value", "x", TypeError, "`max_grad_value` must be a number, but got 'x'"),
+        ("ema", 2.0, ValueError, "`ema` must be a decay > 0 and < 1, or None, but is: 2.0"),
+        ("nonfinite", "skip", ValueError, "`nonfinite` is an option of .*, not of a param group; give it to"),
+    ],
+)
+def test_options_of_groups_that_are_changed_later_are_checked(cls, name, value, error, message):
+    params = make_params()
+    optimizer = cls(params, ema=0.9)
+    set_gradients(params)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0][name] = value
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    optimizer.param_groups[0].pop(name)
+    if name == "ema":
+        optimizer.param_groups[0]["ema"] = 0.9
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.whole_step.steps == 1
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("max_grad_norm", float("nan"), ValueError, "`max_grad_norm` must be a number > 0, or None, but is: nan"),
+        ("nonfinite", "warn", ValueError, "`nonfinite` must be one of 'ignore', 'skip', 'raise', but is 'warn'"),
+        ("zero_grad_after_step", 1, TypeError, "`zero_grad_after_step` must be True or False, but is 1"),
+        ("telemetry", "yes", TypeError, "`telemetry` must be True, False, None or a surefoot.telemetry.Telemetry"),
+    ],
+)
+def test_options_of_the_optimizer_that_are_changed_later_are_checked(name, value, error, message):
+    optimizer, params = make()
+    set_gradients(params)
+    before = snapshot(optimizer)
+    setattr(optimizer.whole_step, name, value)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_options_may_be_changed_later():
+    optimizer, params = make()
+    set_gradients(params)
+    optimizer.step()
+    optimizer.whole_step.telemetry = True
+    optimizer.param_groups[0]["max_grad_norm"] = 1e-3
+    optimizer.step()
+    assert optimizer.telemetry.latest().clip < 1
+    lbfgs = LBFGS([torch.ones(2).requires_grad_()])
+    lbfgs.whole_step.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="LBFGS takes no `max_grad_norm`: its step is its own"):
+        lbfgs.step(lambda: torch.tensor(1.0))
+
+
+def test_learning_rates_that_are_changed_later_are_used_as_in_torch():
+    ours, theirs = (lib.SGD([torch.ones(2).requires_grad_()], lr=0.5) for lib in (surefoot, torch.optim))
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        optimizer.param_groups[0]["lr"] = -1.0
+        optimizer.step()
+        assert optimizer.param_groups[0]["params"][0].tolist() == [2.0, 2.0]
+        optimizer.param_groups[0]["lr"] = "abc"
+        with pytest.raises(TypeError):
+            optimizer.step()
 
 
 def test_a_group_is_checked_before_it_is_added():
@@ -498,3 +640,82 @@ def test_a_slot_may_be_called_ema_where_no_average_is_kept():
 def test_options_that_a_group_cannot_have(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls([{"params": [torch.ones(2)], **options}])
+
+
+# Threads
+
+
+def from_threads(optimizer, steps, threads=4):
+    """Step an optimizer from several threads at once; give what they have raised."""
+    ready, errors = threading.Barrier(threads), []
+
+    def work():
+        ready.wait()
+        for _ in range(steps):
+            try:
+                optimizer.step()
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return errors
+
+
+@pytest.fixture
+def frequent_switches():
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("frequent_switches")
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+def test_threads_that_step_one_optimizer_take_turns(tmp_path, cls):
+    options = {"max_grad_norm": 1.0, "ema": 0.9, "nonfinite": "skip"}
+    telemetry = Telemetry(sinks=JsonLines(tmp_path / "run.jsonl", flush_every=3), history=1000)
+    found = []
+    for threads in (1, 4):
+        params = make_params()
+        optimizer = cls(params, lr=0.01, telemetry=telemetry if threads == 4 else None, **options)
+        set_gradients(params)
+        hooked = []
+        optimizer.register_step_post_hook(lambda *_, hooked=hooked: hooked.append(None))
+        assert from_threads(optimizer, 80 // threads, threads) == []
+        assert len(hooked) == optimizer.whole_step.steps == 80
+        found.append([[param, *optimizer.state[param].values()] for param in params])
+    assert_same(*found)
+    telemetry.close()
+    assert sorted(record.step for record in telemetry.history) == list(range(1, 81))
+    assert sorted(line.step for line in read(tmp_path / "run.jsonl")) == list(range(1, 81))
+
+
+def test_closures_of_several_threads_may_wait_for_one_another():
+    optimizer, params = make(max_grad_norm=1.0)
+    meet = threading.Barrier(2, timeout=60)
+
+    def closure():
+        meet.wait()
+        set_gradients(params)
+
+    workers = [threading.Thread(target=optimizer.step, args=(closure,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_a_step_that_raises_lets_others_step():
+    optimizer, params = make(nonfinite="raise")
+    set_gradients(params)
+    params[0].grad[:] = float("nan")
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step()
+    set_gradients(params)
+    assert from_threads(optimizer, 1, 2) == []
+    assert optimizer.state[params[0]]["step"] == 2

@@ -4,9 +4,23 @@ Mistakes of a user raise the built-in types that torch.optim raises (ValueError,
 what stands here is about what torch does not have.
 """
 
+from typing import Any
+
 
 class RuleError(Exception):
     """A rule (an optimizer's `update` or `coefficients`) is not written as a rule must be."""
+
+
+class NotRestoredError(RuntimeError):
+    """Parameters could not be put back at the end of `Optimizer.ema_parameters`.
+
+    Attributes:
+        values: `(param, value)` for each of them: what it was before.
+    """
+
+    def __init__(self, message: str, values: list[tuple[Any, Any]]) -> None:
+        super().__init__(message)
+        self.values = values
 
 
 class NonFiniteGradientError(ArithmeticError):

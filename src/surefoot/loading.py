@@ -186,9 +186,9 @@ def _match_by_position(
     pairs = []
     for index, (group, partner) in enumerate(zip(groups, partners, strict=True)):
         keys = list(partner["params"]) if partner else []
-        names = group.get("param_names") or [
-            f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))
-        ]
+        names = group.get("param_names") or []
+        if len(names) != len(group["params"]):
+            names = [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
         if partner and len(keys) != len(group["params"]):
             report.mismatched.append(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "

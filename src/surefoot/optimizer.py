@@ -5,6 +5,7 @@ is ours.  What an algorithm computes stands in `optimizers`, how it is run in `e
 """
 
 import functools
+import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,16 +16,29 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.errors import NotRestoredError
 from surefoot.kept import ENGINE_OPTIONS
 from surefoot.loading import LoadReport, load
 from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, options_text, storage, truth
 from surefoot.state import make_state, relocated
 from surefoot.step import run_rule
-from surefoot.whole_step import GROUP_RANGES, StepOptions, WholeStep, begin, check_group_options, clear, finish
+from surefoot.whole_step import (
+    GROUP_RANGES,
+    StepOptions,
+    WholeStep,
+    begin,
+    check_group_options,
+    clear,
+    finish,
+    listed,
+    names_among,
+    refuse_unfit,
+)
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -128,11 +142,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)
         self.whole_step = WholeStep.take(defaults)
-        asked = self.whole_step.asked() | ({"ema", "max_grad_value"} & set(defaults))
-        if unfit := asked - self.step_options():
-            raise ValueError(
-                f"{type(self).__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop"
-            )
+        refuse_unfit(type(self), self.whole_step.asked())
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -369,37 +379,38 @@ class Optimizer(torch.optim.Optimizer):
         """Let the parameters be their averages inside a `with` block, for evaluation or saving; then put them back.
 
         Parameters without an average, which have not been stepped, stay as they are.  What is written to the
-        parameters inside the block is lost.
+        parameters inside the block is lost, and so is another shape that they have been given there.
 
         Raises:
-            RuntimeError: no parameter has an average; pass `ema=` to the optimizer and take a step.
+            RuntimeError: no parameter has an average: pass `ema=` to the optimizer and take a step; or an average has
+                another shape than its parameter.  Nothing has changed then.
+            NotRestoredError: at the end, parameters cannot take their values back, since they have become tensors of
+                another kind.  All others have theirs; the error holds the values of these.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        averaged = [param for param in params if EMA.name in self.state.get(param, {})]
-        if not averaged:
+        averages = {param: self.state[param][EMA.name] for param in params if EMA.name in self.state.get(param, {})}
+        if not averages:
             raise RuntimeError("there are no averages of parameters: pass `ema=0.999` to the optimizer and take a step")
-        kept = [param.detach().clone() for param in averaged]
+        if other := [param for param, average in averages.items() if param.shape != average.shape]:
+            raise RuntimeError(
+                f"the averages of {listed(names_among(self, other))} have another shape than the parameters have now; "
+                f"delete them with `del optimizer.state[param]`"
+            )
+        kept = [(param, param.detach().clone()) for param in averages]
         try:
             with torch.no_grad():
-                for param in averaged:
-                    param.copy_(self.state[param][EMA.name])
+                for param, average in averages.items():
+                    param.copy_(average)
             yield
         finally:
-            with torch.no_grad():
-                for param, value in zip(averaged, kept, strict=True):
-                    param.copy_(value)
+            if lost := [pair for pair in kept if not _put_back(*pair)]:
+                raise NotRestoredError(
+                    f"{listed(names_among(self, [param for param, _ in lost]))} could not be put back, having become "
+                    f"other tensors inside the block; all others were. What they were is in this error's `values`",
+                    lost,
+                )
 
     # Hooks
-
-    _in_step = False
-
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        self._in_step = True
-        try:
-            yield
-        finally:
-            self._in_step = False
 
     def _make_hooks(self) -> None:
         for kind in _HOOK_KINDS:
@@ -565,17 +576,21 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self._in_step:  # a step that calls its base's: the hooks have been run already
+        now = self.whole_step.now
+        if now.inside:  # a step that calls its base's: the hooks have been run already
             return step(self, *args, **kwargs)
-        with self._stepping(), torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             begin(self)
-            result = step(*positional, **kwargs)
+            with now:
+                result = step(*positional, **kwargs)
+                raw = finish(self)
             try:
-                finish(self)
+                if raw is not None:
+                    self.telemetry.record(raw)
                 self._optimizer_step_code()
                 post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
                 for hook in chain.from_iterable(hooks.values() for hooks in post):
@@ -584,8 +599,32 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 clear(self)
         return result
 
-    hooked_step.hooked = True  # type: ignore[attr-defined]
-    return hooked_step
+    opaque = functools.wraps(step)(_opaque(hooked_step))
+    opaque.hooked = True  # type: ignore[attr-defined]
+    return opaque
+
+
+def _opaque(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
+    closed = _disable_dynamo(method)  # imports torch._dynamo, which takes seconds, only when it is called
+
+    def open_or_closed(*args: Any, **kwargs: Any) -> Any:
+        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+
+    return open_or_closed
+
+
+def _put_back(param: Tensor, value: Tensor) -> bool:
+    """Give a parameter the value that it had, in place if it still fits; tell whether that could be done."""
+    try:
+        with torch.no_grad():
+            if param.shape == value.shape and param.is_meta == value.is_meta:
+                param.copy_(value)
+            else:
+                param.data = value
+    except RuntimeError:
+        return False
+    return True
 
 
 def _new_arguments(

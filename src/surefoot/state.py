@@ -21,7 +21,8 @@ CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 def describe(group: Mapping[str, Any], param: Tensor) -> str:
     """Name a parameter for a message: its name, or its position in the group, and its shape."""
     position = next(i for i, candidate in enumerate(group["params"]) if candidate is param)
-    name = group["param_names"][position] if "param_names" in group else f"params[{position}]"
+    names = group.get("param_names") or ()
+    name = names[position] if position < len(names) else f"params[{position}]"
     return f"`{name}` of shape {tuple(param.shape)}"
 
 

@@ -60,14 +60,15 @@ def rows(optimizer: "Optimizer") -> list[Row]:
     All are checked first.  There are none in a step that is to be skipped.
     """
     device.refuse_capture(optimizer)
-    whole, found = optimizer.whole_step, []
+    optimizer.whole_step.now.take_turn()
+    found = []
     for group in optimizer.param_groups:
         params = [param for param in group["params"] if param.grad is not None]
         found.append((Part(group, params), [admissible_gradient(optimizer, group, param) for param in params]))
     if not all(optimizer.state.get(param) for part, _ in found for param in part.params):
         device.refuse_new_work(optimizer)
     parts = [part for part, _ in found if part.params]
-    whole.parts = parts
+    optimizer.whole_step.now.parts = parts
     if needs_reading(optimizer):
         for part in parts:
             part.gradients = read_gradients(part.params)
@@ -81,7 +82,7 @@ def _rows(optimizer: "Optimizer", part: Part, grads: Sequence[Tensor]) -> Iterat
     group, slots = part.group, active_slots(optimizer, dict(flags_of(optimizer, part.group)))
     made = [ensure_state(optimizer, group, param, slots) for param in part.params]
     part.fresh = [EMA.name in names for names in made] if group.get("ema") else None
-    part.before = [param.detach().clone() for param in part.params] if optimizer.whole_step.measures else None
+    part.before = [param.detach().clone() for param in part.params] if optimizer.whole_step.now.measures else None
     plain, moved = (
         hyperparameters(group),
         functools.cache(lambda place: device.numbers_on(place, hyperparameters(group))),
@@ -258,6 +259,7 @@ class Work:
 def run_rule(optimizer: "Optimizer") -> None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is."""
     device.refuse_capture(optimizer)
+    optimizer.whole_step.now.take_turn()
     if _is_skipped(optimizer):
         skip(optimizer)
         return
@@ -305,15 +307,15 @@ def _new_works(optimizer: "Optimizer") -> list[Work]:
 
 def _prepare(optimizer: "Optimizer", works: "Sequence[Work]") -> bool:
     """Look at the gradients where that is asked for, and compute the numbers; tell whether the step is to be made."""
-    whole = optimizer.whole_step
-    whole.parts = [work.part for work in works]
+    now = optimizer.whole_step.now
+    now.parts = [work.part for work in works]
     for work in works:
         work.part.gradients, work.part.clip, work.part.before, work.part.fresh = None, 1.0, None, None
-        work.measure(whole.measures)
+        work.measure(now.measures)
     if works and needs_reading(optimizer):
         for work in works:
             work.read()
-        if not guard(optimizer, whole.parts):
+        if not guard(optimizer, now.parts):
             return False
     for work in works:
         work.compute_numbers()

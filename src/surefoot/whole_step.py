@@ -5,9 +5,13 @@ measures are part of the update.  Optimizers that are no rule do the same throug
 """
 
 import math
+import sys
+import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -61,6 +65,12 @@ _NONFINITE = ("ignore", "skip", "raise")
 _PER_GROUP = ("max_grad_value", "ema")
 
 
+def refuse_unfit(cls: "type[Optimizer]", asked: set[str]) -> None:
+    """Raise ValueError when an algorithm does not take an option."""
+    if unfit := asked - cls.step_options():
+        raise ValueError(f"{cls.__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop")
+
+
 def check_group_options(cls: "type[Optimizer]", group: Mapping[str, Any]) -> None:
     """Refuse options that a group cannot have.
 
@@ -72,12 +82,56 @@ def check_group_options(cls: "type[Optimizer]", group: Mapping[str, Any]) -> Non
         raise ValueError(
             f"`{min(misplaced)}` is an option of {cls.__name__}, not of a param group; give it to {cls.__name__}()"
         )
-    if unfit := given - cls.step_options():
-        raise ValueError(f"{cls.__name__} takes no `{min(unfit)}`: its step is its own; do that in the training loop")
+    refuse_unfit(cls, given)
     if "ema" in given and any(slot.name == "ema" for slot in cls.slots):
         raise ValueError(
             f"{cls.__name__} has a slot `ema` of its own, so that the option `ema` has no place for its average"
         )
+
+
+class Now(threading.local):
+    """The step that a thread is making: each sees its own, and they take turns, so that none undoes another's.
+
+    A turn begins when the closure, which may wait for other threads, has been called; it ends before callbacks and
+    hooks are called.
+
+    Attributes:
+        lock: what they take turns by; an interrupted turn does not shut its own thread out.
+        inside: whether the algorithm runs, so that a call of `step` is one of its base's.
+        step: the step's number.
+        parts: its parameters.
+        measures: whether it is measured.
+        skips: whether it changes nothing.
+        start: when it began.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self._holds = lock, False
+        self.inside = self.measures = self.skips = False
+        self.parts: list[Part] = []
+        self.step, self.start = 0, 0.0
+
+    def take_turn(self) -> None:
+        """Wait until no other thread is at the parameters."""
+        if not self._holds:
+            self.lock.acquire()
+            self._holds = True
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = False
+        if self._holds:
+            self._holds = False
+            self.lock.release()
+
+    def __reduce__(self) -> Any:
+        return _nothing_now, ()
+
+
+def _nothing_now() -> Now:
+    return Now(threading.RLock())
 
 
 @dataclass(eq=False)
@@ -88,9 +142,9 @@ class WholeStep:
         max_grad_norm, nonfinite, zero_grad_after_step, telemetry: see `StepOptions`.
         steps: how many steps were asked for.
         skipped: how many of them were skipped.
-        parts, measures, skips, start: the step that is being made: its parameters, whether it is measured, whether it
-            changes nothing, when it began.
-        names, roster: of the parameters, and who of them is measured, once they were needed.
+        checked: the options, of groups too, that the last step has found allowed.
+        roster: who is measured, once that was needed.
+        now: the step that is being made.
     """
 
     max_grad_norm: float | None = None
@@ -99,12 +153,9 @@ class WholeStep:
     telemetry: Any = None
     steps: int = 0
     skipped: int = 0
-    parts: list["Part"] = field(default_factory=list, repr=False)
-    measures: bool = field(default=False, repr=False)
-    skips: bool = field(default=False, repr=False)
-    start: float = field(default=0.0, repr=False)
-    names: dict[Tensor, str] = field(default_factory=dict, repr=False)
+    checked: list[Any] = field(default_factory=list, repr=False)
     roster: "Roster | None" = field(default=None, repr=False)
+    now: Now = field(default_factory=_nothing_now, repr=False)
 
     @classmethod
     def take(cls, defaults: dict[str, Any]) -> "WholeStep":
@@ -119,11 +170,10 @@ class WholeStep:
                 del defaults[name]
         whole = cls(**given)
         whole.check()
-        whole.telemetry = _telemetry(whole.telemetry)
         return whole
 
     def check(self) -> None:
-        """Raise when an option is out of its range."""
+        """Raise when an option is out of its range; make a telemetry where True asks for one."""
         GROUP_RANGES["max_grad_norm"]("max_grad_norm", self.max_grad_norm)
         if self.nonfinite not in _NONFINITE:
             raise ValueError(
@@ -131,15 +181,17 @@ class WholeStep:
             )
         if not isinstance(self.zero_grad_after_step, bool):
             raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
+        self.telemetry = _telemetry(self.telemetry)
 
     def asked(self) -> set[str]:
         """Give the names of the options that ask for something."""
         return {name for name in _OWN if getattr(self, name) not in (None, False, "ignore")}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"parts": [], "names": {}, "roster": None}
+        return self.__dict__ | {"checked": [], "roster": None}
 
 
+_OPTIONS = tuple(StepOptions.__annotations__)
 _OWN = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
 
 
@@ -175,17 +227,42 @@ class Part:
 
 
 def begin(optimizer: "Optimizer") -> None:
-    """Count a step, and decide whether it is measured."""
-    whole = optimizer.whole_step
-    whole.steps += 1
-    whole.parts, whole.skips, whole.start = [], False, perf_counter()
-    whole.measures = whole.telemetry is not None and whole.telemetry.wanted(whole.steps)
+    """Check options that were changed, count a step, and decide whether it is measured."""
+    whole, now, options = optimizer.whole_step, optimizer.whole_step.now, _options(optimizer)
+    if len(options) != len(whole.checked) or not all(map(is_, options, whole.checked)):
+        check_options(optimizer)
+        whole.checked = options
+    with now.lock:
+        whole.steps = now.step = whole.steps + 1
+    now.parts, now.skips, now.start = [], False, perf_counter()
+    now.measures = whole.telemetry is not None and whole.telemetry.wanted(now.step)
+
+
+def _options(optimizer: "Optimizer") -> list[Any]:
+    """Give what the options of the whole step and of all groups are now."""
+    of_groups = [group.get(name) for group in optimizer.param_groups for name in _OPTIONS]
+    return [*of_groups, *map(vars(optimizer.whole_step).__getitem__, _OWN)]
+
+
+def check_options(optimizer: "Optimizer") -> None:
+    """Refuse options of the step, of the optimizer's and of its groups', that are out of range or not taken.
+
+    Raises:
+        ValueError, TypeError: an option is; nothing has changed.
+    """
+    whole, cls = optimizer.whole_step, type(optimizer)
+    whole.check()
+    refuse_unfit(cls, whole.asked())
+    for group in optimizer.param_groups:
+        check_group_options(cls, group)
+        for name, check in GROUP_RANGES.items():
+            check(name, group.get(name))
 
 
 def skip(optimizer: "Optimizer") -> None:
     """Note that this step changes nothing."""
     optimizer.whole_step.skipped += 1
-    optimizer.whole_step.skips = True
+    optimizer.whole_step.now.skips = True
 
 
 def is_clipped(optimizer: "Optimizer", group: Mapping[str, Any]) -> bool:
@@ -239,7 +316,7 @@ def guard(optimizer: "Optimizer", parts: Sequence[Part]) -> bool:
     if whole.nonfinite != "ignore" and (strange := list(_strange(optimizer, parts))):
         if whole.nonfinite == "raise":
             raise NonFiniteGradientError(
-                f"the gradients of {_listed(strange)} hold inf or NaN; nothing was changed. Look at the loss and the "
+                f"the gradients of {listed(strange)} hold inf or NaN; nothing was changed. Look at the loss and the "
                 f'learning rate, or pass nonfinite="skip" to leave such steps out'
             )
         skip(optimizer)
@@ -280,16 +357,21 @@ def _strange(optimizer: "Optimizer", parts: Iterable[Part]) -> Iterator[str]:
 
 
 def names_of(optimizer: "Optimizer") -> dict[Tensor, str]:
-    """Name every parameter; what has been found is kept while the parameters stay."""
+    """Name every parameter."""
     from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
 
-    whole, params = optimizer.whole_step, [param for group in optimizer.param_groups for param in group["params"]]
-    if any(param not in whole.names for param in params):
-        whole.names = dict(zip(params, parameter_names(optimizer), strict=True))
-    return whole.names
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return dict(zip(params, parameter_names(optimizer), strict=True))
 
 
-def _listed(names: Sequence[str]) -> str:
+def names_among(optimizer: "Optimizer", params: Iterable[Tensor]) -> list[str]:
+    """Name some of the parameters, which need not be the optimizer's any more."""
+    known = names_of(optimizer)
+    return [known.get(param, "a removed parameter") for param in params]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name parameters in a message, the first few if there are many."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more parameters"
 
@@ -300,27 +382,37 @@ def _warn(whole: WholeStep, strange: Sequence[str]) -> None:
     most = skipped >= _MANY and skipped & (skipped - 1) == 0 and 2 * skipped > steps
     if skipped == 1 or most:
         warnings.warn(
-            f"step {steps} was skipped since the gradients of {_listed(strange)} hold inf or NaN; {skipped} of {steps} "
+            f"step {steps} was skipped since the gradients of {listed(strange)} hold inf or NaN; {skipped} of {steps} "
             f"steps were skipped so far",
             RuntimeWarning,
-            stacklevel=7,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """Give the `stacklevel` of the code that called `step`, outside torch and surefoot, for a warning of the caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_OURS = ("surefoot", "torch")
 
 
 # After the update
 
 
-def finish(optimizer: "Optimizer") -> None:
-    """Average what the update has not averaged, and hand over what was measured."""
-    whole = optimizer.whole_step
-    if not whole.skips:
-        for part in whole.parts:
+def finish(optimizer: "Optimizer") -> Any:
+    """Average what the update has not averaged, and give what was measured, None if nothing was."""
+    now = optimizer.whole_step.now
+    if not now.skips:
+        for part in now.parts:
             if part.fresh is not None:
                 _average(optimizer, part)
-    raw = _raw(optimizer) if whole.measures else None
-    whole.parts = []
-    if raw is not None:
-        whole.telemetry.record(raw)
+    raw = _raw(optimizer) if now.measures else None
+    now.parts = []
+    return raw
 
 
 def clear(optimizer: "Optimizer") -> None:
@@ -339,43 +431,67 @@ def _average(optimizer: "Optimizer", part: Part) -> None:
         Averaging(averages, [param.detach() for param in params]).move(1.0 if fresh else 1 - part.group["ema"])
 
 
-@torch.no_grad()
 def _raw(optimizer: "Optimizer") -> Any:
     """Put together what telemetry is to get of this step."""
     from surefoot.telemetry import RawStep  # noqa: PLC0415 (on first use)
 
-    whole = optimizer.whole_step
-    roster = _roster(optimizer, [param for part in whole.parts for param in part.params])
-    rates = [float(part.group.get("lr", math.nan)) for part in whole.parts for _ in part.params]
-    blocks = [_sums(whole, part) for part in whole.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
-    sums = torch.cat([block.to(blocks[0].device) for block in blocks])
+    whole, now = optimizer.whole_step, optimizer.whole_step.now
+    roster = _roster(optimizer, now.parts)
+    blocks = [_sums(now, part) for part in now.parts] or [torch.zeros(0, 5, dtype=torch.float64)]
+    sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
-        step=whole.steps,
+        step=now.step,
         names=roster.names,
-        sums=sums if len(roster.chosen) == len(sums) else sums[roster.chosen],
-        lrs=tuple(rates[index] for index in roster.chosen) or (math.nan,),
-        clip=_least([part.clip for part in whole.parts]),
+        sums=sums if roster.chosen is None else sums[roster.chosen],
+        lrs=_rates(now.parts, roster.chosen),
+        clip=_least([part.clip for part in now.parts]),
         skipped=whole.skipped,
-        seconds=perf_counter() - whole.start,
+        seconds=perf_counter() - now.start,
     )
 
 
-class Roster(NamedTuple):
-    """Who is measured: of some parameters the positions of those that telemetry selects, and their names."""
+def _rates(parts: Sequence[Part], chosen: Tensor | None) -> tuple[float, ...]:
+    """Give the learning rates of those who are measured; one if all parts share it."""
+    rates = [float(part.group.get("lr", math.nan)) for part in parts]
+    if len(set(rates)) <= 1:
+        return tuple(rates[:1]) or (math.nan,)
+    each = [rate for rate, part in zip(rates, parts, strict=True) for _ in part.params]
+    return tuple(each) if chosen is None else tuple(each[index] for index in chosen.tolist())
 
-    params: list[Tensor]
-    chosen: list[int]
+
+class Roster(NamedTuple):
+    """Who is measured of the parameters of some parts.
+
+    Attributes:
+        parts: the parts, not held.
+        given: the names that the groups gave.
+        chosen: positions of those that telemetry selects, None if it selects all.
+        names: their names.
+    """
+
+    parts: list["weakref.ref[Part]"]
+    given: list[list[str] | None]
+    chosen: Tensor | None
     names: tuple[str, ...]
 
 
-def _roster(optimizer: "Optimizer", params: list[Tensor]) -> Roster:
-    """Give who is measured of the parameters of this step; kept for steps of the same parameters."""
-    whole = optimizer.whole_step
-    if whole.roster is None or list(map(id, whole.roster.params)) != list(map(id, params)):
-        names = [names_of(optimizer)[param] for param in params]
-        chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
-        whole.roster = Roster(params, chosen, tuple(names[index] for index in chosen))
-    return whole.roster
+def _roster(optimizer: "Optimizer", parts: Sequence[Part]) -> Roster:
+    """Give who is measured in this step; kept for steps of the same parts and names."""
+    whole, old = optimizer.whole_step, optimizer.whole_step.roster
+    given = [group.get("param_names") for group in optimizer.param_groups]
+    if old is not None and given == old.given and [part() for part in old.parts] == parts:
+        return old
+    known = names_of(optimizer)
+    names = [known[param] for part in parts for param in part.params]
+    chosen = [index for index, name in enumerate(names) if whole.telemetry.selects(name)]
+    measured = tuple(names[index] for index in chosen)
+    whole.roster = new = Roster(
+        parts=list(map(weakref.ref, parts)),
+        given=[None if each is None else list(each) for each in given],
+        chosen=None if len(chosen) == len(names) else torch.tensor(chosen, dtype=torch.int64),
+        names=old.names if old is not None and measured == old.names else measured,
+    )
+    return new
 
 
 def _least(clips: Sequence[Any]) -> Any:
@@ -383,15 +499,16 @@ def _least(clips: Sequence[Any]) -> Any:
     return torch.stack(on_device).min() if on_device else min(clips, default=1.0)
 
 
-def _sums(whole: WholeStep, part: Part) -> Tensor:
+def _sums(now: Now, part: Part) -> Tensor:
     """Give a row for each parameter: squares of gradient, parameter, update, largest gradient, how many are strange."""
-    return part.sums if part.sums is not None and not whole.skips else _sums_afterwards(whole, part)
+    return part.sums if part.sums is not None and not now.skips else _sums_afterwards(now, part)
 
 
-def _sums_afterwards(whole: WholeStep, part: Part) -> Tensor:
+@torch.no_grad()
+def _sums_afterwards(now: Now, part: Part) -> Tensor:
     """Measure by torch's operations what the update has not measured."""
     gradients = read_gradients(part.params) if part.gradients is None else part.gradients
-    before = part.params if part.before is None or whole.skips else part.before
+    before = part.params if part.before is None or now.skips else part.before
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
     strange = torch.zeros(len(gradients), 1, dtype=torch.float64, device=gradients.device)
     suspects = ~gradients[:, 1].isfinite() if gradients.is_cpu else torch.ones(len(gradients))

@@ -340,6 +340,22 @@ def test_names_of_one_model_among_several_begin_with_its_key(tmp_path):
         surefoot.load(path, model=others, rename=lambda name: name.removeprefix("g."))
 
 
+@pytest.mark.parametrize("with_model", [False, True])
+def test_parameters_that_were_added_without_names(tmp_path, with_model):
+    model = net()
+    optimizer = surefoot.AdamW([("given", model[0].weight)])
+    optimizer.param_groups[0]["params"] += [*model.parameters()][1:]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    objects = {"optimizer": optimizer} | ({"model": model} if with_model else {})
+    path = surefoot.save(tmp_path / "one.safetensors", **objects)
+    before = {param: {name: value.clone() for name, value in state.items()} for param, state in optimizer.state.items()}
+    optimizer.step()
+    surefoot.load(path, **objects)
+    assert_same(dict(optimizer.state), before)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_prefixes_of_wrappers_are_recognized(tmp_path, prefix):
     wrapper = nn.ModuleDict({prefix[:-1]: net()})

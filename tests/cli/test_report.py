@@ -228,6 +228,31 @@ def test_the_map_tells_values_and_filters_names(page):
     assert page.locator("#map").is_visible()
 
 
+def test_the_map_gets_finer_where_one_looks_closely(browser, tmp_path):
+    telemetry = Telemetry(sinks=JsonLines(tmp_path / "run.jsonl"))
+    for step in range(1, 1801):
+        sums = torch.full((2, 5), 1e6 if step == 901 else 1 + step % 3, dtype=torch.float64)
+        sums[:, 4] = 0
+        telemetry.record(RawStep(step, NAMES[:2], sums, (0.1,)))
+    telemetry.close()
+    assert report(tmp_path / "run.jsonl").exit_code == 0
+    page = browser.new_page(viewport={"width": 900, "height": 1400})
+    page.goto((tmp_path / "run.html").as_uri())
+    tip = "(step) => heat.cellText(0, heat.columnsAt(step))"
+    assert page.evaluate("heat.bins().length - 1") < page.evaluate("heat.width")
+    bright = "(place) => [...byId('map').getContext('2d').getImageData(...place, 1, 1).data][0] > 240"
+    over = page.evaluate("[heat.x(901), heat.top + 2]")
+    assert page.evaluate(tip, 901).startswith("steps ")
+    assert page.evaluate(tip, 901).endswith(", the greatest: gradient norm 1000")
+    assert any(page.evaluate(bright, [over[0] + shift, over[1]]) for shift in (-1, 0, 1))
+    page.evaluate("show(890, 910)")
+    assert page.evaluate(tip, 901.5) == "step 901: gradient norm 1000"
+    assert page.evaluate(tip, 902.5) == "step 902: gradient norm 1.73"
+    places = page.evaluate("[900, 901, 902].map((step) => [heat.x(step + 0.5), heat.top + 2])")
+    assert [page.evaluate(bright, place) for place in places] == [False, True, False]
+    page.close()
+
+
 def test_light_and_dark(browser, file, page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(247, 247, 245)"
     page.locator("#theme").click()

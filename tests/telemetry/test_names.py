@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from surefoot import SGD
-from surefoot.telemetry import parameter_names
+from surefoot.telemetry import Telemetry, parameter_names
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,23 @@ NAMES = ["0.embed_in_names_test.weight", "0.embed_in_names_test.bias", "1.weight
 def test_names_that_were_given_count():
     net = model()
     assert parameter_names(SGD([("a", net[1].weight), ("b", net[1].bias)])) == ["a", "b"]
+
+
+def test_parameters_that_were_added_without_names_are_named_by_their_place():
+    params = [torch.ones(2, requires_grad=True) for _ in range(4)]
+    groups = [{"params": [("a", params[0])]}, {"params": [(7, params[1])]}]
+    optimizer = SGD(groups, telemetry=Telemetry("7"), nonfinite="skip")
+    optimizer.param_groups[0]["params"] += params[2:3]
+    optimizer.param_groups[1]["params"].clear()
+    optimizer.param_groups[1]["params"] += [params[1], params[3]]
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter_names(optimizer) == ["a", "param_groups[0].params[1]", "7", "param_groups[1].params[1]"]
+    assert optimizer.telemetry.latest().names == ("7",)
+    params[2].data = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[1\]` of shape \(3,\) has shape"):
+        optimizer.step()
 
 
 def test_a_model_in_memory_names_its_parameters():

@@ -1,6 +1,7 @@
 """The report's parts: what is condensed equals what was measured, what is said in words is what happened."""
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -241,12 +242,27 @@ def test_the_heat_map_has_the_greatest_of_each_stretch(steps, every, seed):
     numbers = 1 + every * np.arange(steps)
     for step, row in zip(numbers, values, strict=True):
         heat.add(line(int(step), row, NAMES[:3]))
-    assert len(heat.starts) <= condense.COLUMNS
-    assert (len(heat.starts) == steps) == (steps <= condense.COLUMNS)
+    assert len(heat.starts) <= condense.POINTS
+    assert (len(heat.starts) == steps) == (steps <= condense.POINTS)
     starts = np.searchsorted(numbers, heat.starts)
     expected = np.maximum.reduceat(np.nan_to_num(values, nan=np.inf), starts).T
     np.testing.assert_allclose(decoded(heat, "grad"), expected, rtol=1e-3)
     assert heat.last == numbers[-1]
+
+
+def test_the_more_parameters_the_fewer_columns(monkeypatch):
+    monkeypatch.setattr(condense, "ROWS", 30)
+    monkeypatch.setattr(condense, "CELLS", 600)
+    monkeypatch.setattr(condense, "POINTS", 101)
+    names, heat = [f"p{index}" for index in range(70)], Heat()
+    for step in range(1, 401):
+        count = 1 if step < 199 else 15 if step < 300 else len(names)
+        heat.add(line(step, 1.0 + step % 97, names[:count]))
+        assert len(heat.starts) * min(count, 30) <= 600
+        assert len(heat.starts) >= min(step, 10)
+        bounds = [*heat.starts, step + 1]
+        greatest = [max(1.0 + each % 97 for each in range(*pair)) for pair in itertools.pairwise(bounds)]
+        assert decoded(heat, "grad")[0].tolist() == pytest.approx(greatest, rel=1e-2)
 
 
 def test_all_quantities_are_there():

@@ -75,7 +75,7 @@ def parameter_names(objects: Objects) -> dict[Tensor, str]:
 def names_of(optimizer: torch.optim.Optimizer, known: Mapping[Tensor, str]) -> list[str] | None:
     """Give the names of an optimizer's parameters: its own, or those in the models; None unless all are named."""
     groups = optimizer.param_groups
-    if all("param_names" in group for group in groups):
+    if all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         return [name for group in groups for name in group["param_names"]]
     names = [known.get(param) for group in groups for param in group["params"]]
     complete = None not in names and len(set(names)) == len(names)

@@ -32,11 +32,26 @@ def install() -> None:
 def _begin(settings: Settings, started: float) -> None:
     """Replace the classes, and see to it that steps are watched and reported."""
     atexit.unregister(_say_that_torch_was_not_used)
+    from multiprocessing import parent_process, util  # noqa: PLC0415 (torch has imported it)
+
     from surefoot.run import report, swap, watch  # noqa: PLC0415 (they need torch)
 
     swap.install(settings)
     watch.install()
     atexit.register(report.at_exit, settings, started)
+    if parent_process() is not None:
+        _report_as_child(settings, started)
+    util.register_after_fork(settings, _report_as_child)
+
+
+def _report_as_child(settings: Settings, started: float | None = None) -> None:
+    """Report at the end of a process of multiprocessing, where atexit is passed over if it was forked."""
+    from multiprocessing import util  # noqa: PLC0415
+
+    from surefoot.run import report  # noqa: PLC0415
+
+    arguments = (settings, perf_counter() if started is None else started)
+    util.Finalize(None, report.at_exit, arguments, exitpriority=-1)  # when its own children have been waited for
 
 
 def _say_that_torch_was_not_used(settings: Settings, started: float) -> None:

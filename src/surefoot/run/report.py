@@ -14,6 +14,8 @@ from typing import Any
 from surefoot.run.settings import Settings, suffix
 
 _MOST = 8
+_reported: set[int] = set()
+"""Processes that have reported: this one, or those that it was forked from."""
 
 
 def at_exit(settings: Settings, started: float) -> None:
@@ -21,6 +23,9 @@ def at_exit(settings: Settings, started: float) -> None:
     from surefoot.run import swap, watch  # noqa: PLC0415 (they need torch)
 
     seconds = perf_counter() - started
+    if os.getpid() in _reported:
+        return
+    _reported.add(os.getpid())
     watch.stop()
     if not (settings.is_main or watch.found):
         return
@@ -77,7 +82,7 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
     from surefoot.run.compare import compared  # noqa: PLC0415 (it needs torch)
 
     compare = settings.compare and not _failed()
-    silent = None if settings.telemetry is None else f"nothing: {watched.algorithm.__name__} takes no `telemetry`"
+    silent = None if settings.telemetry is None else _why_silent(watched.algorithm)
     return {
         "class": watched.algorithm.__qualname__,
         "module": watched.algorithm.__module__,
@@ -96,6 +101,14 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
         "no_telemetry": None if watched.telemetry else silent,
         "compared": compared(watched) if compare else None,
     }
+
+
+def _why_silent(algorithm: type) -> str:
+    """Say why an optimizer has no file."""
+    options: Any = getattr(algorithm, "step_options", set)
+    if "telemetry" in options():
+        return "nothing: a copy of an optimizer writes nothing"
+    return f"nothing: {algorithm.__name__} takes no `telemetry`"
 
 
 def _publish(settings: Settings, content: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def install(settings: Settings) -> None:
                 _put(module, name, ours[id(value)])
     if settings.telemetry is not None:
         for name in optimizers.__all__:
-            _add_telemetry(getattr(optimizers, name), Path(settings.telemetry), suffix(settings))
+            _add_telemetry(getattr(optimizers, name), Path(settings.telemetry), settings)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:
@@ -62,7 +62,7 @@ def pairs() -> Iterator[tuple[int, Any]]:
                 yield id(original), getattr(ours, name)
 
 
-def _add_telemetry(algorithm: Any, folder: Path, suffix: str) -> None:
+def _add_telemetry(algorithm: Any, folder: Path, settings: Settings) -> None:
     """Let the constructor add `telemetry`, unless the script gives one."""
     construct = algorithm.__init__
 
@@ -74,7 +74,7 @@ def _add_telemetry(algorithm: Any, folder: Path, suffix: str) -> None:
             return
         _under_construction.add(id(self))
         try:
-            construct(self, *args, **({"telemetry": _telemetry(self, folder, suffix)} | kwargs))
+            construct(self, *args, **({"telemetry": _telemetry(self, folder, suffix(settings))} | kwargs))
         finally:
             _under_construction.discard(id(self))
 

@@ -4,6 +4,7 @@ import functools
 import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,12 +49,11 @@ _found: WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, list[str]]] = WeakKe
 
 
 def _of_group(group: Mapping[str, Any], index: int, groups: int, known: Mapping[Tensor, str]) -> Iterator[str]:
-    if "param_names" in group:
-        yield from group["param_names"]
-        return
     where = "" if groups == 1 else f"param_groups[{index}]."
-    for position, param in enumerate(group["params"]):
-        yield known.get(param, f"{where}params[{position}]")
+    given = group.get("param_names") or ()  # fewer than parameters, if somebody has added to `params` only
+    for param, name, position in zip_longest(group["params"], given, range(len(group["params"]))):
+        if param is not None:
+            yield known.get(param, f"{where}params[{position}]") if name is None else str(name)
 
 
 def _names_in_models() -> dict[Tensor, str]:

@@ -5,12 +5,14 @@ Nothing here waits for a device: records are looked at by sinks, callbacks and p
 
 import difflib
 import os
+import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from multiprocessing import util
 from typing import Any
 
 from torch import distributed
@@ -77,13 +79,15 @@ class _Outlet:
         self._sink: Sink | None = sink
         self._waiting: list[Record] = []
         self._process = os.getpid()
+        self._lock = threading.RLock()  # several threads may step one optimizer
 
     def take(self, record: Record) -> None:
         if self._sink is None or not self._is_ours(self._sink):
             return
-        self._waiting.append(record)
-        if self._sink.due(len(self._waiting)):
-            self._pass_on()
+        with self._lock:
+            self._waiting.append(record)
+            if self._sink is not None and self._sink.due(len(self._waiting)):
+                self._pass_on()
 
     def _is_ours(self, sink: Sink) -> bool:
         """Whether this process writes: not a forked child, which has the same file open, and not a later rank."""
@@ -91,13 +95,15 @@ class _Outlet:
 
     def flush(self) -> None:
         if self._sink is not None and self._is_ours(self._sink):
-            self._pass_on()
-            self._guarded(lambda sink: sink.flush())
+            with self._lock:
+                self._pass_on()
+                self._guarded(lambda sink: sink.flush())
 
     def close(self) -> None:
         self.flush()
         if self._sink is not None and self._is_ours(self._sink):
-            self._guarded(lambda sink: sink.close())
+            with self._lock:
+                self._guarded(lambda sink: sink.close())
         self._sink = None
 
     def _pass_on(self) -> None:
@@ -196,6 +202,8 @@ class Telemetry:
             sink.claim(self)
         self._outlets = tuple(map(_Outlet, sinks))
         self._closing = weakref.finalize(self, _close, self._outlets)
+        # Processes that multiprocessing has forked end without what finalize registers with atexit.
+        util.Finalize(self, self._closing, exitpriority=0)
         self._checked = False
 
     # What the step asks

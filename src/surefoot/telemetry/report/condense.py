@@ -16,10 +16,10 @@ from surefoot.telemetry.record import ratio
 
 POINTS = 2000
 """How many points a curve has at most."""
-COLUMNS = 360
-"""How many columns the heat map has at most."""
 ROWS = 600
 """How many rows the heat map has at most."""
+CELLS = 216_000
+"""How many cells it has at most: the fewer parameters, the more columns, up to `POINTS`, for those who look closely."""
 QUANTITIES = ("grad", "update_ratio", "update", "param", "max_grad")
 """What the heat map shows, as attributes of `Line`."""
 _OF_GRADIENT = [QUANTITIES.index("grad"), QUANTITIES.index("max_grad")]
@@ -99,6 +99,8 @@ class Heat:
         """Take a step."""
         self._forget_from(line.step)
         rows = self._rows(line.names)
+        while self._is_too_wide():
+            self._halve()
         if not self.starts or self._filled == self._stretch:
             self._begin(line.step)
         self._filled, self.last = self._filled + 1, line.step
@@ -119,9 +121,12 @@ class Heat:
 
     _known: tuple[str, ...] = ()
 
+    def _is_too_wide(self) -> bool:
+        """Whether there are more columns than may be, the one that is about to begin included."""
+        most = min(POINTS, CELLS // min(max(len(self.names), 1), ROWS)) // 2 * 2
+        return len(self.starts) + (self._filled == self._stretch) > most
+
     def _begin(self, step: int) -> None:
-        if len(self.starts) == COLUMNS:
-            self._halve()
         self.starts.append(step)
         self._cells.append(np.full((len(QUANTITIES), len(self.names)), np.nan))
         self._filled = 0
@@ -129,7 +134,9 @@ class Heat:
     def _halve(self) -> None:
         count = len(self.names)
         cells = [_grown(each, count) for each in self._cells]
-        self._cells = [_merged(*pair) for pair in zip(cells[::2], cells[1::2], strict=True)]
+        pairs = zip(cells[::2], cells[1::2], strict=False)
+        self._cells = [_merged(*pair) for pair in pairs] + cells[len(cells) // 2 * 2 :]
+        self._filled += self._stretch if len(cells) % 2 == 0 else 0
         self.starts = self.starts[::2]
         self._stretch *= 2
 

@@ -350,23 +350,47 @@ const heat = {
     this.legend();
   },
 
+  /** The first columns of what is drawn, a pixel wide or wider, and the end: several columns where they are narrower. */
+  bins() {
+    const columns = data.heat.starts.length, bins = [];
+    let drawn = -Infinity;
+    for (let column = 0; column < columns && this.x(data.heat.starts[column]) < this.width; column += 1) {
+      if (this.x(this.end(column)) < this.gutter) continue;
+      const place = Math.round(this.x(data.heat.starts[column]));
+      if (place > drawn) { bins.push(column); drawn = place; }
+      bins.end = column + 1;
+    }
+    return [...bins, bins.end ?? 0];
+  },
+
+  /** The greatest code of a row from one column to before another. */
+  greatest(row, from, to) {
+    const codes = this.current(), start = row * data.heat.starts.length;
+    let found = ABSENT;
+    for (let index = start + from; index < start + to; index += 1) {
+      if (codes[index] === BROKEN) return BROKEN;
+      if (codes[index] > found) found = codes[index];
+    }
+    return found;
+  },
+
   x(step) { return placeOf(step, this.width, this.gutter); },
   end(column) { return column + 1 < data.heat.starts.length ? data.heat.starts[column + 1] : data.heat.last + 1; },
 
   paint(context) {
-    const columns = data.heat.starts.length;
-    const image = new ImageData(columns, this.rows.length);
-    const codes = this.current();
+    const bins = this.bins(), count = bins.length - 1;
+    if (count < 1) return;
+    const image = new ImageData(count, this.rows.length);
     const table = { [ABSENT]: cssColour("--absent"), [BROKEN]: cssColour("--broken"), [ZERO]: [0, 0, 0] };
     this.rows.forEach(([, row], line) => {
-      for (let column = 0; column < columns; column += 1) {
-        const code = codes[row * columns + column];
+      for (let bin = 0; bin < count; bin += 1) {
+        const code = this.greatest(row, bins[bin], bins[bin + 1]);
         const rgb = table[code] || colour((code - this.limits[0]) / (this.limits[1] - this.limits[0]));
-        image.data.set([...rgb, 255], 4 * (line * columns + column));
+        image.data.set([...rgb, 255], 4 * (line * count + bin));
       }
     });
     const small = document.createElement("canvas");
-    small.width = columns;
+    small.width = count;
     small.height = this.rows.length;
     small.getContext("2d").putImageData(image, 0, 0);
     const height = this.rows.length * this.rowHeight;
@@ -374,10 +398,9 @@ const heat = {
     context.beginPath();
     context.rect(this.gutter, this.top, this.width - this.gutter - RIGHT, height);
     context.clip();
-    for (let column = 0; column < columns; column += 1) {
-      const from = Math.round(this.x(data.heat.starts[column])), to = Math.round(this.x(this.end(column)));
-      if (to < this.gutter || from > this.width) continue;
-      context.drawImage(small, column, 0, 1, this.rows.length, from, this.top, Math.max(1, to - from), height);
+    for (let bin = 0; bin < count; bin += 1) {
+      const from = Math.round(this.x(data.heat.starts[bins[bin]])), to = Math.round(this.x(this.end(bins[bin + 1] - 1)));
+      context.drawImage(small, bin, 0, 1, this.rows.length, from, this.top, Math.max(1, to - from), height);
     }
     context.restore();
   },
@@ -431,21 +454,23 @@ const heat = {
     tip.hidden = !(line in this.rows) || x > this.width - RIGHT;
     if (tip.hidden) { pointAt(null); return; }
     const [name, row] = this.rows[line];
-    tip.textContent = x < this.gutter ? name : `${name}\n${this.cellText(row, this.columnAt(step))}`;
+    tip.textContent = x < this.gutter ? name : `${name}\n${this.cellText(row, this.columnsAt(step))}`;
     tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
     tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)}px`;
     pointTo(x < this.gutter ? null : nearest(step));
   },
 
-  columnAt(step) {
-    let column = data.heat.starts.length - 1;
-    while (column > 0 && data.heat.starts[column] > step) column -= 1;
-    return column;
+  /** The columns, from one to before another, of what is drawn at a step. */
+  columnsAt(step) {
+    const bins = this.bins();
+    let bin = bins.length - 2;
+    while (bin > 0 && data.heat.starts[bins[bin]] > step) bin -= 1;
+    return [bins[bin], bins[bin + 1]];
   },
 
-  cellText(row, column) {
-    const code = this.current()[row * data.heat.starts.length + column];
-    const from = data.heat.starts[column], to = this.end(column) - 1;
+  cellText(row, [begin, end]) {
+    const code = this.greatest(row, begin, end);
+    const from = data.heat.starts[begin], to = this.end(end - 1) - 1;
     const steps = from === to ? `step ${whole(from)}` : `steps ${whole(from)} to ${whole(to)}, the greatest`;
     const number = () => short(Number(valueOf(code, this.map()).toPrecision(3)));
     const value = code === ABSENT ? "not measured" : code === BROKEN ? "inf or NaN" : number();

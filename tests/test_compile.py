@@ -1,0 +1,71 @@
+"""`torch.compile` around a training function: it breaks off at the optimizer's calls, and changes nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import surefoot
+from helpers import assert_same
+
+ALGORITHMS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "AdamW": {"lr": 0.1},
+    "Muon": {"lr": 0.1},
+    "LBFGS": {"lr": 0.1},
+}
+
+
+def trained(name, compiled, *, closure, **options):
+    """Train a small model by a function that is compiled or not; give its parameters."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)), torch.ones(5, 3)
+    optimizer = getattr(surefoot, name)(model.parameters(), **ALGORITHMS[name], **options)
+
+    def evaluate():
+        optimizer.zero_grad()
+        loss = model(data).square().sum()
+        loss.backward()
+        return loss
+
+    def train():
+        if closure:
+            return optimizer.step(evaluate)
+        loss = evaluate()
+        optimizer.step()
+        return loss
+
+    functions = [train, lambda: optimizer.step(evaluate) if closure else optimizer.step()]
+    for function in functions:
+        function = torch.compile(function, backend="eager") if compiled else function  # noqa: PLW2901
+        for _ in range(4):
+            function()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.1, "ema": 0.9, "telemetry": True, "nonfinite": "skip"}], ids=["plain", "whole"]
+)
+@pytest.mark.parametrize("closure", [False, True], ids=["backward", "closure"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_compiled_function_trains_as_an_uncompiled_one(name, closure, options):
+    if name == "LBFGS" and (options or not closure):
+        pytest.skip("it needs a closure, and takes no options")
+    torch._dynamo.reset()
+    assert_same(*(trained(name, compiled, closure=closure, **options) for compiled in (False, True)))
+
+
+def test_a_step_does_not_import_the_compiler():
+    code = """
+import sys, torch, surefoot
+param = torch.ones(2).requires_grad_()
+param.grad = torch.ones(2)
+optimizer = surefoot.AdamW([param])
+optimizer.step(), optimizer.zero_grad()
+print("torch._dynamo" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    assert said.split() == ["False"]
