@@ -62,12 +62,16 @@ class Watch:
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
-        grads = work.grads()  # held while kernels run, whatever other threads do
+        plan = work.bucket.plan
+        grads = work.grads() if plan is None or plan.irregular else []  # else their addresses do
         if self._look.changed():
             return False
-        grads = list(map(local, grads)) if work.params[0].is_complex() else grads
-        work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, grads
+        work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, list(map(local, grads))
         return True
+
+    def let_go(self) -> None:
+        """Hold this step's gradients no longer."""
+        self._look.let_go()
 
     def read(self) -> np.ndarray:
         """Read the scalars: float64 of shape (scalars, parameters)."""

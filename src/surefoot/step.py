@@ -240,14 +240,20 @@ class Work:
             self.engine.run(self.bucket)
 
     def run(self) -> None:
-        """Update the bucket's parameters, count the step, and forget the gradients."""
+        """Update the bucket's parameters and count the step."""
         if self.device_scalars:
             self._run_on_device(self.device_scalars)
         else:
             self._run_engine()
             self._count()
         self.part.sums, self.bucket.measured = self.bucket.measured, None
-        self.bucket.grads, self.bucket.gradient_addresses, self.made, self.scalars = [], None, [], None
+        self.made, self.scalars = [], None
+
+    def let_go(self) -> None:
+        """Forget the gradients."""
+        self.bucket.grads, self.bucket.gradient_addresses = [], None
+        if self.watch:
+            self.watch.let_go()
 
     def _count(self) -> None:
         if self.watch:
@@ -268,20 +274,19 @@ def run_rule(optimizer: "Optimizer") -> None:
     if known is None:
         for work in kept.found:
             work.forget_fresh()
+            work.let_go()
     options = Options(optimizer) if known is None else None
     works = _new_works(optimizer) if known is None else known
     try:
-        made = _prepare(optimizer, works)
-    except BaseException:
-        _undo(works)
-        raise
-    if not made:
-        _undo(works)
-        kept = kept if known is not None else Kept()  # what was kept has been found not to hold
-    elif options is not None:
-        kept = Kept.of(optimizer, options, works)
-    for work in works if made else ():
-        work.run()
+        if not _prepare(optimizer, works):
+            kept = kept if known is not None else Kept()  # what was kept has been found not to hold
+        else:
+            kept = kept if options is None else Kept.of(optimizer, options, works)
+            for work in works:
+                work.run()
+    finally:
+        for work in works:
+            work.let_go()
     optimizer.__dict__["_kept"] = kept
 
 
@@ -306,6 +311,17 @@ def _new_works(optimizer: "Optimizer") -> list[Work]:
 
 
 def _prepare(optimizer: "Optimizer", works: "Sequence[Work]") -> bool:
+    """Prepare a step and tell whether it is to be made; if not, for whatever reason, no state is left."""
+    made = False
+    try:
+        made = _look_and_compute(optimizer, works)
+    finally:
+        if not made:
+            _undo(works)
+    return made
+
+
+def _look_and_compute(optimizer: "Optimizer", works: "Sequence[Work]") -> bool:
     """Look at the gradients where that is asked for, and compute the numbers; tell whether the step is to be made."""
     now = optimizer.whole_step.now
     now.parts = [work.part for work in works]

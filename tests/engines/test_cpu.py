@@ -1,5 +1,6 @@
 """The CPU engine: its kernels on disk, its threads, its plans, and what it answers when it cannot serve."""
 
+import contextlib
 import dataclasses
 import functools
 import subprocess
@@ -16,6 +17,7 @@ from surefoot.engines import looks
 from surefoot.engines.cpu import anatomy, plan, tensors, threads
 from surefoot.engines.cpu import compile as compiling
 from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.errors import NonFiniteGradientError
 from surefoot.explain import rule_of
 
 SIZES = (1, 1000, plan.CHUNK - 1, plan.CHUNK, 3 * plan.CHUNK + 5)
@@ -207,10 +209,40 @@ def test_a_plan_of_complex_parameters_is_used_again():
         assert torch.equal(param, expected)
 
 
-def test_a_plan_keeps_no_gradient_alive():
-    optimizer, params = make()
+@pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
+@pytest.mark.parametrize("end", ["made", "skipped", "refused", "replanned", "failed"])
+def test_a_step_holds_gradients_no_longer_than_it_takes(end, kind, monkeypatch):
+    if kind is looks.PlainLook:
+        monkeypatch.setattr(looks.compiled, "available", lambda: False)
+    whole = {"skipped": {"nonfinite": "skip"}, "refused": {"nonfinite": "raise"}}.get(end, {})
+    optimizer, params = make(surefoot.Adam, (5, 7), **whole)
     train(optimizer, params)
-    assert all(work.bucket.grads == [] for work in optimizer._kept.found)
+    assert isinstance(optimizer._kept.found[0].watch._look, kind)
+    for param in params:
+        param.grad = torch.full_like(param, torch.inf if whole else 1.0)
+    grads = [weakref.ref(param.grad) for param in params]
+    if end == "replanned":
+        params[1].data = params[1].data.clone()
+    if end == "failed":
+        monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: 1 / 0)
+    with {
+        "refused": pytest.raises(NonFiniteGradientError),
+        "failed": pytest.raises(ZeroDivisionError),
+        "skipped": pytest.warns(RuntimeWarning, match="was skipped"),
+    }.get(end, contextlib.nullcontext()):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert [grad() for grad in grads] == [None, None]
+
+
+def test_a_look_that_goes_lets_go():
+    watch, params, _ = look()
+    assert not watch.changed()
+    grad = weakref.ref(params[0].grad)
+    params[0].grad = None
+    assert grad() is not None
+    del watch
+    assert grad() is None
 
 
 def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch):

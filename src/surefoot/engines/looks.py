@@ -65,12 +65,14 @@ class PlainLook:
             for state, tensor in zip(states, tensors, strict=True)
         ]
         self.gradients = np.zeros(len(columns[0]), dtype=np.int64)
+        self._held: list[Tensor | None] = []
         self._seen = self._see()
 
     def _see(self) -> list[tuple[object, ...]]:
         seen = list(map(_facts, self._tensors))
         if self._gradients:
-            grads = [_facts(owner.grad) for owner in self._owners]
+            self._held = [owner.grad for owner in self._owners]
+            grads = list(map(_facts, self._held))
             self.gradients = np.array([facts[0] for facts in grads], dtype=np.int64)
             seen += [facts[1:] for facts in grads]  # they may move
         return seen
@@ -81,7 +83,12 @@ class PlainLook:
             entries_stay = all(state.get(name) is tensor for state, name, tensor in self._entries)
             if not entries_stay or self._seen != self._see():
                 self._seen = []
+                self.let_go()
         return not self._seen
+
+    def let_go(self) -> None:
+        """Hold the gradients no longer."""
+        self._held = []
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...]:

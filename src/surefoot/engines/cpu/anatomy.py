@@ -21,7 +21,7 @@ MOST = 17
 """Words that may describe a tensor in an implementation: from sizes and strides, of up to 5 dimensions, to the kind."""
 _IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 22, 12, 8
 Place = TypeVar("Place")
-_QUESTIONS = ("data_ptr", "dtype", "dim", "sizes", "strides")
+_FUNCTIONS = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides", "assign_tensors")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Anatomy:
         described: how many words describe a tensor.
         undefined: the implementation of a gradient that is None.
         questions: functions of torch's stable C interface: data_ptr, dtype, dim, sizes, strides.
+        assign: torch's function that lets one C++ tensor refer to what another does.
         lookup: `PyDict_GetItemWithError`.
         walk: `PyDict_Next`.
     """
@@ -57,6 +58,7 @@ class Anatomy:
     described: int
     undefined: int
     questions: tuple[int, ...]
+    assign: int
     lookup: int
     walk: int
 
@@ -98,6 +100,7 @@ def _find() -> Anatomy:
     geometry, (version, count) = _geometry(key_set), _version(key_set)
     if (described := key_set + 1 - geometry.start) > MOST:
         raise LookupError
+    *questions, assign = _functions()
     lookup, walk = map(_address, (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next))
     return Anatomy(
         tensor=WORD * tensor,
@@ -111,7 +114,8 @@ def _find() -> Anatomy:
         grad=WORD * grad,
         described=described,
         undefined=undefined.pop(),
-        questions=_questions(),
+        questions=tuple(questions),
+        assign=assign,
         lookup=lookup,
         walk=walk,
     )
@@ -196,13 +200,13 @@ def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _questions() -> tuple[int, ...]:
-    """Find torch's functions that answer questions about a tensor."""
+def _functions() -> tuple[int, ...]:
+    """Find torch's functions that answer questions about a tensor, and the one that assigns."""
     folder = Path(torch.__file__).parent / "lib"
     for path in (*folder.glob("libtorch_cpu.*"), *folder.glob("torch_cpu.dll")):
         try:
             library = ctypes.CDLL(str(path))
-            functions = [getattr(library, f"aoti_torch_get_{question}") for question in _QUESTIONS]
+            functions = [getattr(library, f"aoti_torch_{function}") for function in _FUNCTIONS]
         except (OSError, AttributeError):
             continue
         return tuple(map(_address, functions))

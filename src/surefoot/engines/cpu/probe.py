@@ -14,7 +14,7 @@ TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS = 1, 2, 3, 4, 7, 24
 SIZES, DIMENSIONS, INLINE = FACTS + 3, 8, 5
 RECORD = SIZES + 2 * DIMENSIONS + 5
 ANATOMY, QUESTIONS = 8 * 8, 19 * 8  # places in a job, in bytes
-JOB = 28
+JOB = 29
 AHEAD, LINE = 8, 64  # how many positions before it is looked at a tensor is fetched, and bytes that are fetched at once
 
 
@@ -98,7 +98,7 @@ def fetch(records, count, data):
 
 @njit(error_model="numpy")
 def changes(job):
-    """Count what has changed about parameters, gradients and the entries of their state."""
+    """Count what has changed about parameters, gradients and the entries of their state; hold the gradients."""
     slots, anatomy = words(job, JOB), words(job + ANATOMY, 11)
     tensors, entries, changed = slots[1], slots[2], 0
     objects = words(slots[3], (1 + entries) * tensors)
@@ -111,12 +111,15 @@ def changes(job):
             prefetch(states[index + AHEAD])
         tensor = objects[index] + anatomy[0]
         changed += moved(tensor, words(record, RECORD), job)
-        if slots[27]:
+        if slots[28]:
             metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
             gradient = metadata + anatomy[6]
             if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
                 return changed + 1
-            changed += differs(gradient, words(record + RECORD * 8, RECORD), job)
+            held, found = slots[28] + index * 8, words(record + RECORD * 8, RECORD)
+            call(slots[26], gradient, held)
+            changed += differs(held, found, job)
+            found[TENSOR] = gradient
         for entry in range(entries):
             expected = objects[(1 + entry) * tensors + index]
             if slots[5] and lookup(slots[24], states[index], names[entry]) != expected:
@@ -174,15 +177,27 @@ def count_versions(job):
             count(counter + anatomy[5])
 
 
+@njit(error_model="numpy")
+def let_go(slots):
+    """Let what holds gradients refer to nothing, as the last of them always does."""
+    count = slots[1]
+    held = words(slots[28], count + 1)
+    for index in range(count):
+        if held[index] != held[count]:
+            call(slots[26], slots[28] + count * 8, slots[28] + index * 8)
+
+
 @cfunc(types.void(types.int64), error_model="numpy")
 def kernel(job):
-    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions."""
+    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go."""
     slots = words(job, JOB)
     if slots[0] == 1:
-        slots[26] = changes(job)
+        slots[27] = changes(job)
     elif slots[0] == 2:
-        slots[26] = other_items(slots)
+        slots[27] = other_items(slots)
     elif slots[0] == 5:
         count_versions(job)
+    elif slots[0] == 6:
+        let_go(slots)
     else:
         copy_numbers(slots, slots[0] == 3)

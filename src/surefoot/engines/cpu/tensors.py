@@ -19,8 +19,8 @@ from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
 
-_RECORD, _RESULT, _GRADIENTS = 48, 26, 27
-_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS = 1, 2, 3, 4, 5
+_RECORD, _RESULT, _HELD = 48, 27, 28
+_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
 
 
 @functools.cache
@@ -53,12 +53,12 @@ class _Job:
 
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         known = anatomy()
-        self.slots = np.zeros(_GRADIENTS + 1, dtype=np.int64)
+        self.slots = np.zeros(_HELD + 1, dtype=np.int64)
         self.slots[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
         if known is not None:
             places = (known.tensor, known.description, known.key_set, known.autograd, known.version, known.count)
             more = (known.grad, known.described, known.undefined, known.storage, known.data)
-            self.slots[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk]
+            self.slots[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk, known.assign]
         self._probe, self._address = _probe(), self.slots.ctypes.data
 
     def ask(self) -> bool:
@@ -78,7 +78,8 @@ class Look:
         columns: lists of tensors of one length.
         states: for each position a dict in which the tensors of `columns[1:]` stand, if that is to be watched too.
         names: under which names they stand there.
-        gradients: whether the first column has gradients that must stay of one kind, but may move.
+        gradients: whether the first column has gradients that must stay of one kind, but may move.  A look that finds
+            nothing changed holds them until `let_go` or the next look, whatever other threads do.
 
     Attributes:
         gradients: addresses of the gradients' memory at the last look: int64 of shape (length,).
@@ -95,6 +96,7 @@ class Look:
         *,
         gradients: bool = False,
     ) -> None:
+        self._held: np.ndarray | None = None
         self._kept = (columns, states, names)  # what stands in the job by its id must live
         self._arrays = [_ids(chain.from_iterable(columns)), _ids(states), _ids(names)]
         count = len(columns[0])
@@ -102,13 +104,16 @@ class Look:
         self._answer = np.zeros(8, dtype=np.int64)
         self._job = _Job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
         self._job.slots[5] *= bool(names)
-        self._job.slots[_GRADIENTS] = gradients
+        if gradients:
+            self._held = np.full(count + 1, known.undefined if (known := anatomy()) else 0, dtype=np.int64)
+            self._job.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
         self._job.ask()
         self._over = False
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
         seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
+        self.let_go()
 
     def changed(self) -> bool:
         """Whether something has changed, or cannot be known not to have; once it has, for good.
@@ -117,7 +122,20 @@ class Look:
         """
         if not self._over:
             self._over = self._job.ask()
+            if self._over:
+                self.let_go()
         return self._over
+
+    def let_go(self) -> None:
+        """Hold the gradients no longer."""
+        if self._held is not None:
+            self._job.slots[0] = _LET_GO
+            self._job.ask()
+            self._job.slots[0] = _CHANGES
+
+    def __del__(self) -> None:
+        """Hold nothing that nobody can let go."""
+        self.let_go()
 
 
 class Items:

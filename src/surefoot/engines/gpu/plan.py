@@ -64,7 +64,7 @@ class Plan:
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._dialect = dialect_of(bucket.device)
         self._launch = LAUNCH[max(dtype.itemsize for dtype in self._stored)]
-        self._irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
+        self.irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
         self._versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
         self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
         # A step sends addresses twice if it reads gradients before the update.
@@ -177,7 +177,7 @@ class Plan:
         """Let the table point at the gradients, and at copies of what is not laid out as its parameter."""
         known = bucket.gradient_addresses
         self._entries[1] = addresses(bucket.grads) if known is None else known
-        for index in self._irregular:
+        for index in self.irregular:
             tensors = [tensors[index] for tensors in stored]
             copies = laid_out_alike(tensors)
             self._entries[: len(copies), index] = addresses(copies)
