@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from telemetry_helpers import NAMES, raw
 
@@ -65,6 +65,7 @@ def test_the_file_is_plain_json(tmp_path):
     assert json.loads(line_of(Record(raw())))["lr"] == 0.1
 
 
+@settings(deadline=None)
 @given(cut=st.integers(min_value=1))
 def test_a_killed_run_is_read_up_to_its_last_whole_line(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("runs") / "run.jsonl"
