@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surefoot.engines import Bucket, Engine, choose, cpu
+from surefoot.engines import Bucket, Engine, choose, cpu, gpu
 from surefoot.engines.bucket import PLAIN
 from surefoot.engines.looks import items_of, look_at
 from surefoot.optimizer import Optimizer
@@ -85,7 +85,7 @@ class Averaging:
 
     def watch(self) -> None:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
-        if self._plain and all(engine is cpu for engine, _ in self._works):
+        if self._plain and all(engine in (cpu, gpu) for engine, _ in self._works):
             self._looks = [look_at((bucket.params, bucket.grads)) for _, bucket in self._works]
 
 

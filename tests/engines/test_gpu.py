@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
-from surefoot import device, engines, state, whole_step
+from surefoot import averages, device, engines, state, whole_step
 from surefoot.engines import gpu, looks
 from surefoot.engines.bucket import measure
 from surefoot.engines.cpu import tensors as cpu_tensors
@@ -603,6 +603,28 @@ def test_a_captured_step_may_be_clipped(monkeypatch):
             del tables._kept_for_graphs[kept:]
         found.append(results(optimizer, params))
     assert_same(*found)
+
+
+# Averages
+
+
+def test_averages_of_models_are_kept(monkeypatch):
+    monkeypatch.setattr(averages, "choose", lambda bucket: gpu)
+    models = [torch.nn.Linear(40, 30) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = surefoot.swa_utils.AveragedModel(models[0]), torch.optim.swa_utils.AveragedModel(models[1])
+    kept = []
+    for step in range(5):
+        for model, average in zip(models, (ours, theirs), strict=True):
+            for param in model.parameters():
+                param.data.mul_(1 + step)
+            average.update_parameters(model)
+        kept.append(ours._update)
+        if step == 3:
+            models[0].weight.data = models[0].weight.data.clone()
+    assert kept[1] is kept[2] is kept[3]
+    assert kept[4] is not kept[3]
+    assert all(map(torch.allclose, ours.parameters(), theirs.parameters()))
 
 
 # Plans and tables

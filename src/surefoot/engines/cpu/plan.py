@@ -33,6 +33,7 @@ class Job:
         self.rows = np.zeros(len(sizes), dtype=np.int64)
         self.size = int(sizes.sum())
         self._tensor, start, size = _segments(sizes)
+        self._uncut = np.array_equal(self._tensor, np.arange(len(sizes)))
         first = _items(size)
         self.items = len(first) - 1
         self._parts = (first, self._tensor, start, size)
@@ -56,7 +57,7 @@ class Job:
             self._job[0], self._job[10] = 0, measured.ctypes.data if measures else 0
             threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
             run_on_threads(kernel, self._address, threads)
-        return combined(measures, measured, self._tensor, len(self.rows))
+        return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
 
 
 def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
