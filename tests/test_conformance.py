@@ -81,8 +81,7 @@ def test_eager_has_the_bits_of_the_for_loop(row, options, dtype, lr, record_prop
     )
     train(optimizer, ours, dtype)
     train(oracle, theirs, dtype)
-    # torch's Adafactor computes sizes in the dtype of a learning rate that is a tensor.
-    equal = assert_close if row.ours is surefoot.Adafactor and lr == "tensor" else assert_same
+    equal = assert_same if row.exact else assert_close
     equal(results(optimizer, ours), results(oracle, theirs))
     record_property("compared", f"eager: {'same bits as' if equal is assert_same else 'to rounding with'} the for-loop")
 

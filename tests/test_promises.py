@@ -85,7 +85,8 @@ def test_checkpoints_of_torch_go_on_here_and_ours_there(engine, row):
             group.update(wish)
         train(optimizer, ours, torch.float32, steps=range(start, start + 3))
         train(oracle, theirs, torch.float32, steps=range(start, start + 3))
-    (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
+    equal = assert_same if engine == "eager" and row.exact else assert_close
+    equal(results(optimizer, ours), results(oracle, theirs))
 
 
 # 3. Only your memory

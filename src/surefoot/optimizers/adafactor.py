@@ -1,20 +1,27 @@
 """Adafactor: second moments of matrices kept as one row and one column."""
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from surefoot.engines.bucket import PLAIN
 from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import add_scaled_, larger, readable, smaller
+from surefoot.optimizers.verbs import add_scaled_, batches, larger, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval
 from surefoot.rule.ops import BY_NAME
 from surefoot.state import sharded_type
-from surefoot.step import rows
+from surefoot.step import Row, rows
 from surefoot.whole_step import StepOptions
+
+_SECOND_MOMENTS = ("row_var", "col_var", "variance")
+_JOINED, _MOST_JOINED = 1 << 18, 256
+"""Elements, and tensors, that are at most put together."""
 
 
 def _row_shape(param: Tensor) -> torch.Size | None:
@@ -115,18 +122,36 @@ class Adafactor(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for h, param, grad, state in rows(self):
-            self._step_param(h, param, grad, state)
+        for batch in _batches(rows(self)):
+            self._step_batch(batch)
         return loss
 
-    def _step_param(self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    def _step_batch(self, batch: Sequence[Row]) -> None:
+        """Step parameters of one shape as one tensor with a dimension more, or a single one as it is."""
+        names = [name for name in _SECOND_MOMENTS if name in batch[0].state]
+        stored = [[row.param for row in batch], *([row.state[name] for row in batch] for name in names)]
+        param, *moments = map(_joined, stored)
+        h, state = batch[0].h, dict(zip(names, moments, strict=True))
+        steps = [readable(h, row.state["step"]) for row in batch]
+        together = len(batch) > 1
+        step = _joined(steps).view(-1, *(1,) * batch[0].param.dim()) if together and _is_tensor(steps[0]) else steps[0]
+        self._step_param(h, param, _joined([row.grad for row in batch]), state, step, together=together)
+        if together:
+            for tensors, joined in zip(stored, (param, *moments), strict=True):
+                torch._foreach_copy_(tensors, list(joined.unbind()))
+
+    def _step_param(
+        self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: Any, *, together: bool
+    ) -> None:
         compute = torch.promote_types(param.dtype, torch.float32)
-        step, lr, grad = readable(h, state["step"]), readable(h, h.lr), grad.to(compute)
+        lr, grad = readable(h, h.lr), grad.to(compute)
         eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
-        size = larger(h.eps[1], _root_mean_square(h, param.to(compute))) * smaller(lr, step**-0.5)
+        rms = _root_mean_squares if together else functools.partial(_root_mean_square, h)
+        size = larger(h.eps[1], rms(param.to(compute))) * smaller(lr, step**-0.5)
         variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
         update = _direction(variance, grad, eps1)
-        size = size / larger(1.0, _root_mean_square(h, update) / h.d)
+        size = size / larger(1.0, rms(update) / h.d)
+        size = size.to(compute) if together else size
         kept = 1 - lr * h.weight_decay if isinstance(h.weight_decay, Tensor) or h.weight_decay else None
         if param.dtype == compute and _knows_in_place(param):
             if kept is not None:
@@ -137,14 +162,37 @@ class Adafactor(Optimizer):
         param.copy_(BY_NAME["add_scaled"](decayed, update, -size))
 
     @staticmethod
-    def _second_moment(grad: Tensor, state: dict[str, Any], weight: Any, eps1: float) -> Tensor:
+    def _second_moment(grad: Tensor, state: dict[str, Tensor], weight: Any, eps1: float) -> Tensor:
         """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
-        if grad.dim() <= 1:
+        if "variance" in state:
             return _averaged(state["variance"], grad * grad, weight).clone()
         row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
         col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
         mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
         return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
+
+
+def _batches(found: Sequence[Row]) -> Iterator[list[Row]]:
+    """Put rows together that differ in their values only, as long as they are small: the time is in the calls then."""
+    for alike in batches(found, _kind):
+        most = min(_JOINED // max(alike[0].param.numel(), 1), _MOST_JOINED) or 1
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
+
+
+def _kind(row: Row) -> Any:
+    if type(row.param) not in PLAIN or not row.param.dim():
+        return None
+    step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]
+    dtypes = (row.grad.dtype, *(moment if moment is None else moment.dtype for moment in moments))
+    return id(row.h), row.param.shape, row.param.dtype, row.param.device, *dtypes, None if _is_tensor(step) else step
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def _knows_in_place(tensor: Tensor) -> bool:
@@ -160,6 +208,8 @@ def _direction(variance: Tensor, grad: Tensor, eps1: float) -> Tensor:
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
+    if dim != -1:  # norms of columns take torch ten times as long as those of rows
+        return grad.square().mean(dim, keepdim=True)
     norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True)
     return norm.square_().div_(grad.size(dim)) if _knows_in_place(norm) else norm.square() / grad.size(dim)
 
@@ -175,3 +225,10 @@ def _averaged(average: Tensor, value: Tensor, weight: Any) -> Tensor:
 
 def _root_mean_square(h: SimpleNamespace, tensor: Tensor) -> Any:
     return readable(h, torch.linalg.vector_norm(tensor)) / math.sqrt(max(tensor.numel(), 1))
+
+
+def _root_mean_squares(tensors: Tensor) -> Tensor:
+    """Give the root mean square of each tensor of a stack, in float64 where the device has that."""
+    norms = torch.linalg.vector_norm(tensors, dim=tuple(range(1, tensors.dim())), keepdim=True)
+    wide: Tensor = norms if norms.device.type == "mps" else norms.double()
+    return wide / math.sqrt(max(tensors[0].numel(), 1))

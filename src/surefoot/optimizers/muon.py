@@ -1,17 +1,16 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from surefoot.engines.bucket import PLAIN
 from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import add_scaled_, readable
+from surefoot.optimizers.verbs import add_scaled_, batches, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
 from surefoot.step import Row, rows
@@ -159,7 +158,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for batch in _batches(rows(self)):
+        for batch in batches(rows(self), _kind):
             self._step_batch(batch)
         return loss
 
@@ -181,15 +180,12 @@ class Muon(Optimizer):
         return math.sqrt(max(1.0, height / max(width, 1)))
 
 
-def _batches(found: Iterable[Row]) -> Iterable[list[Row]]:
-    """Divide rows into those of one shape; on the CPU, where a stack is no faster, each is by itself."""
-    batches: defaultdict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for position, row in enumerate(found):
-        together = not row.param.is_cpu and type(row.param) in (Tensor, Parameter)
-        iteration = (*row.h.ns_coefficients, row.h.ns_steps, row.h.eps)
-        key = (row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration)
-        batches[key if together else (position,)].append(row)
-    return batches.values()
+def _kind(row: Row) -> Any:
+    """What rows share whose directions are computed together; on the CPU, where a stack is no faster, nothing."""
+    if row.param.is_cpu or type(row.param) not in PLAIN:
+        return None
+    iteration = (*row.h.ns_coefficients, row.h.ns_steps, row.h.eps)
+    return row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration
 
 
 def _momentum(row: Row) -> Tensor:

@@ -1,10 +1,14 @@
 """Phrases that several rules share, so that each is written once."""
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from surefoot.step import Row
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -47,6 +51,17 @@ def larger(x: Any, y: Any) -> Any:
 def readable(h: SimpleNamespace, value: Any) -> Any:
     """Give a number that may be a tensor as Python's number, unless reading it would wait for a device."""
     return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
+
+
+def batches(found: Iterable[Row], kind: Callable[[Row], Any]) -> Iterable[list[Row]]:
+    """Put rows of one kind together, in order; each of kind None, or of a parameter met before, is by itself."""
+    together: defaultdict[Any, list[Row]] = defaultdict(list)
+    met: set[int] = set()
+    for position, row in enumerate(found):
+        known = None if id(row.param) in met else kind(row)
+        met.add(id(row.param))
+        together[position if known is None else (known,)].append(row)
+    return together.values()
 
 
 def add_scaled_(tensor: Tensor, other: Tensor, factor: Any) -> None:
