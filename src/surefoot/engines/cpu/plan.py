@@ -33,7 +33,7 @@ class Job:
         self.rows = np.zeros(len(sizes), dtype=np.int64)
         self.size = int(sizes.sum())
         self._tensor, start, size = _segments(sizes)
-        self._uncut = np.array_equal(self._tensor, np.arange(len(sizes)))
+        self._uncut = len(self._tensor) == len(sizes) and bool((sizes > 0).all())
         first = _items(size)
         self.items = len(first) - 1
         self._parts = (first, self._tensor, start, size)
@@ -82,6 +82,8 @@ def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, 
 
 def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut tensors into segments of at most CHUNK elements: index of the tensor, start, size."""
+    if len(sizes) and sizes.min() > 0 and sizes.max() <= CHUNK:
+        return np.arange(len(sizes)), np.zeros_like(sizes), sizes
     counts = -(-sizes // CHUNK)
     tensor = np.repeat(np.arange(len(sizes)), counts)
     start = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * CHUNK
@@ -93,9 +95,10 @@ def _items(sizes: np.ndarray) -> np.ndarray:
 
     Long items stream through memory better, many short ones leave no thread idle.
     """
-    if not len(sizes):
-        return np.zeros(1, dtype=np.int64)
-    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, int(sizes.sum()) // _FEWEST_ITEMS), _LARGEST_ITEM)
+    total = int(sizes.sum())
+    if total <= CHUNK:
+        return np.array([0, len(sizes)] if len(sizes) else [0], dtype=np.int64)
+    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, total // _FEWEST_ITEMS), _LARGEST_ITEM)
     return np.concatenate([np.flatnonzero(np.diff(item, prepend=-1)), [len(sizes)]]).astype(np.int64)
 
 
