@@ -14,15 +14,20 @@ __all__ = [
     "as_float64",
     "as_uint32",
     "as_uint64",
+    "ask",
     "call",
     "claim",
     "count",
     "from_half",
+    "load",
+    "load_half",
     "lookup",
     "narrow_vectors",
     "plus_square",
     "pointer",
     "prefetch",
+    "store",
+    "store_half",
     "to_half",
     "walk",
 ]
@@ -51,6 +56,29 @@ def prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
         return context.get_dummy_value()
 
     return types.none(types.int64), build
+
+
+def _access(kind: Any) -> tuple[Any, Any]:
+    """Make the intrinsics that load a value of `kind` from an address, and store one there."""
+
+    def place(context: Any, builder: Any, address: Any) -> Any:
+        return builder.inttoptr(address, context.get_value_type(kind).as_pointer())
+
+    def loading(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
+        return kind(types.int64), lambda c, builder, signature, args: builder.load(place(c, builder, args[0]))
+
+    def storing(typing_context: Any, address: Any, value: Any) -> Any:  # noqa: ARG001
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            builder.store(args[1], place(context, builder, args[0]))
+            return context.get_dummy_value()
+
+        return types.none(types.int64, kind), build
+
+    return intrinsic(loading), intrinsic(storing)
+
+
+load, store = _access(types.int64)
+load_half, store_half = _access(types.uint32)
 
 
 def _add_one(kind: Any) -> Any:
@@ -97,6 +125,21 @@ def _foreign(result: Any, arguments: int) -> Any:
         return builder.call(builder.inttoptr(args[0], target.as_pointer()), args[1:])
 
     return result(*[types.int64] * (1 + arguments)), build
+
+
+@intrinsic
+def ask(typing_context: Any, function: Any, tensor: Any, answer: Any) -> Any:  # noqa: ARG001
+    """Call `int32 (*)(void* tensor, void* answer)` and give the word at `answer`, zero where nothing is written."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        word = ir.IntType(64)
+        place = builder.inttoptr(args[2], word.as_pointer())
+        builder.store(word(0), place)
+        kind = ir.FunctionType(ir.IntType(32), [word, word])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return builder.load(place)
+
+    return types.int64(types.int64, types.int64, types.int64), build
 
 
 @intrinsic

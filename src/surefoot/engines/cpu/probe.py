@@ -1,203 +1,217 @@
 """Compiled look at many tensors at once, at the places that `anatomy` has found.
 
-Not imported: `tensors` compiles this file's text as it does kernels, which it also resembles.  What is known of a
-tensor is a record of int64: address of its memory; where it, its implementation, and its storage are; the memory's
-address and owner as the storage has them; the words of the implementation that describe it; then, for those that are
-described by other words, dimensions, kind, dtype, sizes, strides.
+Not imported: `tensors` compiles this file's text as it does kernels.  Everything is an address or a word of 8 bytes:
+arrays would take Numba seconds to compile.
+
+What is known of a tensor is a record of words: address of its memory; where it, its implementation, and its storage
+are; the memory's address and owner as the storage has them; the words of the implementation that describe it; then, for
+those that are described by other words, dimensions, kind, dtype, sizes, strides.
 """
 
-from numba import carray, cfunc, float32, float64, int64, njit, types, uint32
+from numba import cfunc, float32, float64, int64, njit, types, uint64
 
-from surefoot.engines.cpu.intrinsics import call, count, lookup, pointer, prefetch, walk
+from surefoot.engines.cpu.intrinsics import (
+    as_float32,
+    as_float64,
+    as_uint32,
+    as_uint64,
+    ask,
+    call,
+    count,
+    load,
+    load_half,
+    lookup,
+    prefetch,
+    store,
+    store_half,
+    walk,
+)  # fmt: skip
 
-TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS = 1, 2, 3, 4, 7, 24
-SIZES, DIMENSIONS, INLINE = FACTS + 3, 8, 5
-RECORD = SIZES + 2 * DIMENSIONS + 5
-ANATOMY, QUESTIONS = 8 * 8, 19 * 8  # places in a job, in bytes
-JOB = 29
-AHEAD, LINE = 8, 64  # how many positions before it is looked at a tensor is fetched, and bytes that are fetched at once
+WORD, LINE = 8, 64  # bytes
+TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24, 48))
+KIND, DTYPE, SIZES = FACTS + WORD, FACTS + 2 * WORD, FACTS + 3 * WORD
+DIMENSIONS, INLINE = 8, 5
+AHEAD = 8  # how many positions before it is looked at a tensor is fetched
+
+# A job: what is asked, of how many, and what each task needs; then the places, in the order of `tensors`.
+COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER = (n * WORD for n in range(1, 8))
+A_TENSOR, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED, UNDEFINED, A_STORAGE, A_DATA = (
+    n * WORD for n in range(8, 19)
+)
+GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, LOOKUP, WALK, ASSIGN, RESULT, HELD = (
+    n * WORD for n in range(19, 29)
+)
 
 
-@njit(error_model="numpy")
-def words(address, count):
-    """Give the memory at an address as words."""
-    return carray(pointer(address, int64(0)), count)
-
-
-@njit(error_model="numpy")
-def ask(question, tensor, answer):
-    """Give what one of torch's functions answers; an answer of fewer bytes than a word is padded with zeros."""
-    words(answer, 1)[0] = 0
-    call(question, tensor, answer)
-    return words(answer, 1)[0]
-
-
-@njit(error_model="numpy")
-def differs(tensor, record, job):
+@njit
+def differs(job, tensor, record):
     """Compare a tensor with its record, but for where it is, and bring the record up to date."""
-    anatomy = words(job + ANATOMY, 11)
-    implementation = words(tensor, 1)[0]
-    storage = words(implementation + anatomy[9], 1)[0]
-    description = words(implementation + anatomy[1], anatomy[7])
-    same = record[FACTS] <= INLINE
-    for word in range(anatomy[7]):
-        same &= description[word] == record[DESCRIPTION + word]
-    if same & (storage == record[STORAGE]) & (storage != 0):
-        memory = words(storage + anatomy[10], 3)
-        if (memory[0] == record[MEMORY]) & (memory[1] == record[MEMORY + 1]) & (memory[2] == record[MEMORY + 2]):
+    implementation = load(tensor)
+    storage = load(implementation + load(job + A_STORAGE))
+    description = implementation + load(job + A_DESCRIPTION)
+    same = load(record + FACTS) <= INLINE
+    for word in range(0, load(job + DESCRIBED) * WORD, WORD):
+        same &= load(description + word) == load(record + DESCRIPTION + word)
+    here = same & (storage == load(record + STORAGE)) & (storage != 0)
+    if here:
+        for word in range(0, 3 * WORD, WORD):
+            here &= load(storage + load(job + A_DATA) + word) == load(record + MEMORY + word)
+        if here:
             return False
-    record[0] = ask(words(job + QUESTIONS, 5)[0], tensor, words(job, 8)[7])
-    record[TENSOR], record[IMPLEMENTATION], record[STORAGE] = tensor, implementation, storage
+    answer = load(job + ANSWER)
+    store(record, ask(load(job + GET_DATA), tensor, answer))
+    store(record + TENSOR, tensor)
+    store(record + IMPLEMENTATION, implementation)
+    store(record + STORAGE, storage)
     if storage:
-        memory = words(storage + anatomy[10], 3)
-        for word in range(3):
-            record[MEMORY + word] = memory[word]
-    return not same and described_otherwise(tensor, record, job)
+        for word in range(0, 3 * WORD, WORD):
+            store(record + MEMORY + word, load(storage + load(job + A_DATA) + word))
+    return not same and described_otherwise(job, tensor, record)
 
 
-@njit(error_model="numpy")
-def described_otherwise(tensor, record, job):
+@njit
+def described_otherwise(job, tensor, record):
     """Compare what a tensor is like with its record, whatever words describe it, and bring the record up to date."""
-    anatomy, questions, answer = words(job + ANATOMY, 11), words(job + QUESTIONS, 5), words(job, 8)[7]
-    implementation = words(tensor, 1)[0]
-    description = words(implementation + anatomy[1], anatomy[7])
-    for word in range(anatomy[7]):
-        record[DESCRIPTION + word] = description[word]
-    kind, dtype = words(implementation + anatomy[2], 1)[0], ask(questions[1], tensor, answer)
-    dimensions = ask(questions[2], tensor, answer)
-    facts = record[FACTS:]
-    changed = (facts[0] != dimensions) | (dimensions > DIMENSIONS) | (facts[1] != kind) | (facts[2] != dtype)
-    facts[0], facts[1], facts[2] = dimensions, kind, dtype
-    sizes, strides = answer, answer
+    implementation = load(tensor)
+    for word in range(0, load(job + DESCRIBED) * WORD, WORD):
+        store(record + DESCRIPTION + word, load(implementation + load(job + A_DESCRIPTION) + word))
+    answer = load(job + ANSWER)
+    kind, dtype = load(implementation + load(job + A_KIND)), ask(load(job + GET_DTYPE), tensor, answer)
+    dimensions = ask(load(job + GET_DIM), tensor, answer)
+    changed = (load(record + FACTS) != dimensions) | (dimensions > DIMENSIONS)
+    changed |= (load(record + KIND) != kind) | (load(record + DTYPE) != dtype)
+    store(record + FACTS, dimensions)
+    store(record + KIND, kind)
+    store(record + DTYPE, dtype)
+    sizes = strides = int64(0)
     if dimensions:
-        sizes, strides = ask(questions[3], tensor, answer), ask(questions[4], tensor, answer)
-    for dimension in range(min(dimensions, DIMENSIONS)):
-        size, stride = words(sizes, DIMENSIONS)[dimension], words(strides, DIMENSIONS)[dimension]
-        changed |= (record[SIZES + 2 * dimension] != size) | (record[SIZES + 2 * dimension + 1] != stride)
-        record[SIZES + 2 * dimension], record[SIZES + 2 * dimension + 1] = size, stride
+        sizes = ask(load(job + GET_SIZES), tensor, answer)
+        strides = ask(load(job + GET_STRIDES), tensor, answer)
+    place = record + SIZES
+    for dimension in range(0, DIMENSIONS * WORD, WORD):
+        if dimension >= dimensions * WORD:
+            break
+        size, stride = load(sizes + dimension), load(strides + dimension)
+        changed |= (load(place) != size) | (load(place + WORD) != stride)
+        store(place, size)
+        store(place + WORD, stride)
+        place += 2 * WORD
     return changed
 
 
-@njit(error_model="numpy")
-def moved(tensor, record, job):
-    """Whether a tensor differs from its record, the address included."""
-    before = record[0]
-    return differs(tensor, record, job) | (record[0] != before)
-
-
-@njit(error_model="numpy")
-def fetch(records, count, data):
+@njit
+def fetch(job, record, columns):
     """Begin to load the tensors of some records from where they were last, for most are not in a cache any more."""
-    for index in range(count):
-        record = words(records + index * (RECORD * 8), FACTS)
-        prefetch(record[TENSOR])
-        for line in range(3):
-            prefetch(record[IMPLEMENTATION] + line * LINE)
-        prefetch(record[STORAGE] + data)
+    for _ in range(columns):
+        prefetch(load(record + TENSOR))
+        for line in range(0, 3 * LINE, LINE):
+            prefetch(load(record + IMPLEMENTATION) + line)
+        prefetch(load(record + STORAGE) + load(job + A_DATA))
+        record += RECORD
 
 
-@njit(error_model="numpy")
+@njit
 def changes(job):
     """Count what has changed about parameters, gradients and the entries of their state; hold the gradients."""
-    slots, anatomy = words(job, JOB), words(job + ANATOMY, 11)
-    tensors, entries, changed = slots[1], slots[2], 0
-    objects = words(slots[3], (1 + entries) * tensors)
-    states, names = words(slots[4], tensors), words(slots[5], entries)
-    row = (2 + entries) * (RECORD * 8)
-    for index in range(tensors):
-        record = slots[6] + index * row
-        if index + AHEAD < tensors:
-            fetch(record + AHEAD * row, 2 + entries, anatomy[10])
-            prefetch(states[index + AHEAD])
-        tensor = objects[index] + anatomy[0]
-        changed += moved(tensor, words(record, RECORD), job)
-        if slots[28]:
-            metadata = words(words(tensor, 1)[0] + anatomy[3], 1)[0]
-            gradient = metadata + anatomy[6]
-            if metadata == 0 or words(gradient, 1)[0] == anatomy[8]:
-                return changed + 1
-            held, found = slots[28] + index * 8, words(record + RECORD * 8, RECORD)
-            call(slots[26], gradient, held)
-            changed += differs(held, found, job)
-            found[TENSOR] = gradient
-        for entry in range(entries):
-            expected = objects[(1 + entry) * tensors + index]
-            if slots[5] and lookup(slots[24], states[index], names[entry]) != expected:
-                return changed + 1
-            changed += moved(expected + anatomy[0], words(record + (2 + entry) * (RECORD * 8), RECORD), job)
+    tensors, entries, objects = load(job + COUNT), load(job + SECOND), load(job + OBJECTS)
+    record, changed = load(job + RECORDS), 0
+    for index in range(0, tensors * WORD, WORD):
+        if index + AHEAD * WORD < tensors * WORD:
+            fetch(job, record + AHEAD * (2 + entries) * RECORD, 2 + entries)
+            prefetch(load(load(job + THIRD) + index + AHEAD * WORD))
+        for column in range(1 + entries):
+            tensor = load(objects + column * tensors * WORD + index)
+            if column and load(job + NAMES):
+                state, name = load(load(job + THIRD) + index), load(load(job + NAMES) + (column - 1) * WORD)
+                if lookup(load(job + LOOKUP), state, name) != tensor:
+                    return changed + 1
+            tensor += load(job + A_TENSOR)
+            before = load(record)
+            changed += differs(job, tensor, record) | (load(record) != before)
+            record += RECORD
+            if column == 0:
+                if load(job + HELD):
+                    metadata = load(load(tensor) + load(job + A_AUTOGRAD))
+                    gradient, held = metadata + load(job + A_GRAD), load(job + HELD) + index
+                    if metadata == 0 or load(gradient) == load(job + UNDEFINED):
+                        return changed + 1
+                    call(load(job + ASSIGN), gradient, held)
+                    changed += differs(job, held, record)
+                    store(record + TENSOR, gradient)
+                record += RECORD
     return changed
 
 
-@njit(error_model="numpy")
-def other_items(slots):
+@njit
+def other_items(job):
     """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
-    dicts, sizes, pairs = words(slots[3], slots[1]), words(slots[4], slots[1]), slots[5]
-    owners, answer, differing = words(slots[6], 2 * slots[1]), slots[7], 0
-    position = words(answer, 3)
-    for index in range(slots[1]):
-        if owners[2 * index] and lookup(slots[24], owners[2 * index], owners[2 * index + 1]) != dicts[index]:
+    differing, pair, position = 0, load(job + NAMES), load(job + ANSWER)
+    for index in range(0, load(job + COUNT) * WORD, WORD):
+        mapping, owner = load(load(job + OBJECTS) + index), load(job + RECORDS) + 2 * index
+        if load(owner) and lookup(load(job + LOOKUP), load(owner), load(owner + WORD)) != mapping:
             return differing + 1
-        expected, found = words(pairs, 2 * sizes[index]), 0
-        position[0] = 0
-        while walk(slots[25], dicts[index], answer, answer + 8, answer + 16):
-            if found < sizes[index]:
-                differing += (position[1] != expected[2 * found]) | (position[2] != expected[2 * found + 1])
+        size, found = load(load(job + THIRD) + index), 0
+        store(position, 0)
+        while walk(load(job + WALK), mapping, position, position + WORD, position + 2 * WORD):
+            if found < size:
+                differing += load(position + WORD) != load(pair + found * 2 * WORD)
+                differing += load(position + 2 * WORD) != load(pair + found * 2 * WORD + WORD)
             found += 1
-        differing += abs(found - sizes[index])
-        pairs += sizes[index] * 16
+        differing += abs(found - size)
+        pair += size * 2 * WORD
     return differing
 
 
-@njit(error_model="numpy")
-def copy_numbers(slots, reading):
+@njit
+def copy_numbers(job, reading):
     """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
-    addresses, wide, values = words(slots[3], slots[1]), words(slots[4], slots[1]), slots[5]
-    for index in range(slots[1]):
-        address, number = addresses[index], carray(pointer(values + index * 8, float64(0)), 1)
-        if wide[index] and reading:
-            number[0] = carray(pointer(address, float64(0)), 1)[0]
-        elif wide[index]:
-            carray(pointer(address, float64(0)), 1)[0] = number[0]
+    value = load(job + NAMES)
+    for index in range(0, load(job + COUNT) * WORD, WORD):
+        number, wide = load(load(job + OBJECTS) + index), load(load(job + THIRD) + index)
+        if wide and reading:
+            store(value, load(number))
+        elif wide:
+            store(number, load(value))
         elif reading:
-            number[0] = carray(pointer(address, float32(0)), 1)[0]
+            store(value, int64(as_uint64(float64(as_float32(load_half(number))))))
         else:
-            carray(pointer(address, float32(0)), 1)[0] = float32(number[0])
+            store_half(number, as_uint32(float32(as_float64(uint64(load(value))))))
+        value += WORD
 
 
-@njit(error_model="numpy")
+@njit
 def count_versions(job):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
-    slots, anatomy = words(job, JOB), words(job + ANATOMY, 11)
-    objects = words(slots[3], slots[1])
-    for index in range(slots[1]):
-        counter = words(words(objects[index] + anatomy[0], 1)[0] + anatomy[4], 1)[0]
-        if counter and slots[2]:
-            words(slots[4], slots[1])[index] = carray(pointer(counter + anatomy[5], uint32(0)), 1)[0]
+    for index in range(0, load(job + COUNT) * WORD, WORD):
+        tensor = load(load(job + OBJECTS) + index) + load(job + A_TENSOR)
+        counter = load(load(tensor) + load(job + A_VERSION))
+        if counter and load(job + SECOND):
+            store(load(job + THIRD) + index, int64(load_half(counter + load(job + A_COUNT))))
         elif counter:
-            count(counter + anatomy[5])
+            count(counter + load(job + A_COUNT))
 
 
-@njit(error_model="numpy")
-def let_go(slots):
+@njit
+def let_go(job):
     """Let what holds gradients refer to nothing, as the last of them always does."""
-    count = slots[1]
-    held = words(slots[28], count + 1)
-    for index in range(count):
-        if held[index] != held[count]:
-            call(slots[26], slots[28] + count * 8, slots[28] + index * 8)
+    held = load(job + HELD)
+    nothing = held + load(job + COUNT) * WORD
+    for place in range(held, nothing, WORD):
+        if load(place) != load(nothing):
+            call(load(job + ASSIGN), nothing, place)
 
 
-@cfunc(types.void(types.int64), error_model="numpy")
+@cfunc(types.void(types.int64))
 def kernel(job):
     """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go."""
-    slots = words(job, JOB)
-    if slots[0] == 1:
-        slots[27] = changes(job)
-    elif slots[0] == 2:
-        slots[27] = other_items(slots)
-    elif slots[0] == 5:
+    task = load(job)
+    if task == 1:
+        store(job + RESULT, changes(job))
+    elif task == 2:
+        store(job + RESULT, other_items(job))
+    elif task == 5:
         count_versions(job)
-    elif slots[0] == 6:
-        let_go(slots)
+    elif task == 6:
+        let_go(job)
     else:
-        copy_numbers(slots, slots[0] == 3)
+        copy_numbers(job, task == 3)
