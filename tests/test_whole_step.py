@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import os
+import signal
 import sys
 import threading
 import warnings
@@ -719,3 +721,28 @@ def test_a_step_that_raises_lets_others_step():
     set_gradients(params)
     assert from_threads(optimizer, 1, 2) == []
     assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_a_child_that_is_forked_during_another_threads_step_steps():
+    """The thread that holds the lock is not there to give it back."""
+    param = torch.zeros(3, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0)
+    param.grad = torch.ones(3)
+    lock, held, done = optimizer.whole_step.now.lock, threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        optimizer.step()
+        os._exit(0 if param.tolist() == [-1.0] * 3 else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -11,11 +11,10 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from surefoot.engines import cpu, gpu
-from surefoot.engines.bucket import PLAIN
+from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import Flags
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 Signature = tuple[Any, ...]
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 _DICTS = (dict, defaultdict)
-_CONSTANT = (int, float, str, type(None))
+_CONSTANT = (int, float, bool, str, type(None))
 
 
 def signature(optimizer: "Optimizer", group: Mapping[str, Any]) -> Signature:
@@ -120,7 +119,7 @@ def _options(optimizer: "Optimizer") -> list[object]:
 
 
 def _is_constant(value: object) -> bool:
-    return isinstance(value, _CONSTANT) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+    return type(value) in _CONSTANT or (type(value) is tuple and all(map(_is_constant, value)))
 
 
 @dataclass(eq=False)
@@ -196,11 +195,7 @@ def _bring_home(work: "Work") -> None:
 def _reusable(work: "Work") -> bool:
     if work.engine not in (cpu, gpu) or not all(type(state) is dict for state in work.states):
         return False
+    if work.params[0].is_complex() and not work.on_device:
+        return False  # their real views, if kept, would keep them from being swapped
     scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
-    return all(map(_as_it_is, work.params, work.grads())) and (work.on_device or can_hold(scalars))
-
-
-def _as_it_is(param: Tensor, grad: Tensor) -> bool:
-    """Whether the memory of a parameter and its gradient holds what they mean."""
-    means_other = grad.layout is not torch.strided or grad.is_neg() or grad.is_conj() or grad._is_zerotensor()
-    return type(param) in PLAIN and not means_other
+    return all(map(is_plain, (*work.params, *work.grads()))) and (work.on_device or can_hold(scalars))

@@ -556,6 +556,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or a part of it."""
+        self.__dict__.pop("_kept", None)  # it holds the state that was
         self.__dict__.update(state)
         self.__dict__.setdefault("whole_step", WholeStep())
         self._make_hooks()

@@ -5,6 +5,7 @@ engines that run kernels are kept until the next step, which uses them again if 
 """
 
 import functools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -18,7 +19,7 @@ from torch import Tensor
 from surefoot import device
 from surefoot.engines import Bucket, Coefficients, Engine, choose, cpu, eager, gpu
 from surefoot.engines.bucket import EachParameter
-from surefoot.errors import RuleError
+from surefoot.errors import InternalError, RuleError
 from surefoot.kept import ENGINE_OPTIONS, Kept, Options, Watch, all_flags
 from surefoot.rule import EMA, bind
 from surefoot.state import (
@@ -108,7 +109,7 @@ def _seen(optimizer: "Optimizer", part: Part, grad: Tensor) -> Tensor:
 class Work:
     """A bucket together with what it comes from and the engine that will run it."""
 
-    optimizer: "Optimizer"
+    owner: "weakref.ref[Optimizer]"
     group: dict[str, Any]
     params: list[Tensor]
     bucket: Bucket
@@ -123,6 +124,14 @@ class Work:
     first: np.ndarray | None = None
     fresh: Any = False
     fresh_average: Any = False
+
+    @property
+    def optimizer(self) -> "Optimizer":
+        """The optimizer, which keeps its works and is not kept by them."""
+        optimizer = self.owner()
+        if optimizer is None:
+            raise InternalError("an optimizer's work outlived it")
+        return optimizer
 
     @property
     def on_device(self) -> bool:
@@ -354,17 +363,17 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
             continue
         grad = admissible_gradient(optimizer, group, param, flags)
         state = optimizer.state.get(param, {})
-        dtypes = tuple(
-            state[slot.name].dtype if state.get(slot.name) is not None else None for slot in slots_of(optimizer)
-        )
+        held = [state.get(slot.name) for slot in slots_of(optimizer)]
+        dtypes = tuple(None if slot is None else slot.dtype for slot in held)
         key = (param.device, param.dtype, grad.dtype, grad.layout, dtypes)
         if key not in works:
             rule = bind(algorithm, of_rows if grad.is_sparse else flags)
             bucket = Bucket(rule, [], [], {name: group.get(name) for name in ENGINE_OPTIONS})
             params: list[Tensor] = []
-            works[key] = Work(optimizer, group, params, bucket, eager, Part(group, params))
+            works[key] = Work(weakref.ref(optimizer), group, params, bucket, eager, Part(group, params))
         works[key].params.append(param)
         works[key].bucket.params.append(local(param))
+        works[key].bucket.slots.append([local(slot) for slot in held if slot is not None])
         works[key].bucket.grads.append(grad if grad.is_sparse else local(grad))
     for work in works.values():
         work.engine = choose(work.bucket)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from surefoot.engines.bucket import measure
 from surefoot.errors import NonFiniteGradientError
+from surefoot.locks import Lock
 from surefoot.rule import EMA, TELEMETRY, reading
 from surefoot.rule.hyperparameters import Check, Interval
 from surefoot.state import local, sharded_type
@@ -131,7 +132,7 @@ class Now(threading.local):
 
 
 def _nothing_now() -> Now:
-    return Now(threading.RLock())
+    return Now(Lock())
 
 
 @dataclass(eq=False)

@@ -194,19 +194,84 @@ def test_a_plan_is_used_again_and_given_up():
     assert optimizer._kept.found is not works
 
 
-def test_a_plan_of_complex_parameters_is_used_again():
-    param = torch.ones(3, dtype=torch.complex64).requires_grad_()
-    expected = torch.ones(3, dtype=torch.complex64).requires_grad_()
+def test_complex_parameters_may_be_swapped():
+    param, other = torch.ones(3, dtype=torch.complex64).requires_grad_(), torch.zeros(3, dtype=torch.complex64)
     optimizer = surefoot.SGD([param], lr=0.5, momentum=0.9)
-    reference = surefoot.SGD([expected], lr=0.5, momentum=0.9, foreach=False)
-    for step in range(6):
-        grad = torch.full((3,), complex(step, 1.0))
-        param.grad, expected.grad = (grad.conj() if step == 3 else grad), (grad.conj() if step == 3 else grad)
-        works = optimizer._kept.found if step else None
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
         optimizer.step()
-        reference.step()
-        assert (optimizer._kept.found is works) == (step in (1, 2, 5))
-        assert torch.equal(param, expected)
+    param.grad = None
+    torch.utils.swap_tensors(param, other.requires_grad_())
+    assert param.tolist() == [0j] * 3
+
+
+def test_an_optimizer_goes_with_its_last_reference():
+    optimizer, params = make()
+    train(optimizer, params)
+    average = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    del optimizer
+    assert average() is None
+
+
+def test_a_loaded_state_replaces_the_one_before_at_once():
+    optimizer, params = make()
+    train(optimizer, params)
+    average = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert average() is None
+
+
+class _Wrapper(torch.Tensor):
+    """A tensor whose own memory holds nothing."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        inner = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        result = function(*inner, **(kwargs or {}))
+        return args[0] if function.__name__.split(".")[0].endswith("_") else result
+
+
+STRANGE = {
+    "wrapper": lambda: _Wrapper(torch.ones(3)),
+    "negated": lambda: torch._neg_view(torch.full((3,), -1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("late", [False, True])
+def test_state_that_is_not_what_its_memory_holds(kind, late):
+    param = torch.zeros(3, requires_grad=True)
+    optimizer = surefoot.SGD([param], lr=1.0, momentum=0.5)
+    param.grad = torch.ones(3)
+    for _ in range(3 * late):
+        optimizer.step()
+    with torch.no_grad():
+        param.zero_()
+    optimizer.state[param]["momentum_buffer"] = STRANGE[kind]()
+    optimizer.step()
+    assert param.tolist() == [-1.5] * 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_negated_parameter(late):
+    value = torch.tensor([2 + 3j]).conj().imag
+    param = torch.nn.Parameter(value.clone() if late else value)
+    optimizer = surefoot.SGD([param], lr=1.0)
+    param.grad = torch.zeros(1)
+    for _ in range(3 * late):
+        optimizer.step()
+    if late:
+        param.data = value
+    param.grad = torch.ones(1)
+    optimizer.step()
+    assert param.tolist() == [-4.0]
 
 
 @pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])

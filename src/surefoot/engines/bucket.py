@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types of tensors whose memory kernels may take for what the tensors mean."""
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds what it means."""
+    means_other = tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+    return type(tensor) in PLAIN and not means_other
+
+
 def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     """Give the addresses of tensors' memory."""
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
@@ -26,9 +33,12 @@ def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Itera
         yield "kernels carry no gradients through the step"
     if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
-    strange = next((t for t in (*bucket.params, *bucket.grads) if type(t) not in PLAIN), None)
+    stored = list(chain(bucket.params, *bucket.slots))
+    strange = next((t for t in (*stored, *bucket.grads) if type(t) not in PLAIN), None)
     if strange is not None:
         yield f"{type(strange).__name__} is not a plain tensor"
+    elif not all(map(is_plain, stored)):
+        yield "a parameter or its state is negated or conjugated lazily, or has no memory of its own"
     if len({id(param) for param in bucket.params}) < len(bucket.params):
         yield "a parameter stands in the group twice, and kernels update all at once"
 
@@ -90,7 +100,8 @@ class Bucket:
         params: the parameters.
         grads: their gradients, same shapes, any strides; never written.
         gradient_addresses: where these are known without asking, the addresses of the gradients' memory.
-        slots: for each of `rule.slots`, the tensors that belong to the parameters.
+        slots: for each of `rule.slots`, the tensors that belong to the parameters.  While an engine is chosen these
+            are what there is of them.
         coefficients: the numbers of an update, for each set of parameters that shares them.
         row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu import tensors as compiled
 
 Dicts = Sequence[dict[Any, Any]]
@@ -46,7 +47,11 @@ def numbers_in(tensors: Sequence[Tensor]) -> Any:
 def can_hold(tensors: Iterable[object]) -> bool:
     """Whether `numbers_in` takes all of these: 0-d tensors of float32 or float64 on the CPU."""
     return all(
-        isinstance(t, Tensor) and t.dim() == 0 and t.dtype in (torch.float32, torch.float64) and t.is_cpu
+        isinstance(t, Tensor)
+        and is_plain(t)
+        and t.dim() == 0
+        and t.dtype in (torch.float32, torch.float64)
+        and t.is_cpu
         for t in tensors
     )
 

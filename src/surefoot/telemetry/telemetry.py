@@ -5,7 +5,6 @@ Nothing here waits for a device: records are looked at by sinks, callbacks and p
 
 import difflib
 import os
-import threading
 import warnings
 import weakref
 from collections import deque
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import distributed
 
+from surefoot.locks import Lock
 from surefoot.telemetry.record import RawStep, Record, fetch
 from surefoot.telemetry.sinks import Sink
 
@@ -79,7 +79,7 @@ class _Outlet:
         self._sink: Sink | None = sink
         self._waiting: list[Record] = []
         self._process = os.getpid()
-        self._lock = threading.RLock()  # several threads may step one optimizer
+        self._lock = Lock()  # several threads may step one optimizer
 
     def take(self, record: Record) -> None:
         if self._sink is None or not self._is_ours(self._sink):

@@ -10,18 +10,18 @@ import hashlib
 import os
 import sys
 import tempfile
-import threading
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.locks import Lock
 from surefoot.rule import Rule
 
 _HELPERS = ("intrinsics.py", "formats.py", "compile.py")
 _DIGEST = hashlib.sha256
-_lock = threading.RLock()
+_lock = Lock()
 _engines: list[Any] = []  # machine code lives as long as what holds it
 
 

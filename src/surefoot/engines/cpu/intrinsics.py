@@ -65,7 +65,7 @@ def _access(kind: Any) -> tuple[Any, Any]:
         return builder.inttoptr(address, context.get_value_type(kind).as_pointer())
 
     def loading(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
-        return kind(types.int64), lambda c, builder, signature, args: builder.load(place(c, builder, args[0]))
+        return kind(types.int64), lambda c, builder, _, args: builder.load(place(c, builder, args[0]))
 
     def storing(typing_context: Any, address: Any, value: Any) -> Any:  # noqa: ARG001
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
