@@ -128,7 +128,7 @@ def imports(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
 
 
 def first_steps(variants: Sequence[str], repeat: int) -> Iterator[Line]:
-    """Time a first step: with an empty cache folder, with the kernel in it, and with the kernel in use already."""
+    """Time a first step: in an empty cache folder, with all but the kernel in it, with that too, and in use already."""
     for variant in variants:
         yield from _first_steps(variant, "tiny", repeat)
     for shapes in ("overhead", "large"):
@@ -136,13 +136,17 @@ def first_steps(variants: Sequence[str], repeat: int) -> Iterator[Line]:
 
 
 def _first_steps(variant: str, shapes: str, repeat: int) -> Iterator[Line]:
-    cold, warm = [], []
+    cold, new, warm = [], [], []
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as cache:
             cold.append(_child("first", variant, shapes, cache=cache))
             warm.append(_child("first", variant, shapes, cache=cache))
+            for kernel in Path(cache).glob(f"{VARIANTS[variant].optimizer.lower()}_*"):
+                kernel.unlink()
+            new.append(_child("first", variant, shapes, cache=cache))
     title = SHAPE_LISTS[shapes].title
-    yield _line("first step", variant, f"{title}, nothing cached", [first for first, _ in cold], "s", 1.5)
+    yield _line("first step", variant, f"{title}, nothing cached", [first for first, _ in cold], "s")
+    yield _line("first step", variant, f"{title}, kernel new", [first for first, _ in new], "s", 1.5)
     yield _line("first step", variant, f"{title}, kernel on disk", [first for first, _ in warm], "s", 0.4)
     yield _line("first step", variant, f"{title}, kernel in use", [second for _, second in (*cold, *warm)], "s")
 
