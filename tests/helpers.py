@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from surefoot import optimizers
+from surefoot.telemetry import Telemetry
 
 ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__]
 EAGER = {"foreach": False}
@@ -15,6 +16,18 @@ EAGER = {"foreach": False}
 ENGINES = {"eager": EAGER, "default": {}}
 OURS_ONLY = {"fused", "capturable", "state_dtype"}
 """Options that surefoot has for every rule, torch for some."""
+
+
+class Noted(Telemetry):
+    """Keeps what steps hand over."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.raw = []
+
+    def record(self, raw):
+        self.raw.append(raw)
+        super().record(raw)
 
 
 def twin(cls):

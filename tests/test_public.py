@@ -79,3 +79,19 @@ def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "surefoot": surefoot})
     assert result.attempted
     assert result.failed == 0
+
+
+def test_a_system_that_does_not_fork_is_served():
+    """As Windows is, where Python has no `os.register_at_fork`."""
+    code = """
+import os, random, torch
+del os.register_at_fork
+import surefoot, surefoot.checkpoint
+from surefoot.run import watch
+watch.install()
+param = torch.ones(3, requires_grad=True)
+param.grad = torch.ones(3)
+surefoot.SGD([param], lr=0.5, fused=True).step()
+assert param.tolist() == [0.5] * 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603 (our own code)

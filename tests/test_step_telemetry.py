@@ -11,23 +11,12 @@ import torch
 
 import surefoot
 from conformance import ENGINES, ROWS, gradients, groups, zoo
+from helpers import Noted
 from surefoot.rule import Sparse
 from surefoot.telemetry import Telemetry
 
 COLUMNS = ("gradient", "parameter", "update", "largest", "nonfinite")
 MEASURED = [row for row in ROWS if row.ours.step_options() > {"ema"} and row.ours.sparse is not Sparse.ONLY]
-
-
-class Kept(Telemetry):
-    """Keeps what the step hands over."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.raw = []
-
-    def record(self, raw):
-        self.raw.append(raw)
-        super().record(raw)
 
 
 def expected_of(params, before):
@@ -52,7 +41,7 @@ def test_a_step_measures_what_torch_does(row, engine, options):
     named = list(params.items())
     for part, half in zip(parts, (named[: len(named) // 2], named[len(named) // 2 :]), strict=True):
         part["params"] = half
-    optimizer = row.build(parts, options | {"telemetry": Kept()}, row.engines([engine])[0])
+    optimizer = row.build(parts, options | {"telemetry": Noted()}, row.engines([engine])[0])
     telemetry = optimizer.telemetry  # `build` copies its options
     for step in range(6):
         for name, grad in gradients(params, step, torch.float64).items():
@@ -87,7 +76,7 @@ def test_measuring_changes_nothing(engine):
 
 def test_strange_gradients_are_counted():
     params = [("a", torch.ones(5).requires_grad_()), ("b", torch.ones(3).requires_grad_())]
-    telemetry = Kept()
+    telemetry = Noted()
     optimizer = surefoot.SGD(params, telemetry=telemetry, nonfinite="skip")
     for _, param in params:
         param.grad = torch.full_like(param, 2.0)
@@ -103,7 +92,7 @@ def test_strange_gradients_are_counted():
 
 def test_sparse_gradients_are_measured():
     for cls in (surefoot.SGD, surefoot.SparseAdam):
-        table, telemetry = torch.ones(5, 2, dtype=torch.float64).requires_grad_(), Kept()
+        table, telemetry = torch.ones(5, 2, dtype=torch.float64).requires_grad_(), Noted()
         optimizer = cls([("table", table)], lr=0.5, telemetry=telemetry)
         table.grad = torch.sparse_coo_tensor([[0, 3, 3]], torch.ones(3, 2, dtype=torch.float64), (5, 2))
         before = table.detach().clone()
@@ -116,7 +105,7 @@ def test_sparse_gradients_are_measured():
 
 def test_only_what_is_wanted_is_measured():
     params = [("a.weight", torch.ones(5).requires_grad_()), ("b.weight", torch.ones(3).requires_grad_())]
-    telemetry = Kept(parameters="b.*", every=3)
+    telemetry = Noted(parameters="b.*", every=3)
     optimizer = surefoot.AdamW(params, telemetry=telemetry)
     for _ in range(5):
         for _, param in params:

@@ -1,15 +1,22 @@
-"""Locks that a forked child finds open: the threads that held them are not there to open them."""
+"""What a forked child must not take over: its parent's threads, and the locks that they held, are not there."""
 
 import os
 import threading
 import weakref
+from collections.abc import Callable
+
+
+def in_forked_children(call: Callable[[], object]) -> None:
+    """Let `call` be called in every child that is forked from now on, on systems that fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
 
 
 class Lock:
-    """A lock that its own thread may take several times."""
+    """A lock that its own thread may take several times, and that a forked child finds open."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock, self._renewed = threading.RLock(), False
         _all.add(self)
 
     def acquire(self) -> None:
@@ -21,7 +28,7 @@ class Lock:
         try:
             self._lock.release()
         except RuntimeError:
-            if not _in_child:
+            if not self._renewed:
                 raise
 
     def __enter__(self) -> None:
@@ -32,17 +39,15 @@ class Lock:
 
     def renew(self) -> None:
         """Open the lock, whoever holds it."""
-        self._lock = threading.RLock()
+        self._lock, self._renewed = threading.RLock(), True
 
 
 _all: "weakref.WeakSet[Lock]" = weakref.WeakSet()
-_in_child: list[int] = []
 
 
 def _renew() -> None:
-    _in_child.append(os.getpid())
     for lock in _all:
         lock.renew()
 
 
-os.register_at_fork(after_in_child=_renew)
+in_forked_children(_renew)

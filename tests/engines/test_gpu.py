@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
+from helpers import Noted
 from surefoot import averages, device, engines, state, whole_step
 from surefoot.engines import gpu, looks
 from surefoot.engines.bucket import measure
@@ -482,18 +483,6 @@ def test_many_chunks_are_put_together():
     exact = torch.tensor(exact, dtype=torch.float64)
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0, equal_nan=True)
     assert found[2, 2] == torch.inf
-
-
-class Noted(surefoot.telemetry.Telemetry):
-    """Keeps what steps hand over."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.raw = []
-
-    def record(self, raw):
-        self.raw.append(raw)
-        super().record(raw)
 
 
 def noted(row, options, dtype, way, **whole):

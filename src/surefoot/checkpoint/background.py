@@ -1,11 +1,12 @@
 """One write at a time behind the training loop's back, whose error is raised at the next call."""
 
 import atexit
-import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from surefoot.locks import in_forked_children
 
 
 class Background:
@@ -54,5 +55,4 @@ class Background:
 
 BACKGROUND = Background()
 atexit.register(BACKGROUND.complain)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=BACKGROUND.forget)
+in_forked_children(BACKGROUND.forget)

@@ -1,7 +1,6 @@
 """Timing every optimizer's steps, whoever's the optimizer is, through torch's global hooks; closures do not count."""
 
 import functools
-import os
 import sys
 import threading
 from array import array
@@ -15,6 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.locks import in_forked_children
 from surefoot.optimizer import Optimizer
 from surefoot.run import swap
 
@@ -83,8 +83,7 @@ _hooks: list[RemovableHandle] = []
 def install() -> None:
     """Watch every step of this process; a forked child starts from nothing."""
     _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
-    if sys.platform != "win32":
-        os.register_at_fork(after_in_child=_forget)
+    in_forked_children(_forget)
 
 
 def stop() -> None:

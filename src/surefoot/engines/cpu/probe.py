@@ -25,7 +25,7 @@ from surefoot.engines.cpu.intrinsics import (
     store,
     store_half,
     walk,
-)  # fmt: skip
+)
 
 WORD, LINE = 8, 64  # bytes
 TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24, 48))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from surefoot.locks import in_forked_children
+
 Kernel = Callable[[int], None]
 _forked = False
 
@@ -24,7 +26,7 @@ def _note_fork() -> None:
 
 
 # In a forked child the threads of an OpenMP pool are gone, and waiting for them never ends.
-os.register_at_fork(after_in_child=_note_fork)
+in_forked_children(_note_fork)
 
 
 def thread_count() -> int:
