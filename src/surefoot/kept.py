@@ -80,10 +80,10 @@ class Watch:
         return values.reshape(self._shape)
 
     def write(self, values: np.ndarray) -> None:
-        """Write the scalars."""
+        """Write the scalars: of shape (scalars, parameters), or (scalars, 1) where parameters share them."""
         if not self._shape[0]:
             return
-        self._numbers.write(values.ravel())
+        self._numbers.write(np.broadcast_to(values, self._shape).ravel())
         self._versions.count()
 
 

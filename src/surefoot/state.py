@@ -195,8 +195,14 @@ def read_scalars(states: Sequence[Mapping[str, Any]], scalars: Sequence[Scalar])
 
 
 def write_scalars(states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], values: np.ndarray) -> None:
-    """Write the scalars of several parameters, in place where they are tensors."""
-    for scalar, row in zip(scalars, values.tolist(), strict=True):
+    """Write the scalars of several parameters, in place where they are tensors.
+
+    Args:
+        states: the parameters' state.
+        scalars: what to write.
+        values: of shape (scalars, parameters), or (scalars, 1) where parameters share them.
+    """
+    for scalar, row in zip(scalars, np.broadcast_to(values, (len(scalars), len(states))).tolist(), strict=True):
         for state, value in zip(states, row, strict=True):
             if isinstance(state[scalar.name], Tensor):
                 state[scalar.name].fill_(value)

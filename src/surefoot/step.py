@@ -197,7 +197,7 @@ class Work:
         self.bucket.coefficients = [number for number, _ in numbers]
         self.bucket.row = self.first if row is None else row
         new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
-        self.scalars = new[:, self.bucket.row] if scalars else values
+        self.scalars = new if row is None else new[:, row]
 
     def _fresh(self) -> list[Fresh]:
         slots = {slot.name for slot in self.optimizer.slots}

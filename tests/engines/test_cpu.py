@@ -123,7 +123,7 @@ def test_a_kernel_from_disk_needs_no_numba(cache):
 @pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
 def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
     if portable:
-        monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
     results = []
     for count in (1, 2, 3):
         monkeypatch.setattr(plan, "thread_count", lambda count=count: count)
@@ -142,7 +142,7 @@ def test_same_bits_however_the_work_is_cut(monkeypatch, chunk):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the OpenMP library that torch loads on Linux")
 def test_the_openmp_pool_is_torchs():
-    assert threads._gomp_parallel() is not None
+    assert threads._openmp() is not None
 
 
 def test_a_forked_child_uses_one_thread(monkeypatch):
@@ -353,8 +353,8 @@ CHANGES = {
 kinds_of_look = pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
 
 
-def look(dimensions=(4, 3), kind=tensors.Look):
-    params = [torch.randn(dimensions) for _ in range(5)]  # set_ and resize_ refuse those that require gradients
+def look(dimensions=(4, 3), kind=tensors.Look, count=5):
+    params = [torch.randn(dimensions) for _ in range(count)]  # set_ and resize_ refuse those that require gradients
     for param in params:
         param.grad = torch.randn(dimensions)
     states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
@@ -426,6 +426,65 @@ def test_a_look_does_without_room_for_many_dimensions():
     assert watch.changed()
     assert look((1,) * 8 + (2,))[0].changed()
     assert not look((1,) * 8 + (2,), looks.look_at)[0].changed()
+
+
+@pytest.mark.parametrize("of", ["param", "gradient", "state"])
+def test_a_look_sees_sizes_that_stand_outside_of_a_tensor(of):
+    watch, params, states = look((1, 1, 1, 1, 3, 3))
+    assert not watch.changed()
+    changed = {"param": params[2], "gradient": params[2].grad, "state": states[2]["average"]}[of]
+    changed.transpose_(4, 5)
+    assert watch.changed()
+
+
+MANY = tensors._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
+
+
+@pytest.mark.parametrize("position", [0, 127, 128, MANY - 1])
+@pytest.mark.parametrize("change", ["param", "gradient", "none", "average", "step", "entry"])
+def test_a_look_of_several_threads_sees_every_tensor(change, position):
+    watch, params, states = look(count=MANY)
+    assert not watch.changed()
+    assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
+    {
+        "param": lambda: params[position].set_(torch.randn(4, 3)),
+        "gradient": params[position].grad.t_,
+        "none": lambda: setattr(params[position], "grad", None),
+        "average": lambda: states[position]["average"].set_(torch.randn(4, 3)),
+        "step": lambda: states[position]["step"].set_(torch.zeros(())),
+        "entry": lambda: states[position].update(average=torch.randn(4, 3)),
+    }[change]()
+    assert watch.changed()
+
+
+def test_a_look_of_several_threads_holds_every_gradient():
+    watch, params, _ = look(count=MANY)
+    gradients = [weakref.ref(param.grad) for param in params]
+    addresses = [param.grad.data_ptr() for param in params]
+    assert not watch.changed()
+    for param in params:
+        param.grad = None
+    fresh = {torch.randn(4, 3).data_ptr() for _ in range(100)}
+    assert fresh.isdisjoint(addresses), "memory that is held must not be given away"
+    watch.let_go()
+    assert not any(gradient() for gradient in gradients)
+
+
+def test_versions_are_counted_by_several_threads():
+    counted = [torch.zeros(()) for _ in range(tensors._FEW + 1)]
+    for tensor in counted[::3]:
+        tensor.add_(1)
+    before = [tensor._version for tensor in counted]
+    tensors.Versions(counted).count()
+    assert [tensor._version for tensor in counted] == [version + 1 for version in before]
+
+
+def test_numbers_are_read_and_written_by_several_threads():
+    scalars = [torch.tensor(float(value)) for value in range(tensors._FEW + 1)]
+    numbers = tensors.Numbers(scalars)
+    assert numbers.read().tolist() == list(range(tensors._FEW + 1))
+    numbers.write(np.arange(tensors._FEW + 1) / 2)
+    assert [scalar.item() for scalar in scalars] == [value / 2 for value in range(tensors._FEW + 1)]
 
 
 def test_a_lazy_clone_keeps_what_it_was_cloned_from():

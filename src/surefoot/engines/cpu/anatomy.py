@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 WORD = 8
-MOST = 17
-"""Words that may describe a tensor in an implementation: from sizes and strides, of up to 5 dimensions, to the kind."""
+DESCRIBED = range(8, 18)
+"""How many words may describe a tensor in an implementation: from sizes and strides to the kind."""
 _IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 22, 12, 8
 Place = TypeVar("Place")
 _FUNCTIONS = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides", "assign_tensors")
@@ -98,7 +98,7 @@ def _find() -> Anatomy:
     if len(undefined) != 1:
         raise LookupError
     geometry, (version, count) = _geometry(key_set), _version(key_set)
-    if (described := key_set + 1 - geometry.start) > MOST:
+    if (described := key_set + 1 - geometry.start) not in DESCRIBED:
         raise LookupError
     *questions, assign = _functions()
     lookup, walk = map(_address, (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next))

@@ -10,6 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "alike",
     "as_float32",
     "as_float64",
     "as_uint32",
@@ -23,6 +24,7 @@ __all__ = [
     "load_half",
     "lookup",
     "narrow_vectors",
+    "number",
     "plus_square",
     "pointer",
     "prefetch",
@@ -79,6 +81,19 @@ def _access(kind: Any) -> tuple[Any, Any]:
 
 load, store = _access(types.int64)
 load_half, store_half = _access(types.uint32)
+
+
+@intrinsic
+def alike(typing_context: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
+    """Whether the 8 words at two addresses are the same."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        words = ir.VectorType(ir.IntType(64), 8)
+        ours, theirs = (builder.load(builder.inttoptr(arg, words.as_pointer()), align=8) for arg in args)
+        differing = builder.icmp_unsigned("!=", ours, theirs)
+        return builder.icmp_unsigned("==", builder.bitcast(differing, ir.IntType(8)), ir.IntType(8)(0))
+
+    return types.boolean(types.int64, types.int64), build
 
 
 def _add_one(kind: Any) -> Any:
@@ -146,6 +161,12 @@ def ask(typing_context: Any, function: Any, tensor: Any, answer: Any) -> Any:  #
 def call(typing_context: Any, function: Any, tensor: Any, result: Any) -> Any:  # noqa: ARG001
     """Call `int32 (*)(void* tensor, void* result)`."""
     return _foreign(types.int32, 2)
+
+
+@intrinsic
+def number(typing_context: Any, function: Any) -> Any:  # noqa: ARG001
+    """Call `int32 (*)(void)`."""
+    return _foreign(types.int32, 0)
 
 
 @intrinsic

@@ -1,93 +1,101 @@
 """Compiled look at many tensors at once, at the places that `anatomy` has found.
 
-Not imported: `tensors` compiles this file's text as it does kernels.  Everything is an address or a word of 8 bytes:
-arrays would take Numba seconds to compile.
+Not imported: `tensors` compiles this file's text as it does kernels, after a line that defines PLACES.  Everything is
+an address or a word of 8 bytes: arrays would take Numba seconds to compile.
 
 What is known of a tensor is a record of words: address of its memory; where it, its implementation, and its storage
-are; the memory's address and owner as the storage has them; the words of the implementation that describe it; then, for
-those that are described by other words, dimensions, kind, dtype, sizes, strides.
+are; the memory's address and owner as the storage has them; the words of the implementation that describe it.  Those
+that are described by other words are compared by facts: dimensions, kind, dtype, sizes, strides.
 """
 
 from numba import cfunc, float32, float64, int64, njit, types, uint64
 
 from surefoot.engines.cpu.intrinsics import (
+    alike,
     as_float32,
     as_float64,
     as_uint32,
     as_uint64,
     ask,
     call,
+    claim,
     count,
     load,
     load_half,
     lookup,
+    number,
     prefetch,
     store,
     store_half,
     walk,
 )
 
-WORD, LINE = 8, 64  # bytes
-TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, FACTS, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24, 48))
-KIND, DTYPE, SIZES = FACTS + WORD, FACTS + 2 * WORD, FACTS + 3 * WORD
-DIMENSIONS, INLINE = 8, 5
-AHEAD = 8  # how many positions before it is looked at a tensor is fetched
+# Places in bytes, constants of the compiled code, in the order of `tensors`.
+A_TENSOR, A_STORAGE, A_DATA, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED = PLACES  # type: ignore[name-defined]  # noqa: F821
 
-# A job: what is asked, of how many, and what each task needs; then the places, in the order of `tensors`.
-COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER = (n * WORD for n in range(1, 8))
-A_TENSOR, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED, UNDEFINED, A_STORAGE, A_DATA = (
-    n * WORD for n in range(8, 19)
-)
-GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, LOOKUP, WALK, ASSIGN, RESULT, HELD = (
-    n * WORD for n in range(19, 29)
+WORD, LINE = 8, 64  # bytes
+TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24))
+KIND, DTYPE, SIZES, FACTS = (n * WORD for n in (1, 2, 3, 24))  # the last word of facts is for answers
+DIMENSIONS, INLINE = 8, 5
+VECTOR = 8  # words that are compared at a time
+BLOCK = 128 * WORD  # positions that a thread takes at a time
+AHEAD = 8 * WORD  # how many positions before it is looked at a tensor is fetched
+KEYS = 4 * WORD  # where a dict may have the address of its table, which is fetched too
+
+# A job: what is asked, of how many, what each task needs, functions, and what threads share.
+COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WORD for n in range(1, 10))
+GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, RESULT = (
+    n * WORD for n in range(10, 21)
 )
 
 
 @njit
-def differs(job, tensor, record):
-    """Compare a tensor with its record, but for where it is, and bring the record up to date."""
+def differs(job, tensor, record, facts):
+    """Compare a tensor with what is known of it, but for where it is, and bring that up to date."""
     implementation = load(tensor)
-    storage = load(implementation + load(job + A_STORAGE))
-    description = implementation + load(job + A_DESCRIPTION)
-    same = load(record + FACTS) <= INLINE
-    for word in range(0, load(job + DESCRIBED) * WORD, WORD):
-        same &= load(description + word) == load(record + DESCRIPTION + word)
-    here = same & (storage == load(record + STORAGE)) & (storage != 0)
-    if here:
-        for word in range(0, 3 * WORD, WORD):
-            here &= load(storage + load(job + A_DATA) + word) == load(record + MEMORY + word)
+    storage, described = load(implementation + A_STORAGE), True
+    description = implementation + A_DESCRIPTION
+    for word in range(0, DESCRIBED - VECTOR, VECTOR):
+        described &= alike(description + word * WORD, record + DESCRIPTION + word * WORD)
+    last = (DESCRIBED - VECTOR) * WORD
+    described &= alike(description + last, record + DESCRIPTION + last)
+    memory = storage + A_DATA
+    if described & (storage != 0) & (storage == load(record + STORAGE)):
+        here = load(memory) == load(record + MEMORY)
+        here &= load(memory + WORD) == load(record + MEMORY + WORD)
+        here &= load(memory + 2 * WORD) == load(record + MEMORY + 2 * WORD)
         if here:
             return False
-    answer = load(job + ANSWER)
-    store(record, ask(load(job + GET_DATA), tensor, answer))
+    store(record, ask(load(job + GET_DATA), tensor, facts + FACTS - WORD))
     store(record + TENSOR, tensor)
     store(record + IMPLEMENTATION, implementation)
-    store(record + STORAGE, storage)
     if storage:
         for word in range(0, 3 * WORD, WORD):
-            store(record + MEMORY + word, load(storage + load(job + A_DATA) + word))
-    return not same and described_otherwise(job, tensor, record)
+            store(record + MEMORY + word, load(memory + word))
+    described &= load(facts) <= INLINE
+    changed = not described and described_otherwise(job, tensor, record, facts)
+    store(record + STORAGE, storage if load(facts) <= INLINE else 0)
+    return changed
 
 
 @njit
-def described_otherwise(job, tensor, record):
-    """Compare what a tensor is like with its record, whatever words describe it, and bring the record up to date."""
-    implementation = load(tensor)
-    for word in range(0, load(job + DESCRIBED) * WORD, WORD):
-        store(record + DESCRIPTION + word, load(implementation + load(job + A_DESCRIPTION) + word))
-    answer = load(job + ANSWER)
-    kind, dtype = load(implementation + load(job + A_KIND)), ask(load(job + GET_DTYPE), tensor, answer)
+def described_otherwise(job, tensor, record, facts):
+    """Compare what a tensor is like with what is known, whatever words describe it, and bring that up to date."""
+    implementation, answer = load(tensor), facts + FACTS - WORD
+    for word in range(0, DESCRIBED * WORD, WORD):
+        store(record + DESCRIPTION + word, load(implementation + A_DESCRIPTION + word))
+    kind, dtype = load(implementation + A_KIND), ask(load(job + GET_DTYPE), tensor, answer)
     dimensions = ask(load(job + GET_DIM), tensor, answer)
-    changed = (load(record + FACTS) != dimensions) | (dimensions > DIMENSIONS)
-    changed |= (load(record + KIND) != kind) | (load(record + DTYPE) != dtype)
-    store(record + FACTS, dimensions)
-    store(record + KIND, kind)
-    store(record + DTYPE, dtype)
+    changed = (load(facts) != dimensions) | (dimensions > DIMENSIONS)
+    changed |= (load(facts + KIND) != kind) | (load(facts + DTYPE) != dtype)
+    store(facts, dimensions)
+    store(facts + KIND, kind)
+    store(facts + DTYPE, dtype)
     sizes = strides = int64(0)
     if dimensions:
         sizes = ask(load(job + GET_SIZES), tensor, answer)
         strides = ask(load(job + GET_STRIDES), tensor, answer)
-    place = record + SIZES
+    place = facts + SIZES
     for dimension in range(0, DIMENSIONS * WORD, WORD):
         if dimension >= dimensions * WORD:
             break
@@ -100,46 +108,62 @@ def described_otherwise(job, tensor, record):
 
 
 @njit
-def fetch(job, record, columns):
+def fetch(record, columns):
     """Begin to load the tensors of some records from where they were last, for most are not in a cache any more."""
     for _ in range(columns):
         prefetch(load(record + TENSOR))
         for line in range(0, 3 * LINE, LINE):
             prefetch(load(record + IMPLEMENTATION) + line)
-        prefetch(load(record + STORAGE) + load(job + A_DATA))
+        prefetch(load(record + STORAGE) + A_DATA)
         record += RECORD
 
 
 @njit
-def changes(job):
-    """Count what has changed about parameters, gradients and the entries of their state; hold the gradients."""
-    tensors, entries, objects = load(job + COUNT), load(job + SECOND), load(job + OBJECTS)
-    record, changed = load(job + RECORDS), 0
-    for index in range(0, tensors * WORD, WORD):
-        if index + AHEAD * WORD < tensors * WORD:
-            fetch(job, record + AHEAD * (2 + entries) * RECORD, 2 + entries)
-            prefetch(load(load(job + THIRD) + index + AHEAD * WORD))
+def changes(job, start, end):
+    """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients."""
+    tensors, entries, objects = load(job + COUNT) * WORD, load(job + SECOND), load(job + OBJECTS)
+    changed = False
+    for index in range(start, end, WORD):
+        position = index // WORD * (2 + entries)
+        record, facts = load(job + RECORDS) + position * RECORD, load(job + ANSWER) + position * FACTS
+        if index + AHEAD < end:
+            fetch(record + AHEAD // WORD * (2 + entries) * RECORD, 2 + entries)
         for column in range(1 + entries):
-            tensor = load(objects + column * tensors * WORD + index)
-            if column and load(job + NAMES):
-                state, name = load(load(job + THIRD) + index), load(load(job + NAMES) + (column - 1) * WORD)
-                if lookup(load(job + LOOKUP), state, name) != tensor:
-                    return changed + 1
-            tensor += load(job + A_TENSOR)
+            tensor = load(objects + column * tensors + index) + A_TENSOR
             before = load(record)
-            changed += differs(job, tensor, record) | (load(record) != before)
+            changed |= differs(job, tensor, record, facts) | (load(record) != before)
             record += RECORD
+            facts += FACTS
             if column == 0:
                 if load(job + HELD):
-                    metadata = load(load(tensor) + load(job + A_AUTOGRAD))
-                    gradient, held = metadata + load(job + A_GRAD), load(job + HELD) + index
+                    metadata = load(load(tensor) + A_AUTOGRAD)
+                    gradient, held = metadata + A_GRAD, load(job + HELD) + index
                     if metadata == 0 or load(gradient) == load(job + UNDEFINED):
-                        return changed + 1
+                        return True
                     call(load(job + ASSIGN), gradient, held)
-                    changed += differs(job, held, record)
+                    changed |= differs(job, held, record, facts)
                     store(record + TENSOR, gradient)
                 record += RECORD
+                facts += FACTS
     return changed
+
+
+@njit
+def entries_replaced(job):
+    """Whether an entry of a dict of state is not the tensor that it was.  Only who holds the interpreter may ask."""
+    tensors = load(job + COUNT) * WORD
+    for index in range(0, tensors, WORD):
+        state = load(load(job + THIRD) + index)
+        if index + 2 * AHEAD < tensors:
+            prefetch(load(load(job + THIRD) + index + 2 * AHEAD))
+            table = load(load(load(job + THIRD) + index + AHEAD) + KEYS)
+            for line in range(0, 3 * LINE, LINE):
+                prefetch(table + line)
+        for column in range(load(job + SECOND)):
+            entry = load(load(job + OBJECTS) + (1 + column) * tensors + index)
+            if lookup(load(job + LOOKUP), state, load(load(job + NAMES) + column * WORD)) != entry:
+                return True
+    return False
 
 
 @njit
@@ -163,32 +187,38 @@ def other_items(job):
 
 
 @njit
-def copy_numbers(job, reading):
+def copy_numbers(job, reading, start, end):
     """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
-    value = load(job + NAMES)
-    for index in range(0, load(job + COUNT) * WORD, WORD):
-        number, wide = load(load(job + OBJECTS) + index), load(load(job + THIRD) + index)
+    places, value = load(job + OBJECTS), load(job + NAMES) + start
+    for index in range(start, end, WORD):
+        place, wide = load(places + index), load(load(job + THIRD) + index)
+        if index + AHEAD < end:
+            prefetch(load(places + index + AHEAD))
         if wide and reading:
-            store(value, load(number))
+            store(value, load(place))
         elif wide:
-            store(number, load(value))
+            store(place, load(value))
         elif reading:
-            store(value, int64(as_uint64(float64(as_float32(load_half(number))))))
+            store(value, int64(as_uint64(float64(as_float32(load_half(place))))))
         else:
-            store_half(number, as_uint32(float32(as_float64(uint64(load(value))))))
+            store_half(place, as_uint32(float32(as_float64(uint64(load(value))))))
         value += WORD
 
 
 @njit
-def count_versions(job):
+def count_versions(job, start, end):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
-    for index in range(0, load(job + COUNT) * WORD, WORD):
-        tensor = load(load(job + OBJECTS) + index) + load(job + A_TENSOR)
-        counter = load(load(tensor) + load(job + A_VERSION))
+    objects = load(job + OBJECTS)
+    for index in range(start, end, WORD):
+        if index + 3 * AHEAD < end:
+            prefetch(load(objects + index + 3 * AHEAD) + A_TENSOR)
+            prefetch(load(load(objects + index + 2 * AHEAD) + A_TENSOR) + A_VERSION)
+            prefetch(load(load(load(objects + index + AHEAD) + A_TENSOR) + A_VERSION) + A_COUNT)
+        counter = load(load(load(objects + index) + A_TENSOR) + A_VERSION)
         if counter and load(job + SECOND):
-            store(load(job + THIRD) + index, int64(load_half(counter + load(job + A_COUNT))))
+            store(load(job + THIRD) + index, int64(load_half(counter + A_COUNT)))
         elif counter:
-            count(counter + load(job + A_COUNT))
+            count(counter + A_COUNT)
 
 
 @njit
@@ -197,21 +227,35 @@ def let_go(job):
     held = load(job + HELD)
     nothing = held + load(job + COUNT) * WORD
     for place in range(held, nothing, WORD):
+        if place + AHEAD < nothing:
+            prefetch(load(place + AHEAD) + WORD)
         if load(place) != load(nothing):
             call(load(job + ASSIGN), nothing, place)
 
 
 @cfunc(types.void(types.int64))
 def kernel(job):
-    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go."""
-    task = load(job)
-    if task == 1:
-        store(job + RESULT, changes(job))
-    elif task == 2:
+    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go.
+
+    Several threads may share a job, but for tasks 2 and 6.
+    """
+    task, end = load(job), load(job + COUNT) * WORD
+    if task == 2:
         store(job + RESULT, other_items(job))
-    elif task == 5:
-        count_versions(job)
-    elif task == 6:
+        return
+    if task == 6:
         let_go(job)
-    else:
-        copy_numbers(job, task == 3)
+        return
+    locked = load(job + THREAD) == 0 or number(load(job + THREAD)) == 0  # whether this thread has the interpreter
+    if task == 1 and load(job + NAMES) and locked and entries_replaced(job):
+        store(job + RESULT, 1)
+    start = claim(job + NEXT) * BLOCK
+    while start < end:
+        if task == 1:
+            if changes(job, start, min(start + BLOCK, end)):
+                store(job + RESULT, 1)
+        elif task == 5:
+            count_versions(job, start, min(start + BLOCK, end))
+        else:
+            copy_numbers(job, task == 3, start, min(start + BLOCK, end))
+        start = claim(job + NEXT) * BLOCK

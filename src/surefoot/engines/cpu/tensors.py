@@ -4,7 +4,6 @@ Nothing here is about tensors of the CPU, but for `Numbers`.  Looks and the like
 without a compiler where there is none.
 """
 
-import ctypes
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -18,20 +17,28 @@ from torch import Tensor
 from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
+from surefoot.engines.cpu.threads import run_locked, thread_count, thread_number
 
-_RECORD, _RESULT, _HELD = 48, 27, 28
+_RECORD = 24
+_FUNCTIONS, _THREAD, _NEXT, _RESULT = 10, 18, 19, 20
+_HELD = 8
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
+_FEW = 2000
+"""Tensors that one thread has looked at before another has woken up."""
 
 
 @functools.cache
-def _probe() -> Any:
-    """Give the compiled probe, which is called with the interpreter locked since it looks into dicts.
+def _probe() -> int:
+    """Give the address of the compiled probe.
 
     Raises:
         ImportError: there is no compiler, or none that works.
     """
-    address = load(Path(__file__).with_name("probe.py").read_text(), "probe")
-    return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
+    if (known := anatomy()) is None:
+        raise ImportError("torch keeps things in unknown places")
+    places = (known.tensor, known.storage, known.data, known.description, known.key_set, known.autograd, known.version)
+    text = Path(__file__).with_name("probe.py").read_text()
+    return load(f"PLACES = {(*places, known.count, known.grad, known.described)}\n{text}", "probe")
 
 
 def available() -> bool:
@@ -53,17 +60,18 @@ class _Job:
 
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         known = anatomy()
-        self.slots = np.zeros(_HELD + 1, dtype=np.int64)
+        self.slots = np.zeros(_RESULT + 1, dtype=np.int64)
         self.slots[: 1 + len(slots)] = [task, *(s.ctypes.data if isinstance(s, np.ndarray) else s for s in slots)]
         if known is not None:
-            places = (known.tensor, known.description, known.key_set, known.autograd, known.version, known.count)
-            more = (known.grad, known.described, known.undefined, known.storage, known.data)
-            self.slots[8:_RESULT] = [*places, *more, *known.questions, known.lookup, known.walk, known.assign]
+            self.slots[_HELD + 1] = known.undefined
+            self.slots[_FUNCTIONS:_THREAD] = [*known.questions, known.assign, known.lookup, known.walk]
         self._probe, self._address = _probe(), self.slots.ctypes.data
 
-    def ask(self) -> bool:
-        """Let the probe do it; what it has found counts as true."""
-        self._probe(self._address)
+    def ask(self, tensors: int = 0) -> bool:
+        """Let the probe do it, on several threads if it is about many tensors; what it has found counts as true."""
+        threads = 1 if tensors < _FEW else thread_count()
+        self.slots[_THREAD:] = (thread_number() if threads > 1 else 0), 0, 0
+        run_locked(self._probe, self._address, threads)
         return bool(self.slots[_RESULT])
 
 
@@ -97,19 +105,20 @@ class Look:
         gradients: bool = False,
     ) -> None:
         self._held: np.ndarray | None = None
+        self._holds = False
         self._kept = (columns, states, names)  # what stands in the job by its id must live
         self._arrays = [_ids(chain.from_iterable(columns)), _ids(states), _ids(names)]
         count = len(columns[0])
-        self._records = np.zeros((count, 1 + len(columns), _RECORD), dtype=np.int64)
-        self._answer = np.zeros(8, dtype=np.int64)
-        self._job = _Job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._answer)
+        self._records, self._facts = np.zeros((2, count, 1 + len(columns), _RECORD), dtype=np.int64)
+        self._job = _Job(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._facts)
         self._job.slots[5] *= bool(names)
         if gradients:
             self._held = np.full(count + 1, known.undefined if (known := anatomy()) else 0, dtype=np.int64)
             self._job.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
+        self._tensors, self._over = count * (1 + len(columns)), False
+        self._holds = gradients
         self._job.ask()
-        self._over = False
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
         seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
@@ -121,15 +130,17 @@ class Look:
         What was made from the tensors as they were must not be used again, whatever they are like now.
         """
         if not self._over:
-            self._over = self._job.ask()
+            self.let_go()
+            self._holds = self._held is not None
+            self._over = self._job.ask(self._tensors)
             if self._over:
                 self.let_go()
         return self._over
 
     def let_go(self) -> None:
         """Hold the gradients no longer."""
-        if self._held is not None:
-            self._job.slots[0] = _LET_GO
+        if self._holds:
+            self._job.slots[0], self._holds = _LET_GO, False
             self._job.ask()
             self._job.slots[0] = _CHANGES
 
@@ -184,7 +195,7 @@ class Versions:
         if self._job is None:
             torch.autograd.graph.increment_version(self._tensors)
         else:
-            self._job.ask()
+            self._job.ask(len(self._tensors))
 
 
 class Numbers:
@@ -207,5 +218,5 @@ class Numbers:
 
     def _run(self, task: int) -> np.ndarray:
         self._job.slots[0] = task
-        self._job.ask()
+        self._job.ask(len(self._values))
         return self._values

@@ -7,16 +7,14 @@ thread does what changes nothing in the result.
 import ctypes
 import functools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from surefoot.locks import in_forked_children
 
-Kernel = Callable[[int], None]
 _forked = False
 
 
@@ -38,12 +36,25 @@ def run_on_threads(address: int, job: int, threads: int) -> None:
     """Call the kernel at `address` with a job from `threads` threads; return when all are done."""
     if threads == 1:
         _function(address)(job)
-    elif (gomp := _gomp_parallel()) is not None:
-        gomp(address, job, threads, 0)
+    elif (openmp := _openmp()) is not None:
+        openmp.parallel(address, job, threads, 0)
     else:
         kernel = _function(address)
         for waiting in [_pool(threads).submit(kernel, job) for _ in range(threads)]:
             waiting.result()
+
+
+def run_locked(address: int, job: int, threads: int) -> None:
+    """Do so with the interpreter locked meanwhile; on one thread where there is no OpenMP pool."""
+    if threads == 1 or (openmp := _openmp()) is None:
+        _locked_function(address)(job)
+    else:
+        openmp.locked_parallel(address, job, threads, 0)
+
+
+def thread_number() -> int:
+    """Give the address of the function that numbers the threads of a call, its caller 0; 0 without an OpenMP pool."""
+    return 0 if (openmp := _openmp()) is None else openmp.thread_number
 
 
 @functools.cache
@@ -52,19 +63,35 @@ def _function(address: int) -> Any:
 
 
 @functools.cache
-def _gomp_parallel() -> Callable[[int, int, int, int], None] | None:
-    """Find `GOMP_parallel` in the OpenMP library that torch has loaded."""
+def _locked_function(address: int) -> Any:
+    return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
+
+
+class _OpenMP(NamedTuple):
+    """`GOMP_parallel`, the same called with the interpreter locked, and the address of `omp_get_thread_num`."""
+
+    parallel: Any
+    locked_parallel: Any
+    thread_number: int
+
+
+@functools.cache
+def _openmp() -> _OpenMP | None:
+    """Find the OpenMP library that torch has loaded."""
     folder = Path(torch.__file__).parent
     candidates = [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]
     for path in candidates:
         try:
             # RTLD_NOLOAD: only a library that is in use already; a second pool would compete with torch's.
-            function = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+            libraries = [kind(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY) for kind in (ctypes.CDLL, ctypes.PyDLL)]
+            parallel, locked_parallel = (library.GOMP_parallel for library in libraries)
+            number = ctypes.cast(libraries[0].omp_get_thread_num, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             continue
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        function.restype = None
-        return function
+        for function in (parallel, locked_parallel):
+            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            function.restype = None
+        return _OpenMP(parallel, locked_parallel, number)
     return None
 
 
