@@ -83,7 +83,7 @@ class Watch:
         """Write the scalars: of shape (scalars, parameters), or (scalars, 1) where parameters share them."""
         if not self._shape[0]:
             return
-        self._numbers.write(np.broadcast_to(values, self._shape).ravel())
+        self._numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
         self._versions.count()
 
 

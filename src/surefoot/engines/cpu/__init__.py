@@ -48,8 +48,8 @@ def run_rows(bucket: Bucket) -> bool:
 
 
 def _plan(bucket: Bucket) -> Any:
-    from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
-
     if bucket.plan is None:
+        from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
+
         bucket.plan = Plan(bucket)
     return bucket.plan
