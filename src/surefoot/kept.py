@@ -18,7 +18,7 @@ from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import Flags
-from surefoot.state import flags_of, local
+from surefoot.state import flags_of, local, read_scalars, write_scalars
 from surefoot.whole_step import is_clipped
 
 if TYPE_CHECKING:
@@ -51,22 +51,36 @@ class Watch:
     """Watches the tensors of one bucket, and reads and writes those of its scalars that the host has."""
 
     def __init__(self, work: "Work") -> None:
-        scalars = [scalar.name for scalar in work.optimizer.scalars]
-        names = [*scalars, *(slot.name for slot in work.bucket.rule.slots)]
+        scalars, slots = work.optimizer.scalars, [slot.name for slot in work.bucket.rule.slots]
+        held = [] if _are_replaced(work) else [scalar.name for scalar in scalars]
+        names = [*held, *slots]
         entries = {name: [state[name] for state in work.states] for name in names}
-        self._look = look_at((work.params, *entries.values()), work.states, names, gradients=True)
-        of_host = [] if work.on_device else list(chain.from_iterable(entries[name] for name in scalars))
+        self._look = look_at((work.params, *entries.values()), work.states, names, gradients=not work.sparse)
+        self._kinds = list(map(_kind, work.grads())) if work.sparse else []
+        of_host = [] if work.on_device else list(chain.from_iterable(entries[name] for name in held))
         self._numbers, self._versions = numbers_in(of_host), Versions(of_host)
+        self._replaced = None if held or not scalars else (work.states, scalars)
         self._shape = (len(scalars), len(work.params))
 
     def renew(self, work: "Work") -> bool:
         """Give the bucket this step's gradients; tell whether all else is as it was."""
+        if self._replaced and not all(scalar.name in state for state, scalar in product(*self._replaced)):
+            return False
+        if work.sparse:
+            return not self._look.changed() and self._renew_rows(work)
         plan = work.bucket.plan
         grads = work.grads() if plan is None or plan.irregular else []  # else their addresses do
         if self._look.changed():
             return False
         work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, list(map(local, grads))
         return True
+
+    def _renew_rows(self, work: "Work") -> bool:
+        grads = work.grads()
+        same = list(map(_kind, grads)) == self._kinds
+        if same:
+            work.bucket.grads = [grad.coalesce() for grad in grads]
+        return same
 
     def let_go(self) -> None:
         """Hold this step's gradients no longer."""
@@ -76,15 +90,26 @@ class Watch:
         """Read the scalars: float64 of shape (scalars, parameters)."""
         if not self._shape[0]:
             return np.zeros(self._shape)
+        if self._replaced:
+            return read_scalars(*self._replaced)
         values: np.ndarray = self._numbers.read()
         return values.reshape(self._shape)
 
     def write(self, values: np.ndarray) -> None:
         """Write the scalars: of shape (scalars, parameters), or (scalars, 1) where parameters share them."""
-        if not self._shape[0]:
+        if self._replaced:
+            write_scalars(*self._replaced, values)
+        if self._replaced or not self._shape[0]:
             return
         self._numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
         self._versions.count()
+
+
+def _kind(grad: Any) -> tuple[Any, ...]:
+    """Give what must stay of a sparse gradient; all else of it may change."""
+    if not isinstance(grad, Tensor) or not grad.is_sparse:
+        return ()
+    return type(grad), grad.dtype, grad.device, grad.shape, grad.sparse_dim()
 
 
 class Options:
@@ -197,5 +222,16 @@ def _reusable(work: "Work") -> bool:
         return False
     if work.params[0].is_complex() and not work.on_device:
         return False  # their real views, if kept, would keep them from being swapped
-    scalars = (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
-    return all(map(is_plain, (*work.params, *work.grads()))) and (work.on_device or can_hold(scalars))
+    if work.sparse and (work.engine is gpu or work.group.get("ema")):
+        return False  # averages are none of a sparse update's slots
+    stored = work.params if work.sparse else (*work.params, *work.grads())
+    return all(map(is_plain, stored)) and (work.on_device or _are_replaced(work) or can_hold(_scalars(work)))
+
+
+def _scalars(work: "Work") -> Iterable[Any]:
+    return (state[scalar.name] for state in work.states for scalar in work.optimizer.scalars)
+
+
+def _are_replaced(work: "Work") -> bool:
+    """Whether scalars are Python's numbers, so that every step puts others into the state."""
+    return not work.on_device and all(isinstance(value, (int, float)) for value in _scalars(work))

@@ -115,6 +115,7 @@ class Work:
     bucket: Bucket
     engine: Engine
     part: Part
+    sparse: bool = False
     states: list[dict[str, Any]] = field(default_factory=list)
     made: list[list[str]] = field(default_factory=list)
     scalars: Any = None
@@ -160,7 +161,7 @@ class Work:
 
     def read(self) -> None:
         """Measure the gradients."""
-        if self._is_sharded() or self._is_sparse():
+        if self._is_sharded() or self.sparse:
             self.part.gradients = read_gradients(self.params)
         else:
             self.part.gradients = self.engine.read(self.bucket)
@@ -168,12 +169,9 @@ class Work:
     def _is_sharded(self) -> bool:
         return isinstance(self.params[0], sharded_type() or ())
 
-    def _is_sparse(self) -> bool:
-        return self.watch is None and self.bucket.grads[0].is_sparse
-
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
-        if not self._is_sparse() and not self._is_sharded():
+        if not self.sparse and not self._is_sharded():
             flags = self.bucket.rule.flags
             if flags[0] != ("measured", wanted):
                 self.bucket.rule = bind(cast("Any", type(self.optimizer)), (("measured", wanted), *flags[1:]))
@@ -243,7 +241,7 @@ class Work:
                 fresh.logical_and_(cast("Tensor", found_inf != 0))
 
     def _run_engine(self) -> None:
-        if self._is_sparse():
+        if self.sparse:
             _run_rows(self.engine, self.bucket)
         else:
             self.engine.run(self.bucket)
@@ -370,7 +368,8 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
             rule = bind(algorithm, of_rows if grad.is_sparse else flags)
             bucket = Bucket(rule, [], [], {name: group.get(name) for name in ENGINE_OPTIONS})
             params: list[Tensor] = []
-            works[key] = Work(weakref.ref(optimizer), group, params, bucket, eager, Part(group, params))
+            part, sparse = Part(group, params), grad.is_sparse
+            works[key] = Work(weakref.ref(optimizer), group, params, bucket, eager, part, sparse=sparse)
         works[key].params.append(param)
         works[key].bucket.params.append(local(param))
         works[key].bucket.slots.append([local(slot) for slot in held if slot is not None])
@@ -464,7 +463,7 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
     whole = [bucket.params, *bucket.slots]
     params, *slots = [[t[i] for t, i in zip(tensors, index, strict=True)] for tensors in whole]
     values = [local(grad.values()) for grad in bucket.grads]
-    engine.run(replace(bucket, params=params, grads=values, slots=slots))
+    engine.run(replace(bucket, params=params, grads=values, slots=slots, plan=None))
     for tensors, parts in zip(whole, (params, *slots), strict=True):
         for tensor, part, i in zip(tensors, parts, index, strict=True):
             tensor[i] = part

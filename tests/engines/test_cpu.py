@@ -637,6 +637,105 @@ def test_rows_of_sparse_gradients(cls, table, index):
     torch.testing.assert_close(*found, rtol=0.02 if table.dtype is torch.bfloat16 else 1e-6, atol=1e-6)
 
 
+SPARSE = pytest.mark.parametrize("cls", ["SGD", "Adagrad", "SparseAdam"])
+
+
+def sparse_pair(cls):
+    """An optimizer of ours and torch's of the same table, and what steps both with the same gradient."""
+    tables = [torch.nn.Parameter(TABLES["rows"][0].clone()) for _ in range(2)]
+    optimizers = [getattr(module, cls)([t], lr=0.1) for module, t in zip((surefoot, torch.optim), tables, strict=True)]
+
+    def step(index):
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            table.grad = rows_of(table.detach(), index)
+            optimizer.step()
+        torch.testing.assert_close(*tables, rtol=1e-6, atol=1e-6)
+
+    return optimizers, tables, step
+
+
+@SPARSE
+def test_works_of_sparse_gradients_are_kept(cls):
+    (optimizer, _), _, step = sparse_pair(cls)
+    step(torch.tensor([[7, 0, 7, 49]]))
+    found = optimizer._kept.found
+    assert found, "nothing was kept"
+    for rows in ([3], [], [1, 2, 3, 4, 5, 6], [7, 0, 7, 49]):
+        step(torch.tensor([rows], dtype=torch.long))
+        assert optimizer._kept.found is found, "works were made anew"
+
+
+@SPARSE
+@pytest.mark.parametrize("change", ["data", "rate", "state", "step", "cleared"])
+def test_what_changes_between_sparse_steps_counts(cls, change):
+    optimizers, tables, step = sparse_pair(cls)
+    index = torch.tensor([[7, 0, 7, 49]])
+    step(index)
+    step(index)
+    for optimizer, table in zip(optimizers, tables, strict=True):
+        state = optimizer.state[table]
+        if change == "data":
+            table.data = torch.ones(50, 3).t().contiguous().t()
+        elif change == "rate":
+            optimizer.param_groups[0]["lr"] = 0.7
+        elif change == "state":
+            state.update({name: value + 1 for name, value in state.items() if name in {"sum", "exp_avg_sq"}})
+        elif change == "step" and "step" in state:
+            state["step"] = state["step"] + 5
+        elif change == "cleared" and cls != "Adagrad":  # torch's has no other chance to make it
+            state.clear()
+    step(index)
+    step(torch.tensor([[1, 2]]))
+
+
+def test_sparse_steps_go_on_without_a_count_of_steps():
+    (optimizer, _), (table, _), step = sparse_pair("SparseAdam")
+    index = torch.tensor([[7, 0]])
+    step(index)
+    step(index)
+    del optimizer.state[table]["step"]
+    table.grad = rows_of(table.detach(), index)
+    optimizer.step()
+    assert optimizer.state[table]["step"] == 1
+
+
+@SPARSE
+@pytest.mark.parametrize("later", ["dense", "double", "none", "outside"])
+def test_gradients_that_are_no_longer_as_sparse(cls, later):
+    (optimizer, _), (table, _), step = sparse_pair(cls)
+    step(torch.tensor([[7, 0]]))
+    step(torch.tensor([[7, 0]]))
+    before, grad = table.detach().clone(), rows_of(table.detach(), torch.tensor([[7, 0]]))
+    with torch.no_grad():
+        if later == "double":
+            table.data, before, grad = table.data.double(), before.double(), grad.double()
+        elif later == "outside":
+            grad = torch.sparse_coo_tensor(torch.tensor([[60]]), torch.ones(1, 3), (50, 3), check_invariants=False)
+    table.grad = None if later == "none" else grad.to_dense() if later == "dense" else grad
+    if (later, cls) == ("dense", "SparseAdam"):
+        with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+            optimizer.step()
+    elif later == "outside":
+        with pytest.raises(IndexError, match="has indices outside of it"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    changed = (table.detach() != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == ([0, 7] if later == "double" or (later == "dense" and cls != "SparseAdam") else [])
+
+
+def test_averages_of_sparse_parameters_are_made_again():
+    table = torch.nn.Parameter(torch.randn(50, 3))
+    optimizer = surefoot.SGD([table], lr=0.1, ema=0.9)
+    for _ in range(4):
+        table.grad = rows_of(table.detach(), torch.tensor([[7, 0]]))
+        optimizer.step()
+    del optimizer.state[table]["ema"]
+    table.grad = rows_of(table.detach(), torch.tensor([[7, 0]]))
+    optimizer.step()
+    assert torch.equal(optimizer.state[table]["ema"], table)
+
+
 def test_rows_of_a_view_leave_their_neighbours_alone():
     whole = torch.ones(20, 6)
     param = whole[:, 1:4].requires_grad_()

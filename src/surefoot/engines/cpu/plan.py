@@ -99,7 +99,7 @@ def _items(sizes: np.ndarray) -> np.ndarray:
     if total <= CHUNK:
         return np.array([0, len(sizes)] if len(sizes) else [0], dtype=np.int64)
     item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, total // _FEWEST_ITEMS), _LARGEST_ITEM)
-    return np.concatenate([np.flatnonzero(np.diff(item, prepend=-1)), [len(sizes)]]).astype(np.int64)
+    return np.concatenate([[0], np.flatnonzero(item[1:] != item[:-1]) + 1, [len(sizes)]])
 
 
 class Plan:

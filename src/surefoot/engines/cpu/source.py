@@ -15,6 +15,9 @@ from surefoot.rule import Measure, Rule
 JOB = ("next_item", "items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
        "coefficients", "coefficient_row", "tensors", "measured")  # fmt: skip
 
+_AHEAD, _FETCHED = 2, 128
+"""How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
+
 # For each dtype of storage: the Numba type of an element, and how to load it into and store it from arithmetic.
 _STORAGE: dict[torch.dtype, tuple[str, str, str]] = {
     torch.float32: ("float32", "real({0})", "float32({0})"),
@@ -86,6 +89,12 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
             f"            {a} = carray(pointer(pointers[{i} * tensors + tensor] + start * {d.itemsize}, "
             f"{_STORAGE[d][0]}(0)), size)"
             for i, (a, d) in enumerate(zip(arrays, layout.stored, strict=True))
+        ),
+        ahead=_AHEAD,
+        fetched=_FETCHED,
+        fetches="\n".join(
+            f"                    prefetch(pointers[{i} * tensors + tensor] + start * {dtype.itemsize} + line)"
+            for i, dtype in enumerate(layout.stored)
         ),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
         keep="\n".join(
@@ -177,7 +186,8 @@ import math
 from numba import carray, cfunc, float32, float64, int64, njit, types, uint16, uint32, uint64
 
 from surefoot.engines.cpu.intrinsics import (
-    as_float32, as_float64, as_uint32, as_uint64, claim, from_half, narrow_vectors, plus_square, pointer, to_half
+    as_float32, as_float64, as_uint32, as_uint64, claim, from_half, narrow_vectors, plus_square, pointer, prefetch,
+    to_half
 )
 from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
 
@@ -211,6 +221,10 @@ def kernel(job):
     item = claim(job)
     while item < items:
         for segment in range(first_segment[item], first_segment[item + 1]):
+            if segment + {ahead} < segments:
+                tensor, start = segment_tensor[segment + {ahead}], segment_start[segment + {ahead}]
+                for line in range(0, {fetched}, 64):
+{fetches}
             tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
             {row}
 {views}

@@ -1,15 +1,16 @@
 """Sparse gradients: a kernel that sees the rows at which there are values, each as a tensor of its own."""
 
-from collections.abc import Sequence
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket
+from surefoot.engines.bucket import Bucket, addresses
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.plan import Job, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
+from surefoot.engines.cpu.tensors import Versions
 from surefoot.state import local
 
 
@@ -19,35 +20,67 @@ def run_rows(bucket: Bucket) -> bool:
     Returns:
         False, and nothing is changed, where rows are not dense in memory.
     """
-    values = [local(grad.values()).contiguous() for grad in bucket.grads]
-    leading = [grad.sparse_dim() for grad in bucket.grads]
-    arrays = (bucket.params, *bucket.slots)
-    if not all(_has_dense_rows(t, d) for tensors in arrays for t, d in zip(tensors, leading, strict=True)):
+    if bucket.plan is None:
+        bucket.plan = Rows(bucket)
+    plan: Rows = bucket.plan
+    if not plan.dense:
         return False
-    counts = [len(value) for value in values]
-    sizes = [value[0].numel() if len(value) else 0 for value in values]
-    owner = np.repeat(np.arange(len(counts)), counts)
-    job = Job(2 + len(bucket.slots), np.array(sizes, dtype=np.int64)[owner])
-    job.rows[:] = bucket.row[owner]
-    at = [_checked(grad) for grad in bucket.grads]
-    job.pointers[0] = _rows_of(bucket.params, at)
-    job.pointers[1] = _rows_of(values, [np.arange(count)[None] for count in counts])
-    for place, tensors in enumerate(bucket.slots):
-        job.pointers[2 + place] = _rows_of(tensors, at)
-    stored = tuple(tensors[0].dtype for tensors in (bucket.params, values, *bucket.slots))
-    kernel = compiled_kernel(bucket.rule, Layout(bucket.compute_dtype, stored))
-    measured = job.run(kernel, numbers_of(bucket), bucket.rule.measures)
-    whole = combined(bucket.rule.measures, measured, owner, len(counts))
-    bucket.measured = torch.from_numpy(whole) if bucket.rule.measures else None
-    torch.autograd.graph.increment_version([tensor for tensors in arrays for tensor in tensors])
+    plan.run(bucket)
     return True
 
 
+class Rows:
+    """What is kept between steps of parameters with sparse gradients: where rows stand, and the kernel.
+
+    Attributes:
+        dense: whether rows of parameters and slots are dense in memory.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        leading = [grad.sparse_dim() for grad in bucket.grads]
+        self._arrays = (bucket.params, *bucket.slots)
+        self.dense = all(
+            _has_dense_rows(tensor, dimensions)
+            for tensors in self._arrays
+            for tensor, dimensions in zip(tensors, leading, strict=True)
+        )
+        self._starts = [addresses(tensors) for tensors in self._arrays]
+        self._strides = [
+            [tensor.element_size() * np.array(tensor.stride()[:d]) for tensor, d in zip(tensors, leading, strict=True)]
+            for tensors in self._arrays
+        ]
+        self._sizes = np.array(
+            [math.prod(param.shape[d:]) for param, d in zip(bucket.params, leading, strict=True)], dtype=np.int64
+        )
+        param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
+        layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
+        self._kernel = compiled_kernel(bucket.rule, layout)
+        self._versions = Versions([tensor for tensors in self._arrays for tensor in tensors])
+
+    def run(self, bucket: Bucket) -> None:
+        """Update rows, and measure what the rule measures."""
+        rule, at = bucket.rule, [_checked(grad) for grad in bucket.grads]
+        values = [local(grad.values()).contiguous() for grad in bucket.grads]
+        counts = [index.shape[1] for index in at]
+        owner = np.repeat(np.arange(len(counts)), counts)
+        job = Job(2 + len(bucket.slots), self._sizes[owner])
+        job.rows[:] = bucket.row[owner]
+        for place, starts, strides in zip((0, *range(2, len(job.pointers))), self._starts, self._strides, strict=True):
+            np.concatenate(
+                [start + stride @ index for start, stride, index in zip(starts, strides, at, strict=True)],
+                out=job.pointers[place],
+            )
+        np.concatenate([_each_row(value) for value in values], out=job.pointers[1])
+        self._versions.count()
+        measured = job.run(self._kernel, numbers_of(bucket), rule.measures)
+        if rule.measures:
+            bucket.measured = torch.from_numpy(combined(rule.measures, measured, owner, len(counts)))
+
+
 def _checked(grad: Tensor) -> np.ndarray:
-    """Give the indices of a gradient, all of them inside."""
+    """Give the indices of a gradient, of shape (leading dimensions, rows), all of them inside."""
     index: np.ndarray = grad.indices().numpy()
-    sizes = np.array(grad.shape[: len(index)])[:, None]
-    if not ((index >= 0) & (index < sizes)).all():
+    if index.size and (index.min() < 0 or (index.max(axis=1) >= grad.shape[: len(index)]).any()):
         raise IndexError(f"a sparse gradient of shape {tuple(grad.shape)} has indices outside of it")
     return index
 
@@ -57,10 +90,7 @@ def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
     return tensor.numel() == 0 or tensor[(0,) * leading].is_contiguous()
 
 
-def _rows_of(tensors: Sequence[Tensor], at: Sequence[np.ndarray]) -> np.ndarray:
-    """Give the addresses of rows: `at` is, for each tensor, (leading dimensions, rows)."""
-    rows = [
-        tensor.data_ptr() + tensor.element_size() * (np.array(tensor.stride()[: len(index)]) @ index)
-        for tensor, index in zip(tensors, at, strict=True)
-    ]
-    return np.concatenate(rows)
+def _each_row(values: Tensor) -> np.ndarray:
+    """Give the addresses of a contiguous tensor's rows."""
+    bytes_of_row = values.element_size() * math.prod(values.shape[1:])
+    return values.data_ptr() + bytes_of_row * np.arange(len(values))
