@@ -470,7 +470,7 @@ def test_a_look_of_several_threads_holds_every_gradient():
     assert not any(gradient() for gradient in gradients)
 
 
-def test_versions_are_counted_by_several_threads():
+def test_versions_of_many_tensors_are_counted():
     counted = [torch.zeros(()) for _ in range(tensors._FEW + 1)]
     for tensor in counted[::3]:
         tensor.add_(1)
@@ -479,7 +479,7 @@ def test_versions_are_counted_by_several_threads():
     assert [tensor._version for tensor in counted] == [version + 1 for version in before]
 
 
-def test_numbers_are_read_and_written_by_several_threads():
+def test_many_numbers_are_read_and_written():
     scalars = [torch.tensor(float(value)) for value in range(tensors._FEW + 1)]
     numbers = tensors.Numbers(scalars)
     assert numbers.read().tolist() == list(range(tensors._FEW + 1))

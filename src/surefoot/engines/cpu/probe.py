@@ -167,6 +167,18 @@ def entries_replaced(job):
 
 
 @njit
+def look(job):
+    """Look for changes of everything; each thread takes the positions that no other has."""
+    if load(job + NAMES) and (load(job + THREAD) == 0 or number(load(job + THREAD)) == 0) and entries_replaced(job):
+        store(job + RESULT, 1)
+    start, end = claim(job + NEXT) * BLOCK, load(job + COUNT) * WORD
+    while start < end:
+        if changes(job, start, min(start + BLOCK, end)):
+            store(job + RESULT, 1)
+        start = claim(job + NEXT) * BLOCK
+
+
+@njit
 def other_items(job):
     """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
     differing, pair, position = 0, load(job + NAMES), load(job + ANSWER)
@@ -187,10 +199,10 @@ def other_items(job):
 
 
 @njit
-def copy_numbers(job, reading, start, end):
+def copy_numbers(job, reading):
     """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
-    places, value = load(job + OBJECTS), load(job + NAMES) + start
-    for index in range(start, end, WORD):
+    places, value, end = load(job + OBJECTS), load(job + NAMES), load(job + COUNT) * WORD
+    for index in range(0, end, WORD):
         place, wide = load(places + index), load(load(job + THIRD) + index)
         if index + AHEAD < end:
             prefetch(load(places + index + AHEAD))
@@ -206,10 +218,10 @@ def copy_numbers(job, reading, start, end):
 
 
 @njit
-def count_versions(job, start, end):
+def count_versions(job):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
-    objects = load(job + OBJECTS)
-    for index in range(start, end, WORD):
+    objects, end = load(job + OBJECTS), load(job + COUNT) * WORD
+    for index in range(0, end, WORD):
         if index + 3 * AHEAD < end:
             prefetch(load(objects + index + 3 * AHEAD) + A_TENSOR)
             prefetch(load(load(objects + index + 2 * AHEAD) + A_TENSOR) + A_VERSION)
@@ -237,25 +249,16 @@ def let_go(job):
 def kernel(job):
     """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go.
 
-    Several threads may share a job, but for tasks 2 and 6.
+    Several threads may look for changes at once.
     """
-    task, end = load(job), load(job + COUNT) * WORD
-    if task == 2:
+    task = load(job)
+    if task == 1:
+        look(job)
+    elif task == 2:
         store(job + RESULT, other_items(job))
-        return
-    if task == 6:
+    elif task == 5:
+        count_versions(job)
+    elif task == 6:
         let_go(job)
-        return
-    locked = load(job + THREAD) == 0 or number(load(job + THREAD)) == 0  # whether this thread has the interpreter
-    if task == 1 and load(job + NAMES) and locked and entries_replaced(job):
-        store(job + RESULT, 1)
-    start = claim(job + NEXT) * BLOCK
-    while start < end:
-        if task == 1:
-            if changes(job, start, min(start + BLOCK, end)):
-                store(job + RESULT, 1)
-        elif task == 5:
-            count_versions(job, start, min(start + BLOCK, end))
-        else:
-            copy_numbers(job, task == 3, start, min(start + BLOCK, end))
-        start = claim(job + NEXT) * BLOCK
+    else:
+        copy_numbers(job, task == 3)

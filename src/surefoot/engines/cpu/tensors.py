@@ -195,7 +195,7 @@ class Versions:
         if self._job is None:
             torch.autograd.graph.increment_version(self._tensors)
         else:
-            self._job.ask(len(self._tensors))
+            self._job.ask()
 
 
 class Numbers:
@@ -218,5 +218,5 @@ class Numbers:
 
     def _run(self, task: int) -> np.ndarray:
         self._job.slots[0] = task
-        self._job.ask(len(self._values))
+        self._job.ask()
         return self._values
