@@ -25,6 +25,7 @@ from surefoot.rule import EMA, bind
 from surefoot.state import (
     active_slots,
     admissible_gradient,
+    describe,
     ensure_state,
     flags_of,
     hyperparameters,
@@ -376,7 +377,26 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
         works[key].bucket.grads.append(grad if grad.is_sparse else local(grad))
     for work in works.values():
         work.engine = choose(work.bucket)
+        if work.engine in (cpu, gpu):
+            _refuse_lost_memory(work)
         yield work
+
+
+def _refuse_lost_memory(work: Work) -> None:
+    """Refuse tensors that a kernel would look for at no address.
+
+    Raises:
+        RuntimeError: the storage of a parameter, its gradient or its state has been resized to nothing.
+    """
+    bucket, sparse = work.bucket, work.sparse
+    for param, own, grad, slots in zip(work.params, bucket.params, bucket.grads, bucket.slots, strict=True):
+        for tensor in (own, *slots) if sparse else (own, grad, *slots):
+            if tensor.numel() and not tensor.data_ptr():
+                what = "" if tensor is own else "the gradient of " if tensor is grad else "state of "
+                raise RuntimeError(
+                    f"{what}{describe(work.group, param)} has no memory: its storage has been resized to 0; give it "
+                    f"memory again before the step"
+                )
 
 
 def _distinct(

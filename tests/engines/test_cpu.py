@@ -470,6 +470,105 @@ def test_a_look_of_several_threads_holds_every_gradient():
     assert not any(gradient() for gradient in gradients)
 
 
+OF_OTHER_KINDS = """
+import torch, surefoot
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        shape, dtype = inner.shape, inner.dtype
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, dispatch_sizes_strides_policy="sizes")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*[arg.inner if isinstance(arg, Wrapper) else arg for arg in args], **(kwargs or {}))
+
+params = [torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(3000)]
+for param in params:
+    param.grad = torch.ones(4, 3)
+optimizer = surefoot.SGD(params, lr=1.0, momentum=0.0)
+for position in (0, 5, 1500, 2999):
+    optimizer.step()
+    optimizer.step()
+    params[position].grad = Wrapper(torch.ones(4, 3))
+    optimizer.step()
+    params[position].grad = torch.ones(4, 3)
+assert all((param == -12).all() for param in params)
+
+for kind in (torch.strided, torch.jagged):
+    optimizer = surefoot.SGD(params, lr=1.0, momentum=0.9)
+    optimizer.step()
+    optimizer.step()
+    nested = torch.nested.nested_tensor([torch.ones(3)] * 4, layout=kind)
+    torch.utils.swap_tensors(optimizer.state[params[2999]]["momentum_buffer"], nested)
+    try:
+        optimizer.step()
+    except RuntimeError:
+        print("refused")
+"""
+
+
+def test_a_look_of_several_threads_asks_nothing_that_python_answers():
+    command = [sys.executable, "-W", "ignore", "-c", OF_OTHER_KINDS]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
+    assert result.stdout == "refused\n" * 2
+
+
+OF_ONE_STORAGE = """
+import torch, surefoot
+
+flat, grads = torch.zeros(3_000_000), torch.ones(3_000_000)
+params = [torch.nn.Parameter(part) for part in flat.split(1000)]
+for param, grad in zip(params, grads.split(1000)):
+    param.grad = grad
+optimizer = surefoot.SGD(params, lr=1.0)
+optimizer.step()
+for step in range(20):
+    clones = [torch._lazy_clone(flat), torch._lazy_clone(grads)]
+    optimizer.step()
+    assert (clones[0] == -1 - step).all() and (clones[1] == 1).all()
+    assert all((param == -2 - step).all() for param in params)
+    flat = clones[0] = params[0].detach().as_strided((3_000_000,), (1,), 0)
+"""
+
+
+def test_a_look_of_several_threads_at_lazy_clones_of_one_storage():
+    subprocess.run([sys.executable, "-c", OF_ONE_STORAGE], check=True, timeout=120)  # noqa: S603
+
+
+def test_a_change_counts_that_is_seen_with_a_lazy_clone():
+    watch, params, _ = look(count=MANY)
+    clones = [param._lazy_clone() for param in params[100:1000:100]]
+    params[3].set_(torch.randn(4, 3))
+    assert watch.changed()
+    del clones
+
+
+@pytest.mark.parametrize("count", [1, MANY])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("of", ["param", "gradient", "state"])
+def test_storages_without_memory_are_refused(of, late, count):
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(count)]
+    optimizer = surefoot.SGD(params, momentum=0.9)
+    for _ in range(2 if late else of == "state"):
+        for param in params:
+            param.grad = torch.ones(4, 3)
+        optimizer.step()
+    for param in params:
+        param.grad = torch.ones(4, 3)
+    state, before = optimizer.state.get(params[-1], {}), params[0].detach().clone()
+    lost = {"param": params[-1], "gradient": params[-1].grad, "state": state.get("momentum_buffer")}[of]
+    lost.untyped_storage().resize_(0)
+    what = {"param": "", "gradient": "the gradient of ", "state": "state of "}[of]
+    with pytest.raises(RuntimeError, match=rf"^{what}`params\[{count - 1}\]` .* has no memory: its storage has been"):
+        optimizer.step()
+    if count > 1:
+        assert torch.equal(params[0], before)
+
+
 def test_versions_of_many_tensors_are_counted():
     counted = [torch.zeros(()) for _ in range(tensors._FEW + 1)]
     for tensor in counted[::3]:

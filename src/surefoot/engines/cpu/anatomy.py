@@ -32,6 +32,7 @@ class Anatomy:
         tensor: in a Python tensor, its C++ tensor, which is the address of an implementation.
         storage: in an implementation, the address of its storage.
         data: in a storage, the address of its memory; what owns it is told by the next two words.
+        deleter: where among these three what frees memory is, which is the same for all of an allocator's.
         description: in an implementation, the words that hold sizes and strides of up to 5 dimensions, dtype and kind.
         key_set: in an implementation, what tells its kind: layout, device, and whether negated or without memory.
         autograd: in an implementation, the address of its autograd metadata, 0 if it has none.
@@ -49,6 +50,7 @@ class Anatomy:
     tensor: int
     storage: int
     data: int
+    deleter: int
     description: int
     key_set: int
     autograd: int
@@ -90,7 +92,7 @@ def _find() -> Anatomy:
         range(key_set),
         lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain),
     )
-    storage, data = _storage(key_set)
+    storage, data, deleter = _storage(key_set)
     metadata = [_word(_cdata(param), autograd) for param in params]
     grads = [_cdata(param.grad) for param in params[:2]]  # type: ignore[arg-type]
     grad = _place(range(1, _METADATA_WORDS), lambda i: [_word(m, i) for m in metadata[:2]] == grads)
@@ -106,6 +108,7 @@ def _find() -> Anatomy:
         tensor=WORD * tensor,
         storage=WORD * storage,
         data=WORD * data,
+        deleter=WORD * deleter,
         description=WORD * geometry.start,
         key_set=WORD * key_set,
         autograd=WORD * autograd,
@@ -121,14 +124,21 @@ def _find() -> Anatomy:
     )
 
 
-def _storage(key_set: int) -> tuple[int, int]:
-    """Find the word that leads to the storage, and in it the one that leads to its memory."""
+def _storage(key_set: int) -> tuple[int, int, int]:
+    """Find the word that leads to the storage, in it the one that leads to its memory, and behind that the deleter."""
     tensors = [torch.ones(3), torch.ones(3)[1:], torch.from_numpy(np.ones(3)), torch.from_numpy(np.ones(3))]
     storages = [tensor.untyped_storage() for tensor in tensors]
     word = _place(
         range(key_set), lambda i: all(_word(_cdata(t), i) == s._cdata for t, s in zip(tensors, storages, strict=True))
     )
-    return word, _place(range(_STORAGE_WORDS), lambda i: all(_word(s._cdata, i) == s.data_ptr() for s in storages))
+    data = _place(range(_STORAGE_WORDS), lambda i: all(_word(s._cdata, i) == s.data_ptr() for s in storages))
+    ours, lazy = [torch.ones(3).untyped_storage() for _ in range(3)], [torch.ones(3)._lazy_clone() for _ in range(3)]
+
+    def deletes(place: int) -> bool:
+        found = {_word(storage._cdata, data + place) for storage in ours}
+        return len(found) == 1 and found.isdisjoint(_word(t.untyped_storage()._cdata, data + place) for t in lazy)
+
+    return word, data, _place(range(1, 3), deletes)
 
 
 def _version(key_set: int) -> tuple[int, int]:

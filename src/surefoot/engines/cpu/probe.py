@@ -31,7 +31,9 @@ from surefoot.engines.cpu.intrinsics import (
 )
 
 # Places in bytes, constants of the compiled code, in the order of `tensors`.
-A_TENSOR, A_STORAGE, A_DATA, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED = PLACES  # type: ignore[name-defined]  # noqa: F821
+A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED = (
+    PLACES  # type: ignore[name-defined]  # noqa: F821
+)
 
 WORD, LINE = 8, 64  # bytes
 TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24))
@@ -44,8 +46,8 @@ KEYS = 4 * WORD  # where a dict may have the address of its table, which is fetc
 
 # A job: what is asked, of how many, what each task needs, functions, and what threads share.
 COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WORD for n in range(1, 10))
-GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, RESULT = (
-    n * WORD for n in range(10, 21)
+GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
+    n * WORD for n in range(10, 22)
 )
 
 
@@ -66,14 +68,21 @@ def differs(job, tensor, record, facts):
         here &= load(memory + 2 * WORD) == load(record + MEMORY + 2 * WORD)
         if here:
             return False
+    if storage == 0 or load(implementation + A_KIND) != load(facts + KIND) != 0:
+        return True  # of another kind nothing may be asked: Python might answer, and another thread has the interpreter
+    # A lazy clone is owned otherwise.  Asked for its memory it makes its own, which two threads must not do at once.
+    if load(job + THREAD) and load(memory + A_DELETER) != load(record + MEMORY + A_DELETER):
+        store(job + LATER, 1)
+        return False
+    before = load(record)
     store(record, ask(load(job + GET_DATA), tensor, facts + FACTS - WORD))
+    for word in range(0, 3 * WORD, WORD):
+        store(record + MEMORY + word, load(memory + word))
     store(record + TENSOR, tensor)
     store(record + IMPLEMENTATION, implementation)
-    if storage:
-        for word in range(0, 3 * WORD, WORD):
-            store(record + MEMORY + word, load(memory + word))
     described &= load(facts) <= INLINE
     changed = not described and described_otherwise(job, tensor, record, facts)
+    changed |= load(record) == 0 != before  # a storage without memory
     store(record + STORAGE, storage if load(facts) <= INLINE else 0)
     return changed
 
@@ -95,6 +104,8 @@ def described_otherwise(job, tensor, record, facts):
     if dimensions:
         sizes = ask(load(job + GET_SIZES), tensor, answer)
         strides = ask(load(job + GET_STRIDES), tensor, answer)
+        if sizes == 0 or strides == 0:
+            return True
     place = facts + SIZES
     for dimension in range(0, DIMENSIONS * WORD, WORD):
         if dimension >= dimensions * WORD:
@@ -168,7 +179,10 @@ def entries_replaced(job):
 
 @njit
 def look(job):
-    """Look for changes of everything; each thread takes the positions that no other has."""
+    """Look for changes of everything; each thread takes the positions that no other has.
+
+    What only one thread may look at is left for a later look, of one.
+    """
     if load(job + NAMES) and (load(job + THREAD) == 0 or number(load(job + THREAD)) == 0) and entries_replaced(job):
         store(job + RESULT, 1)
     start, end = claim(job + NEXT) * BLOCK, load(job + COUNT) * WORD

@@ -21,10 +21,10 @@ from surefoot.engines.cpu.compile import load
 from surefoot.engines.cpu.threads import run_locked, thread_count, thread_number
 
 _RECORD = 24
-_NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _RESULT = 5, 8, 9, 10, 18, 19, 20
+_NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 5, 8, 9, 10, 18, 19, 20, 21
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
 _FEW = 2000
-"""Tensors that one thread has looked at before another has woken up."""
+"""Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
 
 @functools.cache
@@ -36,9 +36,10 @@ def _probe() -> int:
     """
     if (known := anatomy()) is None:
         raise ImportError("torch keeps things in unknown places")
-    places = (known.tensor, known.storage, known.data, known.description, known.key_set, known.autograd, known.version)
+    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
+    more = (known.version, known.count, known.grad, known.described)
     text = Path(__file__).with_name("probe.py").read_text()
-    return load(f"PLACES = {(*places, known.count, known.grad, known.described)}\n{text}", "probe")
+    return load(f"PLACES = {(*places, *more)}\n{text}", "probe")
 
 
 def available() -> bool:
@@ -69,10 +70,11 @@ class _Job:
 
     def ask(self, tensors: int = 0) -> bool:
         """Let the probe do it, on several threads if it is about many tensors; what it has found counts as true."""
-        slots, threads = self.slots, 1 if tensors < _FEW else thread_count()
-        slots[_THREAD], slots[_NEXT], slots[_RESULT] = thread_number() if threads > 1 else 0, 0, 0
+        slots, threads = self.slots, min(1 + tensors // _FEW, thread_count())
+        slots[_THREAD] = thread_number() if threads > 1 else 0
+        slots[_NEXT] = slots[_LATER] = slots[_RESULT] = 0
         run_locked(self._probe, self._address, threads)
-        return slots[_RESULT] != 0
+        return slots[_RESULT] != 0 or (slots[_LATER] != 0 and self.ask())
 
 
 def _ids(objects: Iterable[object]) -> np.ndarray:
