@@ -99,7 +99,7 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
             f"the gradient of {describe(group, param)} has shape {tuple(grad.shape)}; set it to None after changing a "
             f"parameter's shape"
         )
-    _check_state(optimizer, group, param)
+    check_state(optimizer, group, param)
     if grad.layout is torch.strided:
         if optimizer.sparse is Sparse.ONLY:
             raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
@@ -120,7 +120,7 @@ def _laid_out_like(param: Any, grad: Any) -> Any:
     return grad.redistribute(param.device_mesh, param.placements)
 
 
-def _check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
+def check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
     """Refuse state that does not fit its parameter (any more)."""
     state = optimizer.state.get(param, {})
     for slot in slots_of(optimizer):

@@ -14,12 +14,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from surefoot.engines.bucket import is_plain
 from surefoot.loading import LoadReport
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import LR, Interval, at_least_zero
-from surefoot.state import admissible_gradient, hyperparameters
+from surefoot.state import admissible_gradient, check_state, hyperparameters
 from surefoot.whole_step import StepOptions
 
 SMALLEST_CURVATURE = 1e-10
@@ -298,7 +299,10 @@ class _Variables:
         self.optimizer = optimizer
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
+        for group, param in self.owners:
+            check_state(optimizer, group, param)
         self.sizes = [_real(param).numel() for param in self.params]
+        self.scattered = len({param.device for param in self.params}) > 1
         rates = [_on_host(hyperparameters(group).lr) for group in optimizer.param_groups]
         self.rate: Step = max(rates, key=float)
         shares = [1.0 if rate == self.rate else float(rate) / float(self.rate) for rate in rates]
@@ -308,13 +312,16 @@ class _Variables:
 
     def gradient(self) -> Tensor:
         """Collect the gradients on the first parameter's device."""
-        device = self.params[0].device
-        return torch.cat([self._gradient_of(group, param).to(device) for group, param in self.owners])
+        grads = [self._gradient_of(group, param) for group, param in self.owners]
+        return torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
 
     def _gradient_of(self, group: Mapping[str, Any], param: Tensor) -> Tensor:
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             return _real(param).new_zeros(_real(param).numel())
-        return _real(admissible_gradient(self.optimizer, group, param)).reshape(-1)
+        if not is_plain(grad) or grad.shape != param.shape:
+            grad = admissible_gradient(self.optimizer, group, param)
+        return _real(grad).reshape(-1)
 
     def copy(self) -> list[Tensor]:
         """Copy the values of the parameters."""
@@ -327,11 +334,22 @@ class _Variables:
 
     def advance(self, step: Step, direction: Tensor) -> None:
         """Add a multiple of the direction, except where the learning rate is 0."""
-        factor = float(step)
-        for param, part, share in zip(self.params, torch.split(direction, self.sizes), self.shares, strict=True):
-            if share and factor:
-                values = _real(param)
-                values.add_(part.view(values.shape).to(values.device), alpha=factor)
+        values = [_real(param) for param, share in zip(self.params, self.shares, strict=True) if share]
+        if not (factor := float(step)) or not values:
+            return
+        parts: list[Tensor] = list(
+            torch._utils._unflatten_dense_tensors(self._shared(direction), values)  # type: ignore[no-untyped-call]
+        )
+        if self.scattered:
+            parts = [part.to(value.device) for part, value in zip(parts, values, strict=True)]
+        torch._foreach_add_(values, parts, alpha=factor)
+
+    def _shared(self, vector: Tensor) -> Tensor:
+        """Give what of a vector belongs to parameters whose learning rate is not 0."""
+        if all(self.shares):
+            return vector
+        parts = zip(torch.split(vector, self.sizes), self.shares, strict=True)
+        return torch.cat([part for part, share in parts if share])
 
     def weighted(self, vector: Tensor) -> Tensor:
         """Give C times the vector."""
