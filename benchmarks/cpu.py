@@ -1,9 +1,11 @@
 """The full matrix: every optimizer, list of parameters and dtype, against torch.optim and the traffic floor.
 
-    python benchmarks/cpu.py            # all of it, in less than ten minutes on two quiet cores
+    python benchmarks/cpu.py --model tiny medium large   # what the README shows, in ten minutes on two quiet cores
+    python benchmarks/cpu.py --model mlp1000 resnet50 gpt2-small --dtype float32 --name cpu-models
+    python benchmarks/cpu.py --optimizer AdamW NAdam --model medium large --dtype float32 --compile --name cpu-compile
     python benchmarks/cpu.py --draw     # the picture and the tables anew, from the csv file that is there
 
-It writes `cpu.csv`, `cpu.png` and `cpu.md` into `benchmarks/results`, and prints the tables.
+It writes `cpu.csv`, `cpu.png` and `cpu.md`, or of another name, into `benchmarks/results`, and prints the tables.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from surefoot.benchmark import (
+    COMPILED,
     DTYPES,
     FLOOR,
     OURS,
@@ -44,7 +47,7 @@ def main() -> None:
     """Measure or read, then write the tables and the picture."""
     options = _parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    table = options.out / "cpu.csv"
+    table = options.out / f"{options.name}.csv"
     if not options.draw:
         selected = cases(options.optimizer, options.model, options.dtype)
         done: list[Result] = []
@@ -55,8 +58,8 @@ def main() -> None:
             write_csv(table, done)
     found = read_csv(table)
     text = markdown(found)
-    (options.out / "cpu.md").write_text(text, encoding="utf-8")
-    draw(found).savefig(options.out / "cpu.png", dpi=130)
+    table.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(found).savefig(table.with_suffix(".png"), dpi=130)
     print(text)
 
 
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, compiling excluded")
     parser.add_argument("--compile", action="store_true", help="torch.compile(step) too: minutes for each case")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read the csv file")
+    parser.add_argument("--name", default="cpu", help="name of the results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser
 
@@ -113,10 +117,10 @@ def _names(found: Sequence[Result], column: str) -> list[str]:
 
 
 def markdown(found: Sequence[Result]) -> str:
-    """Write two tables: one line for each list of parameters, and one for each optimizer."""
+    """Write tables: one line for each list of parameters, one for each optimizer, and what was compiled."""
     one = found[0]
     machine = f"{one.machine}, {one.threads} threads, torch {one.torch}, {one.date}."
-    return f"{machine}\n\n{_summary(found)}\n\n{_all_cases(found)}\n"
+    return "\n\n".join([machine, _summary(found), _all_cases(found), *_compiled(found)]) + "\n"
 
 
 def _summary(found: Sequence[Result]) -> str:
@@ -150,6 +154,22 @@ def _all_cases(found: Sequence[Result]) -> str:
                 cells.append(_spread(ours[LARGE].f, ours[LARGE].f_q1, ours[LARGE].f_q3))
             rows.append([variant, dtype, *cells])
     return _table(rows)
+
+
+def _compiled(found: Sequence[Result]) -> Iterator[str]:
+    """Where torch.compile took part: how long that takes, and how many times as long as ours its step."""
+    pairs = [
+        (line, ours)
+        for line in found
+        for ours, _ in lines_of(found, line.shapes, line.dtype)
+        if line.contender == COMPILED and ours.variant == line.variant
+    ]
+    rows = [
+        [theirs.variant, theirs.dtype, SHAPE_LISTS[theirs.shapes].title, f"{theirs.compile_s:.0f} s", f"{ratio:.2f}"]
+        for theirs, ratio in ((theirs, theirs.ms / ours.ms) for theirs, ours in pairs)
+    ]
+    if rows:
+        yield _table([["torch.compile(step)", "dtype", "parameters", "compiling", "its step / ours"], *rows])
 
 
 def _spread(median: float, q1: float, q3: float) -> str:
