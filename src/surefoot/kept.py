@@ -18,7 +18,7 @@ from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import Flags
-from surefoot.state import flags_of, local, read_scalars, write_scalars
+from surefoot.state import coalesced, flags_of, local, read_scalars, write_scalars
 from surefoot.whole_step import is_clipped
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Watch:
         grads = work.grads()
         same = list(map(_kind, grads)) == self._kinds
         if same:
-            work.bucket.grads = [grad.coalesce() for grad in grads]
+            work.bucket.grads = list(map(coalesced, grads))
         return same
 
     def let_go(self) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
     Raises:
         RuntimeError: a sparse gradient where the optimizer takes none, a dense one where it takes only sparse, a
             gradient or state whose shape or device is no longer that of the parameter.
+        IndexError: a sparse gradient has rows outside of its shape.
         AssertionError: `capturable=True` on a device where steps cannot be captured.
     """
     grad: Tensor = param.grad  # type: ignore[assignment]
@@ -107,9 +109,36 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
         return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
     if not grad.is_sparse or optimizer.sparse is Sparse.REFUSED:
         raise RuntimeError(f"{name} does not support sparse gradients{optimizer.instead_of_sparse}")
-    if group.get("weight_decay"):
+    if "weight_decay" in optimizer.flags and group.get("weight_decay"):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
-    return grad.coalesce() if optimizer.rows_suffice(dict(flags)) else grad.to_dense()
+    rows = coalesced(grad)
+    return rows if optimizer.rows_suffice(dict(flags)) else rows.to_dense()
+
+
+def coalesced(grad: Tensor) -> Tensor:
+    """Give a sparse gradient that has every row once.
+
+    Raises:
+        IndexError: a row is outside of the gradient's shape, as far as that is known without waiting for a device.
+        RuntimeError: the values have lost their memory.
+    """
+    rows = grad.coalesce()
+    if type(rows) is Tensor and rows.is_cpu:
+        index = rows.indices().numpy()
+        if index.size and (index.min() < 0 or (index.max(axis=1) >= rows.shape[: len(index)]).any()):
+            raise IndexError(f"a sparse gradient of shape {tuple(grad.shape)} has indices outside of it")
+        if has_lost_memory(rows.values()):
+            raise RuntimeError(f"a sparse gradient of shape {tuple(grad.shape)} has no memory for its values any more")
+    return rows
+
+
+def has_lost_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a strided tensor has been resized to less than the tensor takes."""
+    if not tensor.numel():
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
 
 
 def _laid_out_like(param: Any, grad: Any) -> Any:
@@ -190,7 +219,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 def read_scalars(states: Sequence[Mapping[str, Any]], scalars: Sequence[Scalar]) -> np.ndarray:
     """Read the scalars of several parameters: float64 of shape (scalars, parameters)."""
-    rows = [[_value(state[scalar.name]) for state in states] for scalar in scalars]
+    rows = [[_value(scalar, state[scalar.name]) for state in states] for scalar in scalars]
     return np.array(rows, dtype=np.float64).reshape(len(scalars), len(states))
 
 
@@ -204,11 +233,16 @@ def write_scalars(states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], v
     """
     for scalar, row in zip(scalars, np.broadcast_to(values, (len(scalars), len(states))).tolist(), strict=True):
         for state, value in zip(states, row, strict=True):
-            if isinstance(state[scalar.name], Tensor):
-                state[scalar.name].fill_(value)
+            if isinstance(old := state[scalar.name], Tensor):
+                old.fill_(value)
             else:
-                state[scalar.name] = type(state[scalar.name])(value)
+                kind: Any = int if isinstance(old, int) else type(old) if isinstance(old, Real) else float
+                state[scalar.name] = kind(value)
 
 
-def _value(scalar: Any) -> Any:
-    return scalar.item() if isinstance(scalar, Tensor) else scalar
+def _value(scalar: Scalar, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    if not isinstance(value, (Real, np.ndarray)):
+        raise TypeError(f"state `{scalar.name}` must be a number or a tensor of one element, but is {value!r}")
+    return float(value)

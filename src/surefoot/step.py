@@ -28,6 +28,7 @@ from surefoot.state import (
     describe,
     ensure_state,
     flags_of,
+    has_lost_memory,
     hyperparameters,
     is_on_device,
     local,
@@ -383,19 +384,19 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
 
 
 def _refuse_lost_memory(work: Work) -> None:
-    """Refuse tensors that a kernel would look for at no address.
+    """Refuse tensors that a kernel would look for where their memory no longer is.
 
     Raises:
-        RuntimeError: the storage of a parameter, its gradient or its state has been resized to nothing.
+        RuntimeError: the storage of a parameter, its gradient or its state has been resized to less than that takes.
     """
     bucket, sparse = work.bucket, work.sparse
     for param, own, grad, slots in zip(work.params, bucket.params, bucket.grads, bucket.slots, strict=True):
         for tensor in (own, *slots) if sparse else (own, grad, *slots):
-            if tensor.numel() and not tensor.data_ptr():
+            if has_lost_memory(tensor):
                 what = "" if tensor is own else "the gradient of " if tensor is grad else "state of "
                 raise RuntimeError(
-                    f"{what}{describe(work.group, param)} has no memory: its storage has been resized to 0; give it "
-                    f"memory again before the step"
+                    f"{what}{describe(work.group, param)} has lost memory: its storage has been resized to "
+                    f"{tensor.untyped_storage().nbytes()} bytes; give it memory again before the step"
                 )
 
 
@@ -479,8 +480,12 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
     """Run an engine on the rows at which coalesced sparse gradients have values."""
     if engine is cpu and cpu.run_rows(bucket):
         return
-    index = [tuple(grad.indices()) for grad in bucket.grads]
-    whole = [bucket.params, *bucket.slots]
+    # A gradient without sparse dimensions is its only row.
+    index = [tuple(grad.indices()) or (torch.zeros(len(grad.values()), dtype=torch.long),) for grad in bucket.grads]
+    whole = [
+        [t if grad.sparse_dim() else t[None] for t, grad in zip(tensors, bucket.grads, strict=True)]
+        for tensors in (bucket.params, *bucket.slots)
+    ]
     params, *slots = [[t[i] for t, i in zip(tensors, index, strict=True)] for tensors in whole]
     values = [local(grad.values()) for grad in bucket.grads]
     engine.run(replace(bucket, params=params, grads=values, slots=slots, plan=None))

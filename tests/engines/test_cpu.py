@@ -549,8 +549,9 @@ def test_a_change_counts_that_is_seen_with_a_lazy_clone():
 
 @pytest.mark.parametrize("count", [1, MANY])
 @pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("left", [0, 12])
 @pytest.mark.parametrize("of", ["param", "gradient", "state"])
-def test_storages_without_memory_are_refused(of, late, count):
+def test_storages_without_memory_are_refused(of, late, count, left):
     params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(count)]
     optimizer = surefoot.SGD(params, momentum=0.9)
     for _ in range(2 if late else of == "state"):
@@ -561,9 +562,11 @@ def test_storages_without_memory_are_refused(of, late, count):
         param.grad = torch.ones(4, 3)
     state, before = optimizer.state.get(params[-1], {}), params[0].detach().clone()
     lost = {"param": params[-1], "gradient": params[-1].grad, "state": state.get("momentum_buffer")}[of]
-    lost.untyped_storage().resize_(0)
+    if (of, late, left) == ("gradient", True, 12):
+        pytest.skip("gradients move from step to step, and are only read")
+    lost.untyped_storage().resize_(left)
     what = {"param": "", "gradient": "the gradient of ", "state": "state of "}[of]
-    with pytest.raises(RuntimeError, match=rf"^{what}`params\[{count - 1}\]` .* has no memory: its storage has been"):
+    with pytest.raises(RuntimeError, match=rf"^{what}`params\[{count - 1}\]` .* has lost memory: its storage has been"):
         optimizer.step()
     if count > 1:
         assert torch.equal(params[0], before)
@@ -821,6 +824,96 @@ def test_gradients_that_are_no_longer_as_sparse(cls, later):
         optimizer.step()
     changed = (table.detach() != before).any(dim=1).nonzero().flatten().tolist()
     assert changed == ([0, 7] if later == "double" or (later == "dense" and cls != "SparseAdam") else [])
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("rows", [[7], [-1]])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["rows", "to dense"])
+def test_indices_outside_change_no_other_bucket(foreach, rows, late, options):
+    tables = [torch.nn.Parameter(torch.ones(5, 2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = surefoot.SGD(tables, lr=0.5, foreach=foreach, **options)
+    for _ in range(2 * late):
+        for table in tables:
+            table.grad = rows_of(table.detach(), torch.tensor([[3, 1]]))
+        optimizer.step()
+    before, entries = [table.detach().clone() for table in tables], len(optimizer.state)
+    tables[0].grad = rows_of(tables[0].detach(), torch.tensor([[3, 1]]))
+    values = torch.ones(1, 2, dtype=torch.float64)
+    tables[1].grad = torch.sparse_coo_tensor([rows], values, (5, 2), check_invariants=False)
+    with pytest.raises(IndexError, match=r"a sparse gradient of shape \(5, 2\) has indices outside of it"):
+        optimizer.step()
+    assert all(map(torch.equal, tables, before))
+    assert len(optimizer.state) == entries
+
+
+@SPARSE
+@pytest.mark.parametrize("late", [False, True])
+def test_sparse_values_without_memory_are_refused(cls, late):
+    (optimizer, _), (table, _), step = sparse_pair(cls)
+    for _ in range(2 * late):
+        step(torch.tensor([[7, 0]]))
+    values = torch.ones(1, 3)
+    table.grad = torch.sparse_coo_tensor([[1]], values, (50, 3), is_coalesced=True, check_invariants=True)
+    table.grad._values().untyped_storage().resize_(0)
+    before = table.detach().clone()
+    with pytest.raises(RuntimeError, match=r"a sparse gradient of shape \(50, 3\) has no memory for its values"):
+        optimizer.step()
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("shape", [(3,), ()])
+def test_a_sparse_gradient_without_sparse_dimensions(shape, foreach):
+    params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    ours, theirs = surefoot.SGD(params[:1], lr=0.1, foreach=foreach), torch.optim.SGD(params[1:], lr=0.1)
+    for present in (1, 2, 0):
+        for param in params:
+            index = torch.zeros(0, present, dtype=torch.long)
+            param.grad = torch.sparse_coo_tensor(index, torch.ones(present, *shape), shape, check_invariants=True)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(*params)
+
+
+def test_weight_decay_that_sparse_adam_does_not_know_is_no_matter():
+    (optimizer, other), (table, _), step = sparse_pair("SparseAdam")
+    index = torch.tensor([[7, 0]])
+    step(index)
+    step(index)
+    for each in (optimizer, other):
+        each.param_groups[0]["weight_decay"] = 0.1
+    step(index)
+    table.data = table.data.clone()
+    step(index)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_is_no_number_is_refused(late, foreach):
+    optimizer, params = make(surefoot.Adam, sizes=(5, 6), foreach=foreach)
+    train(optimizer, params)
+    for _ in range(2 * late):
+        for state in optimizer.state.values():
+            state["step"] = int(state["step"])
+        train(optimizer, params)
+    optimizer.state[params[1]]["step"] = None
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(TypeError, match="state `step` must be a number or a tensor of one element, but is None"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize(
+    ("step", "later"), [(5, 6), (5.0, 6.0), (True, 2), (np.array(5.0), 6.0), (np.int64(5), np.int64(6))], ids=repr
+)
+def test_steps_may_be_any_number(step, later):
+    optimizer, params = make(surefoot.Adam, sizes=(5,))
+    train(optimizer, params)
+    optimizer.state[params[0]]["step"] = step
+    train(optimizer, params, steps=1)
+    assert optimizer.state[params[0]]["step"] == later
+    assert type(optimizer.state[params[0]]["step"]) is type(later)
 
 
 def test_averages_of_sparse_parameters_are_made_again():

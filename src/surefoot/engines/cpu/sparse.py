@@ -46,7 +46,7 @@ class Rows:
         )
         self._starts = [addresses(tensors) for tensors in self._arrays]
         self._strides = [
-            [tensor.element_size() * np.array(tensor.stride()[:d]) for tensor, d in zip(tensors, leading, strict=True)]
+            [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
         ]
         self._sizes = np.array(
@@ -59,7 +59,7 @@ class Rows:
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
-        rule, at = bucket.rule, [_checked(grad) for grad in bucket.grads]
+        rule, at = bucket.rule, [grad.indices().numpy() for grad in bucket.grads]
         values = [local(grad.values()).contiguous() for grad in bucket.grads]
         counts = [index.shape[1] for index in at]
         owner = np.repeat(np.arange(len(counts)), counts)
@@ -77,17 +77,13 @@ class Rows:
             bucket.measured = torch.from_numpy(combined(rule.measures, measured, owner, len(counts)))
 
 
-def _checked(grad: Tensor) -> np.ndarray:
-    """Give the indices of a gradient, of shape (leading dimensions, rows), all of them inside."""
-    index: np.ndarray = grad.indices().numpy()
-    if index.size and (index.min() < 0 or (index.max(axis=1) >= grad.shape[: len(index)]).any()):
-        raise IndexError(f"a sparse gradient of shape {tuple(grad.shape)} has indices outside of it")
-    return index
-
-
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
     """Whether what stands behind each index of the leading dimensions is contiguous."""
     return tensor.numel() == 0 or tensor[(0,) * leading].is_contiguous()
+
+
+def _bytes_between_rows(tensor: Tensor, leading: int) -> np.ndarray:
+    return tensor.element_size() * np.array(tensor.stride()[:leading], dtype=np.int64)
 
 
 def _each_row(values: Tensor) -> np.ndarray:
