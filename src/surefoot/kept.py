@@ -16,6 +16,7 @@ from torch import Tensor
 from surefoot.engines import cpu, gpu
 from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu.tensors import Versions
+from surefoot.engines.cpu.threads import needs_threads
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import Flags
 from surefoot.state import coalesced, flags_of, local, read_scalars, write_scalars
@@ -55,7 +56,8 @@ class Watch:
         held = [] if _are_replaced(work) else [scalar.name for scalar in scalars]
         names = [*held, *slots]
         entries = {name: [state[name] for state in work.states] for name in names}
-        self._look = look_at((work.params, *entries.values()), work.states, names, gradients=not work.sparse)
+        columns, busy = (work.params, *entries.values()), work.engine is cpu and needs_threads(work.params)
+        self._look = look_at(columns, work.states, names, gradients=not work.sparse, threads=busy)
         self._kinds = list(map(_kind, work.grads())) if work.sparse else []
         of_host = [] if work.on_device else list(chain.from_iterable(entries[name] for name in held))
         self._numbers, self._versions = numbers_in(of_host), Versions(of_host)

@@ -350,6 +350,7 @@ CHANGES = {
 }
 
 
+MANY = tensors._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
 kinds_of_look = pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
 
 
@@ -359,7 +360,8 @@ def look(dimensions=(4, 3), kind=tensors.Look, count=5):
         param.grad = torch.randn(dimensions)
     states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
     entries = [[state[name] for state in states] for name in ("step", "average")]
-    return kind((params, *entries), states, ("step", "average"), gradients=True), params, states
+    options = {} if kind is looks.PlainLook else {"threads": count >= MANY}
+    return kind((params, *entries), states, ("step", "average"), gradients=True, **options), params, states
 
 
 @kinds_of_look
@@ -437,9 +439,6 @@ def test_a_look_sees_sizes_that_stand_outside_of_a_tensor(of):
     assert watch.changed()
 
 
-MANY = tensors._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
-
-
 @pytest.mark.parametrize("position", [0, 127, 128, MANY - 1])
 @pytest.mark.parametrize("change", ["param", "gradient", "none", "average", "step", "entry"])
 def test_a_look_of_several_threads_sees_every_tensor(change, position):
@@ -486,23 +485,23 @@ class Wrapper(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return func(*[arg.inner if isinstance(arg, Wrapper) else arg for arg in args], **(kwargs or {}))
 
-params = [torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(3000)]
+params = [torch.nn.Parameter(torch.zeros(8, 3)) for _ in range(3000)]
 for param in params:
-    param.grad = torch.ones(4, 3)
+    param.grad = torch.ones(8, 3)
 optimizer = surefoot.SGD(params, lr=1.0, momentum=0.0)
 for position in (0, 5, 1500, 2999):
     optimizer.step()
     optimizer.step()
-    params[position].grad = Wrapper(torch.ones(4, 3))
+    params[position].grad = Wrapper(torch.ones(8, 3))
     optimizer.step()
-    params[position].grad = torch.ones(4, 3)
+    params[position].grad = torch.ones(8, 3)
 assert all((param == -12).all() for param in params)
 
 for kind in (torch.strided, torch.jagged):
     optimizer = surefoot.SGD(params, lr=1.0, momentum=0.9)
     optimizer.step()
     optimizer.step()
-    nested = torch.nested.nested_tensor([torch.ones(3)] * 4, layout=kind)
+    nested = torch.nested.nested_tensor([torch.ones(3)] * 8, layout=kind)
     torch.utils.swap_tensors(optimizer.state[params[2999]]["momentum_buffer"], nested)
     try:
         optimizer.step()

@@ -25,10 +25,11 @@ def look_at(
     names: Sequence[str] = (),
     *,
     gradients: bool = False,
+    threads: bool = False,
 ) -> Any:
     """Make a `Look`, or what does its work."""
     if compiled.available():
-        look = compiled.Look(columns, states, names, gradients=gradients)
+        look = compiled.Look(columns, states, names, gradients=gradients, threads=threads)
         if look.sound and not look.changed():
             return look
     return PlainLook(columns, states, names, gradients=gradients)

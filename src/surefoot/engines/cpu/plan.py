@@ -14,7 +14,7 @@ from surefoot.engines.bucket import Bucket, addresses
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
-from surefoot.engines.cpu.threads import run_on_threads, thread_count
+from surefoot.engines.cpu.threads import ONE_THREAD, run_on_threads, thread_count
 from surefoot.rule import Measure, Rule, reading
 
 CHUNK = 16384
@@ -22,7 +22,6 @@ CHUNK = 16384
 _LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
-_ONE_THREAD = 65536
 
 
 class Job:
@@ -55,7 +54,7 @@ class Job:
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
             self._job[0], self._job[10] = 0, measured.ctypes.data if measures else 0
-            threads = 1 if self.size < _ONE_THREAD else min(thread_count(), self.items)
+            threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
             run_on_threads(kernel, self._address, threads)
         return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
 

@@ -90,6 +90,7 @@ class Look:
         names: under which names they stand there.
         gradients: whether the first column has gradients that must stay of one kind, but may move.  A look that finds
             nothing changed holds them until `let_go` or the next look, whatever other threads do.
+        threads: whether torch's threads may help, where they are needed soon: waking them takes longer than it saves.
 
     Attributes:
         gradients: addresses of the gradients' memory at the last look: int64 of shape (length,).
@@ -105,6 +106,7 @@ class Look:
         names: Sequence[str] = (),
         *,
         gradients: bool = False,
+        threads: bool = False,
     ) -> None:
         self._held: np.ndarray | None = None
         self._holds = False
@@ -118,7 +120,7 @@ class Look:
             self._held = np.full(count + 1, known.undefined if (known := anatomy()) else 0, dtype=np.int64)
             self._job.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
-        self._tensors, self._over = count * (1 + len(columns)), False
+        self._tensors, self._over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
         self._job.ask()
         grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]

@@ -7,14 +7,18 @@ thread does what changes nothing in the result.
 import ctypes
 import functools
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from surefoot.locks import in_forked_children
 
+ONE_THREAD = 65536
+"""Elements up to which one thread is faster."""
 _forked = False
 
 
@@ -30,6 +34,11 @@ in_forked_children(_note_fork)
 def thread_count() -> int:
     """Threads that a kernel may use: those of torch, one in a forked child."""
     return 1 if _forked else torch.get_num_threads()
+
+
+def needs_threads(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors have so many elements that a kernel is to run on several threads."""
+    return sum(map(Tensor.numel, tensors)) >= ONE_THREAD
 
 
 def run_on_threads(address: int, job: int, threads: int) -> None:
