@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import torch
 from torch.nn import Parameter
 
 import surefoot
-from surefoot.benchmark import SHAPE_LISTS, VARIANTS, Case, Quartiles, circumstances, measure, write_csv
+from surefoot.benchmark import SHAPE_LISTS, VARIANTS, Case, Quartiles, ShapeList, circumstances, measure, write_csv
 
 IMPORT = """
 import torch
@@ -35,6 +36,7 @@ print(perf_counter() - start)
 MEBIBYTE = 1 << 20
 SIDE, TENSORS = 2000, 4
 """Parameters in the measurement of memory: a temporary of the size of one takes 15 MiB."""
+ONE = ShapeList("one", "1 x 1", ((1,),))
 TORCH = "torch foreach"
 
 
@@ -238,11 +240,10 @@ def _status(name: str) -> int:
 
 
 def python(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
-    """Measure what a tensor of one element costs in a step, which is all overhead."""
-    shapes = SHAPE_LISTS["overhead"]
-    for variant in variants:
+    """Measure what a tensor of one element costs in a step, which is all overhead: one of many, and one alone."""
+    for variant, (shapes, limit) in product(variants, ((SHAPE_LISTS["overhead"], 0.5), (ONE, np.nan))):
         measurement = measure(Case(VARIANTS[variant], shapes, torch.float32), seconds=2.0)
-        for name, most in (("surefoot", 0.5), (measurement.best_of_torch, np.nan)):
+        for name, most in (("surefoot", limit), (measurement.best_of_torch, np.nan)):
             of = variant if name == "surefoot" else f"{variant}, {name}"
             values = 1e6 * measurement.seconds[name] / len(shapes.shapes)
             yield _line("a tensor in a step", of, shapes.title, list(values), "us", most)
