@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, addresses
+from surefoot.engines.bucket import Bucket
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import ONE_THREAD, run_on_threads, thread_count
+from surefoot.errors import InternalError
 from surefoot.rule import Measure, Rule, reading
+from surefoot.tensors.gate import admit
 
 CHUNK = 16384
 """Elements of one tensor that a kernel works on at a time."""
@@ -105,22 +107,23 @@ class Plan:
     """A bucket's pointer table, the kernels that run on it, and the tensors that cannot be seen as flat memory."""
 
     def __init__(self, bucket: Bucket) -> None:
-        stored = (bucket.params, bucket.grads, *bucket.slots)
-        self._compute, self._stored = bucket.compute_dtype, tuple(tensors[0].dtype for tensors in stored)
-        flat = [_same_memory(tensors) for tensors in zip(*stored, strict=True)]
-        self.regular = np.flatnonzero(flat)
-        self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
-        sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
-        self.job = Job(len(stored), sizes)
+        arrays = bucket.arrays()
+        self._compute, self._stored = bucket.compute_dtype, arrays.dtypes
+        self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
+        self.job = Job(len(arrays.addresses), arrays.sizes[self.regular])
+        self.job.pointers[:] = arrays.addresses[:, self.regular]
         self._kernels: dict[Rule, int] = {}
         self._row: np.ndarray | None = None
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
-        for row, tensors in enumerate(stored):
-            if row != 1:
-                self.job.pointers[row] = self._regular(addresses(tensors))
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
+
+    def prepare(self, rule: Rule) -> None:
+        """Compile the kernel of a rule."""
+        if rule not in self._kernels:
+            layout = Layout(self._compute, self._stored[: 2 + len(rule.slots)])
+            self._kernels[rule] = compiled_kernel(rule, layout)
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
@@ -133,14 +136,14 @@ class Plan:
     def read(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
         self._row, self.job.rows[:] = None, 0
+        self.prepare(reading())
         return self._run(reading(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
-        arrays = 2 + len(rule.slots)
-        if (kernel := self._kernels.get(rule)) is None:
-            kernel = self._kernels[rule] = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
-        known = bucket.gradient_addresses
-        self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
+        arrays, kernel = 2 + len(rule.slots), self._kernels[rule]
+        if bucket.gradient_addresses is None:
+            raise InternalError("a kernel was run on gradients that no guard has seen")
+        self.job.pointers[1] = self._regular(bucket.gradient_addresses)
         measured = self.job.run(kernel, numbers, rule.measures)
         if self.irregular:
             regular, measured = measured, np.zeros((len(bucket.params), len(rule.measures)))
@@ -161,8 +164,9 @@ def _run_piece(
 ) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
-    job = Job(len(copies), np.array([copies[0].numel()], dtype=np.int64))
-    job.pointers[:, 0] = [copy.data_ptr() for copy in copies]
+    arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
+    job = Job(len(copies), arrays.sizes)
+    job.pointers[:] = arrays.addresses
     measured = job.run(kernel, numbers, measures)
     for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
         if position != 1 and copy.data_ptr() != view.data_ptr():
@@ -189,22 +193,3 @@ def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     half = first.size(dimension) // 2
     for start, length in ((0, half), (half, first.size(dimension) - half)):
         yield from pieces([tensor.narrow(dimension, start, length) for tensor in tensors], most)
-
-
-def _same_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    strides = tensors[0].stride()
-    return all(tensor.stride() == strides for tensor in tensors) and _is_dense(tensors[0])
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without gap or overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

@@ -6,30 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, addresses
+from surefoot.engines.bucket import Bucket
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.plan import Job, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
-from surefoot.state import local
+from surefoot.rule import Rule
+from surefoot.tensors.gate import admit
+from surefoot.tensors.shards import to_local
 
 
-def run_rows(bucket: Bucket) -> bool:
-    """Update the rows at which coalesced gradients have values, in place.
-
-    Returns:
-        False, and nothing is changed, where rows are not dense in memory.
-    """
-    if bucket.plan is None:
-        bucket.plan = Rows(bucket)
-    plan: Rows = bucket.plan
-    if not plan.dense:
-        return False
-    plan.run(bucket)
-    return True
-
-
-class Rows:
+class RowsPlan:
     """What is kept between steps of parameters with sparse gradients: where rows stand, and the kernel.
 
     Attributes:
@@ -37,6 +24,7 @@ class Rows:
     """
 
     def __init__(self, bucket: Bucket) -> None:
+        self._kernel = 0
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
@@ -44,7 +32,8 @@ class Rows:
             for tensors in self._arrays
             for tensor, dimensions in zip(tensors, leading, strict=True)
         )
-        self._starts = [addresses(tensors) for tensors in self._arrays]
+        prefixes = ("", *(f"state `{slot.name}` of " for slot in bucket.rule.slots))
+        self._starts = admit(self._arrays, prefixes, bucket.row_name).addresses
         self._strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -53,14 +42,17 @@ class Rows:
             [math.prod(param.shape[d:]) for param, d in zip(bucket.params, leading, strict=True)], dtype=np.int64
         )
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
-        layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
-        self._kernel = compiled_kernel(bucket.rule, layout)
+        self._layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
         self._versions = Versions([tensor for tensors in self._arrays for tensor in tensors])
+
+    def prepare(self, rule: Rule) -> None:
+        """Compile the kernel of a rule."""
+        self._kernel = compiled_kernel(rule, self._layout)
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
         rule, at = bucket.rule, [grad.indices().numpy() for grad in bucket.grads]
-        values = [local(grad.values()).contiguous() for grad in bucket.grads]
+        values = [to_local(grad.values()).contiguous() for grad in bucket.grads]
         counts = [index.shape[1] for index in at]
         owner = np.repeat(np.arange(len(counts)), counts)
         job = Job(2 + len(bucket.slots), self._sizes[owner])

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
 from surefoot.engines.cpu.threads import run_locked, thread_count, thread_number
+from surefoot.tensors.gate import admit
+from surefoot.tensors.memory import bytes_spanned
 
-_RECORD = 24
+_RECORD, _SPANNED = 24, 8
 _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 5, 8, 9, 10, 18, 19, 20, 21
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
 _FEW = 2000
@@ -37,7 +38,7 @@ def _probe() -> int:
     if (known := anatomy()) is None:
         raise ImportError("torch keeps things in unknown places")
     places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
-    more = (known.version, known.count, known.grad, known.described)
+    more = (known.version, known.count, known.grad, known.described, known.size)
     text = Path(__file__).with_name("probe.py").read_text()
     return load(f"PLACES = {(*places, *more)}\n{text}", "probe")
 
@@ -122,9 +123,11 @@ class Look:
         self.gradients = self._records[:, 1, 0]
         self._tensors, self._over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
+        grads = [param.grad for param in columns[0]] if gradients else [torch.empty(0)] * count
+        rows = list(zip(columns[0], grads, *columns[1:], strict=True))
+        self._records[:, :, _SPANNED] = [list(map(bytes_spanned, row)) for row in rows]
+        seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._job.ask()
-        grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
-        seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
         self.let_go()
 
@@ -202,11 +205,15 @@ class Versions:
             self._job.ask()
 
 
+def _scalar_state(_: int) -> str:
+    return "scalar state"
+
+
 class Numbers:
     """Reads and writes many 0-d tensors of float32 or float64 on the CPU at once."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._addresses = addresses(tensors)
+        self._addresses = admit([[tensor] for tensor in tensors], [""] * len(tensors), _scalar_state).addresses.ravel()
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
         self._job = _Job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
