@@ -11,7 +11,7 @@ from torch import nn
 from surefoot import optimizers
 from surefoot.telemetry import Telemetry
 
-ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__]
+ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__ if name not in optimizers.NOT_IN_TORCH]
 EAGER = {"foreach": False}
 """Options of the eager engine, which gives torch's bits and needs no compiler."""
 ENGINES = {"eager": EAGER, "default": {}}

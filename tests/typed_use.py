@@ -16,3 +16,6 @@ surefoot.Adam(params, forech=True)  # type: ignore[call-arg]
 surefoot.Adam(params, fused="yes")  # type: ignore[arg-type]
 surefoot.Adam(params, betas=0.9)  # type: ignore[arg-type]
 surefoot.Muon(params, foreach=True)  # type: ignore[call-arg]
+
+surefoot.AdamX  # type: ignore[attr-defined]  # noqa: B018
+optimizers.AdamX  # type: ignore[attr-defined]  # noqa: B018
