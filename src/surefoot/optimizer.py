@@ -20,11 +20,12 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.constructor import complete_constructor
 from surefoot.errors import NotRestoredError
 from surefoot.kept import ENGINE_OPTIONS
 from surefoot.loading import LoadReport, load
 from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import Check, options_text, storage, truth
+from surefoot.rule.hyperparameters import Check, storage, truth
 from surefoot.state import make_state, relocated
 from surefoot.step import run_rule
 from surefoot.whole_step import (
@@ -52,22 +53,6 @@ _HOOK_KINDS = (
     "load_state_dict_pre",
     "load_state_dict_post",
 )
-
-
-def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a constructor's hyperparameters from its `locals()`: all but `self` and `params`, and its `**options`.
-
-    Raises:
-        TypeError: `options` holds what is no option of every optimizer.
-    """
-    own = {name: value for name, value in scope.items() if name not in ("self", "params", "__class__", "options")}
-    options: dict[str, Any] = scope.get("options", {})
-    if unknown := set(options) - set(StepOptions.__annotations__):
-        names = ", ".join([*own, *StepOptions.__annotations__])
-        raise TypeError(
-            f"{type(scope['self']).__name__}() got an unexpected keyword argument {min(unknown)!r}; there are: {names}"
-        )
-    return own | options
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -136,8 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         if "step" in vars(cls):
             cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
-        if cls.__doc__ and "{options}" in cls.__doc__:
-            cls.__doc__ = cls.__doc__.replace("{options}", options_text(cls))
+        complete_constructor(cls)
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)

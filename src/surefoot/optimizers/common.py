@@ -26,9 +26,14 @@ def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Te
 
 
 def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
-    """Give the numbers of Adam's two moving averages and of decoupled weight decay."""
+    """Return the numbers of Adam's two moving averages and of decoupled weight decay."""
     beta1, beta2 = h.betas
     return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}
+
+
+def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> tuple[Tensor, Tensor]:
+    """Return Adam's two moving averages, of the gradient and of its square; `c` has `adam_weights`."""
+    return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
 
 
 def smaller(x: Any, y: Any) -> Any:
@@ -49,7 +54,7 @@ def larger(x: Any, y: Any) -> Any:
 
 
 def readable(h: SimpleNamespace, value: Any) -> Any:
-    """Give a number that may be a tensor as Python's number, unless reading it would wait for a device."""
+    """Return a number that may be a tensor as a Python number, unless reading it would wait for a device."""
     return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
 
 
