@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers import *  # noqa: F403 (the one list of them)
     from surefoot.rule import Scalar as Scalar
     from surefoot.rule import Slot as Slot
-    from surefoot.whole_step import StepOptions as StepOptions
+    from surefoot.step.options import StepOptions as StepOptions
 
     __version__: str
 else:  # type checkers read no list that is put together
@@ -66,7 +66,7 @@ _MODULES = {
     "Optimizer": "surefoot.optimizer",
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
-    "StepOptions": "surefoot.whole_step",
+    "StepOptions": "surefoot.step.options",
     "load": "surefoot.checkpoint",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",

@@ -9,16 +9,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, Unpack, get_args
+from typing import Annotated, Any, Unpack, get_args
 
 import torch
 
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import Each, Interval
-from surefoot.whole_step import StepOptions
-
-if TYPE_CHECKING:
-    from surefoot.optimizer import Optimizer
+from surefoot.step.options import StepOptions
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
     return own | shared | given
 
 
-def complete_constructor(cls: "type[Optimizer]") -> None:
+def complete_constructor(cls: Any) -> None:
     """Complete a class's signature, `ranges` and docstring from the annotations of its constructor."""
     constructor: Any = vars(cls).get("__init__")
     try:
@@ -151,14 +148,14 @@ def _plain(annotation: Any) -> Any:
 # The docstring
 
 
-def _documented(cls: "type[Optimizer]", notes: Mapping[str, tuple[Any, ...]], names: list[str]) -> str:
+def _documented(cls: Any, notes: Mapping[str, tuple[Any, ...]], names: list[str]) -> str:
     """Write the sections `Args` and, unless the class has its own, `Raises`."""
     lines = [line for name in names if (line := _line(cls, name, notes.get(name, ())))]
     sections = "\n".join(["Args:", *lines])
     return sections if "Raises:" in (cls.__doc__ or "") else f"{sections}\n\n{_errors(cls)}"
 
 
-def _line(cls: "type[Optimizer]", name: str, notes: tuple[Any, ...]) -> str:
+def _line(cls: Any, name: str, notes: tuple[Any, ...]) -> str:
     """Write what there is to say of an argument, wrapped; nothing of `self`."""
     known = {"params": _PARAMS, "options": _around(cls)}
     texts = [note for note in (*notes, *_notes(_SHARED.get(name)), known.get(name)) if isinstance(note, str)]
@@ -173,12 +170,12 @@ def _line(cls: "type[Optimizer]", name: str, notes: tuple[Any, ...]) -> str:
 _PARAMS = "tensors, named tensors or groups; see `surefoot.Optimizer`."
 
 
-def _around(cls: "type[Optimizer]") -> str:
-    names = ", ".join(f"`{name}`" for name in StepOptions.__annotations__ if name in cls.step_options())
+def _around(cls: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in StepOptions.__annotations__ if name in cls.supported_step_options())
     return f"what is done around the update, alike for every optimizer: {names}; see `surefoot.StepOptions`."
 
 
-def _errors(cls: "type[Optimizer]") -> str:
+def _errors(cls: Any) -> str:
     decayed = " with weight decay" if cls.sparse is Sparse.ROWS else ""
     return f"""    Raises:
         ValueError: a hyperparameter is out of range.

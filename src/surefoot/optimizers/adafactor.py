@@ -15,10 +15,10 @@ from surefoot.optimizers.common import add_scaled_, batches, larger, readable, s
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
-from surefoot.step import Row, rows
+from surefoot.step.options import StepOptions
+from surefoot.step.prepared import PreparedParam, prepare_params
 from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.shards import is_sharded
-from surefoot.whole_step import StepOptions
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
 _JOINED, _MOST_JOINED = 1 << 18, 256
@@ -124,16 +124,16 @@ class Adafactor(Optimizer):
         Slot("variance", shape=_vector_shape),
     )
     complex_params = False
-    steps_rows = True
+    prepares_params = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for batch in _batches(rows(self)):
+        for batch in _batches(prepare_params(self._step_input())):
             self._step_batch(batch)
         return loss
 
-    def _step_batch(self, batch: Sequence[Row]) -> None:
+    def _step_batch(self, batch: Sequence[PreparedParam]) -> None:
         """Step parameters of one shape as one tensor with a dimension more, or a single one as it is."""
         names = [name for name in _SECOND_MOMENTS if name in batch[0].state]
         stored = [[row.param for row in batch], *([row.state[name] for row in batch] for name in names)]
@@ -179,14 +179,14 @@ class Adafactor(Optimizer):
         return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
 
 
-def _batches(found: Sequence[Row]) -> Iterator[list[Row]]:
+def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     """Put rows together that differ in their values only, as long as they are small: the time is in the calls then."""
     for alike in batches(found, _kind):
         most = min(_JOINED // max(alike[0].param.numel(), 1), _MOST_JOINED) or 1
         yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
-def _kind(row: Row) -> Any:
+def _kind(row: PreparedParam) -> Any:
     if type(row.param) not in PLAIN or not row.param.dim():
         return None
     step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]

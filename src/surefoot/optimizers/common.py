@@ -1,5 +1,6 @@
 """Phrases that several rules share, so that each is written once."""
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.step import Row
+from surefoot.rule import AlgorithmSpec
+from surefoot.rule.spec import add_catalog
+from surefoot.step.prepared import PreparedParam
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -58,9 +61,9 @@ def readable(h: SimpleNamespace, value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
 
 
-def batches(found: Iterable[Row], kind: Callable[[Row], Any]) -> Iterable[list[Row]]:
+def batches(found: Iterable[PreparedParam], kind: Callable[[PreparedParam], Any]) -> Iterable[list[PreparedParam]]:
     """Put rows of one kind together, in order; each of kind None, or of a parameter met before, is by itself."""
-    together: defaultdict[Any, list[Row]] = defaultdict(list)
+    together: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
     met: set[int] = set()
     for position, row in enumerate(found):
         known = None if id(row.param) in met else kind(row)
@@ -75,3 +78,11 @@ def add_scaled_(tensor: Tensor, other: Tensor, factor: Any) -> None:
         tensor.add_(other.to(torch.promote_types(tensor.dtype, torch.float32)) * factor)
     else:
         tensor.add_(other, alpha=factor)
+
+
+def _all_specs() -> list[AlgorithmSpec]:
+    package = importlib.import_module(__package__ or "")
+    return [getattr(package, name).spec for name in package.__all__]
+
+
+add_catalog(_all_specs)

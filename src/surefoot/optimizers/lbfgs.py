@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from surefoot.constructor import arguments
-from surefoot.loading import LoadReport
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import LR, Interval, Number, at_least_zero
-from surefoot.state import admissible_gradient, check_state, hyperparameters
+from surefoot.state.check import check_state, hyperparameters, validated_gradient
+from surefoot.state.load import LoadReport
+from surefoot.step.options import StepOptions
 from surefoot.tensors.memory import is_plain
-from surefoot.whole_step import StepOptions
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
@@ -301,7 +301,7 @@ class _Variables:
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         for group, param in self.owners:
-            check_state(optimizer, group, param)
+            check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self.sizes = [_real(param).numel() for param in self.params]
         self.scattered = len({param.device for param in self.params}) > 1
         rates = [_on_host(hyperparameters(group).lr) for group in optimizer.param_groups]
@@ -321,7 +321,7 @@ class _Variables:
         if grad is None:
             return _real(param).new_zeros(_real(param).numel())
         if not is_plain(grad) or grad.shape != param.shape:
-            grad = admissible_gradient(self.optimizer, group, param)
+            grad = validated_gradient(self.optimizer.spec, group, param, {})
         return _real(grad).reshape(-1)
 
     def copy(self) -> list[Tensor]:

@@ -13,9 +13,9 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
-from surefoot.step import Row, rows
+from surefoot.step.options import StepOptions
+from surefoot.step.prepared import PreparedParam, prepare_params
 from surefoot.tensors.memory import PLAIN
-from surefoot.whole_step import StepOptions
 
 _MOST_NS_STEPS = 99
 
@@ -140,7 +140,7 @@ class Muon(Optimizer):
     slots = (Slot("momentum_buffer"),)
     scalars = ()
     complex_params = False
-    steps_rows = True
+    prepares_params = True
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -162,11 +162,11 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for batch in batches(rows(self), _kind):
+        for batch in batches(prepare_params(self._step_input()), _kind):
             self._step_batch(batch)
         return loss
 
-    def _step_batch(self, batch: list[Row]) -> None:
+    def _step_batch(self, batch: list[PreparedParam]) -> None:
         """Step parameters whose directions are computed together."""
         h, updates = batch[0].h, [_momentum(row) for row in batch]
         stack = torch.stack(updates) if len(updates) > 1 else updates[0]
@@ -184,7 +184,7 @@ class Muon(Optimizer):
         return math.sqrt(max(1.0, height / max(width, 1)))
 
 
-def _kind(row: Row) -> Any:
+def _kind(row: PreparedParam) -> Any:
     """What rows share whose directions are computed together; on the CPU, where a stack is no faster, nothing."""
     if row.param.is_cpu or type(row.param) not in PLAIN:
         return None
@@ -192,7 +192,7 @@ def _kind(row: Row) -> Any:
     return row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration
 
 
-def _momentum(row: Row) -> Tensor:
+def _momentum(row: PreparedParam) -> Tensor:
     """Average the gradient into the buffer and give what is to be made orthogonal."""
     buffer, momentum = row.state["momentum_buffer"], row.h.momentum
     grad = row.grad.to(buffer.dtype)

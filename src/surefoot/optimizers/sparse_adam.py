@@ -10,7 +10,7 @@ from surefoot.constructor import arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.rule import Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Betas, Interval, Number
-from surefoot.whole_step import StepOptions
+from surefoot.step.options import StepOptions
 
 
 class SparseAdam(Optimizer):

@@ -24,7 +24,7 @@ class RowsPlan:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._kernel: Kernel | None = None
+        self._kernel: Kernel
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
