@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 import weakref
@@ -16,8 +17,8 @@ import surefoot
 from surefoot.engines import looks
 from surefoot.engines.cpu import anatomy, plan, tensors, threads
 from surefoot.engines.cpu import compile as compiling
-from surefoot.engines.cpu.source import Layout, print_kernel
-from surefoot.errors import NonFiniteGradientError
+from surefoot.engines.cpu.source import JOB, Layout, print_kernel
+from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
 
 SIZES = (1, 1000, plan.CHUNK - 1, plan.CHUNK, 3 * plan.CHUNK + 5)
@@ -90,7 +91,7 @@ def test_every_flipped_byte_of_an_entry_is_noticed(cache):
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "file" / "kernels"))
-    assert compiling.load(source_of(surefoot.SGD), "sgd") != 0
+    assert compiling.load(source_of(surefoot.SGD), "sgd").address != 0
 
 
 _FILL = """
@@ -114,6 +115,148 @@ def test_a_kernel_from_disk_needs_no_numba(cache):
     check = "import sys\nassert 'numba' not in sys.modules"
     for code in (_FILL, _FILL + check):
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603
+
+
+# Settings of the compiler
+
+_STEP = """
+import torch, surefoot
+param = torch.linspace(-1, 1, 1001).requires_grad_()
+optimizer = surefoot.Adam([param], lr=0.5, weight_decay=0.1, fused=True)
+for power in (1, 2):
+    param.grad = param.detach() ** power
+    optimizer.step()
+print(param.detach().view(torch.int32).tolist())
+"""
+_SET_IN_CODE = (
+    """
+import os
+from numba import njit
+from numba.core import config
+config.BOUNDSCHECK, config.CPU_NAME, config.THREADING_LAYER = 1, "generic", "workqueue"
+beyond = njit(lambda x: x[7])
+config.LOOP_VECTORIZE = 0
+"""
+    + _STEP
+    + """
+assert (config.BOUNDSCHECK, config.CPU_NAME, config.LOOP_VECTORIZE) == (1, "generic", 0)
+import numpy as np
+try:
+    beyond(np.zeros(3))
+except IndexError:
+    raise SystemExit
+raise AssertionError("the setting of others was lost")
+"""
+)
+_SETTINGS_THAT_ARE_1 = (
+    "BOUNDSCHECK", "DEBUGINFO", "DEBUG_JIT", "DISABLE_INTEL_SVML", "DUMP_ANNOTATION", "ENABLE_PROFILING",
+    "EXTEND_VARIABLE_LIFETIMES", "JIT_COVERAGE", "SLP_VECTORIZE",
+)  # fmt: skip
+SETTINGS = {
+    "no compiler": {"NUMBA_DISABLE_JIT": "1"},
+    "all others": {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "VS_PROFILER": "1",
+        **{f"NUMBA_{name}": "0" for name in ("ENABLE_AVX", "LLVM_REFPRUNE_PASS", "LOOP_VECTORIZE", "OPT")},
+        **{f"NUMBA_{name}": "1" for name in _SETTINGS_THAT_ARE_1},
+    },
+}
+
+
+def step_elsewhere(folder, code=_STEP, **environment):
+    """Take two steps in a process of its own; give what it prints, and the kernels that it leaves."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")} | environment
+    process = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", code],
+        env=environment | {"SUREFOOT_CACHE_DIR": str(folder)},
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    return process.stdout, {path.name: path.read_bytes() for path in folder.glob("*.o")}
+
+
+@pytest.fixture(scope="module")
+def step_without_settings(tmp_path_factory):
+    return step_elsewhere(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_settings_of_the_compiler_change_no_kernel(settings, step_without_settings, tmp_path):
+    assert step_elsewhere(tmp_path, **settings) == step_without_settings
+
+
+def test_neither_do_settings_in_code_and_they_are_kept(step_without_settings, tmp_path):
+    printed, kernels = step_elsewhere(tmp_path, _SET_IN_CODE)
+    assert printed == step_without_settings[0]
+    assert kernels.keys() == step_without_settings[1].keys()
+
+
+# Errors in kernels
+
+_RAISING = """
+from numba import cfunc, types
+STATUS = {status}
+
+@cfunc(types.void(types.int64))
+def kernel(job):
+    raise IndexError
+"""
+
+
+def raising(status):
+    return compiling.load(_RAISING.format(status=status), "raising")
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
+    if portable:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    monkeypatch.setattr(plan, "thread_count", lambda: count)
+    optimizer, params = make(surefoot.Adam)
+    train(optimizer, params)
+    before, kernel = [param.detach().clone() for param in params], raising(JOB.index("status"))
+    assert kernel.name.startswith("raising_")
+    monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.job.run(kernel, [[]]))
+    with pytest.raises(KernelError, match=f"kernel {kernel.name} was stopped by an error.*may be updated in part"):
+        train(optimizer, params)
+    assert issubclass(KernelError, InternalError)
+    assert issubclass(KernelError, RuntimeError)
+    monkeypatch.undo()
+    assert {state["step"].item() for state in optimizer.state.values()} == {3}
+    assert all(map(torch.equal, params, before))
+    train(optimizer, params)
+
+
+def test_an_error_in_the_guard_kernel_raises(monkeypatch):
+    address = raising(tensors._STATUS).address
+    job = tensors._Job(tensors._OTHER_ITEMS)
+    monkeypatch.setattr(job, "_probe", address)
+    with pytest.raises(KernelError, match="the guard kernel was stopped by an error"):
+        job.ask()
+
+
+def with_bounds_checked(rule, layout):
+    source = print_kernel(rule, layout).replace('error_model="numpy"', 'error_model="numpy", boundscheck=True')
+    return compiling.load(source, "bounds")
+
+
+@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adam])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "telemetry": True}], ids=["plain", "measured"])
+def test_kernels_index_their_arrays_within_their_lengths(cls, options, monkeypatch):
+    def measured():
+        optimizer, params = make(cls, sizes=(1, 1000, 3 * plan.CHUNK + 5), **options)
+        first = train(optimizer, params, steps=1)
+        optimizer.state[params[1]] = {}  # so that there are several rows of coefficients
+        return [*first, *train(optimizer, params)]
+
+    expected = measured()
+    monkeypatch.setattr(plan, "compiled_kernel", with_bounds_checked)
+    for ours, theirs in zip(measured(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # Threads

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket
-from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.source import Layout
+from surefoot.engines.cpu.compile import Kernel, compiled_kernel
+from surefoot.engines.cpu.source import JOB, Layout
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import ONE_THREAD, run_on_threads, thread_count
-from surefoot.errors import InternalError
+from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Measure, Rule, reading
 from surefoot.tensors.gate import admit
 
@@ -24,6 +24,9 @@ CHUNK = 16384
 _LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
+_NEXT_ITEM, _COEFFICIENTS, _MEASURED, _STATUS, _ROWS = map(
+    JOB.index, ("next_item", "coefficients", "measured", "status", "rows")
+)
 
 
 class Job:
@@ -39,26 +42,42 @@ class Job:
         self.items = len(first) - 1
         self._parts = (first, self._tensor, start, size)
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
-        self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0], dtype=np.int64)
+        numbers = [0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0, 0, len(size), 0]
+        self._job = np.array(numbers, dtype=np.int64)
         self._address = self._job.ctypes.data
         self._coefficients = np.zeros((0, 0))
 
-    def run(self, kernel: int, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()) -> np.ndarray:
+    def run(
+        self, kernel: Kernel, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()
+    ) -> np.ndarray:
         """Run a kernel on all items; `coefficients` has for each row its numbers.
 
         Returns:
             What it measured: float64 of shape (tensors, measures).
+
+        Raises:
+            KernelError: an error has stopped the kernel.
         """
         if self._coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
             self._coefficients = np.zeros(shape)
-            self._job[7] = self._coefficients.ctypes.data
+            self._job[_COEFFICIENTS], self._job[_ROWS] = self._coefficients.ctypes.data, shape[0]
         self._coefficients[:] = coefficients
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
-            self._job[0], self._job[10] = 0, measured.ctypes.data if measures else 0
+            self._job[_MEASURED] = measured.ctypes.data if measures else 0
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
-            run_on_threads(kernel, self._address, threads)
+            self._launch(kernel, threads)
         return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
+
+    def _launch(self, kernel: Kernel, threads: int) -> None:
+        self._job[_NEXT_ITEM] = 0
+        run_on_threads(kernel.address, self._address, threads)
+        if status := int(self._job[_STATUS]):
+            self._job[_STATUS] = 0
+            raise KernelError(
+                f"kernel {kernel.name} was stopped by an error (status {status}): tensors of its bucket may be updated "
+                f"in part, those of buckets before it are, and none of the others; this is a fault of surefoot"
+            )
 
 
 def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
@@ -112,7 +131,7 @@ class Plan:
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
         self.job = Job(len(arrays.addresses), arrays.sizes[self.regular])
         self.job.pointers[:] = arrays.addresses[:, self.regular]
-        self._kernels: dict[Rule, int] = {}
+        self._kernels: dict[Rule, Kernel] = {}
         self._row: np.ndarray | None = None
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
 
@@ -160,7 +179,7 @@ class Plan:
 
 
 def _run_piece(
-    kernel: int, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
+    kernel: Kernel, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
 ) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]

@@ -53,6 +53,7 @@ COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WO
 GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
     n * WORD for n in range(10, 22)
 )
+STATUS = 22  # a word, not bytes: where it is told that an error has stopped the probe
 
 
 @njit

@@ -13,7 +13,7 @@ from surefoot.rule import Measure, Rule
 
 # Slots of the job that a kernel is handed: addresses and counts, each an int64.
 JOB = ("next_item", "items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
-       "coefficients", "coefficient_row", "tensors", "measured")  # fmt: skip
+       "coefficients", "coefficient_row", "tensors", "measured", "status", "segments", "rows")  # fmt: skip
 
 _AHEAD, _FETCHED = 2, 128
 """How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
@@ -85,6 +85,7 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
         count=len(arrays),
         coefficient_count=len(numbers),
         job_size=len(JOB),
+        slot={name: index for index, name in enumerate(JOB)},
         views="\n".join(
             f"            {a} = carray(pointer(pointers[{i} * tensors + tensor] + start * {d.itemsize}, "
             f"{_STORAGE[d][0]}(0)), size)"
@@ -97,6 +98,7 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
             for i, dtype in enumerate(layout.stored)
         ),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
+        measure_count=len(rule.measures),
         keep="\n".join(
             f"            measured[segment * {len(rule.measures)} + {index}] = result[{index}]"
             for index in range(len(rule.measures))
@@ -192,6 +194,7 @@ from surefoot.engines.cpu.intrinsics import (
 from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
 
 real = {real}
+STATUS = {slot[status]}
 
 
 @njit(error_model="numpy", fastmath={{"contract"}}, nogil=True)
@@ -208,16 +211,15 @@ def kernel(job):
     """Update the tensors of a job; any number of threads may run it on the same job at once."""
     narrow_vectors()
     slots = carray(pointer(job, int64(0)), {job_size})
-    items, tensors = slots[1], slots[9]
-    first_segment = carray(pointer(slots[2], int64(0)), items + 1)
-    segments = first_segment[items]
-    segment_tensor = carray(pointer(slots[3], int64(0)), segments)
-    segment_start = carray(pointer(slots[4], int64(0)), segments)
-    segment_size = carray(pointer(slots[5], int64(0)), segments)
-    pointers = carray(pointer(slots[6], int64(0)), {count} * tensors)
-    coefficient_row = carray(pointer(slots[8], int64(0)), tensors)
-    coefficients = carray(pointer(slots[7], float64(0)), 1)
-    measured = carray(pointer(slots[10], float64(0)), 1)
+    items, tensors, segments = slots[{slot[items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
+    first_segment = carray(pointer(slots[{slot[first_segment]}], int64(0)), items + 1)
+    segment_tensor = carray(pointer(slots[{slot[segment_tensor]}], int64(0)), segments)
+    segment_start = carray(pointer(slots[{slot[segment_start]}], int64(0)), segments)
+    segment_size = carray(pointer(slots[{slot[segment_size]}], int64(0)), segments)
+    pointers = carray(pointer(slots[{slot[pointers]}], int64(0)), {count} * tensors)
+    coefficient_row = carray(pointer(slots[{slot[coefficient_row]}], int64(0)), tensors)
+    coefficients = carray(pointer(slots[{slot[coefficients]}], float64(0)), {coefficient_count} * slots[{slot[rows]}])
+    measured = carray(pointer(slots[{slot[measured]}], float64(0)), {measure_count} * segments)
     item = claim(job)
     while item < items:
         for segment in range(first_segment[item], first_segment[item + 1]):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket
-from surefoot.engines.cpu.compile import compiled_kernel
+from surefoot.engines.cpu.compile import Kernel, compiled_kernel
 from surefoot.engines.cpu.plan import Job, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
@@ -24,7 +24,7 @@ class RowsPlan:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._kernel = 0
+        self._kernel = Kernel("", 0)
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
