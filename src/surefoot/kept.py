@@ -73,7 +73,7 @@ class Watch:
         if work.sparse:
             return not self._look.changed() and self._renew_rows(work)
         plan = work.bucket.plan
-        grads = work.grads() if plan is None or plan.irregular else []  # else their addresses do
+        grads = work.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self._look.changed():
             return False
         work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, list(map(to_local, grads))
