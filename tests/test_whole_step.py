@@ -540,7 +540,7 @@ def test_options_are_copied_and_pickled():
     optimizer, params = make(max_grad_norm=0.5, nonfinite="skip")
     again = copy.deepcopy(optimizer)
     assert (again.step_options.max_grad_norm, again.step_options.nonfinite) == (0.5, "skip")
-    assert again.whole_step is not optimizer.step_options
+    assert again.step_options is not optimizer.step_options
     set_gradients(params)
     optimizer.step()
     assert again.step_statistics.steps == 0

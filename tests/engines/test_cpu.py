@@ -15,6 +15,7 @@ import torch
 
 import surefoot
 from surefoot.engines import looks
+from surefoot.engines.checked import checked
 from surefoot.engines.cpu import anatomy, plan, tensors, threads
 from surefoot.engines.cpu import compile as compiling
 from surefoot.engines.cpu.source import JOB, Layout, print_kernel
@@ -43,6 +44,15 @@ def source_of(cls=surefoot.AdamW):
     optimizer, _ = make(cls)
     rule = rule_of(optimizer, optimizer.param_groups[0])
     return print_kernel(rule, Layout(torch.float32, (torch.float32,) * (2 + len(rule.slots))))
+
+
+@pytest.fixture(params=["unchecked", "checked"])
+def mode(request, monkeypatch):
+    """Both modes: in the checked one kernels verify every access before it is made."""
+    monkeypatch.setenv("SUREFOOT_CHECKED", "1" if request.param == "checked" else "")
+
+
+IN_BOTH_MODES = pytest.mark.usefixtures("mode")
 
 
 @pytest.fixture
@@ -239,7 +249,7 @@ def test_an_error_in_the_guard_kernel_raises(monkeypatch):
         job.ask()
 
 
-def with_bounds_checked(rule, layout):
+def with_bounds_checked(rule, layout, checked):
     source = print_kernel(rule, layout).replace('error_model="numpy"', 'error_model="numpy", boundscheck=True')
     return compiling.load(source, "bounds")
 
@@ -259,9 +269,113 @@ def test_kernels_index_their_arrays_within_their_lengths(cls, options, monkeypat
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+# The checked mode
+
+CHECKED = {
+    "adam": (surefoot.Adam, torch.float32, {}),
+    "adam, measured": (surefoot.Adam, torch.float32, {"max_grad_norm": 1.0, "telemetry": True}),
+    "adamw of 16 bits": (surefoot.AdamW, torch.bfloat16, {"max_grad_norm": 1.0, "ema": 0.9}),
+    "sgd": (surefoot.SGD, torch.float64, {"momentum": 0.9, "telemetry": True}),
+    "nadam of 16 bits": (surefoot.NAdam, torch.float16, {"max_grad_value": 0.5}),
+    "rprop of complex numbers": (surefoot.Rprop, torch.complex64, {}),
+}
+
+
+@pytest.mark.parametrize(("cls", "dtype", "options"), CHECKED.values(), ids=list(CHECKED))
+def test_checked_kernels_give_the_same_bits(cls, dtype, options, monkeypatch):
+    expected = train(*make(cls, dtype=dtype, **options))
+    monkeypatch.setenv("SUREFOOT_CHECKED", "1")
+    optimizer, params = make(cls, dtype=dtype, **options)
+    assert all(map(torch.equal, train(optimizer, params), expected))
+
+
+@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.SparseAdam])
+def test_checked_kernels_give_rows_the_same_bits(cls, monkeypatch):
+    def stepped():
+        table = torch.nn.Parameter(torch.linspace(-1, 1, 150).reshape(50, 3))
+        optimizer = cls([table], lr=0.1)
+        for rows in ([7, 0, 7, 49], [3], []):
+            table.grad = rows_of(table.detach(), torch.tensor([rows], dtype=torch.long))
+            optimizer.step()
+        return table.detach()
+
+    expected = stepped()
+    monkeypatch.setenv("SUREFOOT_CHECKED", "1")
+    assert torch.equal(stepped(), expected)
+
+
+def plan_of(optimizer):
+    return optimizer._step_cache.runs[0].bucket.plan
+
+
+def shorten(job, row):
+    job.set_limits = lambda addresses, available: np.copyto(job.limits, available - 4 * (np.arange(4)[:, None] == row))
+
+
+VIOLATIONS = {
+    "short parameter": (lambda job: shorten(job, 0), "`param` of tensor 0: 1 elements from 0, of 0 for which"),
+    "short gradient": (lambda job: shorten(job, 1), "`grad` of tensor 0: 1 elements from 0, of 0 for which"),
+    "short state": (lambda job: shorten(job, 3), "`exp_avg_sq` of tensor 0: 1 elements from 0, of 0 for which"),
+    "no memory": (lambda job: job.pointers[2].put(1, 0), "`exp_avg` of tensor 1: 1000 elements from 0, of 0 for which"),
+    "moved": (lambda job: job.pointers[0].put(1, job.pointers[0, 1] + 8), "`param` of tensor 1: 1000 .*, of 998 for"),
+    "elsewhere": (lambda job: job.pointers[0].put(1, job.pointers[0, 1] - 8), "`param` of tensor 1: 1000 .*, of 0 for"),
+    "start": (lambda job: job._parts[2].put(1, 1 << 62), f"`param` of tensor 1: 1000 elements from {1 << 62}, of 1000"),
+    "negative start": (lambda job: job._parts[2].put(1, -1), "`param` of tensor 1: 1000 elements from -1, of 1000"),
+    "size": (lambda job: job._parts[3].put(1, 1 << 62), f"`param` of tensor 1: {1 << 62} elements from 0, of 1000"),
+    "negative size": (lambda job: job._parts[3].put(1, -1), "`param` of tensor 1: -1 elements from 0, of 1000"),
+    "tensor": (lambda job: job._parts[1].put(1, 5), "segment 1 is of tensor 5, of 5"),
+    "negative tensor": (lambda job: job._parts[1].put(1, -1), "segment 1 is of tensor -1, of 5"),
+    "coefficients": (lambda job: job.rows.put(4, 1), "tensor 4 takes row 1 of the coefficients, of 1"),
+    "segments": (lambda job: job._parts[0].put(-1, 99), "takes the segments from 7 to 99, of 8"),
+    "segments backwards": (lambda job: job._parts[0].put(1, -1), "item 0 takes the segments from 0 to -1, of 8"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), VIOLATIONS.values(), ids=list(VIOLATIONS))
+def test_a_violation_raises_and_changes_nothing(spoil, message, monkeypatch):
+    monkeypatch.setenv("SUREFOOT_CHECKED", "1")
+    optimizer, params = make(surefoot.Adam)
+    train(optimizer, params)
+    spoil(plan_of(optimizer).job)
+    before = [param.detach().clone() for param in params]
+    state = [{name: value.clone() for name, value in optimizer.state[param].items()} for param in params]
+    with pytest.raises(KernelError, match=f"kernel adam_checked_[0-9a-f]+ was stopped by .*{message}.*none of its"):
+        train(optimizer, params)
+    assert all(map(torch.equal, params, before))
+    for param, entries in zip(params, state, strict=True):
+        assert all(torch.equal(optimizer.state[param][name], value) for name, value in entries.items())
+    monkeypatch.delenv("SUREFOOT_CHECKED")
+    train(optimizer, params)
+
+
+def test_rows_beyond_their_storage_are_found(monkeypatch):
+    monkeypatch.setenv("SUREFOOT_CHECKED", "1")
+    table = torch.nn.Parameter(torch.ones(50, 3))
+    optimizer = surefoot.SGD([table], lr=0.1)
+    for _ in range(3):
+        table.grad = rows_of(table.detach(), torch.tensor([[7, 49]]))
+        optimizer.step()
+    before = table.detach().clone()
+    rows = plan_of(optimizer)
+    rows._starts = rows._starts + 4
+    with pytest.raises(KernelError, match="`param` of tensor 1: 3 elements from 0, of 2 for which there is memory"):
+        optimizer.step()
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("value", ["yes", "2", " 1"])
+def test_the_mode_is_on_or_off(value, monkeypatch):
+    monkeypatch.setenv("SUREFOOT_CHECKED", value)
+    with pytest.raises(ValueError, match=f"SUREFOOT_CHECKED must be 1 or 0, but is '{value}'"):
+        checked()
+    monkeypatch.setenv("SUREFOOT_CHECKED", "0")
+    assert not checked()
+
+
 # Threads
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
 def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
@@ -275,6 +389,7 @@ def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
         assert all(map(torch.equal, results[0], other))
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_same_bits_however_the_work_is_cut(monkeypatch, chunk):
     sizes = (1, 5, 1003, 4096)
@@ -316,6 +431,7 @@ def test_pieces_cover_every_element_once():
     assert (base == 1).all()
 
 
+@IN_BOTH_MODES
 def test_two_optimizers_step_in_two_threads():
     expected = train(*make(), steps=20)
     with ThreadPoolExecutor(2) as pool:
@@ -326,6 +442,7 @@ def test_two_optimizers_step_in_two_threads():
 # Plans
 
 
+@IN_BOTH_MODES
 def test_a_plan_is_used_again_and_given_up():
     optimizer, params = make()
     train(optimizer, params)
@@ -337,6 +454,7 @@ def test_a_plan_is_used_again_and_given_up():
     assert optimizer._step_cache.runs is not works
 
 
+@IN_BOTH_MODES
 def test_complex_parameters_may_be_swapped():
     param, other = torch.ones(3, dtype=torch.complex64).requires_grad_(), torch.zeros(3, dtype=torch.complex64)
     optimizer = surefoot.SGD([param], lr=0.5, momentum=0.9)
@@ -863,6 +981,7 @@ TABLES = {
 }
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adagrad])
 @pytest.mark.parametrize(("table", "index"), TABLES.values(), ids=list(TABLES))
 def test_rows_of_sparse_gradients(cls, table, index):
@@ -896,6 +1015,7 @@ def sparse_pair(cls):
     return optimizers, tables, step
 
 
+@IN_BOTH_MODES
 @SPARSE
 def test_works_of_sparse_gradients_are_kept(cls):
     (optimizer, _), _, step = sparse_pair(cls)
@@ -907,6 +1027,7 @@ def test_works_of_sparse_gradients_are_kept(cls):
         assert optimizer._step_cache.runs is found, "works were made anew"
 
 
+@IN_BOTH_MODES
 @SPARSE
 @pytest.mark.parametrize("change", ["data", "rate", "state", "step", "cleared"])
 def test_what_changes_between_sparse_steps_counts(cls, change):
@@ -941,6 +1062,7 @@ def test_sparse_steps_go_on_without_a_count_of_steps():
     assert optimizer.state[table]["step"] == 1
 
 
+@IN_BOTH_MODES
 @SPARSE
 @pytest.mark.parametrize("later", ["dense", "double", "none", "outside"])
 def test_gradients_that_are_no_longer_as_sparse(cls, later):
@@ -1056,6 +1178,7 @@ def test_steps_may_be_any_number(step, later):
     assert type(optimizer.state[params[0]]["step"]) is type(later)
 
 
+@IN_BOTH_MODES
 def test_averages_of_sparse_parameters_are_made_again():
     table = torch.nn.Parameter(torch.randn(50, 3))
     optimizer = surefoot.SGD([table], lr=0.1, ema=0.9)
@@ -1068,6 +1191,7 @@ def test_averages_of_sparse_parameters_are_made_again():
     assert torch.equal(optimizer.state[table]["ema"], table)
 
 
+@IN_BOTH_MODES
 def test_rows_of_a_view_leave_their_neighbours_alone():
     whole = torch.ones(20, 6)
     param = whole[:, 1:4].requires_grad_()
@@ -1101,6 +1225,7 @@ def test_a_kernel_that_cannot_be_made_leaves_everything_as_it_was(monkeypatch):
 # Found by trying to break it
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("kind", ["tensor", "list"])
 def test_options_that_change_in_place_count(kind):
     made = [make(surefoot.AdamW, lr=torch.tensor(0.25) if kind == "tensor" else 0.25) for _ in range(2)]

@@ -54,7 +54,7 @@ class BucketGuard:
         if run.sparse:
             return not self._tensors.changed() and self._revalidate_rows(run)
         plan = run.bucket.plan
-        grads = run.grads() if plan is None or plan.irregular else []  # else their addresses do
+        grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self._tensors.changed():
             return False
         run.bucket.gradient_addresses, run.bucket.grads = self._tensors.gradients, list(map(to_local, grads))

@@ -37,16 +37,26 @@ def cache_dir() -> Path:
 
 
 class Kernel(NamedTuple):
-    """A compiled kernel: the name of its files in the folder, and its address."""
+    """A compiled kernel.
+
+    Attributes:
+        name: the name of its files in the folder.
+        address: where its machine code begins.
+        arrays: names of the arrays that it takes of each tensor, in the order of its layout.
+        checked: whether it verifies every item of a job before it computes it.
+    """
 
     name: str
     address: int
+    arrays: tuple[str, ...] = ()
+    checked: bool = False
 
 
 @functools.cache
-def compiled_kernel(rule: Rule, layout: Layout) -> Kernel:
+def compiled_kernel(rule: Rule, layout: Layout, checked: bool = False) -> Kernel:
     """Return the kernel of a rule for a layout, compiled once in this process."""
-    return load(print_kernel(rule, layout), rule.name.lower())
+    kernel = load(print_kernel(rule, layout, checked=checked), rule.name.lower() + "_checked" * checked)
+    return kernel._replace(arrays=("param", "grad", *(slot.name for slot in rule.slots)), checked=checked)
 
 
 def load(source: str, name: str) -> Kernel:

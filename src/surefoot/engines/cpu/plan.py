@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket
+from surefoot.engines.checked import VARIABLE, checked
+from surefoot.engines.cpu.checks import VIOLATION, explain_violation
 from surefoot.engines.cpu.compile import Kernel, compiled_kernel
 from surefoot.engines.cpu.source import JOB, Layout
 from surefoot.engines.cpu.tensors import Versions
@@ -24,16 +26,23 @@ CHUNK = 16384
 _LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
-_NEXT_ITEM, _COEFFICIENTS, _MEASURED, _STATUS, _ROWS = map(
-    JOB.index, ("next_item", "coefficients", "measured", "status", "rows")
+_NEXT_ITEM, _COEFFICIENTS, _MEASURED, _STATUS, _ROWS, _LIMITS, _ONLY_CHECKS = map(
+    JOB.index, ("next_item", "coefficients", "measured", "status", "rows", "limits", "only_checks")
 )
+_VIOLATION = slice(JOB.index(VIOLATION[0]), None)
 
 
 class Job:
-    """A table of tensors, cut into items, as kernels take it."""
+    """A table of tensors, cut into items, as kernels take it.
+
+    Attributes:
+        pointers: addresses of the tensors' arrays: int64 of shape (arrays, tensors).
+        limits: for checked kernels the bytes of live storage behind each pointer, of the same shape.
+        rows: for each tensor its row of coefficients.
+    """
 
     def __init__(self, arrays: int, sizes: np.ndarray) -> None:
-        self.pointers = np.zeros((arrays, len(sizes)), dtype=np.int64)
+        self.pointers, self.limits = np.zeros((2, arrays, len(sizes)), dtype=np.int64)
         self.rows = np.zeros(len(sizes), dtype=np.int64)
         self.size = int(sizes.sum())
         self._tensor, start, size = _segments(sizes)
@@ -43,7 +52,7 @@ class Job:
         self._parts = (first, self._tensor, start, size)
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
         numbers = [0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0, 0, len(size), 0]
-        self._job = np.array(numbers, dtype=np.int64)
+        self._job = np.array(numbers + [0] * (len(JOB) - len(numbers)), dtype=np.int64)
         self._address = self._job.ctypes.data
         self._coefficients = np.zeros((0, 0))
 
@@ -56,7 +65,8 @@ class Job:
             What it measured: float64 of shape (tensors, measures).
 
         Raises:
-            KernelError: an error has stopped the kernel.
+            KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
+                then nothing has been written.
         """
         if self._coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
             self._coefficients = np.zeros(shape)
@@ -65,19 +75,42 @@ class Job:
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
             self._job[_MEASURED] = measured.ctypes.data if measures else 0
+            if kernel.checked:
+                self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
             self._launch(kernel, threads)
         return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
 
+    def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
+        """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
+        offset = self.pointers - addresses
+        self.limits[:] = np.where(offset >= 0, available - offset, 0)
+
+    def _check(self, kernel: Kernel) -> None:
+        """Let a checked kernel verify all items and compute none."""
+        self._job[_LIMITS], self._job[_ONLY_CHECKS] = self.limits.ctypes.data, 1
+        try:
+            self._launch(kernel, 1)
+        finally:
+            self._job[_ONLY_CHECKS] = 0
+
     def _launch(self, kernel: Kernel, threads: int) -> None:
         self._job[_NEXT_ITEM] = 0
         run_on_threads(kernel.address, self._address, threads)
-        if status := int(self._job[_STATUS]):
-            self._job[_STATUS] = 0
-            raise KernelError(
-                f"kernel {kernel.name} was stopped by an error (status {status}): tensors of its bucket may be updated "
-                f"in part, those of buckets before it are, and none of the others; this is a fault of surefoot"
-            )
+        if self._job[_STATUS]:
+            raise self._error(kernel)
+
+    def _error(self, kernel: Kernel) -> KernelError:
+        """Return what to raise for a kernel that was stopped, and be ready for another."""
+        status, violation, only_checked = self._job[_STATUS], self._job[_VIOLATION].tolist(), self._job[_ONLY_CHECKS]
+        reason = explain_violation(violation, JOB, kernel.arrays) if violation[0] else f"an error (status {status})"
+        written = "none of its tensors is changed" if only_checked else "its tensors may be updated in part"
+        self._job[_STATUS] = self._job[_VIOLATION] = 0
+        help_ = "" if kernel.checked else f"; with {VARIABLE}=1 kernels tell more"
+        return KernelError(
+            f"kernel {kernel.name} was stopped by {reason}; {written}, those that were updated before are, and those "
+            f"that were to come are not; this is a fault of surefoot{help_}"
+        )
 
 
 def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
@@ -133,6 +166,7 @@ class Plan:
         self.job.pointers[:] = arrays.addresses[:, self.regular]
         self._kernels: dict[Rule, Kernel] = {}
         self._row: np.ndarray | None = None
+        self.checked = checked()
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
@@ -142,7 +176,7 @@ class Plan:
         """Compile the kernel of a rule."""
         if rule not in self._kernels:
             layout = Layout(self._compute, self._stored[: 2 + len(rule.slots)])
-            self._kernels[rule] = compiled_kernel(rule, layout)
+            self._kernels[rule] = compiled_kernel(rule, layout, self.checked)
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
@@ -163,6 +197,9 @@ class Plan:
         if bucket.gradient_addresses is None:
             raise InternalError("a kernel was run on gradients that no guard has seen")
         self.job.pointers[1] = self._regular(bucket.gradient_addresses)
+        if kernel.checked:
+            now = bucket.arrays()
+            self.job.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
         measured = self.job.run(kernel, numbers, rule.measures)
         if self.irregular:
             regular, measured = measured, np.zeros((len(bucket.params), len(rule.measures)))
@@ -186,6 +223,8 @@ def _run_piece(
     arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
     job = Job(len(copies), arrays.sizes)
     job.pointers[:] = arrays.addresses
+    if kernel.checked:
+        job.set_limits(arrays.addresses, arrays.available)
     measured = job.run(kernel, numbers, measures)
     for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
         if position != 1 and copy.data_ptr() != view.data_ptr():

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket
+from surefoot.engines.checked import checked
 from surefoot.engines.cpu.compile import Kernel, compiled_kernel
 from surefoot.engines.cpu.plan import Job, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.rule import Rule
-from surefoot.tensors.gate import admit
+from surefoot.tensors.gate import Arrays, admit
+from surefoot.tensors.memory import bytes_available
 from surefoot.tensors.shards import to_local
 
 
@@ -24,7 +26,7 @@ class RowsPlan:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._kernel: Kernel
+        self._kernel = Kernel("", 0)
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
@@ -32,8 +34,8 @@ class RowsPlan:
             for tensors in self._arrays
             for tensor, dimensions in zip(tensors, leading, strict=True)
         )
-        prefixes = ("", *(f"state `{slot.name}` of " for slot in bucket.rule.slots))
-        self._starts = admit(self._arrays, prefixes, bucket.row_name).addresses
+        self._checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
+        self._starts = self._admit().addresses
         self._strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -45,9 +47,13 @@ class RowsPlan:
         self._layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
         self._versions = Versions([tensor for tensors in self._arrays for tensor in tensors])
 
+    def _admit(self) -> Arrays:
+        slots, row_name = self._names
+        return admit(self._arrays, ("", *(f"state `{slot.name}` of " for slot in slots)), row_name)
+
     def prepare(self, rule: Rule) -> None:
         """Compile the kernel of a rule."""
-        self._kernel = compiled_kernel(rule, self._layout)
+        self._kernel = compiled_kernel(rule, self._layout, self._checked)
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
@@ -63,6 +69,10 @@ class RowsPlan:
                 out=job.pointers[place],
             )
         np.concatenate([_each_row(value) for value in values], out=job.pointers[1])
+        if self._kernel.checked:
+            now, of_values = self._admit(), [[(value.data_ptr(), bytes_available(value)) for value in values]]
+            here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, owner]
+            job.set_limits(here[..., 0], here[..., 1])
         self._versions.count()
         measured = job.run(self._kernel, numbers_of(bucket), rule.measures)
         if rule.measures:

@@ -60,6 +60,8 @@ def firsts_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
 class Plan:
     """A bucket's kernels, its tables on the device, and the tensors that cannot be seen as flat memory."""
 
+    checked = False
+
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
         self._stored, sizes = arrays.dtypes, arrays.sizes
