@@ -129,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)
         self._stepping = Stepping.take(defaults)
-        refuse_unsupported(self.spec.name, self.spec.step_options, self.step_options.requested())
+        refuse_unsupported(self.spec, self.step_options.requested())
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -216,7 +216,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a value is out of range.
             RuntimeError: engine options contradict one another.
         """
-        check_group_options(cls.spec.name, cls.spec.step_options, group)
+        check_group_options(cls.spec, group)
         for name, check in (*GROUP_RANGES.items(), *cls.ranges.items()):
             if name in group:
                 check(name, group[name])

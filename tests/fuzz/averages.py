@@ -19,7 +19,11 @@ from worlds import LAYOUTS, SHAPES, laid_out, values
 from surefoot import swa_utils
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "complex64", "int64")
-Pair = NamedTuple("Pair", [("average", Tensor), ("value", Tensor)])
+
+
+class Pair(NamedTuple):
+    average: Tensor
+    value: Tensor
 
 
 class Move(NamedTuple):
@@ -81,7 +85,9 @@ def of_integers(tensor, choice):
 
 @move
 def of_another_shape(tensor, choice):
-    shape = [(*tensor.shape, 2), tensor.shape[1:], (1,) * tensor.dim(), (tensor.numel(),), (2, *tensor.shape)][choice % 5]
+    shape = [(*tensor.shape, 2), tensor.shape[1:], (1,) * tensor.dim(), (tensor.numel(),), (2, *tensor.shape)][
+        choice % 5
+    ]
     return values(shape, tensor.dtype, choice)
 
 
@@ -182,7 +188,9 @@ class _Side:
     def pairs(self) -> list[Pair]:
         """Return averages and values of now."""
         if self.how == "model":
-            return [Pair(*pair) for pair in zip(self.averaged.module.parameters(), self.model.parameters(), strict=True)]
+            return [
+                Pair(*pair) for pair in zip(self.averaged.module.parameters(), self.model.parameters(), strict=True)
+            ]
         return [Pair(*pair) for pair in zip(*self.lists, strict=True)]
 
     def change(self, each: Move) -> None:
@@ -210,7 +218,9 @@ class _Side:
             self.update(*self.lists, 3)
 
 
-def run_averages(case: AverageCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]) -> Counter[str]:
+def run_averages(
+    case: AverageCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]
+) -> Counter[str]:
     """Run a case; return how its updates ended.
 
     Raises:
@@ -262,7 +272,9 @@ def _count(side: _Side) -> int:
 
 def _unfit(average: Tensor, value: Tensor) -> str | None:
     """Say why a pair may be refused."""
-    strange = any(type(t) is Plain or t._is_zerotensor() or t.is_meta or t.is_neg() or t.is_conj() for t in (average, value))
+    strange = any(
+        type(t) is Plain or t._is_zerotensor() or t.is_meta or t.is_neg() or t.is_conj() for t in (average, value)
+    )
     if average.layout is not torch.strided or value.layout is not torch.strided or strange:
         return "kind"
     if overlaps_itself(average) or overlapping([average, value]) or average.dtype != value.dtype:

@@ -495,9 +495,11 @@ def state_no_tensor(world, a, b, c):
         world,
         a,
         b,
-        lambda slot: [slot.tolist(), slot.detach().clone().to(torch.float64).numpy(), 0.5, "text", None][c % 5]
-        if not slot.is_complex()
-        else [0.5],
+        lambda slot: (
+            [slot.tolist(), slot.detach().clone().to(torch.float64).numpy(), 0.5, "text", None][c % 5]
+            if not slot.is_complex()
+            else [0.5]
+        ),
     )
 
 
@@ -595,9 +597,7 @@ def state_zero_or_negated(world, a, b, c):
         world,
         a,
         b,
-        lambda slot: torch._neg_view(slot)
-        if c % 2
-        else torch._efficientzerotensor(slot.shape, dtype=slot.dtype),
+        lambda slot: torch._neg_view(slot) if c % 2 else torch._efficientzerotensor(slot.shape, dtype=slot.dtype),
     )
 
 
@@ -613,9 +613,7 @@ def state_sparse(world, a, b, c):
 
 @change(refusable=True)
 def state_requires_gradient(world, a, b, c):
-    put_slot(
-        world, a, b, lambda slot: slot.detach().requires_grad_() if slot.is_floating_point() else slot
-    )
+    put_slot(world, a, b, lambda slot: slot.detach().requires_grad_() if slot.is_floating_point() else slot)
 
 
 @change()
@@ -786,9 +784,13 @@ def option_changed(world, a, b, c):
         "amsgrad": (True, False),
         "eps": (1e-3, 1e-3),
     }.items():
-        if name in group and name == sorted({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))[
-            b % len({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))
-        ]:
+        if (
+            name in group
+            and name
+            == sorted({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))[
+                b % len({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))
+            ]
+        ):
             group[name] = options[c % 2]
 
 

@@ -63,9 +63,7 @@ CASES = {
     "parameter without memory at its old address": steady("adam", ("storage resized", 0, 2, 0)),
     "parameter without memory at its old address, after nothing": steady("sgd momentum", ("storage resized", 0, 3, 0)),
     "state without memory at its old address": steady("adam", ("state storage resized", 0, 0, 3)),
-    "parameter without memory, by the eager engine": after_a_step(
-        "adam", ("storage resized", 0, 1, 0), engine="eager"
-    ),
+    "parameter without memory, by the eager engine": after_a_step("adam", ("storage resized", 0, 1, 0), engine="eager"),
     "parameter without memory, by the foreach engine": after_a_step(
         "adam", ("storage resized", 0, 1, 0), engine="foreach"
     ),
@@ -150,7 +148,9 @@ CASES = {
     "plain state loaded into a sharded parameter": sharded_after_a_step(
         "adagrad", 0, ShardMove("state dict of plain loaded", 0, 0, 2)
     ),
-    "plain state of a replicated parameter": sharded_after_a_step("rprop", 2, ShardMove("state plain of shard", 0, 0, 0)),
+    "plain state of a replicated parameter": sharded_after_a_step(
+        "rprop", 2, ShardMove("state plain of shard", 0, 0, 0)
+    ),
     "replicated state of a sharded parameter": sharded_after_a_step(
         "sgd momentum", 0, ShardMove("state laid out otherwise", 0, 0, 2)
     ),

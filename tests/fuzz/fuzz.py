@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -52,6 +52,7 @@ ALSO_NAMELESS = (
     "start afresh with `optimizer.state.clear()`",
 )
 """Parts of refusals, in torch's own words, that name no parameter."""
+
 
 class Failure(AssertionError):
     """A case has shown a fault.
@@ -393,7 +394,7 @@ def in_child(call: Callable[[], Any], seconds: int = 100) -> Any:
     with os.fdopen(reader, "rb") as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
-    return crash(status) or pickle.loads(told)  # noqa: S301 (our own)
+    return crash(status) or pickle.loads(told)
 
 
 def outcome_in_child(case: Case) -> tuple[str, str] | None:
@@ -556,7 +557,7 @@ def _batch(options, place: mmap.mmap, first: int, end: int, report: Report) -> t
         found, ended = [], Counter()
         while True:
             try:
-                kind, *rest = pickle.load(pipe)  # noqa: S301 (our own)
+                kind, *rest = pickle.load(pipe)
             except (EOFError, pickle.UnpicklingError):
                 break
             if kind == "ended":
@@ -593,7 +594,12 @@ def _work(options, place: mmap.mmap, first: int, end: int, writer: int) -> None:
             ended = Counter()
 
 
-CORRUPTING = ("stepped what must be refused", "averaged without memory", "averaged what must be refused", "wrote outside")
+CORRUPTING = (
+    "stepped what must be refused",
+    "averaged without memory",
+    "averaged what must be refused",
+    "wrote outside",
+)
 
 
 def _note(report: Report, options, kind: str, detail: str, seed: int, say: Callable[[str], None]) -> None:

@@ -213,5 +213,3 @@ class Snapshot:
 
     def _owners(self, address: int) -> str:
         return ", ".join(path for path, facts in self.facts.items() if facts[-1] == address)
-
-

@@ -229,7 +229,9 @@ def _misfits(world: _World) -> list[str]:
         if param.grad is None:
             continue
         held = [("grad", param.grad)]
-        held += [(n, v) for n, v in world.optimizer.state.get(param, {}).items() if isinstance(v, Tensor) and n != "step"]
+        held += [
+            (n, v) for n, v in world.optimizer.state.get(param, {}).items() if isinstance(v, Tensor) and n != "step"
+        ]
         for name, tensor in held:
             if _placement(tensor) != _placement(param):
                 found.append(f"{name}: {_placement(tensor)} for {_placement(param)}")
@@ -240,7 +242,9 @@ def _misfits(world: _World) -> list[str]:
     return found
 
 
-def run_sharded(case: ShardedCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]) -> Counter[str]:
+def run_sharded(
+    case: ShardedCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]
+) -> Counter[str]:
     """Run a case; return how its steps ended.
 
     Raises:

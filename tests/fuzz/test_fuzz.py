@@ -14,10 +14,11 @@ import torch
 from averages import draw_averages
 from cases import draw_case
 from faults import CASES
-from fuzz import run, with_malloc_checks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import FEW
+
+from fuzz import run, with_malloc_checks
 
 DRIVER = Path(__file__).with_name("fuzz.py")
 
@@ -72,7 +73,9 @@ def test_averages_are_right_or_refused(data):
     run(draw_averages(lambda below: data.draw(st.integers(0, below - 1))))
 
 
-@pytest.mark.parametrize("kind", [["--few", "--cases", "400"], ["--averages", "--cases", "400"], ["--sharded", "--cases", "60"]])
+@pytest.mark.parametrize(
+    "kind", [["--few", "--cases", "400"], ["--averages", "--cases", "400"], ["--sharded", "--cases", "60"]]
+)
 def test_memory_stays_whole(kind):
     """No case crashes while the allocator checks every block."""
     found = drive("--malloc", *kind)

@@ -5,19 +5,16 @@ its for-loop, or surefoot's eager engine where torch has no such option.  Both s
 is laid out alike.  What may happen to a world between steps stands in `changes.py`.
 """
 
-import ctypes
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import surefoot
-from surefoot.rule import EMA
 
 # Settings: few, so that their kernels come from the cache on disk
 
@@ -312,5 +309,3 @@ SCALARS = {"step", "eta", "mu", "mu_product"}
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a group."""
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
-

@@ -1,6 +1,6 @@
 """Options of the step that every optimizer has: what they may be, and those of one optimizer with what came of them."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -134,22 +134,30 @@ def _telemetry(wish: Any) -> "Telemetry | None":
     return as_telemetry(wish)
 
 
-def refuse_unsupported(name: str, supported: Collection[str], requested: Iterable[str]) -> None:
+def refuse_unsupported(spec: AlgorithmSpec, requested: Iterable[str]) -> None:
     """Raise ValueError when an algorithm does not take an option."""
-    if unsupported := set(requested) - set(supported):
-        raise ValueError(f"{name} takes no `{min(unsupported)}`: it has a custom step; do that in the training loop")
+    if unsupported := set(requested) - spec.step_options:
+        raise ValueError(
+            f"{spec.name} takes no `{min(unsupported)}`: it has a custom step; do that in the training loop"
+        )
 
 
-def check_group_options(name: str, supported: Collection[str], group: Mapping[str, Any]) -> None:
+def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
     """Refuse options that a group cannot have.
 
     Raises:
-        ValueError: an option of the whole optimizer, or one that the algorithm of this name does not take.
+        ValueError: an option of the whole optimizer, or one that the algorithm does not take.
     """
     given = {option for option in _ALL if group.get(option) is not None}
     if misplaced := given - set(GROUP_RANGES):
-        raise ValueError(f"`{min(misplaced)}` is an option of {name}, not of a param group; give it to {name}()")
-    refuse_unsupported(name, supported, given)
+        raise ValueError(
+            f"`{min(misplaced)}` is an option of {spec.name}, not of a param group; give it to {spec.name}()"
+        )
+    refuse_unsupported(spec, given)
+    if "ema" in given and any(slot.name == "ema" for slot in spec.slots):
+        raise ValueError(
+            f"{spec.name} has a slot `ema` of its own, so that the option `ema` has no place for its average"
+        )
 
 
 def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -163,9 +171,9 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
     if len(now) == len(stepping.checked) and all(map(is_, now, stepping.checked)):
         return
     stepping.options.check()
-    refuse_unsupported(spec.name, spec.step_options, stepping.options.requested())
+    refuse_unsupported(spec, stepping.options.requested())
     for group in groups:
-        check_group_options(spec.name, spec.step_options, group)
+        check_group_options(spec, group)
         for option, check in GROUP_RANGES.items():
             check(option, group.get(option))
     stepping.checked = now
