@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd import profiler
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -362,6 +363,25 @@ class Optimizer(torch.optim.Optimizer):
         """How many steps there were, and how many of them were skipped."""
         return self._stepping.statistics
 
+    step.is_whole = True  # type: ignore[attr-defined]
+
+    def _take_fast_lane(self) -> bool:
+        """Make a step by what the last one has left behind, if nothing is asked for beside the update."""
+        cache = self.__dict__.get("_step_cache")
+        if cache is None or not cache.fast or self._stepping.context.inside:
+            return False
+        hooks = (
+            torch_hooks._global_optimizer_pre_hooks
+            or torch_hooks._global_optimizer_post_hooks
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+        )
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if hooks or scaled or profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled():
+            return False
+        made: bool = cache.fast.run(self.param_groups, self.state, self._step_input)
+        return made
+
     def _begin_step(self) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
         stepping, context = self._stepping, self._stepping.context
@@ -621,8 +641,12 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
+    is_whole = getattr(step, "is_whole", False)
+
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if is_whole and not args and not kwargs and self._take_fast_lane():
+            return None
         context = self._stepping.context
         if context.inside:  # a step that calls its base's: the hooks have been run already
             return step(self, *args, **kwargs)

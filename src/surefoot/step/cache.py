@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from surefoot.engines import cpu, gpu
-from surefoot.engines.cpu.tensors import Versions
+from surefoot.engines.cpu.tensors import Look, Numbers, Versions
 from surefoot.engines.cpu.threads import needs_threads
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import ENGINE_OPTIONS
@@ -40,10 +40,10 @@ class BucketGuard:
         names = [*held, *slots]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         columns, busy = (run.params, *entries.values()), run.engine is cpu and needs_threads(run.params)
-        self._tensors = look_at(columns, run.entries, names, gradients=not run.sparse, threads=busy)
+        self.tensors = look_at(columns, run.entries, names, gradients=not run.sparse, threads=busy)
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
-        self._numbers, self._versions = numbers_in(of_host), Versions(of_host)
+        self.numbers, self.versions = numbers_in(of_host), Versions(of_host)
         self._replaced = None if held or not scalars else (run.entries, scalars)
         self._shape = (len(scalars), len(run.params))
 
@@ -52,12 +52,12 @@ class BucketGuard:
         if self._replaced and not all(scalar.name in entry for entry, scalar in product(*self._replaced)):
             return False
         if run.sparse:
-            return not self._tensors.changed() and self._revalidate_rows(run)
+            return not self.tensors.changed() and self._revalidate_rows(run)
         plan = run.bucket.plan
         grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
-        if self._tensors.changed():
+        if self.tensors.changed():
             return False
-        run.bucket.gradient_addresses, run.bucket.grads = self._tensors.gradients, list(map(to_local, grads))
+        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, list(map(to_local, grads))
         return True
 
     def _revalidate_rows(self, run: BucketRun) -> bool:
@@ -67,9 +67,14 @@ class BucketGuard:
             run.bucket.grads = list(map(admit_rows, grads))
         return same
 
+    def is_compiled(self) -> bool:
+        """Return whether compiled code guards the tensors and reads and writes the scalars."""
+        compiled = type(self.tensors) is Look and type(self.numbers) is Numbers and self.versions.job is not None
+        return compiled and self._replaced is None
+
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
-        self._tensors.let_go()
+        self.tensors.let_go()
 
     def read_scalars(self) -> np.ndarray:
         """Return the scalars: float64 of shape (scalars, parameters)."""
@@ -77,7 +82,7 @@ class BucketGuard:
             return np.zeros(self._shape)
         if self._replaced:
             return read_scalars(*self._replaced)
-        values: np.ndarray = self._numbers.read()
+        values: np.ndarray = self.numbers.read()
         return values.reshape(self._shape)
 
     def write_scalars(self, values: np.ndarray) -> None:
@@ -86,8 +91,8 @@ class BucketGuard:
             write_scalars(*self._replaced, values)
         if self._replaced or not self._shape[0]:
             return
-        self._numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
-        self._versions.count()
+        self.numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
+        self.versions.count()
 
 
 def _kind(grad: Any) -> tuple[Any, ...]:
@@ -108,6 +113,11 @@ class OptionsGuard:
         self._seen = _options(step)
         lists = [group["params"] for group in step.groups]
         self._constant = all(_is_constant(each) or any(each is params for params in lists) for each in self._seen)
+
+    @property
+    def are_constant(self) -> bool:
+        """Whether options can change by being replaced only."""
+        return self._constant
 
     def same(self, step: StepInput) -> bool:
         """Return whether nothing can have changed: the same objects, none of which can change its value."""
@@ -148,6 +158,7 @@ class StepCache:
     state: Any = None
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
+    fast: Any = None
 
     @classmethod
     def of(cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun]) -> "StepCache":
@@ -183,9 +194,17 @@ class StepCache:
     def _same_options(self, step: StepInput) -> bool:
         if self.options is None or self.options.same(step):
             return self.options is not None
+        return self.settle_options(step)
+
+    def settle_options(self, step: StepInput) -> bool:
+        """Take over options that were changed; return whether they decide the same buckets."""
         for run in self.runs:
             run.options = None
-        return self.options.decide_the_same(step)
+        return self.options is not None and self.options.decide_the_same(step)
+
+    def has_constant_options(self) -> bool:
+        """Return whether options can change by being replaced only."""
+        return self.options is not None and self.options.are_constant
 
 
 def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, Any]]) -> bool:

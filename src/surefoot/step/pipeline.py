@@ -17,6 +17,7 @@ from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
 from surefoot.step.device import refuse_capture
+from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
@@ -52,6 +53,8 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     finally:
         for run in runs:
             _release_grads(run)
+    if known is not None and cache is not None and cache.fast is None:
+        cache.fast = fast_lane(step, cache) or False  # False: not again
     return cache
 
 

@@ -46,6 +46,8 @@ class Anatomy:
         assign: torch's function that lets one C++ tensor refer to what another does.
         lookup: `PyDict_GetItemWithError`.
         walk: `PyDict_Next`.
+        list_size: `PyList_Size`.
+        list_item: `PyList_GetItem`.
     """
 
     tensor: int
@@ -65,6 +67,8 @@ class Anatomy:
     assign: int
     lookup: int
     walk: int
+    list_size: int
+    list_item: int
 
 
 @functools.cache
@@ -105,7 +109,9 @@ def _find() -> Anatomy:
     if (described := key_set + 1 - geometry.start) not in DESCRIBED:
         raise LookupError
     *questions, assign = _functions()
-    lookup, walk = map(_address, (ctypes.pythonapi.PyDict_GetItemWithError, ctypes.pythonapi.PyDict_Next))
+    api = ctypes.pythonapi
+    of_python = (api.PyDict_GetItemWithError, api.PyDict_Next, api.PyList_Size, api.PyList_GetItem)
+    lookup, walk, list_size, list_item = map(_address, of_python)
     return Anatomy(
         tensor=WORD * tensor,
         storage=WORD * storage,
@@ -124,6 +130,8 @@ def _find() -> Anatomy:
         assign=assign,
         lookup=lookup,
         walk=walk,
+        list_size=list_size,
+        list_item=list_item,
     )
 
 

@@ -20,6 +20,8 @@ __all__ = [
     "claim",
     "count",
     "from_half",
+    "item_of",
+    "launch",
     "load",
     "load_half",
     "lookup",
@@ -28,6 +30,7 @@ __all__ = [
     "plus_square",
     "pointer",
     "prefetch",
+    "size_of",
     "store",
     "store_half",
     "to_half",
@@ -167,6 +170,30 @@ def call(typing_context: Any, function: Any, tensor: Any, result: Any) -> Any:  
 def number(typing_context: Any, function: Any) -> Any:  # noqa: ARG001
     """Call `int32 (*)(void)`."""
     return _foreign(types.int32, 0)
+
+
+@intrinsic
+def launch(typing_context: Any, function: Any, job: Any) -> Any:  # noqa: ARG001
+    """Call `void (*)(int64 job)`, a kernel."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), build
+
+
+@intrinsic
+def size_of(typing_context: Any, function: Any, items: Any) -> Any:  # noqa: ARG001
+    """Call `Py_ssize_t (*)(PyObject* items)`."""
+    return _foreign(types.int64, 1)
+
+
+@intrinsic
+def item_of(typing_context: Any, function: Any, items: Any, position: Any) -> Any:  # noqa: ARG001
+    """Call `PyObject* (*)(PyObject* items, Py_ssize_t position)`."""
+    return _foreign(types.int64, 2)
 
 
 @intrinsic

@@ -53,8 +53,9 @@ class Job:
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
         numbers = [0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0, 0, len(size), 0]
         self._job = np.array(numbers + [0] * (len(JOB) - len(numbers)), dtype=np.int64)
-        self._address = self._job.ctypes.data
-        self._coefficients = np.zeros((0, 0))
+        self.address = self._job.ctypes.data
+        self._status = memoryview(self._job)[_STATUS : _STATUS + 1]  # type: ignore[arg-type]
+        self.coefficients = np.zeros((0, 0))
 
     def run(
         self, kernel: Kernel, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()
@@ -68,17 +69,17 @@ class Job:
             KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
                 then nothing has been written.
         """
-        if self._coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
-            self._coefficients = np.zeros(shape)
-            self._job[_COEFFICIENTS], self._job[_ROWS] = self._coefficients.ctypes.data, shape[0]
-        self._coefficients[:] = coefficients
+        if self.coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
+            self.coefficients = np.zeros(shape)
+            self._job[_COEFFICIENTS], self._job[_ROWS] = self.coefficients.ctypes.data, shape[0]
+        self.coefficients[:] = coefficients
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
             self._job[_MEASURED] = measured.ctypes.data if measures else 0
             if kernel.checked:
                 self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
-            self._launch(kernel, threads)
+            self.launch(kernel, threads)
         return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
 
     def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
@@ -90,14 +91,23 @@ class Job:
         """Let a checked kernel verify all items and compute none."""
         self._job[_LIMITS], self._job[_ONLY_CHECKS] = self.limits.ctypes.data, 1
         try:
-            self._launch(kernel, 1)
+            self.launch(kernel, 1)
         finally:
             self._job[_ONLY_CHECKS] = 0
 
-    def _launch(self, kernel: Kernel, threads: int) -> None:
+    def launch(self, kernel: Kernel, threads: int) -> None:
+        """Run a kernel on all items with the coefficients that are there.
+
+        Raises:
+            KernelError: an error has stopped it.
+        """
         self._job[_NEXT_ITEM] = 0
-        run_on_threads(kernel.address, self._address, threads)
-        if self._job[_STATUS]:
+        run_on_threads(kernel.address, self.address, threads)
+        self.raise_if_stopped(kernel)
+
+    def raise_if_stopped(self, kernel: Kernel) -> None:
+        """Raise KernelError when an error has stopped a kernel."""
+        if self._status[0]:
             raise self._error(kernel)
 
     def _error(self, kernel: Kernel) -> KernelError:
@@ -165,9 +175,14 @@ class Plan:
         self.job = Job(len(arrays.addresses), arrays.sizes[self.regular])
         self.job.pointers[:] = arrays.addresses[:, self.regular]
         self._kernels: dict[Rule, Kernel] = {}
-        self._row: np.ndarray | None = None
+        self.row: np.ndarray | None = None
         self.checked = checked()
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
+
+    def kernel(self, rule: Rule) -> Kernel:
+        """Return the kernel of a rule."""
+        self.prepare(rule)
+        return self._kernels[rule]
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
@@ -181,14 +196,14 @@ class Plan:
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
         numbers = numbers_of(bucket)
-        if self._row is not bucket.row:
-            self._row, self.job.rows[:] = bucket.row, self._regular(bucket.row)
+        if self.row is not bucket.row:
+            self.row, self.job.rows[:] = bucket.row, self._regular(bucket.row)
         self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
 
     def read(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
-        self._row, self.job.rows[:] = None, 0
+        self.row, self.job.rows[:] = None, 0
         self.prepare(reading())
         return self._run(reading(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
 

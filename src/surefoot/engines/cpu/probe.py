@@ -21,11 +21,14 @@ from surefoot.engines.cpu.intrinsics import (
     call,
     claim,
     count,
+    item_of,
+    launch,
     load,
     load_half,
     lookup,
     number,
     prefetch,
+    size_of,
     store,
     store_half,
     walk,
@@ -54,7 +57,7 @@ GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THRE
     n * WORD for n in range(10, 22)
 )
 STATUS = 22  # a word, not bytes: where it is told that an error has stopped the probe
-WRITTEN, SHIFT = 23 * WORD, 24 * WORD
+WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM = (n * WORD for n in range(23, 27))
 
 
 @njit
@@ -259,6 +262,51 @@ def copy_numbers(job, reading):
 
 
 @njit
+def read_shared_numbers(job):
+    """Read numbers; whether among as many in a row as the second slot says one is not like the first."""
+    copy_numbers(job, True)
+    values, shared = load(job + NAMES), load(job + SECOND)
+    for index in range(load(job + COUNT)):
+        if load(values + index * WORD) != load(values + index // shared * shared * WORD):
+            return 1
+    return 0
+
+
+@njit
+def write_shared_numbers(job):
+    """Write numbers, the first of as many in a row as the second slot says to all of them."""
+    values, shared = load(job + NAMES), load(job + SECOND)
+    for index in range(load(job + COUNT)):
+        store(values + index * WORD, load(values + index // shared * shared * WORD))
+    copy_numbers(job, False)
+
+
+@njit
+def other_lists(job):
+    """Whether one of some lists has other items than it had."""
+    expected = load(job + NAMES)
+    for index in range(0, load(job + COUNT) * WORD, WORD):
+        items, size = load(load(job + OBJECTS) + index), load(load(job + THIRD) + index)
+        if size_of(load(job + LIST_SIZE), items) != size:
+            return 1
+        for position in range(size):
+            if item_of(load(job + LIST_ITEM), items, position) != load(expected):
+                return 1
+            expected += WORD
+    return 0
+
+
+@njit
+def has_gradient(job):
+    """Whether one of some tensors has a gradient."""
+    for index in range(0, load(job + COUNT) * WORD, WORD):
+        metadata = load(load(load(load(job + OBJECTS) + index) + A_TENSOR) + A_AUTOGRAD)
+        if metadata and load(metadata + A_GRAD) != load(job + UNDEFINED):
+            return 1
+    return 0
+
+
+@njit
 def count_versions(job):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
     objects, end = load(job + OBJECTS), load(job + COUNT) * WORD
@@ -286,12 +334,9 @@ def let_go(job):
             call(load(job + ASSIGN), nothing, place)
 
 
-@cfunc(types.void(types.int64))
-def kernel(job):
-    """Do what the first slot says: 1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go.
-
-    Several threads may look for changes at once.
-    """
+@njit
+def perform(job):
+    """Do what the first slot says, but for what does other jobs."""
     task = load(job)
     if task == 1:
         look(job)
@@ -301,5 +346,46 @@ def kernel(job):
         count_versions(job)
     elif task == 6:
         let_go(job)
+    elif task == 8:
+        store(job + RESULT, read_shared_numbers(job))
+    elif task == 9:
+        write_shared_numbers(job)
+    elif task == 10:
+        store(job + RESULT, other_lists(job))
+    elif task == 11:
+        store(job + RESULT, has_gradient(job))
     else:
         copy_numbers(job, task == 3)
+
+
+@njit
+def in_sequence(job):
+    """Do jobs of the probe, and of kernels, one after the other, up to the first that finds something; say which."""
+    entry = load(job + OBJECTS)
+    for number_of_job in range(1, load(job + COUNT) + 1):
+        kernel_address, other = load(entry), load(entry + WORD)
+        entry += 2 * WORD
+        if kernel_address:
+            store(other, 0)  # the next item
+            launch(kernel_address, other)
+        else:
+            store(other + THREAD, 0)
+            store(other + NEXT, 0)
+            store(other + RESULT, 0)
+            perform(other)
+            if load(other + RESULT):
+                return number_of_job
+    return 0
+
+
+@cfunc(types.void(types.int64))
+def kernel(job):
+    """Do what the first slot says.
+
+    1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go, 7 in sequence, 8 read and 9 write
+    shared numbers, 10 other lists, 11 has a gradient.  Several threads may look for changes at once.
+    """
+    if load(job) == 7:
+        store(job + RESULT, in_sequence(job))
+    else:
+        perform(job)

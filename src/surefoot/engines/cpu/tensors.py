@@ -17,15 +17,16 @@ from torch import Tensor
 
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
-from surefoot.engines.cpu.threads import run_locked, thread_count, thread_number
+from surefoot.engines.cpu.threads import locked_function, run_locked, thread_count, thread_number
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
 from surefoot.tensors.memory import bytes_spanned
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
 _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT, _STATUS = 5, 8, 9, 10, 18, 19, 20, 21, 22
-_WRITTEN, _SHIFT = 23, 24
-_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
+_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM = 23, 24, 25, 26
+_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
+_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT = 8, 9, 10, 11
 _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
@@ -65,11 +66,23 @@ class _Job:
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
-        self.slots = array("q", [task, *given, *[0] * (_SHIFT - len(given))])
+        self.slots = array("q", [task, *given, *[0] * (_LIST_ITEM - len(given))])
         if (known := anatomy()) is not None:
             self.slots[_UNDEFINED] = known.undefined
             self.slots[_FUNCTIONS:_THREAD] = array("q", [*known.questions, known.assign, known.lookup, known.walk])
+            self.slots[_LIST_SIZE], self.slots[_LIST_ITEM] = known.list_size, known.list_item
         self._probe, self._address = _probe(), self.slots.buffer_info()[0]
+
+    @property
+    def address(self) -> int:
+        """Where the job stands, as long as it lives."""
+        return self._address
+
+    def copy(self, task: int) -> "_Job":
+        """Return a job of another task on the same arrays."""
+        other = _Job(task)
+        other.slots[1:] = self.slots[1:]
+        return other
 
     def ask(self, tensors: int = 0) -> bool:
         """Let the probe do it, on several threads if it is about many tensors; what it has found counts as true.
@@ -156,6 +169,17 @@ class Look:
                 self.let_go()
         return self._over
 
+    def jobs(self) -> tuple["_Job", "_Job"]:
+        """Return the jobs that look, and that let the gradients go, for a `JobSequence`; see `looked`."""
+        return self._job, self._job.copy(_LET_GO)
+
+    def looked(self, *, changed: bool) -> None:
+        """Take note of what a `JobSequence` has found: if nothing has changed, the gradients are held."""
+        self._holds = True
+        if changed:
+            self._over = True
+            self.let_go()
+
     def let_go(self) -> None:
         """Hold the gradients no longer."""
         if self._holds:
@@ -209,6 +233,50 @@ class Items:
         """Whether an item has come, gone or been replaced."""
         return self._job.ask()
 
+    @property
+    def job(self) -> "_Job":
+        """The job that tells, for a `JobSequence`."""
+        return self._job
+
+
+def lists_job(lists: Sequence[list[Any]]) -> tuple["_Job", Any]:
+    """Return a job that tells whether lists have other items than now, and what must live as long as it."""
+    copies = [list(items) for items in lists]
+    arrays = (_ids(lists), np.array([len(items) for items in lists]), _ids(chain.from_iterable(copies)))
+    return _Job(_OTHER_LISTS, len(lists), 0, *arrays), (lists, copies, arrays)
+
+
+def gradients_job(tensors: Sequence[Tensor]) -> tuple["_Job", Any]:
+    """Return a job that tells whether one of some tensors has a gradient, and what must live as long as it."""
+    objects = _ids(tensors)
+    return _Job(_HAS_GRADIENT, len(tensors), 0, objects), (tensors, objects)
+
+
+class JobSequence:
+    """Jobs of the guard kernel and launches of other kernels, one after the other in one call.
+
+    Args:
+        steps: jobs, or (kernel's address, job's address); all must live as long as this does.
+    """
+
+    def __init__(self, steps: Sequence["_Job | tuple[int, int]"]) -> None:
+        self._steps = steps
+        pairs = [step if isinstance(step, tuple) else (0, step.address) for step in steps]
+        self._entries = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._job = _Job(_IN_SEQUENCE, len(pairs), 0, self._entries)
+        self._slots, self._call, self._address = self._job.slots, locked_function(_probe()), self._job.address
+
+    def run(self) -> int:
+        """Run up to the first job that finds something; return its number, from 1, or 0.
+
+        Raises:
+            KernelError: an error has stopped the guard kernel.
+        """
+        self._call(self._address)
+        if self._slots[_STATUS]:
+            raise KernelError(f"the guard kernel was stopped by an error (status {self._slots[_STATUS]})")
+        return self._slots[_RESULT]
+
 
 class Versions:
     """Counts the versions of tensors: what tells autograd that they have been written behind its back."""
@@ -223,6 +291,11 @@ class Versions:
         if seen.tolist() == [tensor._version for tensor in tensors]:
             job.slots[2] = 0
             self._objects, self._job = objects, job
+
+    @property
+    def job(self) -> "_Job | None":
+        """The job that counts, for a `JobSequence`; None where torch must be asked."""
+        return self._job
 
     def count(self) -> None:
         """Add one to each."""
@@ -253,6 +326,12 @@ class Numbers:
         """Set the values, rounding to the dtype of each tensor."""
         self._values[:] = values
         self._run(_WRITE)
+
+    def shared_jobs(self, shared: int) -> tuple["_Job", "_Job", np.ndarray]:
+        """Return the jobs that read and write numbers of which `shared` in a row are the same, and their values."""
+        reading, writing = self._job.copy(_READ_SHARED), self._job.copy(_WRITE_SHARED)
+        reading.slots[2] = writing.slots[2] = shared
+        return reading, writing, self._values
 
     def _run(self, task: int) -> np.ndarray:
         self._job.slots[0] = task

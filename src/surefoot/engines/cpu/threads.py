@@ -56,7 +56,7 @@ def run_on_threads(address: int, job: int, threads: int) -> None:
 def run_locked(address: int, job: int, threads: int) -> None:
     """Do so with the interpreter locked meanwhile; on one thread where there is no OpenMP pool."""
     if threads == 1 or (openmp := _openmp()) is None:
-        _locked_function(address)(job)
+        locked_function(address)(job)
     else:
         openmp.locked_parallel(address, job, threads, 0)
 
@@ -72,7 +72,8 @@ def _function(address: int) -> Any:
 
 
 @functools.cache
-def _locked_function(address: int) -> Any:
+def locked_function(address: int) -> Any:
+    """Return the function at an address, called with the interpreter locked: it takes the address of a job."""
     return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
 
 

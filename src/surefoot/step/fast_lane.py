@@ -1,0 +1,199 @@
+"""The fast lane: a step in which nothing has changed and nothing beside the update is asked for.
+
+It is the pipeline with the stages left out that are known to have nothing to do: one compiled call that guards all that
+may have changed and reads the scalars, the algorithm's `coefficients`, and one compiled call that runs the kernels,
+counts versions and writes the scalars.  What it cannot do it leaves to the pipeline, with nothing changed.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from surefoot.engines import cpu
+from surefoot.engines.cpu.tensors import Items, JobSequence, Look, gradients_job, lists_job
+from surefoot.engines.cpu.threads import ONE_THREAD, thread_count
+from surefoot.rule.hyperparameters import is_number
+from surefoot.state.check import hyperparameters
+from surefoot.step.cache import StepCache
+from surefoot.step.device import refuse_capture
+from surefoot.step.inputs import StepInput
+from surefoot.step.options import check_changed
+from surefoot.step.types import BucketRun
+
+MOST_TENSORS = 2000
+"""Tensors for which the fast lane is there: where there are more, several threads guard them faster."""
+
+
+class _Lane:
+    """One bucket in the fast lane: the arrays in which its numbers stand, and the jobs of it."""
+
+    def __init__(self, run: BucketRun) -> None:
+        guard, plan = run.guard, run.bucket.plan
+        self.run, self.plan, self.job = run, plan, plan.job
+        self.kernel = plan.kernel(run.bucket.rule)
+        self.tensors: Look = guard.tensors
+        self.looking, self.releasing = self.tensors.jobs()
+        self.scalar_names = [scalar.name for scalar in run.spec.scalars]
+        self.count = len(run.params)
+        self.reading, self.writing, values = guard.numbers.shared_jobs(self.count)
+        self.values = memoryview(values)
+        self.coefficients = self.job.coefficients
+        self.table = memoryview(self.coefficients.reshape(-1))
+        self.is_small = self.job.size < ONE_THREAD
+        self.settle()
+
+    def settle(self) -> None:
+        """Take over the group's options."""
+        run = self.run
+        run.options = hyperparameters(run.group)
+        options = vars(run.options)
+        around = {"fresh": 0.0, "step_clip": 1.0, "step_ema_weight": 1 - (run.group.get("ema") or 0.0)}
+        names = run.bucket.rule.coefficients
+        known = {name: options.get(name) for name in names} | around
+        self.options = options
+        # One that is not a number is given by `coefficients`, as the step before has shown.
+        self.constants: list[tuple[int, str, Any]] = [
+            (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
+        ]
+
+    def is_as_it_was(self) -> bool:
+        """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
+        return self.job.coefficients is self.coefficients and self.plan.row is self.run.shared_row
+
+    def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
+        """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""
+        values, count = self.values, self.count
+        scalars = dict(zip(self.scalar_names, values[::count], strict=False)) if self.scalar_names else {}
+        if "step" in scalars:
+            scalars["step"] += 1
+        derived = coefficients(SimpleNamespace(**self.options), **scalars)
+        table = self.table
+        for index, name, constant in self.constants:
+            table[index] = derived.get(name, constant)
+        for number, (name, value) in enumerate(scalars.items()):
+            values[number * count] = derived.get(name, value)
+
+    def jobs_after(self) -> list[Any]:
+        """Return what is done when the numbers are there; a kernel for several threads is run by itself."""
+        kernel = [(self.kernel.address, self.job.address)] if self.is_small else []
+        scalars = [self.writing, self.run.guard.versions.job] if self.scalar_names else []
+        return [*kernel, self.plan.versions.job, *scalars, self.releasing]
+
+
+class FastLane:
+    """Steps of a step cache whose buckets all have plans of flat memory and scalars of the host.
+
+    Make one with `fast_lane`.
+    """
+
+    def __init__(self, step: StepInput, cache: StepCache) -> None:
+        self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
+        self._cache = cache
+        self._lanes = [_Lane(run) for run in cache.runs]
+        lists, self._lists = lists_job([step.groups, *(group["params"] for group in step.groups)])
+        idle, self._idle = gradients_job(cache.idle)
+        self._guarded = [lists, cache.items.job, idle]
+        for lane in self._lanes:
+            self._guarded += [lane.looking, *([lane.reading] if lane.scalar_names else [])]
+        self._guard_options()
+        self._after = JobSequence([job for lane in self._lanes for job in lane.jobs_after()])
+        self._large = [lane for lane in self._lanes if not lane.is_small]
+
+    def _guard_options(self) -> None:
+        self._options = Items([*self._groups, vars(self._stepping.options)])
+        self._guard = JobSequence([self._options.job, *self._guarded])
+
+    def run(self, groups: object, state: object, step: Callable[[], StepInput]) -> bool:
+        """Make a step; return False, with nothing changed, where that is for the pipeline to do.
+
+        Args:
+            groups: the param groups of now.
+            state: the state of now.
+            step: return all that the step is about.
+        """
+        if groups is not self._groups or state is not self._state:
+            return False
+        refuse_capture(self._spec.name, self._groups)
+        with self._stepping.context.lock:
+            if not all(lane.is_as_it_was() for lane in self._lanes):
+                return False
+            found = self._guard.run()
+            if found == 1 and self._options_decide_the_same(step()):
+                found = self._guard.run()
+            if found:
+                self._leave(found)
+                return False
+            try:
+                self._update()
+            except BaseException:
+                self._release()
+                raise
+            self._stepping.statistics.steps += 1
+        return True
+
+    def _options_decide_the_same(self, step: StepInput) -> bool:
+        """Return whether options that were changed ask for the same step with other numbers."""
+        check_changed(step.stepping, step.spec, step.groups)
+        if not self._cache.settle_options(step) or step.stepping.options.requested() or step.needs_gradients():
+            return False
+        for lane in self._lanes:
+            lane.settle()
+        self._guard_options()
+        return True
+
+    def _update(self) -> None:
+        for lane in self._lanes:
+            lane.job.pointers[1] = lane.tensors.gradients
+            lane.compute(self._spec.coefficients)
+        for lane in self._large:
+            lane.job.launch(lane.kernel, min(thread_count(), lane.job.items))
+        self._after.run()
+        for lane in self._lanes:
+            lane.job.raise_if_stopped(lane.kernel)
+
+    def _leave(self, found: int) -> None:
+        """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
+        apart = self._guarded[found - 2] in [lane.reading for lane in self._lanes] if found > 1 else False
+        if apart:
+            self._cache.fast = False
+        self._note(changed=not apart)
+        self._release_held()
+
+    def _note(self, *, changed: bool) -> None:
+        for lane in self._lanes:
+            lane.tensors.looked(changed=changed)
+
+    def _release_held(self) -> None:
+        for lane in self._lanes:
+            lane.tensors.let_go()
+
+    def _release(self) -> None:
+        self._note(changed=False)
+        self._release_held()
+
+
+def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
+    """Return the fast lane of a step cache that has just served a step, None where it must go the long way."""
+    plain = step.grad_scale is None and step.found_inf is None and not step.stepping.options.requested()
+    if not plain or step.needs_gradients() or not cache.has_constant_options():
+        return None
+    if type(cache.items) is not Items or sum(map(_tensor_count, cache.runs)) > MOST_TENSORS:
+        return None
+    return FastLane(step, cache) if _is_fit(cache.runs) else None
+
+
+def _tensor_count(run: BucketRun) -> int:
+    return len(run.params) * (2 + len(run.bucket.slots))
+
+
+def _is_fit(runs: Sequence[BucketRun]) -> bool:
+    return all(
+        run.engine is cpu
+        and not run.sparse
+        and run.guard.is_compiled()
+        and run.slice.fresh is None
+        and not (run.bucket.plan.irregular or run.bucket.plan.checked or run.bucket.rule.measures)
+        and run.bucket.plan.versions.job is not None
+        and run.bucket.plan.row is run.shared_row
+        for run in runs
+    )
