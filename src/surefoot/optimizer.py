@@ -602,7 +602,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take what `__getstate__` gave, or a part of it."""
         self.__dict__.pop("_step_cache", None)  # it holds the state that was
         self.__dict__.update(state)
-        self.__dict__.setdefault("_stepping", Stepping())
+        self.__dict__.setdefault("_stepping", Stepping()).validated = None
         self._make_hooks()
 
     def __repr__(self) -> str:

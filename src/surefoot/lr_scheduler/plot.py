@@ -3,11 +3,23 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from surefoot.lr_scheduler.curves import Array, Curve
+Array = NDArray[np.float64]
+
+
+class Curve(Protocol):
+    """What is drawn: `surefoot.lr_scheduler.curves.Curve`, of which no more is needed."""
+
+    def horizon(self) -> float:
+        """Return the step at which the last thing happens."""
+
+    def __call__(self, step: Any) -> Any:
+        """Return the factors at some steps."""
+
 
 DEFAULT_STEPS = 1000
 _MOST_STEPS = 100_000

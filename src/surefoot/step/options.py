@@ -98,6 +98,7 @@ class Stepping:
         statistics: what the steps have come to.
         checked: the options, of groups too, that the last step has found allowed.
         metric_names: who is measured, once that was needed.
+        validated: what a custom step has found fit.
         context: the step that is being made.
     """
 
@@ -105,6 +106,7 @@ class Stepping:
     statistics: StepStatistics = field(default_factory=StepStatistics)
     checked: list[Any] = field(default_factory=list, repr=False)
     metric_names: Any = field(default=None, repr=False)
+    validated: Any = field(default=None, repr=False)
     context: StepContext = field(default_factory=new_context, repr=False)
 
     @classmethod
@@ -123,7 +125,7 @@ class Stepping:
         return cls(options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"checked": [], "metric_names": None}
+        return self.__dict__ | {"checked": [], "metric_names": None, "validated": None}
 
 
 def _telemetry(wish: Any) -> "Telemetry | None":

@@ -1,12 +1,14 @@
 """Prepared parameters: what optimizers with a custom step take theirs from, with everything done around an update."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from surefoot.engines.looks import items_of, look_at, same_objects
 from surefoot.rule import EMA
 from surefoot.state.check import hyperparameters, validated_gradient
 from surefoot.state.make import ensure_state, is_on_device
@@ -14,6 +16,7 @@ from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
+from surefoot.tensors.memory import is_plain
 
 
 class PreparedParam(NamedTuple):
@@ -31,29 +34,111 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     All are checked first.  There are none in a step that is to be skipped.
     """
     refuse_capture(step.spec.name, step.groups)
-    step.stepping.context.acquire()
-    found = []
-    for group in step.groups:
-        params = [param for param in group["params"] if param.grad is not None]
-        grads = [validated_gradient(step.spec, group, param, step.state.get(param, {})) for param in params]
-        found.append((ParamSlice(group, params), grads))
-    if not all(step.state.get(param) for part, _ in found for param in part.params):
-        refuse_new_buckets(step.spec.name)
-    slices = [part for part, _ in found if part.params]
-    step.stepping.context.slices = slices
+    context = step.stepping.context
+    context.acquire()
+    known, step.stepping.validated = step.stepping.validated, None
+    if known is None or not known.holds(step):
+        known = _Validated(step)
+        if not all(step.state.get(param) for part in known.slices for param in part.params):
+            refuse_new_buckets(step.spec.name)
+    context.slices = slices = [ParamSlice(part.group, part.params) for part in known.slices]
+    grads = known.take_gradients()
     if step.needs_gradients():
         for part in slices:
             part.gradients = measure_gradients(part.params)
         if slices and not clip_or_skip(step, slices):
             return []
-    return [row for part, grads in found for row in _prepared(step, part, grads)]
+    found = [row for part, own in zip(slices, grads, strict=True) for row in _prepared(step, known, part, own)]
+    known.watch(step)
+    step.stepping.validated = known
+    return found
 
 
-def _prepared(step: StepInput, part: ParamSlice, grads: Sequence[Tensor]) -> Iterator[PreparedParam]:
+class _Validated:
+    """Parameters with gradients that were found fit, and whether they still are.
+
+    Attributes:
+        slices: the parameters of each group that has some.
+        guards: what tells whether their tensors are as they were; None where that cannot be told.
+    """
+
+    def __init__(self, step: StepInput) -> None:
+        self.slices, self._grads = [], []
+        for group in step.groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                grads = [validated_gradient(step.spec, group, p, step.state.get(p, {})) for p in params]
+                self.slices.append(ParamSlice(group, params))
+                self._grads.append(grads)
+        self.guards: list[Any] | None = None
+        self._flags: list[Any] = []
+
+    def take_gradients(self) -> list[list[Tensor]]:
+        """Return the gradients of this step, and keep none."""
+        grads: list[Any] = self._grads or [[p.grad for p in part.params] for part in self.slices]
+        self._grads = []
+        return grads
+
+    def watch(self, step: StepInput) -> None:
+        """Let `holds` tell from now on, where the memory of all tensors is what they mean."""
+        if self.guards is not None:
+            return
+        rows: defaultdict[Any, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
+        slots = [slot.name for slot in step.spec.all_slots]
+        for part in self.slices:
+            for param in part.params:
+                entry = step.state.get(param, {})
+                names = tuple(name for name in slots if entry.get(name) is not None)
+                tensors: list[Any] = [param, param.grad, *(entry[name] for name in names)]
+                if type(entry) is not dict or not all(map(is_plain, tensors)):
+                    return
+                rows[names].append((param, entry))
+        captured = any(group.get("capturable") for group in step.groups)
+        if not rows or captured or type(step.state) not in (dict, defaultdict):
+            return
+        self.guards = [items_of([cast("dict[Any, Any]", step.state)])]
+        for names, found in rows.items():
+            entries = [entry for _, entry in found]
+            columns = ([param for param, _ in found], *([entry[name] for entry in entries] for name in names))
+            self.guards.append(look_at(columns, entries, names, gradients=True))
+        self._flags = [step.spec.settle_flags(group) for group in step.groups]
+        self._params = [list(group["params"]) for group in step.groups]
+        self._idle = [param for params in self._params for param in params if param.grad is None]
+        self._groups, self._state = list(step.groups), step.state
+        _release(self.guards)
+
+    def holds(self, step: StepInput) -> bool:
+        """Return whether everything is as it was but for values."""
+        if self.guards is None or self._state is not step.state or not same_objects(self._groups, step.groups):
+            return False
+        same = all(same_objects(own, group["params"]) for own, group in zip(self._params, step.groups, strict=True))
+        if not same or any(param.grad is not None for param in self._idle):
+            return False
+        if any(group.get("capturable") for group in step.groups) or any(guard.changed() for guard in self.guards):
+            _release(self.guards)
+            return False
+        _release(self.guards)
+        return self._flags == [step.spec.settle_flags(group) for group in step.groups]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether all state is there, so that none needs to be made."""
+        return self.guards is not None
+
+
+def _release(guards: Sequence[Any]) -> None:
+    for guard in guards[1:]:
+        guard.let_go()
+
+
+def _prepared(step: StepInput, known: _Validated, part: ParamSlice, grads: Sequence[Tensor]) -> Iterator[PreparedParam]:
     """Yield the parameters of a group."""
-    group, slots = part.group, step.spec.active_slots(dict(step.spec.settle_flags(part.group)))
-    made = [ensure_state(step.spec, group, param, step.state, slots) for param in part.params]
-    part.fresh = [EMA.name in names for names in made] if group.get("ema") else None
+    group, made = part.group, []
+    if not known.has_state:
+        slots = step.spec.active_slots(dict(step.spec.settle_flags(group)))
+        made = [ensure_state(step.spec, group, param, step.state, slots) for param in part.params]
+    if group.get("ema"):
+        part.fresh = [EMA.name in names for names in made] or [False] * len(part.params)
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.measures else None
     plain = hyperparameters(group)
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
