@@ -41,9 +41,14 @@ class Case:
         kinds = ", ".join(map(repr, self.kinds))
         rounds = ", ".join(f"Round({', '.join(_arguments(each))})" for each in self.rounds)
         return (
-            f"Case({self.setting!r}, {self.engine!r}, ({kinds},), ({rounds}{',' * (len(self.rounds) == 1)}), "
-            f"seed={self.seed})"
-        ).replace("layout=", "").replace("shape=", "").replace(", other_dtype=False", "")
+            (
+                f"Case({self.setting!r}, {self.engine!r}, ({kinds},), ({rounds}{',' * (len(self.rounds) == 1)}), "
+                f"seed={self.seed})"
+            )
+            .replace("layout=", "")
+            .replace("shape=", "")
+            .replace(", other_dtype=False", "")
+        )
 
 
 def _arguments(each: Round) -> Iterator[str]:
@@ -52,7 +57,7 @@ def _arguments(each: Round) -> Iterator[str]:
             yield f"{name}={value!r}"
 
 
-def draw_case(pick: Pick, *, engines: Iterable[str] = tuple(ENGINES), settings: Iterable[str] = tuple(SETTINGS)) -> Case:
+def draw_case(pick: Pick, *, engines: Iterable[str] = ENGINES, settings: Iterable[str] = SETTINGS) -> Case:
     """Return a case made of numbers that `pick` gives; small numbers make plain cases."""
     name = tuple(settings)[pick(len(tuple(settings)))]
     setting = SETTINGS[name]
@@ -76,5 +81,3 @@ def _draw_round(pick: Pick) -> Round:
     where = "before" if between else ("before", "before", "before", "hook", "closure")[pick(5)]
     how = (("plain",) * 27 + ("thread", "both", "enabled"))[pick(30)]
     return Round(grads, moves, "before" if how == "both" else where, how)
-
-

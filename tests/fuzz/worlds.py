@@ -1,23 +1,20 @@
 """Worlds of the fuzzer: some parameters and an optimizer of them, built from plain data so that they can have twins.
 
 The world under test has an optimizer of surefoot; its twin has the optimizer of the same name in torch.optim, run by
-its for-loop, or surefoot's eager engine where torch has no such option.  Both start with the same numbers in memory that
-is laid out alike.  What may happen to a world between steps stands in `changes.py`.
+its for-loop, or surefoot's eager engine where torch has no such option.  Both start with the same numbers in memory
+that is laid out alike.  What may happen to a world between steps stands in `changes.py`.
 """
 
-import ctypes
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import surefoot
-from surefoot.rule import EMA
 
 # Settings: few, so that their kernels come from the cache on disk
 
@@ -221,10 +218,13 @@ class World:
 
     def _make_params(self) -> None:
         dtypes = [OTHER_DTYPE[self.dtype] if kind.other_dtype else self.dtype for kind in self.kinds]
-        made = [values(SHAPES[k.shape], d, self.seed + 31 * i) for i, (k, d) in enumerate(zip(self.kinds, dtypes))]
+        made = [
+            values(SHAPES[k.shape], d, self.seed + 31 * i)
+            for i, (k, d) in enumerate(zip(self.kinds, dtypes, strict=True))
+        ]
         neighbours = sum(tensor.numel() + 4 for tensor in made) + 8
         flat, offset = canaries(neighbours, self.dtype), 4
-        for kind, tensor in zip(self.kinds, made):
+        for kind, tensor in zip(self.kinds, made, strict=True):
             layout = LAYOUTS[kind.layout] if tensor.dtype is self.dtype else "guarded"
             self.params.append(nn.Parameter(laid_out(tensor, layout, flat, offset)))
             offset += tensor.numel() + 3
@@ -291,7 +291,7 @@ class World:
         fresh, self.params = self.params, params
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        for param, new in zip(self.params, fresh):
+        for param, new in zip(self.params, fresh, strict=False):
             param.grad = None
             if param.is_meta:
                 torch.utils.swap_tensors(param, new)
@@ -300,7 +300,7 @@ class World:
         for param in self.params[len(fresh) :]:
             param.grad = None
             param.data = values((3, 2), self.dtype, seed)
-        for group, options in zip(self.optimizer.param_groups, self.fresh_groups):
+        for group, options in zip(self.optimizer.param_groups, self.fresh_groups, strict=False):
             group.update(deepcopy(options))
         self.extras.clear()
         self.pending.clear()
@@ -312,5 +312,3 @@ SCALARS = {"step", "eta", "mu", "mu_product"}
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a group."""
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
-
