@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.engines import Bucket, Engine, choose, cpu, gpu
-from surefoot.engines.bucket import PLAIN
 from surefoot.engines.looks import items_of, look_at
 from surefoot.optimizer import Optimizer
 from surefoot.rule import bind
-from surefoot.state import local
+from surefoot.tensors.fit import unfit, unfit_memory
+from surefoot.tensors.memory import PLAIN
+from surefoot.tensors.shards import to_local
 
 Tensors = Sequence[Tensor]
 
@@ -53,21 +54,30 @@ class Averaging:
     Args:
         averages: tensors of any devices and dtypes; those of integers are averaged as real numbers and cut off.
         values: as many, of the same shapes and devices, of dtypes of their own.
+
+    Raises:
+        ValueError: a value does not fit its average.
+        RuntimeError: the memory of a tensor is not there, or is shared by several averages.
     """
 
     def __init__(self, averages: Tensors, values: Tensors) -> None:
         pairs = list(zip(averages, values, strict=True))
+        for position, (average, value) in enumerate(pairs):
+            _refuse_unfit(position, average, value)
         self._others = [pair for pair in pairs if not (_is_real(pair[0]) and _is_real(pair[1]))]
         kinds: defaultdict[Any, Bucket] = defaultdict(lambda: Bucket(bind(Average, _FLAGS), [], [], {}))
         for average, value in pairs:
             if _is_real(average) and _is_real(value):
                 bucket = kinds[average.device, average.dtype, value.dtype]
-                bucket.params.append(local(average))
-                bucket.grads.append(local(value))
+                bucket.params.append(to_local(average))
+                bucket.grads.append(to_local(value))
         self._plain = all(type(tensor) in PLAIN and not tensor.is_complex() for pair in pairs for tensor in pair)
         for bucket in kinds.values():
+            bucket.row_name = "average {}".format
             bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
         self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]
+        for engine, bucket in self._works:
+            engine.prepare(bucket)
         self._looks: list[Any] | None = None
 
     def holds(self) -> bool:
@@ -87,6 +97,20 @@ class Averaging:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
         if self._plain and all(engine in (cpu, gpu) for engine, _ in self._works):
             self._looks = [look_at((bucket.params, bucket.grads)) for _, bucket in self._works]
+
+
+def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
+    """Raise when a value cannot be averaged with an average as both are."""
+    if (reason := unfit_memory(average)) is not None:
+        raise RuntimeError(f"average {position} of shape {tuple(average.shape)} {reason}")
+    if _is_real(average) and _is_real(value):
+        reason = unfit(value, average, average.shape)
+    elif value.shape != average.shape:
+        reason = f"has shape {tuple(value.shape)}, must have {tuple(average.shape)}"
+    if reason is not None:
+        raise ValueError(f"value {position} {reason}")
+    if (reason := unfit_memory(value, written=False)) is not None:
+        raise RuntimeError(f"value {position} {reason}")
 
 
 def watch_modules(*modules: nn.Module) -> Any:

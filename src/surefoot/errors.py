@@ -31,5 +31,9 @@ class InternalError(AssertionError):
     """Surefoot itself is at fault: a pass left a graph that breaks the specification."""
 
 
+class KernelError(InternalError, RuntimeError):
+    """A kernel was stopped by an error; the text says which kernel, why, and what may have been written."""
+
+
 class CheckpointError(ValueError):
     """A file is no whole checkpoint: truncated, corrupted, forged, or of another kind."""

@@ -14,12 +14,14 @@ import numpy as np
 from torch import Tensor
 
 from surefoot.engines import cpu, gpu
-from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import needs_threads
 from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import Flags
-from surefoot.state import coalesced, flags_of, local, read_scalars, write_scalars
+from surefoot.state import flags_of, read_scalars, write_scalars
+from surefoot.tensors.gate import admit_rows
+from surefoot.tensors.memory import is_plain
+from surefoot.tensors.shards import to_local
 from surefoot.whole_step import is_clipped
 
 if TYPE_CHECKING:
@@ -71,17 +73,17 @@ class Watch:
         if work.sparse:
             return not self._look.changed() and self._renew_rows(work)
         plan = work.bucket.plan
-        grads = work.grads() if plan is None or plan.irregular else []  # else their addresses do
+        grads = work.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self._look.changed():
             return False
-        work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, list(map(local, grads))
+        work.bucket.gradient_addresses, work.bucket.grads = self._look.gradients, list(map(to_local, grads))
         return True
 
     def _renew_rows(self, work: "Work") -> bool:
         grads = work.grads()
         same = list(map(_kind, grads)) == self._kinds
         if same:
-            work.bucket.grads = list(map(coalesced, grads))
+            work.bucket.grads = list(map(admit_rows, grads))
         return same
 
     def let_go(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from surefoot.rule import STEP, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state import scalar_device, slots_of
+from surefoot.tensors.shards import sharding_mismatch
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -322,6 +323,8 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
         )
     elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
+    elif (reason := sharding_mismatch(value, param, placements=slot.shape is None)) is not None:
+        problems.mismatched.append(f"{pair.label}: state `{slot.name}` {reason}")
     else:
         dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
         return dense.to(param.device, copy=True)

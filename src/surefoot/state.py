@@ -1,6 +1,5 @@
 """State of parameters: making it, checking it against its parameter, and its scalars as numbers."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from types import SimpleNamespace
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import EMA, STEP, Flags, Scalar, Slot, Sparse
+from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
+from surefoot.tensors.gate import admit_rows
+from surefoot.tensors.shards import match_layout
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -63,18 +65,6 @@ def _zero_dim(value: Any) -> Any:
     return tuple(_zero_dim(item) for item in value) if isinstance(value, tuple) else value
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Give what an engine works on: of a sharded tensor this process's shard, of a complex one its real view."""
-    if (sharded := sharded_type()) is not None and isinstance(tensor, sharded):
-        tensor = sharded.to_local(tensor)
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def sharded_type() -> Any:
-    """Give DTensor, if anything has imported it."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-
-
 # Checking
 
 
@@ -87,7 +77,7 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
         IndexError: a sparse gradient has rows outside of its shape.
         AssertionError: `capturable=True` on a device where steps cannot be captured.
     """
-    grad: Tensor = param.grad  # type: ignore[assignment]
+    grad: Any = param.grad
     name = type(optimizer).__name__
     if group.get("capturable") and param.device.type not in CAPTURABLE_DEVICES:
         raise AssertionError(
@@ -96,70 +86,54 @@ def admissible_gradient(optimizer: "Optimizer", group: Mapping[str, Any], param:
         )
     if param.is_complex() and not optimizer.complex_params:
         raise RuntimeError(f"{name} does not support complex parameters, but {describe(group, param)} is {param.dtype}")
-    if grad.shape != param.shape:
+    if (reason := unfit_param(param)) is not None:
+        raise RuntimeError(f"{describe(group, param)} {reason}")
+    if (reason := unfit(grad, param, param.shape, placements=False)) is not None:
         raise RuntimeError(
-            f"the gradient of {describe(group, param)} has shape {tuple(grad.shape)}; set it to None after changing a "
-            f"parameter's shape"
+            f"the gradient of {describe(group, param)} {reason}; set it to None after changing a parameter"
         )
     check_state(optimizer, group, param)
     if grad.layout is torch.strided:
         if optimizer.sparse is Sparse.ONLY:
             raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
-        laid_out: Tensor = _laid_out_like(param, grad).resolve_conj().resolve_neg()
+        if (reason := unfit_memory(grad, written=False)) is not None:
+            raise RuntimeError(f"the gradient of {describe(group, param)} {reason}")
+        laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
         return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
     if not grad.is_sparse or optimizer.sparse is Sparse.REFUSED:
         raise RuntimeError(f"{name} does not support sparse gradients{optimizer.instead_of_sparse}")
     if "weight_decay" in optimizer.flags and group.get("weight_decay"):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
-    rows = coalesced(grad)
+    rows = admit_rows(grad)
     return rows if optimizer.rows_suffice(dict(flags)) else rows.to_dense()
-
-
-def coalesced(grad: Tensor) -> Tensor:
-    """Give a sparse gradient that has every row once.
-
-    Raises:
-        IndexError: a row is outside of the gradient's shape, as far as that is known without waiting for a device.
-        RuntimeError: the values have lost their memory.
-    """
-    rows = grad.coalesce()
-    if type(rows) is Tensor and rows.is_cpu:
-        index = rows.indices().numpy()
-        if index.size and (index.min() < 0 or (index.max(axis=1) >= rows.shape[: len(index)]).any()):
-            raise IndexError(f"a sparse gradient of shape {tuple(grad.shape)} has indices outside of it")
-        if has_lost_memory(rows.values()):
-            raise RuntimeError(f"a sparse gradient of shape {tuple(grad.shape)} has no memory for its values any more")
-    return rows
-
-
-def has_lost_memory(tensor: Tensor) -> bool:
-    """Whether the storage of a strided tensor has been resized to less than the tensor takes."""
-    if not tensor.numel():
-        return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return tensor.untyped_storage().nbytes() < needed
-
-
-def _laid_out_like(param: Any, grad: Any) -> Any:
-    """Give a sharded parameter's gradient in the parameter's own placements."""
-    sharded = sharded_type()
-    if sharded is None or not isinstance(param, sharded) or grad.placements == param.placements:
-        return grad
-    return grad.redistribute(param.device_mesh, param.placements)
 
 
 def check_state(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> None:
     """Refuse state that does not fit its parameter (any more)."""
     state = optimizer.state.get(param, {})
+    for scalar in optimizer.scalars:
+        if scalar.name in state and not _is_one_number(value := state[scalar.name]):
+            raise TypeError(
+                f"state `{scalar.name}` must be a number or a tensor of one element, but is {value!r} for "
+                f"{describe(group, param)}"
+            )
     for slot in slots_of(optimizer):
         value = state.get(slot.name)
-        if value is not None and (value.shape != slot.shape_for(param) or value.device != param.device):
+        if value is None:
+            continue
+        reason = unfit_state(value, param, slot.shape_for(param), like_param=slot.shape is None)
+        if reason is not None:
             raise RuntimeError(
-                f"state `{slot.name}` of {describe(group, param)} on {param.device} has shape {tuple(value.shape)} on "
-                f"{value.device}; after replacing or moving a parameter, move its state with `optimizer.to()`, or "
-                f"delete it with `del optimizer.state[param]`"
+                f"state `{slot.name}` of {describe(group, param)} on {param.device} {reason}; after replacing or "
+                f"moving a parameter, move its state with `optimizer.to()`, or delete it with "
+                f"`del optimizer.state[param]`"
             )
+
+
+def _is_one_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_nested and value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (Real, np.ndarray))
 
 
 # Making

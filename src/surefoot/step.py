@@ -6,6 +6,7 @@ engines that run kernels are kept until the next step, which uses them again if 
 
 import functools
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -28,15 +29,14 @@ from surefoot.state import (
     describe,
     ensure_state,
     flags_of,
-    has_lost_memory,
     hyperparameters,
     is_on_device,
-    local,
     read_scalars,
-    sharded_type,
     slots_of,
     write_scalars,
 )
+from surefoot.tensors.memory import is_plain, shared_memory
+from surefoot.tensors.shards import is_sharded, to_local
 from surefoot.whole_step import Part, guard, is_clipped, needs_reading, read_gradients, skip
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Work:
         needed = (*slots, EMA) if self.group.get("ema") else slots
         self.made = [ensure_state(self.optimizer, self.group, param, needed) for param in self.params]
         self.states = [self.optimizer.state.get(param, {}) for param in self.params]
-        self.bucket.slots = [[local(state[slot.name]) for state in self.states] for slot in slots]
+        self.bucket.slots = [[to_local(state[slot.name]) for state in self.states] for slot in slots]
 
     def detach_state(self) -> None:
         """Take away what `attach_state` has made."""
@@ -169,7 +169,7 @@ class Work:
             self.part.gradients = self.engine.read(self.bucket)
 
     def _is_sharded(self) -> bool:
-        return isinstance(self.params[0], sharded_type() or ())
+        return is_sharded(self.params[0])
 
     def measure(self, wanted: bool) -> None:
         """Let the update measure, or not, what telemetry wants to know."""
@@ -313,6 +313,7 @@ def _new_works(optimizer: "Optimizer") -> list[Work]:
     try:
         for work in works:
             work.attach_state()
+        _refuse_written_gradients(works)
     except BaseException:
         _undo(works)
         raise
@@ -337,6 +338,8 @@ def _look_and_compute(optimizer: "Optimizer", works: "Sequence[Work]") -> bool:
     for work in works:
         work.part.gradients, work.part.clip, work.part.before, work.part.fresh = None, 1.0, None, None
         work.measure(now.measures)
+        if work.engine is not gpu or not work.sparse:  # rows are gathered for it
+            work.engine.prepare(work.bucket)
     if works and needs_reading(optimizer):
         for work in works:
             work.read()
@@ -368,36 +371,46 @@ def _divide(optimizer: "Optimizer", group: dict[str, Any]) -> Iterator[Work]:
         key = (param.device, param.dtype, grad.dtype, grad.layout, dtypes)
         if key not in works:
             rule = bind(algorithm, of_rows if grad.is_sparse else flags)
-            bucket = Bucket(rule, [], [], {name: group.get(name) for name in ENGINE_OPTIONS})
             params: list[Tensor] = []
+            options = {name: group.get(name) for name in ENGINE_OPTIONS}
+            bucket = Bucket(rule, [], [], options, row_name=functools.partial(_describe_row, group, params))
             part, sparse = Part(group, params), grad.is_sparse
             works[key] = Work(weakref.ref(optimizer), group, params, bucket, eager, part, sparse=sparse)
         works[key].params.append(param)
-        works[key].bucket.params.append(local(param))
-        works[key].bucket.slots.append([local(slot) for slot in held if slot is not None])
-        works[key].bucket.grads.append(grad if grad.is_sparse else local(grad))
+        works[key].bucket.params.append(to_local(param))
+        works[key].bucket.slots.append([to_local(slot) for slot in held if slot is not None])
+        works[key].bucket.grads.append(grad if grad.is_sparse else to_local(grad))
     for work in works.values():
         work.engine = choose(work.bucket)
-        if work.engine in (cpu, gpu):
-            _refuse_lost_memory(work)
         yield work
 
 
-def _refuse_lost_memory(work: Work) -> None:
-    """Refuse tensors that a kernel would look for where their memory no longer is.
+def _refuse_written_gradients(works: Sequence[Work]) -> None:
+    """Refuse gradients that a step would change, since they share memory with what it writes.
 
     Raises:
-        RuntimeError: the storage of a parameter, its gradient or its state has been resized to less than that takes.
+        RuntimeError: a gradient does; the message names its parameter.
     """
-    bucket, sparse = work.bucket, work.sparse
-    for param, own, grad, slots in zip(work.params, bucket.params, bucket.grads, bucket.slots, strict=True):
-        for tensor in (own, *slots) if sparse else (own, grad, *slots):
-            if has_lost_memory(tensor):
-                what = "" if tensor is own else "the gradient of " if tensor is grad else "state of "
-                raise RuntimeError(
-                    f"{what}{describe(work.group, param)} has lost memory: its storage has been resized to "
-                    f"{tensor.untyped_storage().nbytes()} bytes; give it memory again before the step"
-                )
+    tensors: defaultdict[torch.device, list[tuple[Tensor, Work, int, bool]]] = defaultdict(list)
+    for work in works:
+        bucket = work.bucket
+        columns = (bucket.params, *bucket.slots, *(() if work.sparse else (bucket.grads,)))
+        for number, column in enumerate(columns):
+            is_gradient = number > len(bucket.slots)
+            rows = enumerate(column)
+            tensors[bucket.device] += [(t, work, row, is_gradient) for row, t in rows if is_plain(t)]
+    for found in tensors.values():
+        of_gradient = [is_gradient for _, _, _, is_gradient in found]
+        if (pair := shared_memory([tensor for tensor, *_ in found], of_gradient)) is not None:
+            work, row = next(found[position][1:3] for position in pair if of_gradient[position])
+            raise RuntimeError(
+                f"the gradient of {work.bucket.row_name(row)} shares memory with parameters or state that the step "
+                f"writes; give it memory of its own: p.grad = p.grad.clone()"
+            )
+
+
+def _describe_row(group: Mapping[str, Any], params: Sequence[Tensor], row: int) -> str:
+    return describe(group, params[row])
 
 
 def _distinct(
@@ -487,7 +500,7 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
         for tensors in (bucket.params, *bucket.slots)
     ]
     params, *slots = [[t[i] for t, i in zip(tensors, index, strict=True)] for tensors in whole]
-    values = [local(grad.values()) for grad in bucket.grads]
+    values = [to_local(grad.values()) for grad in bucket.grads]
     engine.run(replace(bucket, params=params, grads=values, slots=slots, plan=None))
     for tensors, parts in zip(whole, (params, *slots), strict=True):
         for tensor, part, i in zip(tensors, parts, index, strict=True):

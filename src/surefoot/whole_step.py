@@ -23,7 +23,7 @@ from surefoot.errors import NonFiniteGradientError
 from surefoot.locks import Lock
 from surefoot.rule import EMA, TELEMETRY, reading
 from surefoot.rule.hyperparameters import Check, Interval
-from surefoot.state import local, sharded_type
+from surefoot.tensors.shards import is_sharded, sharded_type, to_local
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -519,9 +519,9 @@ def _sums_afterwards(now: Now, part: Part) -> Tensor:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, sharded_type() or ()):
+    if is_sharded(tensor):
         return _whole(torch.linalg.vector_norm(tensor, dtype=torch.float64)).square()
-    return measure(TELEMETRY[1:2], (local(tensor),))[0]
+    return measure(TELEMETRY[1:2], (to_local(tensor),))[0]
 
 
 def _count_strange(grad: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Engines run a rule's graph on buckets of tensors; here one is chosen for each bucket.
 
-An engine is a module with `supports(bucket)`, which answers None or the reason why not, `run(bucket)`, which updates,
-and `read(bucket)`, which measures gradients.
+An engine is a module with `supports(bucket)`, which answers None or the reason why not, `prepare(bucket)`, which proves
+that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `read(bucket)`, which measures
+gradients.
 It knows graphs and tensors, never an algorithm.
 """
 
@@ -23,6 +24,13 @@ class Engine(Protocol):
 
     def supports(self, bucket: Bucket) -> str | None:
         """Give the reason why this engine cannot serve the bucket, or None."""
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Do all that may fail before anything is changed.
+
+        Raises:
+            RuntimeError: the memory of a tensor is not what a kernel would take it for.
+        """
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots in place, and set `measured` if its rule measures something."""

@@ -10,21 +10,10 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import Measure, Rule, reading
+from surefoot.tensors.gate import Arrays, admit
+from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
 
 Coefficients = Mapping[str, Any]
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Types of tensors whose memory kernels may take for what the tensors mean."""
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor holds what it means."""
-    means_other = tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
-    return type(tensor) in PLAIN and not means_other
-
-
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    """Give the addresses of tensors' memory."""
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Iterator[str]:
@@ -34,6 +23,8 @@ def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Itera
     if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
     stored = list(chain(bucket.params, *bucket.slots))
+    if unknown := {tensor.dtype for tensor in stored if not storage(tensor.dtype)} - {bucket.dtype}:
+        yield f"kernels do not know state of {min(map(str, unknown))}"
     strange = next((t for t in (*stored, *bucket.grads) if type(t) not in PLAIN), None)
     if strange is not None:
         yield f"{type(strange).__name__} is not a plain tensor"
@@ -41,6 +32,8 @@ def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Itera
         yield "a parameter or its state is negated or conjugated lazily, or has no memory of its own"
     if len({id(param) for param in bucket.params}) < len(bucket.params):
         yield "a parameter stands in the group twice, and kernels update all at once"
+    elif strange is None and shared_memory(stored) is not None:
+        yield "parameters or their state share memory, and kernels update all at once"
 
 
 def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:
@@ -99,12 +92,13 @@ class Bucket:
         rule: the rule, its flags settled.
         params: the parameters.
         grads: their gradients, same shapes, any strides; never written.
-        gradient_addresses: where these are known without asking, the addresses of the gradients' memory.
+        gradient_addresses: the addresses of the gradients' memory, as the gate or a guard has found them.
         slots: for each of `rule.slots`, the tensors that belong to the parameters.  While an engine is chosen these
             are what there is of them.
         coefficients: the numbers of an update, for each set of parameters that shares them.
         row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
+        row_name: what the parameter at a position is called in a message.
         plan: what the engine keeps of the bucket between steps.
         measured: what the last run has measured, for each parameter and each of `rule.measures`: float64, on the
             parameters' device.
@@ -119,6 +113,7 @@ class Bucket:
     coefficients: Sequence[Coefficients] = field(default_factory=list)
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     gradient_addresses: np.ndarray | None = None
+    row_name: Callable[[int], str] = "tensor {}".format
     plan: Any = None
     measured: Tensor | None = None
     found_inf: Tensor | None = None
@@ -137,6 +132,17 @@ class Bucket:
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the update is computed: at least float32, rounded once when stored."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def arrays(self) -> Arrays:
+        """Return parameters, gradients and slots as a kernel takes them, and note where the gradients are.
+
+        Raises:
+            RuntimeError: a tensor's memory is not what a kernel would take it for; see `tensors.gate.admit`.
+        """
+        prefixes = ("", "the gradient of ", *(f"state `{slot.name}` of " for slot in self.rule.slots))
+        arrays = admit((self.params, self.grads, *self.slots), prefixes, self.row_name)
+        self.gradient_addresses = arrays.addresses[1]
+        return arrays
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...], Coefficients]]:
         """Yield param, grad, slots and coefficients of one parameter after the other."""

@@ -12,12 +12,16 @@ from torch import Tensor, fx
 
 from surefoot.engines.bucket import Bucket, measure, read
 
-__all__ = ["evaluate", "read", "run", "supports"]
+__all__ = ["evaluate", "prepare", "read", "run", "supports"]
 
 
 def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is asked the same question)
     """Give the reason why a bucket cannot be served; there is none."""
     return None
+
+
+def prepare(bucket: Bucket) -> None:
+    """Do nothing: torch's operations look at every tensor themselves."""
 
 
 def run(bucket: Bucket) -> None:

@@ -7,6 +7,7 @@ or a slot on the way to its own new value, when nobody reads it later.  Gradient
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, fx
 from surefoot.engines.bucket import Bucket, Coefficients, measure, read
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
+from surefoot.tensors.memory import is_plain, shared_memory
 
-__all__ = ["outputs", "read", "run", "schedule", "supports"]
+__all__ = ["outputs", "prepare", "read", "run", "schedule", "supports"]
 
 Tensors = list[Tensor]
 
@@ -33,7 +35,17 @@ class _Call:
 
 def supports(bucket: Bucket) -> str | None:
     """Give the reason why a bucket cannot be served, if there is one."""
-    return "foreach operations carry no gradients through the step" if bucket.options.get("differentiable") else None
+    if bucket.options.get("differentiable"):
+        return "foreach operations carry no gradients through the step"
+    stored = list(chain(bucket.params, *bucket.slots))
+    plain = all(map(is_plain, stored)) and len(set(map(id, bucket.params))) == len(bucket.params)
+    if plain and shared_memory(stored) is not None:
+        return "parameters or their state share memory, and foreach operations update all at once"
+    return None
+
+
+def prepare(bucket: Bucket) -> None:
+    """Do nothing: torch's operations look at every tensor themselves."""
 
 
 def run(bucket: Bucket) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import is_plain
 from surefoot.engines.cpu import tensors as compiled
+from surefoot.tensors.memory import has_memory, is_plain
 
 Dicts = Sequence[dict[Any, Any]]
 
@@ -53,6 +53,7 @@ def can_hold(tensors: Iterable[object]) -> bool:
         and t.dim() == 0
         and t.dtype in (torch.float32, torch.float64)
         and t.is_cpu
+        and has_memory(t)
         for t in tensors
     )
 
@@ -104,7 +105,8 @@ def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
     marks = (tensor.layout, tensor.is_neg(), tensor.is_conj(), tensor._is_zerotensor())
     if tensor.layout is not torch.strided or tensor._is_zerotensor():
         return 0, type(tensor), marks
-    return tensor.data_ptr(), type(tensor), marks, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+    described = (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), has_memory(tensor))
+    return tensor.data_ptr(), type(tensor), marks, *described
 
 
 class PlainItems:

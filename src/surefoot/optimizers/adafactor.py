@@ -9,14 +9,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import PLAIN
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import add_scaled_, batches, larger, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval
 from surefoot.rule.ops import BY_NAME
-from surefoot.state import sharded_type
 from surefoot.step import Row, rows
+from surefoot.tensors.memory import PLAIN
+from surefoot.tensors.shards import is_sharded
 from surefoot.whole_step import StepOptions
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
@@ -197,7 +197,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _knows_in_place(tensor: Tensor) -> bool:
     """Whether operations may work in place: a sharded tensor's know fewer such forms."""
-    return not isinstance(tensor, sharded_type() or ())
+    return not is_sharded(tensor)
 
 
 def _direction(variance: Tensor, grad: Tensor, eps1: float) -> Tensor:

@@ -14,13 +14,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import is_plain
 from surefoot.loading import LoadReport
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import LR, Interval, at_least_zero
 from surefoot.state import admissible_gradient, check_state, hyperparameters
+from surefoot.tensors.memory import is_plain
 from surefoot.whole_step import StepOptions
 
 SMALLEST_CURVATURE = 1e-10

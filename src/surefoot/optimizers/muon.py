@@ -8,12 +8,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import PLAIN
 from surefoot.optimizer import Optimizer, Params, arguments
 from surefoot.optimizers.verbs import add_scaled_, batches, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
 from surefoot.step import Row, rows
+from surefoot.tensors.memory import PLAIN
 from surefoot.whole_step import StepOptions
 
 _MOST_NS_STEPS = 99

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -29,27 +28,33 @@ def _has_compiler() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+def prepare(bucket: Bucket) -> None:
+    """Make the bucket's plan, for which its tensors pass the gate, and its kernel."""
+    if bucket.plan is None:
+        from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
+        from surefoot.engines.cpu.sparse import RowsPlan  # noqa: PLC0415 (the same)
+
+        bucket.plan = (RowsPlan if bucket.grads[0].is_sparse else Plan)(bucket)
+    bucket.plan.prepare(bucket.rule)
+
+
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
-    _plan(bucket).run(bucket)
+    prepare(bucket)
+    bucket.plan.run(bucket)
+
+
+def run_rows(bucket: Bucket) -> bool:
+    """Update only the rows at which sparse gradients have values; return False, and change nothing, if it cannot."""
+    prepare(bucket)
+    if bucket.plan.dense:
+        bucket.plan.run(bucket)
+    dense: bool = bucket.plan.dense
+    return dense
 
 
 def read(bucket: Bucket) -> torch.Tensor:
     """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
-    measured: torch.Tensor = _plan(bucket).read(bucket)
+    prepare(bucket)
+    measured: torch.Tensor = bucket.plan.read(bucket)
     return measured
-
-
-def run_rows(bucket: Bucket) -> bool:
-    """Update only the rows at which sparse gradients have values; False, and nothing is changed, where it cannot."""
-    from surefoot.engines.cpu.sparse import run_rows as run_in_place  # noqa: PLC0415 (the compiler, on first use)
-
-    return run_in_place(bucket)
-
-
-def _plan(bucket: Bucket) -> Any:
-    if bucket.plan is None:
-        from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
-
-        bucket.plan = Plan(bucket)
-    return bucket.plan

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 WORD = 8
-DESCRIBED = range(8, 18)
+DESCRIBED = range(8, 16)
 """How many words may describe a tensor in an implementation: from sizes and strides to the kind."""
 _IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 22, 12, 8
 Place = TypeVar("Place")
@@ -32,6 +32,7 @@ class Anatomy:
         tensor: in a Python tensor, its C++ tensor, which is the address of an implementation.
         storage: in an implementation, the address of its storage.
         data: in a storage, the address of its memory; what owns it is told by the next two words.
+        size: where behind that address, in words, the size of its memory is, in bytes.
         deleter: where among these three what frees memory is, which is the same for all of an allocator's.
         description: in an implementation, the words that hold sizes and strides of up to 5 dimensions, dtype and kind.
         key_set: in an implementation, what tells its kind: layout, device, and whether negated or without memory.
@@ -50,6 +51,7 @@ class Anatomy:
     tensor: int
     storage: int
     data: int
+    size: int
     deleter: int
     description: int
     key_set: int
@@ -92,7 +94,7 @@ def _find() -> Anatomy:
         range(key_set),
         lambda i: all(_word(_cdata(t), i) for t in params) and not any(_word(_cdata(t), i) for t in plain),
     )
-    storage, data, deleter = _storage(key_set)
+    storage, data, size, deleter = _storage(key_set)
     metadata = [_word(_cdata(param), autograd) for param in params]
     grads = [_cdata(param.grad) for param in params[:2]]  # type: ignore[arg-type]
     grad = _place(range(1, _METADATA_WORDS), lambda i: [_word(m, i) for m in metadata[:2]] == grads)
@@ -108,6 +110,7 @@ def _find() -> Anatomy:
         tensor=WORD * tensor,
         storage=WORD * storage,
         data=WORD * data,
+        size=WORD * size,
         deleter=WORD * deleter,
         description=WORD * geometry.start,
         key_set=WORD * key_set,
@@ -124,9 +127,9 @@ def _find() -> Anatomy:
     )
 
 
-def _storage(key_set: int) -> tuple[int, int, int]:
-    """Find the word that leads to the storage, in it the one that leads to its memory, and behind that the deleter."""
-    tensors = [torch.ones(3), torch.ones(3)[1:], torch.from_numpy(np.ones(3)), torch.from_numpy(np.ones(3))]
+def _storage(key_set: int) -> tuple[int, int, int, int]:
+    """Find the word that leads to the storage; in it its memory's address; and behind that its size and the deleter."""
+    tensors = [torch.ones(7), torch.ones(5)[1:], torch.from_numpy(np.ones(3)), torch.from_numpy(np.ones(3))]
     storages = [tensor.untyped_storage() for tensor in tensors]
     word = _place(
         range(key_set), lambda i: all(_word(_cdata(t), i) == s._cdata for t, s in zip(tensors, storages, strict=True))
@@ -138,7 +141,8 @@ def _storage(key_set: int) -> tuple[int, int, int]:
         found = {_word(storage._cdata, data + place) for storage in ours}
         return len(found) == 1 and found.isdisjoint(_word(t.untyped_storage()._cdata, data + place) for t in lazy)
 
-    return word, data, _place(range(1, 3), deletes)
+    sized = _place(range(data, _STORAGE_WORDS), lambda i: all(_word(s._cdata, i) == s.nbytes() for s in storages))
+    return word, data, sized - data, _place(range(1, 3), deletes)
 
 
 def _version(key_set: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Numba compiles a source once; what is kept is the object code of the one function in it, so that a later process needs
 neither Numba nor a second compilation.  The folder is `$SUREFOOT_CACHE_DIR`, else `surefoot` in the user's cache
-folder; where it cannot be written, every process compiles for itself.
+folder; where it cannot be written, every process compiles for itself.  Whatever Numba's own settings are, kernels are
+compiled under its defaults.
 """
 
 import functools
@@ -10,10 +11,12 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.locks import Lock
@@ -33,17 +36,35 @@ def cache_dir() -> Path:
     return Path(home or Path.home() / ".cache") / "surefoot"
 
 
+class Kernel(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        name: the name of its files in the folder.
+        address: where its machine code begins.
+        arrays: names of the arrays that it takes of each tensor, in the order of its layout.
+        checked: whether it verifies every item of a job before it computes it.
+    """
+
+    name: str
+    address: int
+    arrays: tuple[str, ...] = ()
+    checked: bool = False
+
+
 @functools.cache
-def compiled_kernel(rule: Rule, layout: Layout) -> int:
-    """Compile a rule for a layout, once in this process, and give the kernel's address."""
-    return load(print_kernel(rule, layout), rule.name.lower())
+def compiled_kernel(rule: Rule, layout: Layout, checked: bool = False) -> Kernel:
+    """Return the kernel of a rule for a layout, compiled once in this process."""
+    kernel = load(print_kernel(rule, layout, checked=checked), rule.name.lower() + "_checked" * checked)
+    return kernel._replace(arrays=("param", "grad", *(slot.name for slot in rule.slots)), checked=checked)
 
 
-def load(source: str, name: str) -> int:
-    """Give the address of the function `kernel` of a source, from the folder or newly compiled.
+def load(source: str, name: str) -> Kernel:
+    """Return the function `kernel` of a source, from the folder or newly compiled.
 
     Args:
-        source: Python source that defines `kernel`, a Numba cfunc of one int64 without result.
+        source: Python source that defines `kernel`, a Numba cfunc of the address of a job without result, and `STATUS`,
+            the word of the job that is set to something else than 0 when an error has stopped the kernel.
         name: first part of the names of the files.
     """
     with _lock:
@@ -53,7 +74,7 @@ def load(source: str, name: str) -> int:
             code = _compile(source, path)
             _write(path, source.encode())
             _write(path.with_suffix(".o"), _DIGEST(code).digest() + code)
-        return _link(code)
+        return Kernel(path.stem, _link(code))
 
 
 def _key(source: str) -> str:
@@ -108,9 +129,10 @@ def _compile(source: str, path: Path) -> bytes:
     """Compile a source to object code that holds `entry` and what it needs, without Numba's own run time."""
     import llvmlite.binding as llvm  # noqa: PLC0415
 
-    kernel = _execute(source, path).kernel
-    text = kernel.inspect_llvm()
-    module = llvm.parse_assembly(text + _ENTRY.format(native=kernel.native_name.removeprefix("cfunc.")))
+    with _own_settings():
+        defined = _execute(source, path)
+        text, name = defined.kernel.inspect_llvm(), defined.kernel.native_name
+    module = llvm.parse_assembly(text + _ENTRY.format(native=name.removeprefix("cfunc."), status=8 * defined.STATUS))
     for function in module.functions:
         if not function.is_declaration and function.name != "entry":
             function.linkage = "internal"
@@ -141,12 +163,59 @@ def _link(code: bytes) -> int:
     return address
 
 
-# Numba's calling convention: a place for the result, a place for an exception (there is none), the argument.
+# Numba's calling convention: a place for the result, a place for an exception, the argument; 0 where there is none.
 _ENTRY = """
 define void @entry(i64 %job) {{
   %result = alloca ptr
   %exception = alloca ptr
   %status = call i32 @{native}(ptr %result, ptr %exception, i64 %job)
+  %stopped = icmp ne i32 %status, 0
+  br i1 %stopped, label %report, label %end
+report:
+  %word = sext i32 %status to i64
+  %address = add i64 %job, {status}
+  %place = inttoptr i64 %address to ptr
+  store atomic i64 %word, ptr %place monotonic, align 8
+  br label %end
+end:
   ret void
 }}
 """
+
+
+# Numba's settings
+
+_DEFAULTS = {"NUMBA_ENABLE_PROFILING": "0", "NUMBA_DEBUGINFO": "0"}  # else they depend on another variable
+_OF_OTHERS = ("CUDA", "THREAD", "CACHE")
+"""Parts of the names of settings that compilation does not read, but other threads may meanwhile."""
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Let Numba compile by its default settings, whatever environment or code have set, and nobody else meanwhile."""
+    from numba.core import config, registry  # noqa: PLC0415
+    from numba.core.compiler_lock import global_compiler_lock  # noqa: PLC0415
+
+    with global_compiler_lock:
+        target = registry.cpu_target.target_context  # made, if it is now, by the settings of others
+        config.reload_config()  # else the compiler does so later
+        settings = {name: value for name, value in vars(config).items() if name.isupper()}
+        threads = {"NUMBA_NUM_THREADS": str(config.NUMBA_NUM_THREADS)}
+        others = {name: settings[name] for name in settings if any(part in name for part in _OF_OTHERS)}
+        generator = target._internal_codegen
+        try:
+            config._env_reloader.process_environ(_DEFAULTS | threads)
+            vars(config).update(others)
+            target._internal_codegen = _code_generator()
+            yield
+        finally:
+            target._internal_codegen = generator
+            vars(config).update(settings)
+
+
+@functools.cache
+def _code_generator() -> Any:
+    """Make Numba's generator of code for this processor, which keeps what the settings were when it was made."""
+    from numba.core.codegen import JITCPUCodegen  # noqa: PLC0415
+
+    return JITCPUCodegen("surefoot")

@@ -10,25 +10,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, addresses
-from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.source import Layout
+from surefoot.engines.bucket import Bucket
+from surefoot.engines.checked import VARIABLE, checked
+from surefoot.engines.cpu.checks import VIOLATION, explain_violation
+from surefoot.engines.cpu.compile import Kernel, compiled_kernel
+from surefoot.engines.cpu.source import JOB, Layout
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.cpu.threads import ONE_THREAD, run_on_threads, thread_count
+from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Measure, Rule, reading
+from surefoot.tensors.gate import admit
 
 CHUNK = 16384
 """Elements of one tensor that a kernel works on at a time."""
 _LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
 PIECE = 32768
 """Elements of an irregular tensor that are copied at a time."""
+_NEXT_ITEM, _COEFFICIENTS, _MEASURED, _STATUS, _ROWS, _LIMITS, _ONLY_CHECKS = map(
+    JOB.index, ("next_item", "coefficients", "measured", "status", "rows", "limits", "only_checks")
+)
+_VIOLATION = slice(JOB.index(VIOLATION[0]), None)
 
 
 class Job:
-    """A table of tensors, cut into items, as kernels take it."""
+    """A table of tensors, cut into items, as kernels take it.
+
+    Attributes:
+        pointers: addresses of the tensors' arrays: int64 of shape (arrays, tensors).
+        limits: for checked kernels the bytes of live storage behind each pointer, of the same shape.
+        rows: for each tensor its row of coefficients.
+    """
 
     def __init__(self, arrays: int, sizes: np.ndarray) -> None:
-        self.pointers = np.zeros((arrays, len(sizes)), dtype=np.int64)
+        self.pointers, self.limits = np.zeros((2, arrays, len(sizes)), dtype=np.int64)
         self.rows = np.zeros(len(sizes), dtype=np.int64)
         self.size = int(sizes.sum())
         self._tensor, start, size = _segments(sizes)
@@ -37,26 +51,66 @@ class Job:
         self.items = len(first) - 1
         self._parts = (first, self._tensor, start, size)
         addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
-        self._job = np.array([0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0], dtype=np.int64)
+        numbers = [0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0, 0, len(size), 0]
+        self._job = np.array(numbers + [0] * (len(JOB) - len(numbers)), dtype=np.int64)
         self._address = self._job.ctypes.data
         self._coefficients = np.zeros((0, 0))
 
-    def run(self, kernel: int, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()) -> np.ndarray:
+    def run(
+        self, kernel: Kernel, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()
+    ) -> np.ndarray:
         """Run a kernel on all items; `coefficients` has for each row its numbers.
 
         Returns:
             What it measured: float64 of shape (tensors, measures).
+
+        Raises:
+            KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
+                then nothing has been written.
         """
         if self._coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
             self._coefficients = np.zeros(shape)
-            self._job[7] = self._coefficients.ctypes.data
+            self._job[_COEFFICIENTS], self._job[_ROWS] = self._coefficients.ctypes.data, shape[0]
         self._coefficients[:] = coefficients
         measured = np.zeros((len(self._tensor), len(measures)))
         if self.items:
-            self._job[0], self._job[10] = 0, measured.ctypes.data if measures else 0
+            self._job[_MEASURED] = measured.ctypes.data if measures else 0
+            if kernel.checked:
+                self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
-            run_on_threads(kernel, self._address, threads)
+            self._launch(kernel, threads)
         return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
+
+    def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
+        """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
+        offset = self.pointers - addresses
+        self.limits[:] = np.where(offset >= 0, available - offset, 0)
+
+    def _check(self, kernel: Kernel) -> None:
+        """Let a checked kernel verify all items and compute none."""
+        self._job[_LIMITS], self._job[_ONLY_CHECKS] = self.limits.ctypes.data, 1
+        try:
+            self._launch(kernel, 1)
+        finally:
+            self._job[_ONLY_CHECKS] = 0
+
+    def _launch(self, kernel: Kernel, threads: int) -> None:
+        self._job[_NEXT_ITEM] = 0
+        run_on_threads(kernel.address, self._address, threads)
+        if self._job[_STATUS]:
+            raise self._error(kernel)
+
+    def _error(self, kernel: Kernel) -> KernelError:
+        """Return what to raise for a kernel that was stopped, and be ready for another."""
+        status, violation, only_checked = self._job[_STATUS], self._job[_VIOLATION].tolist(), self._job[_ONLY_CHECKS]
+        reason = explain_violation(violation, JOB, kernel.arrays) if violation[0] else f"an error (status {status})"
+        written = "none of its tensors is changed" if only_checked else "its tensors may be updated in part"
+        self._job[_STATUS] = self._job[_VIOLATION] = 0
+        help_ = "" if kernel.checked else f"; with {VARIABLE}=1 kernels tell more"
+        return KernelError(
+            f"kernel {kernel.name} was stopped by {reason}; {written}, those that were updated before are, and those "
+            f"that were to come are not; this is a fault of surefoot{help_}"
+        )
 
 
 def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
@@ -105,22 +159,24 @@ class Plan:
     """A bucket's pointer table, the kernels that run on it, and the tensors that cannot be seen as flat memory."""
 
     def __init__(self, bucket: Bucket) -> None:
-        stored = (bucket.params, bucket.grads, *bucket.slots)
-        self._compute, self._stored = bucket.compute_dtype, tuple(tensors[0].dtype for tensors in stored)
-        flat = [_same_memory(tensors) for tensors in zip(*stored, strict=True)]
-        self.regular = np.flatnonzero(flat)
-        self.irregular = [index for index, is_flat in enumerate(flat) if not is_flat]
-        sizes = np.array([bucket.params[index].numel() for index in self.regular], dtype=np.int64)
-        self.job = Job(len(stored), sizes)
-        self._kernels: dict[Rule, int] = {}
+        arrays = bucket.arrays()
+        self._compute, self._stored = bucket.compute_dtype, arrays.dtypes
+        self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
+        self.job = Job(len(arrays.addresses), arrays.sizes[self.regular])
+        self.job.pointers[:] = arrays.addresses[:, self.regular]
+        self._kernels: dict[Rule, Kernel] = {}
         self._row: np.ndarray | None = None
+        self.checked = checked()
         self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
-        for row, tensors in enumerate(stored):
-            if row != 1:
-                self.job.pointers[row] = self._regular(addresses(tensors))
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
+
+    def prepare(self, rule: Rule) -> None:
+        """Compile the kernel of a rule."""
+        if rule not in self._kernels:
+            layout = Layout(self._compute, self._stored[: 2 + len(rule.slots)])
+            self._kernels[rule] = compiled_kernel(rule, layout, self.checked)
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
@@ -133,14 +189,17 @@ class Plan:
     def read(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
         self._row, self.job.rows[:] = None, 0
+        self.prepare(reading())
         return self._run(reading(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
-        arrays = 2 + len(rule.slots)
-        if (kernel := self._kernels.get(rule)) is None:
-            kernel = self._kernels[rule] = compiled_kernel(rule, Layout(self._compute, self._stored[:arrays]))
-        known = bucket.gradient_addresses
-        self.job.pointers[1] = self._regular(addresses(bucket.grads) if known is None else known)
+        arrays, kernel = 2 + len(rule.slots), self._kernels[rule]
+        if bucket.gradient_addresses is None:
+            raise InternalError("a kernel was run on gradients that no guard has seen")
+        self.job.pointers[1] = self._regular(bucket.gradient_addresses)
+        if kernel.checked:
+            now = bucket.arrays()
+            self.job.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
         measured = self.job.run(kernel, numbers, rule.measures)
         if self.irregular:
             regular, measured = measured, np.zeros((len(bucket.params), len(rule.measures)))
@@ -157,12 +216,15 @@ class Plan:
 
 
 def _run_piece(
-    kernel: int, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
+    kernel: Kernel, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
 ) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
-    job = Job(len(copies), np.array([copies[0].numel()], dtype=np.int64))
-    job.pointers[:, 0] = [copy.data_ptr() for copy in copies]
+    arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
+    job = Job(len(copies), arrays.sizes)
+    job.pointers[:] = arrays.addresses
+    if kernel.checked:
+        job.set_limits(arrays.addresses, arrays.available)
     measured = job.run(kernel, numbers, measures)
     for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
         if position != 1 and copy.data_ptr() != view.data_ptr():
@@ -189,22 +251,3 @@ def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     half = first.size(dimension) // 2
     for start, length in ((0, half), (half, first.size(dimension) - half)):
         yield from pieces([tensor.narrow(dimension, start, length) for tensor in tensors], most)
-
-
-def _same_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    strides = tensors[0].stride()
-    return all(tensor.stride() == strides for tensor in tensors) and _is_dense(tensors[0])
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without gap or overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

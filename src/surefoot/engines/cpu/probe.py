@@ -4,8 +4,9 @@ Not imported: `tensors` compiles this file's text as it does kernels, after a li
 an address or a word of 8 bytes: arrays would take Numba seconds to compile.
 
 What is known of a tensor is a record of words: address of its memory; where it, its implementation, and its storage
-are; the memory's address and owner as the storage has them; the words of the implementation that describe it.  Those
-that are described by other words are compared by facts: dimensions, kind, dtype, sizes, strides.
+are; the memory's address, owner and size as the storage has them; the bytes from the tensor's address to the end of
+its last element; the words of the implementation that describe it.  Those that are described by other words are
+compared by facts: dimensions, kind, dtype, sizes, strides.
 """
 
 from numba import cfunc, float32, float64, int64, njit, types, uint64
@@ -31,12 +32,15 @@ from surefoot.engines.cpu.intrinsics import (
 )
 
 # Places in bytes, constants of the compiled code, in the order of `tensors`.
-A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED = (
-    PLACES  # type: ignore[name-defined]  # noqa: F821
-)
+(
+    A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED,
+    A_SIZE,
+) = PLACES  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
 
 WORD, LINE = 8, 64  # bytes
-TENSOR, IMPLEMENTATION, STORAGE, MEMORY, DESCRIPTION, RECORD = (n * WORD for n in (1, 2, 3, 4, 7, 24))
+TENSOR, IMPLEMENTATION, STORAGE, MEMORY, SIZE, SPANNED, DESCRIPTION, RECORD = (
+    n * WORD for n in (1, 2, 3, 4, 7, 8, 9, 24)
+)
 KIND, DTYPE, SIZES, FACTS = (n * WORD for n in (1, 2, 3, 24))  # the last word of facts is for answers
 DIMENSIONS, INLINE = 8, 5
 VECTOR = 8  # words that are compared at a time
@@ -49,6 +53,7 @@ COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WO
 GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
     n * WORD for n in range(10, 22)
 )
+STATUS = 22  # a word, not bytes: where it is told that an error has stopped the probe
 
 
 @njit
@@ -66,6 +71,7 @@ def differs(job, tensor, record, facts):
         here = load(memory) == load(record + MEMORY)
         here &= load(memory + WORD) == load(record + MEMORY + WORD)
         here &= load(memory + 2 * WORD) == load(record + MEMORY + 2 * WORD)
+        here &= load(memory + A_SIZE) == load(record + SIZE)
         if here:
             return False
     if storage == 0 or load(implementation + A_KIND) != load(facts + KIND) != 0:
@@ -78,11 +84,13 @@ def differs(job, tensor, record, facts):
     store(record, ask(load(job + GET_DATA), tensor, facts + FACTS - WORD))
     for word in range(0, 3 * WORD, WORD):
         store(record + MEMORY + word, load(memory + word))
+    store(record + SIZE, load(memory + A_SIZE))
     store(record + TENSOR, tensor)
     store(record + IMPLEMENTATION, implementation)
     described &= load(facts) <= INLINE
     changed = not described and described_otherwise(job, tensor, record, facts)
     changed |= load(record) == 0 != before  # a storage without memory
+    changed |= load(record) + load(record + SPANNED) > load(memory) + load(memory + A_SIZE)  # or with too little
     store(record + STORAGE, storage if load(facts) <= INLINE else 0)
     return changed
 

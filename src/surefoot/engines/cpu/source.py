@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from surefoot.engines.cpu.checks import VIOLATION, print_checks
 from surefoot.engines.cpu.passes import suited
 from surefoot.engines.expressions import COMMON
 from surefoot.rule import Measure, Rule
 
 # Slots of the job that a kernel is handed: addresses and counts, each an int64.
 JOB = ("next_item", "items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
-       "coefficients", "coefficient_row", "tensors", "measured")  # fmt: skip
+       "coefficients", "coefficient_row", "tensors", "measured", "status", "segments", "rows", "limits",
+       "only_checks", *VIOLATION)  # fmt: skip
 
 _AHEAD, _FETCHED = 2, 128
 """How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
@@ -65,8 +67,8 @@ class Layout:
     stored: tuple[torch.dtype, ...]
 
 
-def print_kernel(rule: Rule, layout: Layout) -> str:
-    """Print the source of a rule's kernel."""
+def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
+    """Print the source of a rule's kernel; one that is checked verifies every item before it computes it."""
     graph = suited(rule.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     arrays = [_identifier(node) for node in inputs]
@@ -75,8 +77,9 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
     body = "\n".join(f"        {line}" for line in [*_body(graph, inputs, layout.stored), *measured.body])
     stored = ", ".join(f"{array} {dtype}" for array, dtype in zip(arrays, layout.stored, strict=True))
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
+    slot = {name: index for index, name in enumerate(JOB)}
     return _TEMPLATE.format(
-        title=f"{rule.name}, flags: {flags}; {stored}",
+        title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
         real=str(layout.compute).removeprefix("torch."),
         parameters=", ".join([*(f"{a}_" for a in arrays), "n", *numbers]),
         starts="\n".join(f"    {line}" for line in measured.starts),
@@ -85,24 +88,32 @@ def print_kernel(rule: Rule, layout: Layout) -> str:
         count=len(arrays),
         coefficient_count=len(numbers),
         job_size=len(JOB),
+        slot=slot,
+        checks=print_checks(slot, [dtype.itemsize for dtype in layout.stored]) if checked else "",
+        check=_CHECK.format(slot=slot) if checked else "",
         views="\n".join(
             f"            {a} = carray(pointer(pointers[{i} * tensors + tensor] + start * {d.itemsize}, "
             f"{_STORAGE[d][0]}(0)), size)"
             for i, (a, d) in enumerate(zip(arrays, layout.stored, strict=True))
         ),
-        ahead=_AHEAD,
-        fetched=_FETCHED,
-        fetches="\n".join(
-            f"                    prefetch(pointers[{i} * tensors + tensor] + start * {dtype.itemsize} + line)"
-            for i, dtype in enumerate(layout.stored)
-        ),
+        fetch="" if checked else _print_fetch(layout.stored),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
+        measure_count=len(rule.measures),
         keep="\n".join(
             f"            measured[segment * {len(rule.measures)} + {index}] = result[{index}]"
             for index in range(len(rule.measures))
         ),
         arguments=", ".join([*arrays, "size", *_numbers(graph, rule.coefficients)]),
     )
+
+
+def _print_fetch(stored: tuple[torch.dtype, ...]) -> str:
+    """Print the lines that begin to load a later segment."""
+    fetches = "\n".join(
+        f"                    prefetch(pointers[{i} * tensors + tensor] + start * {dtype.itemsize} + line)"
+        for i, dtype in enumerate(stored)
+    )
+    return _FETCH.format(ahead=_AHEAD, fetched=_FETCHED, fetches=fetches)
 
 
 def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[torch.dtype, ...]) -> list[str]:
@@ -187,11 +198,12 @@ from numba import carray, cfunc, float32, float64, int64, njit, types, uint16, u
 
 from surefoot.engines.cpu.intrinsics import (
     as_float32, as_float64, as_uint32, as_uint64, claim, from_half, narrow_vectors, plus_square, pointer, prefetch,
-    to_half
+    store, to_half
 )
 from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
 
 real = {real}
+STATUS = {slot[status]}
 
 
 @njit(error_model="numpy", fastmath={{"contract"}}, nogil=True)
@@ -202,33 +214,43 @@ def update({parameters}):
 {body}
     return ({results})
 
-
+{checks}
 @cfunc(types.void(types.int64), error_model="numpy", fastmath={{"contract"}})
 def kernel(job):
     """Update the tensors of a job; any number of threads may run it on the same job at once."""
     narrow_vectors()
     slots = carray(pointer(job, int64(0)), {job_size})
-    items, tensors = slots[1], slots[9]
-    first_segment = carray(pointer(slots[2], int64(0)), items + 1)
-    segments = first_segment[items]
-    segment_tensor = carray(pointer(slots[3], int64(0)), segments)
-    segment_start = carray(pointer(slots[4], int64(0)), segments)
-    segment_size = carray(pointer(slots[5], int64(0)), segments)
-    pointers = carray(pointer(slots[6], int64(0)), {count} * tensors)
-    coefficient_row = carray(pointer(slots[8], int64(0)), tensors)
-    coefficients = carray(pointer(slots[7], float64(0)), 1)
-    measured = carray(pointer(slots[10], float64(0)), 1)
+    items, tensors, segments = slots[{slot[items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
+    first_segment = carray(pointer(slots[{slot[first_segment]}], int64(0)), items + 1)
+    segment_tensor = carray(pointer(slots[{slot[segment_tensor]}], int64(0)), segments)
+    segment_start = carray(pointer(slots[{slot[segment_start]}], int64(0)), segments)
+    segment_size = carray(pointer(slots[{slot[segment_size]}], int64(0)), segments)
+    pointers = carray(pointer(slots[{slot[pointers]}], int64(0)), {count} * tensors)
+    coefficient_row = carray(pointer(slots[{slot[coefficient_row]}], int64(0)), tensors)
+    coefficients = carray(pointer(slots[{slot[coefficients]}], float64(0)), {coefficient_count} * slots[{slot[rows]}])
+    measured = carray(pointer(slots[{slot[measured]}], float64(0)), {measure_count} * segments)
     item = claim(job)
     while item < items:
-        for segment in range(first_segment[item], first_segment[item + 1]):
-            if segment + {ahead} < segments:
-                tensor, start = segment_tensor[segment + {ahead}], segment_start[segment + {ahead}]
-                for line in range(0, {fetched}, 64):
-{fetches}
-            tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
+{check}        for segment in range(first_segment[item], first_segment[item + 1]):
+{fetch}            tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
             {row}
 {views}
             result = update({arguments})
 {keep}
         item = claim(job)
 '''
+
+_FETCH = """\
+            if segment + {ahead} < segments:
+                tensor, start = segment_tensor[segment + {ahead}], segment_start[segment + {ahead}]
+                for line in range(0, {fetched}, 64):
+{fetches}
+"""
+
+_CHECK = """\
+        if not fits(job, item):
+            return
+        if slots[{slot[only_checks]}]:
+            item = claim(job)
+            continue
+"""

@@ -6,30 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, addresses
-from surefoot.engines.cpu.compile import compiled_kernel
+from surefoot.engines.bucket import Bucket
+from surefoot.engines.checked import checked
+from surefoot.engines.cpu.compile import Kernel, compiled_kernel
 from surefoot.engines.cpu.plan import Job, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.cpu.tensors import Versions
-from surefoot.state import local
+from surefoot.rule import Rule
+from surefoot.tensors.gate import Arrays, admit
+from surefoot.tensors.memory import bytes_available
+from surefoot.tensors.shards import to_local
 
 
-def run_rows(bucket: Bucket) -> bool:
-    """Update the rows at which coalesced gradients have values, in place.
-
-    Returns:
-        False, and nothing is changed, where rows are not dense in memory.
-    """
-    if bucket.plan is None:
-        bucket.plan = Rows(bucket)
-    plan: Rows = bucket.plan
-    if not plan.dense:
-        return False
-    plan.run(bucket)
-    return True
-
-
-class Rows:
+class RowsPlan:
     """What is kept between steps of parameters with sparse gradients: where rows stand, and the kernel.
 
     Attributes:
@@ -37,6 +26,7 @@ class Rows:
     """
 
     def __init__(self, bucket: Bucket) -> None:
+        self._kernel = Kernel("", 0)
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
@@ -44,7 +34,8 @@ class Rows:
             for tensors in self._arrays
             for tensor, dimensions in zip(tensors, leading, strict=True)
         )
-        self._starts = [addresses(tensors) for tensors in self._arrays]
+        self._checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
+        self._starts = self._admit().addresses
         self._strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -53,14 +44,21 @@ class Rows:
             [math.prod(param.shape[d:]) for param, d in zip(bucket.params, leading, strict=True)], dtype=np.int64
         )
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
-        layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
-        self._kernel = compiled_kernel(bucket.rule, layout)
+        self._layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
         self._versions = Versions([tensor for tensors in self._arrays for tensor in tensors])
+
+    def _admit(self) -> Arrays:
+        slots, row_name = self._names
+        return admit(self._arrays, ("", *(f"state `{slot.name}` of " for slot in slots)), row_name)
+
+    def prepare(self, rule: Rule) -> None:
+        """Compile the kernel of a rule."""
+        self._kernel = compiled_kernel(rule, self._layout, self._checked)
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
         rule, at = bucket.rule, [grad.indices().numpy() for grad in bucket.grads]
-        values = [local(grad.values()).contiguous() for grad in bucket.grads]
+        values = [to_local(grad.values()).contiguous() for grad in bucket.grads]
         counts = [index.shape[1] for index in at]
         owner = np.repeat(np.arange(len(counts)), counts)
         job = Job(2 + len(bucket.slots), self._sizes[owner])
@@ -71,6 +69,10 @@ class Rows:
                 out=job.pointers[place],
             )
         np.concatenate([_each_row(value) for value in values], out=job.pointers[1])
+        if self._kernel.checked:
+            now, of_values = self._admit(), [[(value.data_ptr(), bytes_available(value)) for value in values]]
+            here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, owner]
+            job.set_limits(here[..., 0], here[..., 1])
         self._versions.count()
         measured = job.run(self._kernel, numbers_of(bucket), rule.measures)
         if rule.measures:

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
 from surefoot.engines.cpu.threads import run_locked, thread_count, thread_number
+from surefoot.errors import KernelError
+from surefoot.tensors.gate import admit
+from surefoot.tensors.memory import bytes_spanned
 
-_RECORD = 24
-_NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 5, 8, 9, 10, 18, 19, 20, 21
+_RECORD, _SPANNED = 24, 8
+_NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT, _STATUS = 5, 8, 9, 10, 18, 19, 20, 21, 22
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
 _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
@@ -37,9 +39,9 @@ def _probe() -> int:
     if (known := anatomy()) is None:
         raise ImportError("torch keeps things in unknown places")
     places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
-    more = (known.version, known.count, known.grad, known.described)
+    more = (known.version, known.count, known.grad, known.described, known.size)
     text = Path(__file__).with_name("probe.py").read_text()
-    return load(f"PLACES = {(*places, *more)}\n{text}", "probe")
+    return load(f"PLACES = {(*places, *more)}\n{text}", "probe").address
 
 
 def available() -> bool:
@@ -62,18 +64,24 @@ class _Job:
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
-        self.slots = array("q", [task, *given, *[0] * (_RESULT - len(given))])
+        self.slots = array("q", [task, *given, *[0] * (_STATUS - len(given))])
         if (known := anatomy()) is not None:
             self.slots[_UNDEFINED] = known.undefined
             self.slots[_FUNCTIONS:_THREAD] = array("q", [*known.questions, known.assign, known.lookup, known.walk])
         self._probe, self._address = _probe(), self.slots.buffer_info()[0]
 
     def ask(self, tensors: int = 0) -> bool:
-        """Let the probe do it, on several threads if it is about many tensors; what it has found counts as true."""
+        """Let the probe do it, on several threads if it is about many tensors; what it has found counts as true.
+
+        Raises:
+            KernelError: an error has stopped the probe.
+        """
         slots, threads = self.slots, min(1 + tensors // _FEW, thread_count())
         slots[_THREAD] = thread_number() if threads > 1 else 0
         slots[_NEXT] = slots[_LATER] = slots[_RESULT] = 0
         run_locked(self._probe, self._address, threads)
+        if slots[_STATUS]:
+            raise KernelError(f"the guard kernel was stopped by an error (status {slots[_STATUS]})")
         return slots[_RESULT] != 0 or (slots[_LATER] != 0 and self.ask())
 
 
@@ -122,9 +130,11 @@ class Look:
         self.gradients = self._records[:, 1, 0]
         self._tensors, self._over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
+        grads = [param.grad for param in columns[0]] if gradients else [torch.empty(0)] * count
+        rows = list(zip(columns[0], grads, *columns[1:], strict=True))
+        self._records[:, :, _SPANNED] = [list(map(bytes_spanned, row)) for row in rows]
+        seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._job.ask()
-        grads = [[param.grad for param in columns[0]]] if gradients else [[torch.empty(0)] * count]
-        seen = np.stack([addresses(column) for column in (columns[0], *grads, *columns[1:])], axis=1)
         self.sound = np.array_equal(seen, self._records[:, :, 0])
         self.let_go()
 
@@ -202,11 +212,15 @@ class Versions:
             self._job.ask()
 
 
+def _scalar_state(_: int) -> str:
+    return "scalar state"
+
+
 class Numbers:
     """Reads and writes many 0-d tensors of float32 or float64 on the CPU at once."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._addresses = addresses(tensors)
+        self._addresses = admit([[tensor] for tensor in tensors], [""] * len(tensors), _scalar_state).addresses.ravel()
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
         self._job = _Job(_READ, len(tensors), 0, self._addresses, self._wide, self._values)

@@ -8,7 +8,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -56,20 +55,22 @@ def _missing_tool() -> str | None:
     return None
 
 
-def run(bucket: Bucket) -> None:
-    """Update every parameter of the bucket and its slots in place."""
-    _plan(bucket).run(bucket)
-
-
-def read(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
-    measured: torch.Tensor = _plan(bucket).read(bucket)
-    return measured
-
-
-def _plan(bucket: Bucket) -> Any:
+def prepare(bucket: Bucket) -> None:
+    """Make the bucket's plan, for which its tensors pass the gate."""
     from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton, on first use)
 
     if bucket.plan is None:
         bucket.plan = Plan(bucket)
-    return bucket.plan
+
+
+def run(bucket: Bucket) -> None:
+    """Update every parameter of the bucket and its slots in place."""
+    prepare(bucket)
+    bucket.plan.run(bucket)
+
+
+def read(bucket: Bucket) -> torch.Tensor:
+    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+    prepare(bucket)
+    measured: torch.Tensor = bucket.plan.read(bucket)
+    return measured

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import Bucket, Coefficients, EachParameter, addresses
+from surefoot.engines.bucket import Bucket, Coefficients, EachParameter
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import dialect_of, load
 from surefoot.engines.gpu.measured import combined
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
+from surefoot.errors import InternalError
 from surefoot.rule import Rule, reading
+from surefoot.tensors.gate import admit
+from surefoot.tensors.memory import is_dense, same_dense_layout
 
 
 class Launch(NamedTuple):
@@ -57,16 +60,17 @@ def firsts_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
 class Plan:
     """A bucket's kernels, its tables on the device, and the tensors that cannot be seen as flat memory."""
 
+    checked = False
+
     def __init__(self, bucket: Bucket) -> None:
-        stored = (bucket.params, bucket.grads, *bucket.slots)
-        self._stored = tuple(tensors[0].dtype for tensors in stored)
-        sizes = np.array([param.numel() for param in bucket.params], dtype=np.int64)
+        arrays = bucket.arrays()
+        self._stored, sizes = arrays.dtypes, arrays.sizes
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._dialect = dialect_of(bucket.device)
         self._launch = LAUNCH[max(dtype.itemsize for dtype in self._stored)]
-        self.irregular = [i for i, tensors in enumerate(zip(*stored, strict=True)) if not alike(tensors)]
+        self.irregular = np.flatnonzero(~arrays.flat).tolist()
         self._versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
-        self._entries = np.array([*map(addresses, stored), sizes, np.zeros_like(sizes)])
+        self._entries = np.array([*arrays.addresses, sizes, np.zeros_like(sizes)])
         # A step sends addresses twice if it reads gradients before the update.
         sends = 2 if bucket.options.get("capturable") else 0
         self._table = Table(self._entries, self._device, for_graphs=sends)
@@ -175,12 +179,14 @@ class Plan:
 
     def _lend(self, bucket: Bucket, stored: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Let the table point at the gradients, and at copies of what is not laid out as its parameter."""
-        known = bucket.gradient_addresses
-        self._entries[1] = addresses(bucket.grads) if known is None else known
+        if bucket.gradient_addresses is None:
+            raise InternalError("a kernel was run on gradients that no guard has seen")
+        self._entries[1] = bucket.gradient_addresses
         for index in self.irregular:
             tensors = [tensors[index] for tensors in stored]
             copies = laid_out_alike(tensors)
-            self._entries[: len(copies), index] = addresses(copies)
+            arrays = admit([[copy] for copy in copies], [""] * len(copies), bucket.row_name)
+            self._entries[: len(copies), index] = arrays.addresses[:, 0]
             yield tensors, copies
 
 
@@ -195,33 +201,13 @@ def _stream(device: torch.device) -> Any:
     return torch.accelerator.current_stream(device) if device.type != "cpu" else None
 
 
-def alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True
-    order = _order(tensors[0])
-    return is_dense(tensors[0]) and all(_order(tensor) == order for tensor in tensors)
-
-
-def _order(tensor: Tensor) -> list[int]:
-    """Give the strides that matter."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill its memory without gap or overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def laid_out_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Give tensors of one shape in the layout of the first, or contiguous if that has gaps, as copies where needed."""
     first = tensors[0] if is_dense(tensors[0]) else tensors[0].contiguous()
-    return [first, *(tensor if alike((first, tensor)) else _copy_like(first, tensor) for tensor in tensors[1:])]
+    return [
+        first,
+        *(tensor if same_dense_layout((first, tensor)) else _copy_like(first, tensor) for tensor in tensors[1:]),
+    ]
 
 
 def _copy_like(first: Tensor, tensor: Tensor) -> Tensor:

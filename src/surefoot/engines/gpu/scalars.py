@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from surefoot.engines.bucket import addresses
 from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import jitted
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
+from surefoot.tensors.gate import admit
 
 _BLOCK = 256
 
@@ -47,7 +47,7 @@ class Scattered:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._device, self._wide = tensors[0].device, tensors[0].dtype is torch.float64
-        self._pointers = addresses(tensors)
+        self._pointers = admit([tensors], [""], "scalar state {}".format).addresses[0]
         self._table = Table(self._pointers, self._device, for_graphs=1)
         self._count, self._versions = len(tensors), Versions(tensors)
 

@@ -1,0 +1,135 @@
+"""Where a strided tensor's elements stand in memory: how far they reach, in which order, and whether they overlap."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors whose memory kernels may take for what the tensors mean."""
+_MOST_WORK, _MOST_PAIRS, _MOST_OFFSETS = 10_000, 10_000, 1 << 20
+"""How far overlaps are looked for exactly; beyond that, what may overlap counts as overlapping."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor holds what it means."""
+    means_other = tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+    return type(tensor) in PLAIN and not means_other
+
+
+def bytes_spanned(tensor: Tensor) -> int:
+    """Return the bytes from the address of a strided tensor to the end of its last element."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def bytes_available(tensor: Tensor) -> int:
+    """Return the bytes of a strided tensor's storage from the tensor's address on; negative if it begins beyond."""
+    return tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.element_size()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether the storage of a strided tensor holds all of its elements; it may have been resized."""
+    return bytes_spanned(tensor) <= max(bytes_available(tensor), 0)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements of a strided tensor fill its memory without gap or overlap."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_dense_layout(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    order = _order(tensors[0])
+    return is_dense(tensors[0]) and all(_order(tensor) == order for tensor in tensors)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Return the strides that matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether elements of a strided tensor share memory, as those of an expanded one do."""
+    if is_dense(tensor) or not tensor.numel():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return _repeats_an_offset(tensor)
+        reach += (size - 1) * stride
+    return False
+
+
+def _repeats_an_offset(tensor: Tensor) -> bool:
+    if 0 in _order(tensor) or tensor.numel() > _MOST_OFFSETS:
+        return True
+    offsets = np.zeros(1, dtype=np.int64)
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = (offsets[:, None] + stride * np.arange(size)).ravel()
+    return len(np.unique(offsets)) < len(offsets)
+
+
+def shared_memory(tensors: Sequence[Tensor], only_read: Sequence[bool] = ()) -> tuple[int, int] | None:
+    """Return the positions of two strided tensors of one device that share memory, None if there are none.
+
+    Args:
+        tensors: the tensors.
+        only_read: for each whether it is only read; if given, pairs count of which one is and the other is not.
+    """
+    start = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    end = start + np.fromiter(map(bytes_spanned, tensors), np.int64, len(tensors))
+    order = np.argsort(start, kind="stable")
+    reached = np.maximum.accumulate(end[order])
+    if not (start[order][1:] < reached[:-1]).any():
+        return None
+    for count, (one, other) in enumerate(_near_pairs(start, end, order.tolist())):
+        exact = count < _MOST_PAIRS
+        counts = not only_read or only_read[one] != only_read[other]
+        if counts and (not exact or _share_an_element(tensors[one], tensors[other])):
+            return min(one, other), max(one, other)
+    return None
+
+
+def _near_pairs(start: np.ndarray, end: np.ndarray, order: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of tensors whose spans meet."""
+    open_: list[int] = []
+    for position in order:
+        open_ = [other for other in open_ if end[other] > start[position]]
+        yield from ((other, position) for other in open_ if end[position] > start[position])
+        open_.append(position)
+
+
+class _Memory:
+    """A tensor's memory as NumPy understands it on any device, to reason about and not to read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+
+
+def _share_an_element(one: Tensor, other: Tensor) -> bool:
+    try:
+        return np.shares_memory(np.asarray(_Memory(one)), np.asarray(_Memory(other)), max_work=_MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
