@@ -260,7 +260,7 @@ def plan_of(optimizer: surefoot.Optimizer) -> tuple[Any, Any]:
     """Take two steps and give the plan that they have left, and the rule."""
     optimizer.step()
     optimizer.step()
-    (work,) = optimizer._kept.found
+    (work,) = optimizer._step_cache.runs
     return work.bucket.plan, work.bucket.rule
 
 

@@ -266,12 +266,12 @@ def _host_of_gpu_steps(variant: str, way: str, count: str) -> list[float]:
 
     What torch computes on the device when `capturable` is computed by the CPU here, in place of being launched.
     """
-    from surefoot import state  # noqa: PLC0415
     from surefoot.engines import gpu  # noqa: PLC0415
     from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton)
     from surefoot.engines.gpu.scalars import Scattered  # noqa: PLC0415
+    from surefoot.state import check  # noqa: PLC0415
 
-    gpu.DEVICES = state.CAPTURABLE_DEVICES = ("cpu",)  # type: ignore[assignment]
+    gpu.DEVICES = check.CAPTURABLE_DEVICES = ("cpu",)  # type: ignore[assignment]
     Plan._start = Scattered._launch = lambda *_: None  # type: ignore[method-assign,assignment]
     torch.set_num_threads(1)
     params = [Parameter(torch.zeros(1)) for _ in range(int(count))]

@@ -77,7 +77,7 @@ def _floor(grads: Sequence[Tensor]) -> Callable[[], float]:
     """Give the floor: read the gradients; then read and write what AdamW and an average do, and only add."""
     training = _Training(grads)
     floor = floor_of(surefoot.AdamW(training.params, ema=DECAY))
-    floor.whole_step.max_grad_norm = NORM
+    floor.step_options.max_grad_norm = NORM
     return lambda: training.timed(floor.step)
 
 

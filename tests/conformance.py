@@ -1,7 +1,8 @@
 """The conformance table: one row per optimizer, and the parameters and gradients that generic tests give to every row.
 
 An algorithm is added to the tests by one row here.  What it can do is read from attributes of its class, and what it
-must compute from its oracle: the class of the same name in torch.optim, run by its for-loop.
+must compute from its oracle: the class of the same name in torch.optim, run by its for-loop, or, for an algorithm that
+torch does not have, a `loop` over parameters that spells it out as its paper does.
 """
 
 import inspect
@@ -9,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Unpack
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.testing._internal.common_optimizers import optim_db
 
 import surefoot
+from surefoot.constructor import EngineOptions, arguments
 from surefoot.rule import Sparse
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, LearningRate
 
 Params = dict[str, Tensor]
 Options = dict[str, Any]
@@ -48,7 +51,8 @@ class Row:
 
     Attributes:
         ours: the class under test.
-        oracle: the class that says what it must compute.
+        oracle: what says what it must compute: from parameters (or groups) and options it makes something that has
+            `param_groups`, `state`, and a `step` that works in place.
         more: sets of hyperparameters to try, beyond torch's database and all combinations of the class's flags.
         admits: which parameters the oracle takes.
         needs_closure: whether `step` asks for a closure.
@@ -56,7 +60,7 @@ class Row:
     """
 
     ours: type[surefoot.Optimizer]
-    oracle: type[torch.optim.Optimizer]
+    oracle: Callable[..., torch.optim.Optimizer]
     more: tuple[Options, ...] = ()
     admits: Callable[[Tensor], bool] = any_param
     needs_closure: bool = False
@@ -159,8 +163,41 @@ DENSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.ONLY and not 
 SPARSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.REFUSED and not row.needs_closure)
 
 
-def torch_variants(oracle: type[torch.optim.Optimizer]) -> list[Options]:
-    """Give the flag sets of torch's own database.
+def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.optim.Optimizer]:
+    """Return an oracle that runs a rule on one parameter after the other.
+
+    Args:
+        rule: `rule(param, grad, state, **hyperparameters)` changes the parameter and its state in place and adds to the
+            state what is missing.  Complex numbers come as pairs of real ones.
+        defaults: the hyperparameters.
+    """
+
+    class Loop(torch.optim.Optimizer):
+        def __init__(self, params: Iterable[Any], *, maximize: bool = False, **options: Any) -> None:
+            super().__init__(params, {**defaults, "maximize": maximize, **options})
+
+        @torch.no_grad()
+        def step(self) -> None:
+            for group in self.param_groups:
+                hyperparameters = {name: group[name] for name in defaults}
+                for param in group["params"]:
+                    if param.grad is not None:
+                        grad = -param.grad if group["maximize"] else param.grad
+                        state = {name: in_pairs(value) for name, value in self.state[param].items()}
+                        rule(in_pairs(param), in_pairs(grad), state, **hyperparameters)
+                        paired = param.is_complex()
+                        for name in state.keys() - self.state[param].keys():
+                            self.state[param][name] = torch.view_as_complex(state[name]) if paired else state[name]
+
+    return Loop
+
+
+def in_pairs(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options]:
+    """Give the flag sets of torch's own database, if it has the oracle.
 
     Those for `capturable=True` are of use on CUDA only; here they are tried without it, for their other options.
     """
@@ -195,6 +232,49 @@ def each_row(rows: Iterable[Row]) -> pytest.MarkDecorator:
 
 
 each_engine = pytest.mark.parametrize("engine", list(ENGINES))
+
+
+# An algorithm that torch does not have, for the tests of this table only
+
+
+class Lion(surefoot.Optimizer):
+    """The sign of an interpolated momentum (Chen et al. 2023, "Symbolic discovery of optimization algorithms")."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Annotated[float, WEIGHT_DECAY, "shrinking of the parameter"] = 0.0,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
+    slots = (surefoot.Slot("exp_avg"),)
+    scalars = ()
+    flags = ("weight_decay",)
+
+    @staticmethod
+    def coefficients(h: Any) -> Options:
+        beta1, beta2 = h.betas
+        return {"weight1": 1 - beta1, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay, "neg_lr": -h.lr}
+
+    @staticmethod
+    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, c: Any, flags: Any) -> tuple[Tensor, Tensor]:
+        param = param * c.shrink if flags.weight_decay else param
+        direction = torch.sign(torch.lerp(exp_avg, grad, c.weight1))
+        return torch.add(param, direction, alpha=c.neg_lr), torch.lerp(exp_avg, grad, c.weight2)
+
+
+def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any) -> None:
+    exp_avg = state.setdefault("exp_avg", torch.zeros_like(param))
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    param.add_(exp_avg.lerp(grad, 1 - betas[0]).sign_(), alpha=-lr)
+    exp_avg.lerp_(grad, 1 - betas[1])
+
+
+BEYOND_TORCH = Row(Lion, loop(lion, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0), more=({"betas": (0.0, 0.5)},))
 
 
 # What is optimized

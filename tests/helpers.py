@@ -1,5 +1,6 @@
 """What tests of the contract share: every algorithm, its twin in torch, training that repeats, and exact comparison."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from surefoot import optimizers
 from surefoot.telemetry import Telemetry
 
-ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__]
+ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__ if name not in optimizers.NOT_IN_TORCH]
 EAGER = {"foreach": False}
 """Options of the eager engine, which gives torch's bits and needs no compiler."""
 ENGINES = {"eager": EAGER, "default": {}}
@@ -66,9 +67,7 @@ def pair(cls, groups: Any = None, **options: Any):
 
 def accepted(cls) -> set[str]:
     """Names of the arguments of a constructor."""
-    return set(
-        cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount + cls.__init__.__code__.co_kwonlyargcount]
-    )
+    return set(inspect.signature(cls).parameters)
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import surefoot
+from helpers import ALGORITHMS
 from surefoot import benchmark, explain
 from surefoot.benchmark import (
     COMPILED,
@@ -21,16 +23,23 @@ from surefoot.benchmark import (
     FUSED,
     OURS,
     SHAPE_LISTS,
+    SMALL_MODELS,
+    SMALL_VARIANTS,
     VARIANTS,
     Case,
     Measurement,
     Quartiles,
     Result,
     ShapeList,
+    SmallMeasurement,
     contenders_of,
     floor_of,
+    has_work,
+    implementations_of,
     rounds,
+    small,
 )
+from surefoot.errors import InternalError
 
 FEW = ShapeList("few", "3 x 5", ((5,),) * 3)
 ADAMW = Case(VARIANTS["AdamW"], SHAPE_LISTS["large"], torch.float32)
@@ -74,10 +83,9 @@ def test_shapes_are_those_of_the_models(name, tensors, elements):
 
 
 def test_variants():
-    assert len(VARIANTS) == 13
-    assert {variant.optimizer for variant in VARIANTS.values()} == {
-        *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
-    }
+    dense = {cls.__name__ for cls in ALGORITHMS if cls.is_rule() and cls is not surefoot.SparseAdam}
+    assert {variant.optimizer for variant in VARIANTS.values()} == dense
+    assert VARIANTS.keys() - dense == {"SGD+momentum", "Adam+amsgrad", "RMSprop+centered"}
 
 
 def test_cases_are_all_combinations_each_once():
@@ -240,6 +248,96 @@ def test_lines_of_the_csv_file_come_back(tmp_path):
     assert math.isnan(ours.compile_s)
     assert math.isnan(back[FUSED].ms)
     assert (back[FUSED].rounds, back[FUSED].note) == (0, "left out: its step computes something else")
+
+
+# Small models
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("one", 1), ("mlp4", 4), ("mlp6", 6), ("mlp16", 16), ("lora64", 64)])
+def test_small_models_have_as_many_tensors_as_they_say(name, tensors):
+    params = small.trained(SMALL_VARIANTS["AdamW"], SMALL_MODELS[name].make())
+    assert len(params) == tensors
+    assert max(param.numel() for param in params) <= 64 * 64
+    assert len(SMALL_MODELS) == 5
+
+
+def test_every_optimizer_steps_small_models():
+    assert {variant.optimizer for variant in SMALL_VARIANTS.values()} == {cls.__name__ for cls in ALGORITHMS}
+    idle = {(v, m) for v in SMALL_VARIANTS for m in SMALL_MODELS if not has_work(SMALL_VARIANTS[v], SMALL_MODELS[m])}
+    assert idle == {("Muon", "one")}  # which has no matrix
+
+
+@pytest.mark.parametrize(
+    ("variant", "theirs"),
+    [
+        ("AdamW", [FOR_LOOP, FOREACH, FUSED]),
+        ("Rprop", [FOR_LOOP, FOREACH]),
+        ("Muon", [FOR_LOOP]),
+        ("LBFGS", [FOR_LOOP]),
+        ("SparseAdam", [FOR_LOOP]),
+    ],
+)
+def test_measuring_small_models(variant, theirs):
+    measured = benchmark.measure_small(SMALL_VARIANTS[variant], SMALL_MODELS["mlp4"], rounds=4)
+    assert list(measured.seconds) == list(measured.calls) == [*theirs, OURS]
+    assert all(values.shape == (4,) and (values > 0).all() for values in measured.seconds.values())
+    assert all(0 < calls < 1000 for calls in measured.calls.values())
+    assert measured.speedup(measured.best_of_torch) == (1, 1, 1)
+    assert sys.getprofile() is None
+
+
+def test_evaluations_of_a_closure_do_not_count(monkeypatch):
+    model = SMALL_MODELS["one"].make()
+    training = small._Training(SMALL_VARIANTS["LBFGS"], model, Evaluating)
+    batch = next(small._batches(SMALL_MODELS["one"]))
+    monkeypatch.setattr(small, "perf_counter", count().__next__)
+    assert training.step(batch) == 2  # of three ticks
+    assert training.calls(batch) == 3  # step, closure, and a function of the step's own
+
+
+class Evaluating:
+    """An optimizer that evaluates in its step, and does nothing else."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def step(self, closure):
+        closure()
+        self.rest()
+
+    def rest(self):
+        pass
+
+
+def test_a_small_step_that_computes_something_else_is_an_error(monkeypatch):
+    makers = implementations_of(SMALL_VARIANTS["SGD"])
+    broken = {**makers, OURS: lambda params: makers[OURS](params, maximize=True, lr=1.0)}
+    monkeypatch.setattr(small, "implementations_of", lambda _: broken)
+    with pytest.raises(InternalError, match="^SGD, 1 tensor of 10: surefoot's step computes something else"):
+        benchmark.measure_small(SMALL_VARIANTS["SGD"], SMALL_MODELS["one"], rounds=1)
+
+
+def test_the_small_benchmark_from_end_to_end(tmp_path, monkeypatch, capsys):
+    def measure(variant, model, rounds):
+        times = {FOR_LOOP: 40e-6, FUSED: 30e-6, OURS: 20e-6 if variant.name == "AdamW" else 60e-6}
+        seconds = {name: np.array([value] * rounds) for name, value in times.items()}
+        return SmallMeasurement(variant, model, seconds, {FOR_LOOP: 90, FUSED: 60, OURS: 40})
+
+    small_script = script("small")
+    monkeypatch.setattr(small_script, "measure_small", measure)
+    monkeypatch.setattr(
+        sys, "argv", ["small.py", "--only", "AdamW,Muon", "--models", "one,mlp4", "--out", str(tmp_path)]
+    )
+    small_script.main()
+    printed = capsys.readouterr().out
+    text = (tmp_path / "cpu-small.md").read_text()
+    assert text in printed
+    assert "| AdamW | 1.50 (1.50 to 1.50) | 1.50 (1.50 to 1.50) |" in text
+    assert "| Muon |  | **0.50** (0.50 to 0.50) |" in text
+    assert f"| all (geometric mean) | 1.50 | {math.sqrt(0.75):.2f} |" in text
+    assert "| AdamW | 20 / 30 (fused) | 20 / 30 (fused) |" in text
+    assert "| AdamW | 40 / 60 | 40 / 60 |" in text
+    assert len((tmp_path / "cpu-small.csv").read_text().splitlines()) == 1 + 3 * 3
 
 
 # Scripts

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 
 import surefoot
 from conformance import (
+    BEYOND_TORCH,
     DENSE,
     ELEMENTWISE,
     ENGINES,
@@ -34,6 +35,7 @@ from conformance import (
     zoo,
 )
 
+DENSE, ELEMENTWISE = (*DENSE, BEYOND_TORCH), (*ELEMENTWISE, BEYOND_TORCH)
 OTHERS = [name for name in ENGINES if name != "eager"]
 number_or_tensor = pytest.mark.parametrize("lr", ["number", "tensor"])
 

@@ -30,7 +30,11 @@ OPTIONS = {
 PAIRS = [{**OPTIONS[a], **OPTIONS[b]} for a, b in itertools.combinations(OPTIONS, 2)]
 ALL = {name: value for option in OPTIONS.values() for name, value in option.items()}
 STRANGE_STEP = 5
-DENSE = [row for row in ROWS if row.ours.step_options() > {"ema"} and row.ours.sparse is not surefoot.rule.Sparse.ONLY]
+DENSE = [
+    row
+    for row in ROWS
+    if row.ours.supported_step_options() > {"ema"} and row.ours.sparse is not surefoot.rule.Sparse.ONLY
+]
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-13}
 
 
@@ -265,7 +269,7 @@ def test_skipping_is_counted_and_never_silent():
         "step 3 was skipped since the gradients of `params[0]` hold inf or NaN; 1 of 3 steps"
     )
     assert all(filename == __file__ for *_, filename in warned)
-    assert (optimizer.whole_step.steps, optimizer.whole_step.skipped) == (69, 67)
+    assert (optimizer.step_statistics.steps, optimizer.step_statistics.skipped) == (69, 67)
     assert optimizer.state[params[0]]["step"] == 2
 
 
@@ -454,7 +458,7 @@ def test_options_of_groups_that_are_changed_later_are_checked(cls, name, value, 
     if name == "ema":
         optimizer.param_groups[0]["ema"] = 0.9
     assert_same(snapshot(optimizer), before)
-    assert optimizer.whole_step.steps == 1
+    assert optimizer.step_statistics.steps == 1
     optimizer.step()
 
 
@@ -471,7 +475,7 @@ def test_options_of_the_optimizer_that_are_changed_later_are_checked(name, value
     optimizer, params = make()
     set_gradients(params)
     before = snapshot(optimizer)
-    setattr(optimizer.whole_step, name, value)
+    setattr(optimizer.step_options, name, value)
     with pytest.raises(error, match=message):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
@@ -481,13 +485,13 @@ def test_options_may_be_changed_later():
     optimizer, params = make()
     set_gradients(params)
     optimizer.step()
-    optimizer.whole_step.telemetry = True
+    optimizer.step_options.telemetry = True
     optimizer.param_groups[0]["max_grad_norm"] = 1e-3
     optimizer.step()
     assert optimizer.telemetry.latest().clip < 1
     lbfgs = LBFGS([torch.ones(2).requires_grad_()])
-    lbfgs.whole_step.max_grad_norm = 1.0
-    with pytest.raises(ValueError, match="LBFGS takes no `max_grad_norm`: its step is its own"):
+    lbfgs.step_options.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="LBFGS takes no `max_grad_norm`: it has a custom step"):
         lbfgs.step(lambda: torch.tensor(1.0))
 
 
@@ -513,7 +517,7 @@ def test_a_group_is_checked_before_it_is_added():
 @pytest.mark.parametrize("option", ["max_grad_norm", "max_grad_value", "ema"])
 def test_lbfgs_takes_only_what_it_can_do(option):
     with pytest.raises(
-        ValueError, match=f"LBFGS takes no `{option}`: its step is its own; do that in the training loop"
+        ValueError, match=f"LBFGS takes no `{option}`: it has a custom step; do that in the training loop"
     ):
         LBFGS([torch.ones(2)], **{option: 0.5})
     param = torch.ones(2).requires_grad_()
@@ -535,11 +539,11 @@ def test_state_dicts_have_no_options_that_were_not_asked_for():
 def test_options_are_copied_and_pickled():
     optimizer, params = make(max_grad_norm=0.5, nonfinite="skip")
     again = copy.deepcopy(optimizer)
-    assert (again.whole_step.max_grad_norm, again.whole_step.nonfinite) == (0.5, "skip")
-    assert again.whole_step is not optimizer.whole_step
+    assert (again.step_options.max_grad_norm, again.step_options.nonfinite) == (0.5, "skip")
+    assert again.step_options is not optimizer.step_options
     set_gradients(params)
     optimizer.step()
-    assert again.whole_step.steps == 0
+    assert again.step_statistics.steps == 0
 
 
 # Found by trying to break it
@@ -565,7 +569,7 @@ def test_a_skipped_step_does_not_hide_strides():
     optimizer = surefoot.SGD([param], lr=1.0, nonfinite="skip")
     for value in (1.0, 1.0, math.nan, 1.0):
         param.grad = (
-            torch.full((4, 4), value) if optimizer.whole_step.steps < 2 else torch.full((1,), value).expand(4, 4)
+            torch.full((4, 4), value) if optimizer.step_statistics.steps < 2 else torch.full((1,), value).expand(4, 4)
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -583,7 +587,7 @@ def test_a_grad_scaler_goes_on_after_an_overflow():
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() == 2.0**15
-    assert (optimizer.whole_step.steps, optimizer.whole_step.skipped) == (6, 1)
+    assert (optimizer.step_statistics.steps, optimizer.step_statistics.skipped) == (6, 1)
     assert all(param.isfinite().all() for param in model.parameters())
 
 
@@ -636,7 +640,7 @@ def test_a_slot_may_be_called_ema_where_no_average_is_kept():
             "`nonfinite` is an option of SGD, not of a param group; give it",
         ),
         (surefoot.SGD, {"zero_grad_after_step": True}, "`zero_grad_after_step` is an option of SGD"),
-        (LBFGS, {"max_grad_norm": 0.1}, "LBFGS takes no `max_grad_norm`: its step is its own"),
+        (LBFGS, {"max_grad_norm": 0.1}, "LBFGS takes no `max_grad_norm`: it has a custom step"),
     ],
 )
 def test_options_that_a_group_cannot_have(cls, options, message):
@@ -688,7 +692,7 @@ def test_threads_that_step_one_optimizer_take_turns(tmp_path, cls):
         hooked = []
         optimizer.register_step_post_hook(lambda *_, hooked=hooked: hooked.append(None))
         assert from_threads(optimizer, 80 // threads, threads) == []
-        assert len(hooked) == optimizer.whole_step.steps == 80
+        assert len(hooked) == optimizer.step_statistics.steps == 80
         found.append([[param, *optimizer.state[param].values()] for param in params])
     assert_same(*found)
     telemetry.close()
@@ -728,7 +732,7 @@ def test_a_child_that_is_forked_during_another_threads_step_steps():
     param = torch.zeros(3, requires_grad=True)
     optimizer = surefoot.SGD([param], lr=1.0)
     param.grad = torch.ones(3)
-    lock, held, done = optimizer.whole_step.now.lock, threading.Event(), threading.Event()
+    lock, held, done = optimizer._stepping.context.lock, threading.Event(), threading.Event()
 
     def hold():
         with lock:

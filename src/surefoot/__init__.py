@@ -7,86 +7,71 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from surefoot import checkpoint, lr_finder, lr_scheduler, swa_utils, telemetry
-    from surefoot.checkpoint import load, save
-    from surefoot.groups import parameter_groups
-    from surefoot.optimizer import Optimizer
-    from surefoot.optimizers import (
-        ASGD,
-        LBFGS,
-        SGD,
-        Adadelta,
-        Adafactor,
-        Adagrad,
-        Adam,
-        Adamax,
-        AdamW,
-        Muon,
-        NAdam,
-        RAdam,
-        RMSprop,
-        Rprop,
-        SparseAdam,
-    )
-    from surefoot.rule import Scalar, Slot
-    from surefoot.whole_step import StepOptions
+from surefoot import optimizers as optimizers
 
-__all__ = [
-    "ASGD",
-    "LBFGS",
-    "SGD",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Muon",
-    "NAdam",
-    "Optimizer",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "Scalar",
-    "Slot",
-    "SparseAdam",
-    "StepOptions",
-    "checkpoint",
-    "load",
-    "lr_finder",
-    "lr_scheduler",
-    "parameter_groups",
-    "save",
-    "swa_utils",
-    "telemetry",
-]
+if TYPE_CHECKING:
+    from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
+
+    from surefoot import checkpoint as checkpoint
+    from surefoot import lr_finder as lr_finder
+    from surefoot import lr_scheduler as lr_scheduler
+    from surefoot import swa_utils as swa_utils
+    from surefoot import telemetry as telemetry
+    from surefoot.checkpoint import load as load
+    from surefoot.checkpoint import save as save
+    from surefoot.groups import parameter_groups as parameter_groups
+    from surefoot.optimizer import Optimizer as Optimizer
+    from surefoot.optimizers import *  # noqa: F403 (the one list of them)
+    from surefoot.rule import Scalar as Scalar
+    from surefoot.rule import Slot as Slot
+    from surefoot.step.options import StepOptions as StepOptions
+
+    __version__: str
+else:  # type checkers read no list that is put together
+    __all__ = [
+        "Optimizer",
+        "Scalar",
+        "Slot",
+        "StepOptions",
+        "checkpoint",
+        "load",
+        "lr_finder",
+        "lr_scheduler",
+        "parameter_groups",
+        "save",
+        "swa_utils",
+        "telemetry",
+    ]
+    __all__ += optimizers.__all__
+
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for; torch's tools for any optimizer are torch's."""
+        if name == "__version__":
+            value: Any = _version()
+        elif name in _OF_TORCH:
+            value = getattr(importlib.import_module("torch.optim"), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"surefoot.{name}"):
+            return importlib.import_module(f"surefoot.{name}")
+        elif name in __all__:
+            value = getattr(importlib.import_module(_MODULES.get(name, "surefoot.optimizers")), name)
+        else:
+            raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
+        return globals().setdefault(name, value)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})
+
 
 _MODULES = {
     "Optimizer": "surefoot.optimizer",
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
-    "StepOptions": "surefoot.whole_step",
+    "StepOptions": "surefoot.step.options",
     "load": "surefoot.checkpoint",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",
 }
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for; torch's tools for any optimizer are torch's."""
-    if name == "__version__":
-        value: Any = _version()
-    elif name in _OF_TORCH:
-        value = getattr(importlib.import_module("torch.optim"), name)
-    elif not name.startswith("_") and importlib.util.find_spec(f"surefoot.{name}"):
-        return importlib.import_module(f"surefoot.{name}")
-    elif name in __all__:
-        value = getattr(importlib.import_module(_MODULES.get(name, "surefoot.optimizers")), name)
-    else:
-        raise AttributeError(f"module 'surefoot' has no attribute {name!r}")
-    return globals().setdefault(name, value)
 
 
 def _version() -> str:
@@ -96,7 +81,3 @@ def _version() -> str:
     except metadata.PackageNotFoundError:  # used from a checkout that is not installed
         return "0+unknown"
     return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})

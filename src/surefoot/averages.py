@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from surefoot.engines import Bucket, Engine, choose, cpu, gpu
 from surefoot.engines.looks import items_of, look_at
-from surefoot.optimizer import Optimizer
-from surefoot.rule import bind
+from surefoot.rule import AlgorithmSpec, bind
 from surefoot.tensors.fit import unfit, unfit_memory
 from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.shards import to_local
@@ -22,15 +21,13 @@ from surefoot.tensors.shards import to_local
 Tensors = Sequence[Tensor]
 
 
-class Average(Optimizer):
-    """Moves averages towards present values: `average += weight * (value - average)`."""
+def _move(param: Tensor, grad: Tensor, c: Any, flags: Any) -> Any:  # noqa: ARG001 (a rule's arguments)
+    """Move the average `param` towards the present value `grad`."""
+    return torch.lerp(param, grad, c.weight)
 
-    scalars = ()
 
-    @staticmethod
-    def update(param: Tensor, grad: Tensor, *coefficients_flags: Any) -> Any:
-        """Move the average `param` towards the present value `grad`."""
-        return torch.lerp(param, grad, coefficients_flags[0].weight)
+AVERAGE = AlgorithmSpec("Average", update=_move)
+"""Moves averages towards present values: `average += weight * (value - average)`."""
 
 
 class Averager:
@@ -65,7 +62,7 @@ class Averaging:
         for position, (average, value) in enumerate(pairs):
             _refuse_unfit(position, average, value)
         self._others = [pair for pair in pairs if not (_is_real(pair[0]) and _is_real(pair[1]))]
-        kinds: defaultdict[Any, Bucket] = defaultdict(lambda: Bucket(bind(Average, _FLAGS), [], [], {}))
+        kinds: defaultdict[Any, Bucket] = defaultdict(lambda: Bucket(bind(AVERAGE, _FLAGS), [], [], {}))
         for average, value in pairs:
             if _is_real(average) and _is_real(value):
                 bucket = kinds[average.device, average.dtype, value.dtype]

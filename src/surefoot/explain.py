@@ -11,7 +11,6 @@ from surefoot.engines import ENGINES, Bucket, choose
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.engines.gpu import source as triton
 from surefoot.rule import Rule, bind
-from surefoot.state import flags_of
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -46,13 +45,13 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
     Raises:
         ValueError: the algorithm is no rule.
     """
-    algorithm: Any = type(optimizer)
-    if not optimizer.is_rule():
+    spec = optimizer.spec
+    if spec.update is None:
         raise ValueError(
-            f"{algorithm.__name__} is not elementwise: it has a step of its own, which torch's operators run, and "
+            f"{spec.name} is not elementwise: it has a custom step, which torch's operators run, and "
             f"neither a graph nor a kernel"
         )
-    return bind(algorithm, (("scaled", False), *flags_of(optimizer, group)))
+    return bind(spec, (("scaled", False), *spec.settle_flags(group)))
 
 
 def layout_of(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype | None = None) -> Layout:

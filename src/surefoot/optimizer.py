@@ -5,6 +5,7 @@ is ours.  What an algorithm computes stands in `optimizers`, how it is run in `e
 """
 
 import functools
+import inspect
 import sys
 import warnings
 from collections import OrderedDict, defaultdict
@@ -20,25 +21,25 @@ from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
+from surefoot.constructor import complete_constructor
 from surefoot.errors import NotRestoredError
-from surefoot.kept import ENGINE_OPTIONS
-from surefoot.loading import LoadReport, load
-from surefoot.rule import EMA, STEP, Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import Check, options_text, storage, truth
-from surefoot.state import make_state, relocated
-from surefoot.step import run_rule
-from surefoot.whole_step import (
+from surefoot.rule import EMA, ENGINE_OPTIONS, STEP, AlgorithmSpec, Scalar, Slot, Sparse
+from surefoot.rule.hyperparameters import Check, storage, truth
+from surefoot.state.load import LoadReport, LoadTarget, load
+from surefoot.state.make import make_state, relocated
+from surefoot.step.clipping import listed
+from surefoot.step.inputs import StepInput
+from surefoot.step.options import (
     GROUP_RANGES,
+    OptimizerOptions,
     StepOptions,
-    WholeStep,
-    begin,
+    Stepping,
+    StepStatistics,
+    check_changed,
     check_group_options,
-    clear,
-    finish,
-    listed,
-    names_among,
-    refuse_unfit,
+    refuse_unsupported,
 )
+from surefoot.step.pipeline import finish, run_step
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -52,22 +53,6 @@ _HOOK_KINDS = (
     "load_state_dict_pre",
     "load_state_dict_post",
 )
-
-
-def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a constructor's hyperparameters from its `locals()`: all but `self` and `params`, and its `**options`.
-
-    Raises:
-        TypeError: `options` holds what is no option of every optimizer.
-    """
-    own = {name: value for name, value in scope.items() if name not in ("self", "params", "__class__", "options")}
-    options: dict[str, Any] = scope.get("options", {})
-    if unknown := set(options) - set(StepOptions.__annotations__):
-        names = ", ".join([*own, *StepOptions.__annotations__])
-        raise TypeError(
-            f"{type(scope['self']).__name__}() got an unexpected keyword argument {min(unknown)!r}; there are: {names}"
-        )
-    return own | options
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -128,21 +113,23 @@ class Optimizer(torch.optim.Optimizer):
     state_at_construction: ClassVar[bool] = False
     """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
-    steps_rows: ClassVar[bool] = False
-    """Whether a `step` of the algorithm's own takes its gradients from `surefoot.step.rows`."""
+    prepares_params: ClassVar[bool] = False
+    """Whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    spec: ClassVar[AlgorithmSpec]
+    """All of this, as everything below the optimizer is handed it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Run hooks and a profiler range around a `step` that the subclass defines."""
         super().__init_subclass__(**kwargs)
         if "step" in vars(cls):
             cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
-        if cls.__doc__ and "{options}" in cls.__doc__:
-            cls.__doc__ = cls.__doc__.replace("{options}", options_text(cls))
+        complete_constructor(cls)
+        cls.spec = _spec_of(cls)
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)
-        self.whole_step = WholeStep.take(defaults)
-        refuse_unfit(type(self), self.whole_step.asked())
+        self._stepping = Stepping.take(defaults)
+        refuse_unsupported(self.spec, self.step_options.requested())
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
@@ -161,14 +148,14 @@ class Optimizer(torch.optim.Optimizer):
         for group in groups if isinstance(groups[0], dict) else [{"params": groups}]:
             self.add_param_group(group)
         if self.state_at_construction:
-            make_state(self)
+            make_state(self.spec, self.param_groups, self.state)
 
     # What a rule declares
 
     @classmethod
-    def step_options(cls) -> set[str]:
-        """Give the options of `StepOptions` that this algorithm takes."""
-        every = cls.is_rule() or cls.steps_rows
+    def supported_step_options(cls) -> set[str]:
+        """Return the options of `StepOptions` that this algorithm takes."""
+        every = cls.is_rule() or cls.prepares_params
         return set(StepOptions.__annotations__) if every else {"zero_grad_after_step"}
 
     @classmethod
@@ -229,7 +216,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a value is out of range.
             RuntimeError: engine options contradict one another.
         """
-        check_group_options(cls, group)
+        check_group_options(cls.spec, group)
         for name, check in (*GROUP_RANGES.items(), *cls.ranges.items()):
             if name in group:
                 check(name, group[name])
@@ -252,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         steps that are skipped.
         """
         return any(group.get("fused") for group in self.param_groups) or (
-            self.is_rule() and bool(self.whole_step.asked())
+            self.is_rule() and bool(self.step_options.requested())
         )
 
     # Groups
@@ -351,8 +338,39 @@ class Optimizer(torch.optim.Optimizer):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            run_rule(self)
+            cache = self.__dict__.pop("_step_cache", None)
+            self._step_cache = run_step(self._step_input(), cache)
         return loss
+
+    def _step_input(self) -> StepInput:
+        """Return all that a step is about."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return StepInput(self.spec, self.param_groups, self.state, self._stepping, scale, found_inf, self._param_names)
+
+    def _param_names(self) -> list[str]:
+        from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
+
+        return parameter_names(self)
+
+    @property
+    def step_options(self) -> OptimizerOptions:
+        """The options of `StepOptions` that are not its groups'; what is changed here counts at the next step."""
+        return self._stepping.options
+
+    @property
+    def step_statistics(self) -> StepStatistics:
+        """How many steps there were, and how many of them were skipped."""
+        return self._stepping.statistics
+
+    def _begin_step(self) -> None:
+        """Check options that were changed, count a step, and decide whether it is measured."""
+        stepping, context = self._stepping, self._stepping.context
+        check_changed(stepping, self.spec, self.param_groups)
+        context.begin()
+        with context.lock:
+            stepping.statistics.steps = context.step = stepping.statistics.steps + 1
+        telemetry = stepping.options.telemetry
+        context.measures = telemetry is not None and telemetry.wanted(context.step)
 
     @staticmethod
     def evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -369,9 +387,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             AttributeError: the optimizer was made without `telemetry=True` or a `Telemetry`.
         """
-        if self.whole_step.telemetry is None:
+        if self.step_options.telemetry is None:
             raise AttributeError(f"{type(self).__name__} measures nothing: make it with `telemetry=True`")
-        found: Telemetry = self.whole_step.telemetry
+        found: Telemetry = self.step_options.telemetry
         return found
 
     @contextmanager
@@ -393,7 +411,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("there are no averages of parameters: pass `ema=0.999` to the optimizer and take a step")
         if other := [param for param, average in averages.items() if param.shape != average.shape]:
             raise RuntimeError(
-                f"the averages of {listed(names_among(self, other))} have another shape than the parameters have now; "
+                f"the averages of {listed(self._names_among(other))} have another shape than the parameters have now; "
                 f"delete them with `del optimizer.state[param]`"
             )
         kept = [(param, param.detach().clone()) for param in averages]
@@ -405,10 +423,15 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             if lost := [pair for pair in kept if not _put_back(*pair)]:
                 raise NotRestoredError(
-                    f"{listed(names_among(self, [param for param, _ in lost]))} could not be put back, having become "
+                    f"{listed(self._names_among([param for param, _ in lost]))} could not be put back, having become "
                     f"other tensors inside the block; all others were. What they were is in this error's `values`",
                     lost,
                 )
+
+    def _names_among(self, params: Iterable[Tensor]) -> list[str]:
+        """Return the names of some of the parameters, which need not be the optimizer's any more."""
+        known = self._step_input().names()
+        return [known.get(param, "a removed parameter") for param in params]
 
     # Hooks
 
@@ -512,7 +535,8 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        loaded = load(self, state_dict, strict=strict)
+        target = LoadTarget(self.spec, self.defaults, self.param_groups, self.state, self.check_group)
+        loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
         try:
             self.__setstate__({"state": loaded.state, "param_groups": loaded.param_groups})
@@ -544,21 +568,21 @@ class Optimizer(torch.optim.Optimizer):
         """
         target = None if device is None else torch.device(device)
         pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
-        moved = [relocated(self, group, param, target or param.device) for group, param in pairs]
+        moved = [relocated(self.spec, group, self.state[param], target or param.device) for group, param in pairs]
         for (_, param), entry in zip(pairs, moved, strict=True):
             self.state[param].update(entry)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy groups, state, defaults and the options in use; hooks stay behind, as in torch."""
-        options = ("whole_step",) if self.whole_step.asked() else ()
+        options = ("_stepping",) if self.step_options.requested() else ()
         return {name: self.__dict__[name] for name in ("defaults", "state", "param_groups", *options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or a part of it."""
-        self.__dict__.pop("_kept", None)  # it holds the state that was
+        self.__dict__.pop("_step_cache", None)  # it holds the state that was
         self.__dict__.update(state)
-        self.__dict__.setdefault("whole_step", WholeStep())
+        self.__dict__.setdefault("_stepping", Stepping())
         self._make_hooks()
 
     def __repr__(self) -> str:
@@ -570,6 +594,28 @@ class Optimizer(torch.optim.Optimizer):
         return f"{text})"
 
 
+def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
+    """Return what a class declares."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return AlgorithmSpec(
+        name=cls.__name__,
+        slots=cls.slots,
+        scalars=cls.scalars,
+        flags=cls.flags,
+        update=cls.update if cls.is_rule() else None,
+        coefficients=cls.coefficients,
+        rows_suffice=cls.rows_suffice,
+        sparse=cls.sparse,
+        instead_of_sparse=cls.instead_of_sparse,
+        complex_params=cls.complex_params,
+        step_options=frozenset(cls.supported_step_options()),
+        constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
+    )
+
+
+Optimizer.spec = _spec_of(Optimizer)
+
+
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a `step` in its profiler range and in the global and the optimizer's own hooks, in torch's order."""
     if getattr(step, "hooked", False):
@@ -577,27 +623,28 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        now = self.whole_step.now
-        if now.inside:  # a step that calls its base's: the hooks have been run already
+        context = self._stepping.context
+        if context.inside:  # a step that calls its base's: the hooks have been run already
             return step(self, *args, **kwargs)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
-            begin(self)
-            with now:
+            self._begin_step()
+            with context:
                 result = step(*positional, **kwargs)
-                raw = finish(self)
+                metrics = finish(self._step_input())
             try:
-                if raw is not None:
-                    self.telemetry.record(raw)
+                if metrics is not None:
+                    self.telemetry.record(metrics)
                 self._optimizer_step_code()
                 post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
                 for hook in chain.from_iterable(hooks.values() for hooks in post):
                     hook(self, positional, kwargs)
             finally:
-                clear(self)
+                if self.step_options.zero_grad_after_step:
+                    self.zero_grad()
         return result
 
     opaque = functools.wraps(step)(_opaque(hooked_step))

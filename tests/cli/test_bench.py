@@ -10,10 +10,7 @@ from surefoot import benchmark
 from surefoot.benchmark import COMPILED, FLOOR, FOR_LOOP, FOREACH, FUSED, OURS, Measurement
 from surefoot.cli import app
 
-VARIANTS = (
-    "SGD, SGD+momentum, Adam, AdamW, Adam+amsgrad, NAdam, RAdam, Adamax, Adadelta, Adagrad, RMSprop+centered, Rprop, "
-    "ASGD"
-)
+VARIANTS = ", ".join(benchmark.VARIANTS)
 MODELS = "overhead, tiny, medium, large, mlp1000, resnet50, gpt2-small"
 
 

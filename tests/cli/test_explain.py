@@ -52,7 +52,7 @@ def test_an_algorithm_with_a_step_of_its_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["Nadan"], "there is no optimizer 'Nadan'; did you mean NAdam? There are ASGD, LBFGS, SGD"),
+        (["Nadan"], "there is no optimizer 'Nadan'; did you mean NAdam? There are SGD, Adam, AdamW"),
         (["SGD", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
         (["SGD", "-o", "lr"], "must be name=value with a Python literal as value, but is 'lr'"),
         (["SGD", "-o", "lr=x y"], "must be name=value with a Python literal as value, but is 'lr=x y'"),

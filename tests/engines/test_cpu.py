@@ -305,7 +305,7 @@ def test_checked_kernels_give_rows_the_same_bits(cls, monkeypatch):
 
 
 def plan_of(optimizer):
-    return optimizer._kept.found[0].bucket.plan
+    return optimizer._step_cache.runs[0].bucket.plan
 
 
 def shorten(job, row):
@@ -446,12 +446,12 @@ def test_two_optimizers_step_in_two_threads():
 def test_a_plan_is_used_again_and_given_up():
     optimizer, params = make()
     train(optimizer, params)
-    works = optimizer._kept.found
+    works = optimizer._step_cache.runs
     train(optimizer, params)
-    assert optimizer._kept.found is works
+    assert optimizer._step_cache.runs is works
     optimizer.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
     train(optimizer, params, steps=1)
-    assert optimizer._kept.found is not works
+    assert optimizer._step_cache.runs is not works
 
 
 @IN_BOTH_MODES
@@ -543,7 +543,7 @@ def test_a_step_holds_gradients_no_longer_than_it_takes(end, kind, monkeypatch):
     whole = {"skipped": {"nonfinite": "skip"}, "refused": {"nonfinite": "raise"}}.get(end, {})
     optimizer, params = make(surefoot.Adam, (5, 7), **whole)
     train(optimizer, params)
-    assert isinstance(optimizer._kept.found[0].watch._look, kind)
+    assert isinstance(optimizer._step_cache.runs[0].guard._tensors, kind)
     for param in params:
         param.grad = torch.full_like(param, torch.inf if whole else 1.0)
     grads = [weakref.ref(param.grad) for param in params]
@@ -583,7 +583,7 @@ def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch
 
 
 def looks_of(optimizer):
-    return {type(work.watch._look) for work in optimizer._kept.found}
+    return {type(work.guard._tensors) for work in optimizer._step_cache.runs}
 
 
 def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
@@ -938,7 +938,7 @@ def test_the_environment_overrides_the_engine(monkeypatch):
     monkeypatch.setenv("SUREFOOT_ENGINE", "eager")
     optimizer, params = make(fused=True)
     train(optimizer, params)
-    assert not optimizer._kept.found
+    assert not optimizer._step_cache.runs
     monkeypatch.setenv("SUREFOOT_ENGINE", "quick")
     with pytest.raises(ValueError, match="SUREFOOT_ENGINE must be one of eager, foreach, fused, but is 'quick'"):
         train(*make())
@@ -1020,11 +1020,11 @@ def sparse_pair(cls):
 def test_works_of_sparse_gradients_are_kept(cls):
     (optimizer, _), _, step = sparse_pair(cls)
     step(torch.tensor([[7, 0, 7, 49]]))
-    found = optimizer._kept.found
+    found = optimizer._step_cache.runs
     assert found, "nothing was kept"
     for rows in ([3], [], [1, 2, 3, 4, 5, 6], [7, 0, 7, 49]):
         step(torch.tensor([rows], dtype=torch.long))
-        assert optimizer._kept.found is found, "works were made anew"
+        assert optimizer._step_cache.runs is found, "works were made anew"
 
 
 @IN_BOTH_MODES

@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from surefoot import state
 from surefoot.engines import gpu
 from surefoot.engines.gpu import compile as compiling
 from surefoot.engines.gpu import measured, plan
 from surefoot.engines.gpu.plan import LAUNCH
+from surefoot.state import check as checking
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = (80, 90, 100)
@@ -46,7 +46,7 @@ def real_compiler(monkeypatch, tmp_path):
 def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX, *, measured=False):
     optimizer = cls([torch.zeros(2)], **options)
     rule = rule_of(optimizer, optimizer.param_groups[0])
-    rule = bind(cls, (("measured", True), *rule.flags)) if measured else rule
+    rule = bind(cls.spec, (("measured", True), *rule.flags)) if measured else rule
     stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
     return print_kernel(rule, torch.promote_types(dtype, torch.float32), stored, dialect), stored
 
@@ -279,7 +279,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(triton.runtime.driver, "_active", Target())
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
-    monkeypatch.setattr(state, "CAPTURABLE_DEVICES", ("cpu",))
+    monkeypatch.setattr(checking, "CAPTURABLE_DEVICES", ("cpu",))
     monkeypatch.setattr(plan, "dialect_of", lambda device: Dialect.PTX)
     compiling.load.cache_clear()
     yield found

@@ -74,7 +74,7 @@ def oracle(cls):
 
 
 def used_engines(optimizer):
-    return {work.engine.__name__ for work in optimizer._kept.found}
+    return {work.engine.__name__ for work in optimizer._step_cache.runs}
 
 
 # The same answers
@@ -377,7 +377,7 @@ def test_norms_are_those_of_float64():
         set_grads(params, 1)
         params[5].grad *= 1e30
         optimizer.step()
-        (work,) = optimizer._kept.found
+        (work,) = optimizer._step_cache.runs
         assert work.engine.__name__ == "surefoot.engines.gpu"
         squares = torch.stack([param.grad.double().square().sum() for param in params])
         torch.testing.assert_close(work.part.gradients[:, 0], squares, rtol=1e-12, atol=0.0)
@@ -580,5 +580,5 @@ def test_plans_survive_gradients_that_are_made_anew():
         set_grads(params, step)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(optimizer._kept.found)
+        found.append(optimizer._step_cache.runs)
     assert all(works is found[0] for works in found)

@@ -4,7 +4,17 @@ Nothing here prints or draws; `surefoot bench` and the scripts in `benchmarks/` 
 """
 
 from surefoot.benchmark.cases import DTYPES, SHAPE_LISTS, VARIANTS, Case, ShapeList, Variant, cases
-from surefoot.benchmark.contenders import COMPILED, FLOOR, FOR_LOOP, FOREACH, FUSED, OURS, TORCH, contenders_of
+from surefoot.benchmark.contenders import (
+    COMPILED,
+    FLOOR,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    OURS,
+    TORCH,
+    contenders_of,
+    implementations_of,
+)
 from surefoot.benchmark.floor import floor_of
 from surefoot.benchmark.results import (
     Measurement,
@@ -17,6 +27,14 @@ from surefoot.benchmark.results import (
     write_csv,
 )
 from surefoot.benchmark.rounds import SECONDS, check_memory, gradients, measure, wrong_contenders
+from surefoot.benchmark.small import (
+    SMALL_MODELS,
+    SMALL_VARIANTS,
+    SmallMeasurement,
+    SmallModel,
+    has_work,
+    measure_small,
+)
 
 __all__ = [
     "COMPILED",
@@ -28,6 +46,8 @@ __all__ = [
     "OURS",
     "SECONDS",
     "SHAPE_LISTS",
+    "SMALL_MODELS",
+    "SMALL_VARIANTS",
     "TORCH",
     "VARIANTS",
     "Case",
@@ -35,6 +55,8 @@ __all__ = [
     "Quartiles",
     "Result",
     "ShapeList",
+    "SmallMeasurement",
+    "SmallModel",
     "Variant",
     "cases",
     "check_memory",
@@ -43,7 +65,10 @@ __all__ = [
     "floor_of",
     "geometric_mean",
     "gradients",
+    "has_work",
+    "implementations_of",
     "measure",
+    "measure_small",
     "read_csv",
     "results",
     "write_csv",

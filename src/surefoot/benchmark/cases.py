@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from surefoot import optimizers
+from surefoot.optimizer import Optimizer
+from surefoot.rule import Sparse
+
 Shape = tuple[int, ...]
 
 
@@ -27,26 +31,22 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {
-        variant.name: variant
-        for variant in (
-            Variant("SGD", "SGD"),
-            Variant("SGD+momentum", "SGD", {"momentum": 0.9}),
-            Variant("Adam", "Adam"),
-            Variant("AdamW", "AdamW"),
-            Variant("Adam+amsgrad", "Adam", {"amsgrad": True}),
-            Variant("NAdam", "NAdam"),
-            Variant("RAdam", "RAdam"),
-            Variant("Adamax", "Adamax"),
-            Variant("Adadelta", "Adadelta"),
-            Variant("Adagrad", "Adagrad"),
-            Variant("RMSprop+centered", "RMSprop", {"centered": True}),
-            Variant("Rprop", "Rprop"),
-            Variant("ASGD", "ASGD"),
-        )
-    }
+_OPTIONS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
+    {"SGD": ({}, {"momentum": 0.9}), "Adam": ({}, {"amsgrad": True}), "RMSprop": ({"centered": True},)}
 )
+"""Options with which an algorithm is timed; without any, if it does not stand here."""
+
+
+def _variants() -> Iterator[Variant]:
+    """Yield the variants of every algorithm that is a rule of dense gradients, and that torch.optim has too."""
+    for name in optimizers.__all__:
+        algorithm: type[Optimizer] = getattr(optimizers, name)
+        dense = algorithm.is_rule() and algorithm.sparse is not Sparse.ONLY
+        for options in _OPTIONS.get(name, ({},)) if dense and name not in optimizers.NOT_IN_TORCH else ():
+            yield Variant("+".join((name, *options)), name, MappingProxyType(options))
+
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for variant in _variants()})
 
 
 @dataclass(frozen=True)

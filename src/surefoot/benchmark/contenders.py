@@ -1,5 +1,6 @@
 """Who competes: torch's implementations of an optimizer, ours, and the traffic floor."""
 
+import functools
 import inspect
 import os
 import tempfile
@@ -27,26 +28,35 @@ _COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def contenders_of(variant: Variant, *, compiled: bool = False) -> dict[str, Maker]:
-    """Give by name what makes a contender's step for some parameters.
+    """Return by name what makes a contender's step for some parameters.
 
     Args:
         variant: the optimizer.
         compiled: whether `torch.compile` of torch's foreach implementation takes part.
     """
-
-    def of_torch(**engine: bool) -> Maker:
-        return lambda params: theirs(params, **variant.options, **engine).step
-
-    theirs: Any = getattr(torch.optim, variant.optimizer)
-    ours: Any = getattr(surefoot, variant.optimizer)
-    found = {FOR_LOOP: of_torch(foreach=False), FOREACH: of_torch(foreach=True)}
-    if "fused" in inspect.signature(theirs).parameters:
-        found[FUSED] = of_torch(fused=True)
+    implementations = implementations_of(variant)
+    ours = implementations.pop(OURS)
+    found = {name: _stepping(make) for name, make in implementations.items()}
     if compiled:
-        found[COMPILED] = lambda params: _compiled(of_torch(foreach=True)(params))
-    found[OURS] = lambda params: ours(params, **variant.options).step
-    found[FLOOR] = lambda params: floor_of(ours(params, **variant.options)).step
-    return found
+        found[COMPILED] = lambda params: _compiled(implementations[FOREACH](params).step)
+    return found | {OURS: _stepping(ours), FLOOR: lambda params: floor_of(ours(params)).step}
+
+
+def implementations_of(variant: Variant) -> dict[str, Callable[[list[Parameter]], Any]]:
+    """Return by name what makes an optimizer for some parameters: each of torch's implementations, and ours."""
+    theirs, ours = (getattr(library, variant.optimizer) for library in (torch.optim, surefoot))
+    taken = inspect.signature(theirs).parameters
+    engines = {
+        FOR_LOOP: {"foreach": False} if "foreach" in taken else {},
+        **({FOREACH: {"foreach": True}} if "foreach" in taken else {}),
+        **({FUSED: {"fused": True}} if "fused" in taken else {}),
+    }
+    found = {name: functools.partial(theirs, **variant.options, **engine) for name, engine in engines.items()}
+    return found | {OURS: functools.partial(ours, **variant.options)}
+
+
+def _stepping(make: Callable[[list[Parameter]], Any]) -> Maker:
+    return lambda params: make(params).step
 
 
 def _compiled(step: Step) -> Step:

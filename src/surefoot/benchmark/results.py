@@ -30,6 +30,11 @@ class Quartiles(NamedTuple):
         return cls(*(float(value) for value in np.quantile(values, (0.5, 0.25, 0.75))))
 
 
+def best_of_torch(seconds: Mapping[str, np.ndarray]) -> str:
+    """Return torch's implementation with the least median."""
+    return min((name for name in TORCH if name in seconds), key=lambda name: np.median(seconds[name]))
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """Times of a case.
@@ -49,7 +54,7 @@ class Measurement:
     @property
     def best_of_torch(self) -> str:
         """Torch's implementation with the least median."""
-        return min((name for name in TORCH if name in self.seconds), key=lambda name: np.median(self.seconds[name]))
+        return best_of_torch(self.seconds)
 
     def milliseconds(self, contender: str = OURS) -> Quartiles:
         """Give the time of a contender's step."""

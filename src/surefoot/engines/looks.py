@@ -73,6 +73,7 @@ class PlainLook:
         ]
         self.gradients = np.zeros(len(columns[0]), dtype=np.int64)
         self._held: list[Tensor | None] = []
+        self._written = {_base(tensor) for tensor in self._tensors}
         self._seen = self._see()
 
     def _see(self) -> list[tuple[object, ...]]:
@@ -81,7 +82,9 @@ class PlainLook:
             self._held = [owner.grad for owner in self._owners]
             grads = list(map(_facts, self._held))
             self.gradients = np.array([facts[0] for facts in grads], dtype=np.int64)
-            seen += [facts[1:] for facts in grads]  # they may move
+            # They may move, but not to where the step writes.
+            moved = zip(grads, self._held, strict=True)
+            seen += [(*facts[1:], bool(facts[0]) and _base(grad) in self._written) for facts, grad in moved]
         return seen
 
     def changed(self) -> bool:
@@ -96,6 +99,11 @@ class PlainLook:
     def let_go(self) -> None:
         """Hold the gradients no longer."""
         self._held = []
+
+
+def _base(tensor: Tensor | None) -> int:
+    """Return the address of a strided tensor's storage."""
+    return 0 if tensor is None or tensor.layout is not torch.strided else tensor.untyped_storage().data_ptr()
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...]:

@@ -1,34 +1,62 @@
-"""The algorithms, one file each: what they compute and nothing about how it is run."""
+"""The algorithms, one file each: what they compute and nothing about how it is run.
 
-from surefoot.optimizers.adadelta import Adadelta
-from surefoot.optimizers.adafactor import Adafactor
-from surefoot.optimizers.adagrad import Adagrad
-from surefoot.optimizers.adam import Adam, AdamW
-from surefoot.optimizers.adamax import Adamax
-from surefoot.optimizers.asgd import ASGD
-from surefoot.optimizers.lbfgs import LBFGS
-from surefoot.optimizers.muon import Muon
-from surefoot.optimizers.nadam import NAdam
-from surefoot.optimizers.radam import RAdam
-from surefoot.optimizers.rmsprop import RMSprop
-from surefoot.optimizers.rprop import Rprop
-from surefoot.optimizers.sgd import SGD
-from surefoot.optimizers.sparse_adam import SparseAdam
+`__all__` is the one list of them: the package, the benchmarks, the demo and the tests go by it, in its order.  A class
+is imported when it is first asked for, so that the list is there before torch is.
+"""
 
-__all__ = [
-    "ASGD",
-    "LBFGS",
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surefoot.optimizers.adadelta import Adadelta
+    from surefoot.optimizers.adafactor import Adafactor
+    from surefoot.optimizers.adagrad import Adagrad
+    from surefoot.optimizers.adam import Adam, AdamW
+    from surefoot.optimizers.adamax import Adamax
+    from surefoot.optimizers.asgd import ASGD
+    from surefoot.optimizers.lbfgs import LBFGS
+    from surefoot.optimizers.muon import Muon
+    from surefoot.optimizers.nadam import NAdam
+    from surefoot.optimizers.radam import RAdam
+    from surefoot.optimizers.rmsprop import RMSprop
+    from surefoot.optimizers.rprop import Rprop
+    from surefoot.optimizers.sgd import SGD
+    from surefoot.optimizers.sparse_adam import SparseAdam
+
+__all__ = [  # noqa: RUF022 (the order of tables)
     "SGD",
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
     "Adam",
     "AdamW",
-    "Adamax",
-    "Muon",
     "NAdam",
     "RAdam",
+    "Adamax",
+    "Adadelta",
+    "Adagrad",
     "RMSprop",
     "Rprop",
+    "ASGD",
+    "Adafactor",
+    "Muon",
+    "LBFGS",
     "SparseAdam",
 ]
+
+NOT_IN_TORCH: frozenset[str] = frozenset()
+"""Those that torch.optim does not have, so that nothing there can be compared with them."""
+
+_FILES = {"AdamW": "adam", "SparseAdam": "sparse_adam"}
+"""Where an algorithm's file is not its name in small letters."""
+
+
+if not TYPE_CHECKING:  # or any name would pass for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Import an algorithm when it is first asked for."""
+        if name not in __all__:
+            raise AttributeError(f"module 'surefoot.optimizers' has no attribute {name!r}")
+        module = importlib.import_module(f"surefoot.optimizers.{_FILES.get(name, name.lower())}")
+        return globals().setdefault(name, getattr(module, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

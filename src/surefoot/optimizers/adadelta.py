@@ -1,16 +1,16 @@
 """Adadelta: steps in the units of the parameter."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights, ema_of_square
+from surefoot.constructor import ModeOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights, ema_of_square
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, Interval
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import EPS, LR, Interval, L2Penalty, Number
 
 
 class Adadelta(Optimizer):
@@ -23,18 +23,7 @@ class Adadelta(Optimizer):
         acc_delta = rho * acc_delta + (1 - rho) * delta**2
         param -= lr * delta
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: factor of the step, a number or a tensor of one element, >= 0.
-        rho: decay of both averages, in [0, 1].
-        eps: added under both roots, in the units of g**2 and of param**2, >= 0; it starts the motion.
-        weight_decay: L2 penalty, a number >= 0.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -47,32 +36,22 @@ class Adadelta(Optimizer):
     Paper: Zeiler 2012, "ADADELTA: an adaptive learning rate method", algorithm 1, times lr.
     """
 
-    slots = (Slot("square_avg"), Slot("acc_delta"))
-    flags = ("weight_decay",)
-    ranges = {
-        "lr": LR,
-        "rho": Interval("Invalid rho value: ", high=1.0),
-        "eps": EPS,
-        "weight_decay": WEIGHT_DECAY,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: float = 0,
+        lr: Annotated[Number, LR, "factor of the step, a number or a tensor of one element"] = 1.0,
+        rho: Annotated[float, Interval("Invalid rho value: ", high=1.0), "decay of both averages"] = 0.9,
+        eps: Annotated[
+            float, EPS, "added under both roots, in the units of g**2 and of param**2; it starts the motion"
+        ] = 1e-6,
+        weight_decay: L2Penalty = 0,
         foreach: bool | None = None,
-        *,
-        capturable: bool = False,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        **options: Unpack[ModeOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("square_avg"), Slot("acc_delta"))
+    flags = ("weight_decay",)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:  # noqa: ARG004 (counted, not used)

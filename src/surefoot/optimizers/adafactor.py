@@ -4,20 +4,21 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import add_scaled_, batches, larger, readable, smaller
+from surefoot.constructor import arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import add_scaled_, batches, larger, readable, smaller
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import Each, Interval
+from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
-from surefoot.step import Row, rows
+from surefoot.step.options import StepOptions
+from surefoot.step.prepared import PreparedParam, prepare_params
 from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.shards import is_sharded
-from surefoot.whole_step import StepOptions
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
 _JOINED, _MOST_JOINED = 1 << 18, 256
@@ -51,18 +52,7 @@ class Adafactor(Optimizer):
     A vector, or a single number, keeps all of its second moment: variance += w * (g**2 - variance), which is v.  Of a
     tensor with more than two dimensions the last two make the matrices.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: greatest step in units of the parameter, a number or a tensor of one element, >= 0.
-        beta2_decay: power at which old second moments fade, <= 0.
-        eps: (eps1, eps2), the least root of a second moment and the least size of a parameter, >= 0; eps1 None is the
-            machine epsilon of the parameter's dtype.
-        d: greatest root mean square of an update before it is clipped, >= 1.
-        weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
-        foreach: taken for torch's sake; there is one implementation.
-        maximize: ascend rather than descend.
-        capturable: keep the step count on the parameters' device, so that steps can be captured in a graph; not on a
-            CPU.
+    {arguments}
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -83,50 +73,67 @@ class Adafactor(Optimizer):
     Other than in torch, eps1 None is resolved for each parameter by itself, and empty parameters are taken.
     """
 
+    def __init__(
+        self,
+        params: Params,
+        lr: Annotated[
+            Number,
+            Interval("Learning rate should be >= 0 but is: "),
+            "greatest step in units of the parameter, a number or a tensor of one element",
+        ] = 1e-2,
+        beta2_decay: Annotated[
+            float,
+            Interval("beta2_decay should be <= 0 but is: ", low=-torch.inf, high=0.0),
+            "power at which old second moments fade",
+        ] = -0.8,
+        eps: Annotated[
+            tuple[float | None, float],
+            Each(
+                (
+                    Interval("epsilon1 should be >= 0 but is: ", optional=True),
+                    Interval("epsilon2 should be >= 0 but is: "),
+                )
+            ),
+            "(eps1, eps2), the least root of a second moment and the least size of a parameter; eps1 None is the "
+            "machine epsilon of the parameter's dtype",
+        ] = (None, 1e-3),
+        d: Annotated[
+            float,
+            Interval("Clipping threshold d should be >= 1 but is: ", low=1.0),
+            "greatest root mean square of an update before it is clipped",
+        ] = 1.0,
+        weight_decay: Annotated[
+            Number,
+            Interval("weight_decay should be >= 0 but is: "),
+            "shrinking of the parameter, in units of the learning rate",
+        ] = 0.0,
+        *,
+        foreach: Annotated[bool | None, "taken for torch's sake; there is one implementation"] = None,
+        maximize: bool = False,
+        capturable: Annotated[
+            bool,
+            "keep the step count on the parameters' device, so that steps can be captured in a graph; not on a CPU",
+        ] = False,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(params, arguments(locals()))
+
     slots = (
         Slot("row_var", shape=_row_shape),
         Slot("col_var", shape=_col_shape),
         Slot("variance", shape=_vector_shape),
     )
-    ranges = {
-        "lr": Interval("Learning rate should be >= 0 but is: "),
-        "beta2_decay": Interval("beta2_decay should be <= 0 but is: ", low=-torch.inf, high=0.0),
-        "eps": Each(
-            (
-                Interval("epsilon1 should be >= 0 but is: ", optional=True),
-                Interval("epsilon2 should be >= 0 but is: "),
-            )
-        ),
-        "d": Interval("Clipping threshold d should be >= 1 but is: ", low=1.0),
-        "weight_decay": Interval("weight_decay should be >= 0 but is: "),
-    }
     complex_params = False
-    steps_rows = True
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-2,
-        beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3),
-        d: float = 1.0,
-        weight_decay: float = 0.0,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        **options: Unpack[StepOptions],
-    ) -> None:
-        super().__init__(params, arguments(locals()))
+    prepares_params = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for batch in _batches(rows(self)):
+        for batch in _batches(prepare_params(self._step_input())):
             self._step_batch(batch)
         return loss
 
-    def _step_batch(self, batch: Sequence[Row]) -> None:
+    def _step_batch(self, batch: Sequence[PreparedParam]) -> None:
         """Step parameters of one shape as one tensor with a dimension more, or a single one as it is."""
         names = [name for name in _SECOND_MOMENTS if name in batch[0].state]
         stored = [[row.param for row in batch], *([row.state[name] for row in batch] for name in names)]
@@ -172,14 +179,14 @@ class Adafactor(Optimizer):
         return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
 
 
-def _batches(found: Sequence[Row]) -> Iterator[list[Row]]:
+def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     """Put rows together that differ in their values only, as long as they are small: the time is in the calls then."""
     for alike in batches(found, _kind):
         most = min(_JOINED // max(alike[0].param.numel(), 1), _MOST_JOINED) or 1
         yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
-def _kind(row: Row) -> Any:
+def _kind(row: PreparedParam) -> Any:
     if type(row.param) not in PLAIN or not row.param.dim():
         return None
     step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]

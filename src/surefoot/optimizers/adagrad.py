@@ -1,16 +1,16 @@
 """Adagrad: per-element rates from the sum of squared gradients."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights
+from surefoot.constructor import ModeOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights
 from surefoot.rule import Slot, Sparse
-from surefoot.rule.hyperparameters import EPS, LR, WEIGHT_DECAY, at_least_zero
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, Eps, LearningRate, Number, at_least_zero
 
 
 class Adagrad(Optimizer):
@@ -24,19 +24,7 @@ class Adagrad(Optimizer):
     Sparse gradients update only the rows present.  State exists from the constructor on, so that `share_memory` can
     give it to several processes.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        lr_decay: decay of the learning rate, per step, >= 0.
-        weight_decay: L2 penalty, a number >= 0; 0 with sparse gradients.
-        initial_accumulator_value: what `sum` starts from, in the units of g**2, >= 0.
-        eps: added to the root, in its units, >= 0.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse with weight decay.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -52,36 +40,25 @@ class Adagrad(Optimizer):
     Other than in torch, a group's own `initial_accumulator_value` counts.
     """
 
-    slots = (Slot("sum", init="initial_accumulator_value"),)
-    flags = ("weight_decay",)
-    ranges = {
-        "lr": LR,
-        "lr_decay": at_least_zero("lr_decay"),
-        "weight_decay": WEIGHT_DECAY,
-        "initial_accumulator_value": at_least_zero("initial_accumulator_value"),
-        "eps": EPS,
-    }
-    sparse = Sparse.ROWS
-    state_at_construction = True
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
+        lr: LearningRate = 1e-2,
+        lr_decay: Annotated[float, at_least_zero("lr_decay"), "decay of the learning rate, per step"] = 0,
+        weight_decay: Annotated[Number, WEIGHT_DECAY, "L2 penalty, 0 with sparse gradients"] = 0,
+        initial_accumulator_value: Annotated[
+            float, at_least_zero("initial_accumulator_value"), "what `sum` starts from, in the units of g**2"
+        ] = 0,
+        eps: Eps = 1e-10,
         foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        capturable: bool = False,
-        **options: Unpack[StepOptions],
+        **options: Unpack[ModeOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("sum", init="initial_accumulator_value"),)
+    flags = ("weight_decay",)
+    sparse = Sparse.ROWS
+    state_at_construction = True
 
     def share_memory(self) -> None:
         """Move the accumulated sums to shared memory, for training by several processes at once."""

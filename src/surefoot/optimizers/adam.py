@@ -1,16 +1,23 @@
 """Adam and AdamW."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square
+from surefoot.constructor import EngineOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import BETAS, WEIGHT_DECAY, Decoupled, Eps, L2OrDecoupled, LearningRate, Number
+
+_Betas = Annotated[
+    tuple[Number, Number],
+    BETAS,
+    "(beta1, beta2), decay of the averages of g and of g**2, numbers or tensors of one element",
+]
+_AMSGrad = Annotated[bool, "divide by the greatest second moment so far"]
 
 
 class Adam(Optimizer):
@@ -25,20 +32,7 @@ class Adam(Optimizer):
     v is exp_avg_sq, or with `amsgrad` the greatest exp_avg_sq so far.  Where weight decay is decoupled,
     param *= 1 - lr * weight_decay comes first.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers or tensors of one element in [0, 1).
-        eps: added to the root, in its units, >= 0.
-        weight_decay: L2 penalty, or shrinking of the parameter where decoupled, a number >= 0.
-        amsgrad: divide by the greatest second moment so far.
-        decoupled_weight_decay: shrink the parameter by lr * weight_decay (AdamW) rather than adding to the gradient.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -55,30 +49,23 @@ class Adam(Optimizer):
     and `differentiable` takes a learning rate of 0.
     """
 
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", when="amsgrad"))
-    flags = ("amsgrad", "weight_decay", "decoupled_weight_decay")
-    ranges = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    instead_of_sparse = ", please consider SparseAdam instead"
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float | Tensor = 0,
-        amsgrad: bool = False,
+        lr: LearningRate = 1e-3,
+        betas: _Betas = (0.9, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: L2OrDecoupled = 0,
+        amsgrad: _AMSGrad = False,
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        decoupled_weight_decay: bool = False,
-        **options: Unpack[StepOptions],
+        decoupled_weight_decay: Decoupled = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", when="amsgrad"))
+    flags = ("amsgrad", "weight_decay", "decoupled_weight_decay")
+    instead_of_sparse = ", please consider SparseAdam instead"
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
@@ -97,8 +84,7 @@ class Adam(Optimizer):
         flags: SimpleNamespace,
     ) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
-        exp_avg = torch.lerp(exp_avg, grad, c.weight1)
-        exp_avg_sq = ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
+        exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
         if flags.amsgrad:
             maximum = torch.maximum(maximum, exp_avg_sq)
         denom = torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) / c.bias + c.eps
@@ -116,19 +102,7 @@ class AdamW(Adam):
 
     v is exp_avg_sq, or with `amsgrad` the greatest exp_avg_sq so far.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers or tensors of one element in [0, 1).
-        eps: added to the root, in its units, >= 0.
-        weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
-        amsgrad: divide by the greatest second moment so far.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -147,19 +121,14 @@ class AdamW(Adam):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float | Tensor = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        lr: LearningRate = 1e-3,
+        betas: _Betas = (0.9, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: Annotated[
+            Number, WEIGHT_DECAY, "shrinking of the parameter, in units of the learning rate"
+        ] = 1e-2,
+        amsgrad: _AMSGrad = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, decoupled_weight_decay=True, **arguments(locals()))
 

@@ -1,16 +1,16 @@
 """Adamax: Adam in the infinity norm."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights
+from surefoot.constructor import ModeOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import BETAS, EPS, L2Penalty, LearningRate
 
 
 class Adamax(Optimizer):
@@ -22,18 +22,7 @@ class Adamax(Optimizer):
         exp_inf = max(beta2 * exp_inf, |g| + eps)
         param -= lr / (1 - beta1**t) * exp_avg / exp_inf
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        betas: (beta1, beta2), decay of the average of g and of the greatest |g|, numbers in [0, 1).
-        eps: added to |g|, in its units, >= 0.
-        weight_decay: L2 penalty, a number >= 0.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -46,27 +35,22 @@ class Adamax(Optimizer):
     Paper: Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 2, with torch's eps.
     """
 
-    slots = (Slot("exp_avg"), Slot("exp_inf"))
-    flags = ("weight_decay",)
-    ranges = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        lr: LearningRate = 2e-3,
+        betas: Annotated[
+            tuple[float, float], BETAS, "(beta1, beta2), decay of the average of g and of the greatest |g|"
+        ] = (0.9, 0.999),
+        eps: Annotated[float, EPS, "added to |g|, in its units"] = 1e-8,
+        weight_decay: L2Penalty = 0,
         foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        capturable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        **options: Unpack[ModeOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("exp_avg"), Slot("exp_inf"))
+    flags = ("weight_decay",)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:

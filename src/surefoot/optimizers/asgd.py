@@ -1,16 +1,16 @@
 """Averaged stochastic gradient descent."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights, larger
+from surefoot.constructor import KernelOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights, larger
 from surefoot.rule import STEP, Scalar, Slot
-from surefoot.rule.hyperparameters import LR, WEIGHT_DECAY, number
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import L2Penalty, LearningRate, number
 
 
 class ASGD(Optimizer):
@@ -26,19 +26,7 @@ class ASGD(Optimizer):
     eta starts as lr and mu as 1; a changed lr thus counts one step later.  The average stands in
     `optimizer.state[param]["ax"]`; copy it into the parameter when training ends.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        lambd: decay of the parameter and of eta, any number.
-        alpha: power of the decay of eta, any number.
-        t0: number of steps before the average begins, any number.
-        weight_decay: L2 penalty, a number >= 0.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -52,35 +40,25 @@ class ASGD(Optimizer):
     one pass large scale learning with averaged stochastic gradient descent", section 4, for eta.
     """
 
-    slots = (Slot("ax"),)
-    scalars = (STEP, Scalar("eta", init="lr"), Scalar("mu", init=1.0))
-    flags = ("weight_decay",)
-    ranges = {
-        "lr": LR,
-        "lambd": number("lambd"),
-        "alpha": number("alpha"),
-        "t0": number("t0"),
-        "weight_decay": WEIGHT_DECAY,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0,
+        lr: LearningRate = 1e-2,
+        lambd: Annotated[float, number("lambd"), "decay of the parameter and of eta"] = 1e-4,
+        alpha: Annotated[float, number("alpha"), "power of the decay of eta"] = 0.75,
+        t0: Annotated[float, number("t0"), "number of steps before the average begins"] = 1e6,
+        weight_decay: L2Penalty = 0,
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        *,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("ax"),)
+    scalars = (STEP, Scalar("eta", init="lr"), Scalar("mu", init=1.0))
+    flags = ("weight_decay",)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any, eta: Any, mu: Any) -> dict[str, Any]:

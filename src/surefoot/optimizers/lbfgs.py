@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.loading import LoadReport
-from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.constructor import arguments
+from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
-from surefoot.rule.hyperparameters import LR, Interval, at_least_zero
-from surefoot.state import admissible_gradient, check_state, hyperparameters
+from surefoot.rule.hyperparameters import LR, Interval, Number, at_least_zero
+from surefoot.state.check import check_state, hyperparameters, validated_gradient
+from surefoot.state.load import LoadReport
+from surefoot.step.options import StepOptions
 from surefoot.tensors.memory import is_plain
-from surefoot.whole_step import StepOptions
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
@@ -63,15 +64,7 @@ class LBFGS(Optimizer):
     counts as two real ones.  State stands with the first parameter, on its device, in the gradients' dtype.  When the
     closure raises, or the step is interrupted, parameters and state are as before the step.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate: the step length in units of d, a number or a tensor of one element, >= 0.
-        max_iter: greatest number of iterations in one step, >= 0.
-        max_eval: number of evaluations of the closure after which a step ends, >= 0; by default 1.25 * `max_iter`.
-        tolerance_grad: greatest element of a gradient that counts as zero, >= 0.
-        tolerance_change: change of the loss, or of any parameter, that counts as none, >= 0.
-        history_size: number of pairs remembered, a whole number >= 1; each takes twice the memory of the parameters.
-        line_search_fn: `"strong_wolfe"`, or None for steps of fixed length.
+    {arguments}
 
     Raises:
         ValueError: a hyperparameter is out of range, or a group has another value than the first one.
@@ -100,33 +93,41 @@ class LBFGS(Optimizer):
     or slope is NaN or infinite.
     """
 
-    scalars = ()
-    ranges = {
-        "lr": LR,
-        "max_iter": at_least_zero("max_iter"),
-        "max_eval": at_least_zero("max_eval"),
-        "tolerance_grad": at_least_zero("tolerance_grad"),
-        "tolerance_change": at_least_zero("tolerance_change"),
-        "history_size": Interval("Invalid history_size value: ", low=1, whole=True),
-    }
-    sparse = Sparse.ROWS
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1,
-        max_iter: int = 20,
-        max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
-        history_size: int = 100,
-        line_search_fn: str | None = None,
+        lr: Annotated[
+            Number, LR, "learning rate: the step length in units of d, a number or a tensor of one element"
+        ] = 1,
+        max_iter: Annotated[int, at_least_zero("max_iter"), "greatest number of iterations in one step"] = 20,
+        max_eval: Annotated[
+            int | None,
+            at_least_zero("max_eval"),
+            "number of evaluations of the closure after which a step ends; by default 1.25 * `max_iter`",
+        ] = None,
+        tolerance_grad: Annotated[
+            float, at_least_zero("tolerance_grad"), "greatest element of a gradient that counts as zero"
+        ] = 1e-7,
+        tolerance_change: Annotated[
+            float,
+            at_least_zero("tolerance_change"),
+            "change of the loss, or of any parameter, that counts as none",
+        ] = 1e-9,
+        history_size: Annotated[
+            int,
+            Interval("Invalid history_size value: ", low=1, whole=True),
+            "number of pairs remembered; each takes twice the memory of the parameters",
+        ] = 100,
+        line_search_fn: Annotated[str | None, '`"strong_wolfe"`, or None for steps of fixed length'] = None,
         **options: Unpack[StepOptions],
     ) -> None:
         if max_eval is None:
             self.ranges["max_iter"]("max_iter", max_iter)
             max_eval = max_iter * 5 // 4 if math.isfinite(max_iter) else max_iter
         super().__init__(params, arguments(locals()))
+
+    scalars = ()
+    sparse = Sparse.ROWS
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -300,7 +301,7 @@ class _Variables:
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         for group, param in self.owners:
-            check_state(optimizer, group, param)
+            check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self.sizes = [_real(param).numel() for param in self.params]
         self.scattered = len({param.device for param in self.params}) > 1
         rates = [_on_host(hyperparameters(group).lr) for group in optimizer.param_groups]
@@ -320,7 +321,7 @@ class _Variables:
         if grad is None:
             return _real(param).new_zeros(_real(param).numel())
         if not is_plain(grad) or grad.shape != param.shape:
-            grad = admissible_gradient(self.optimizer, group, param)
+            grad = validated_gradient(self.optimizer.spec, group, param, {})
         return _real(grad).reshape(-1)
 
     def copy(self) -> list[Tensor]:

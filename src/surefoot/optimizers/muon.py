@@ -3,18 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import add_scaled_, batches, readable
+from surefoot.constructor import arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import add_scaled_, batches, readable
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import Each, Interval, at_least_zero, number
-from surefoot.step import Row, rows
+from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
+from surefoot.step.options import StepOptions
+from surefoot.step.prepared import PreparedParam, prepare_params
 from surefoot.tensors.memory import PLAIN
-from surefoot.whole_step import StepOptions
 
 _MOST_NS_STEPS = 99
 
@@ -69,20 +70,7 @@ class Muon(Optimizer):
     For a matrix of A rows and B columns scale is sqrt(max(1, A / B)), or 0.2 * sqrt(max(A, B)) with
     `adjust_lr_fn="match_rms_adamw"`, which lets a learning rate of AdamW serve.
 
-    Args:
-        params: matrices, named matrices or groups of them; see `surefoot.Optimizer`.  Embeddings, output layers, biases
-            and norms are better left to AdamW.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        weight_decay: shrinking of the parameter, in units of the learning rate, a number >= 0.
-        momentum: decay of the average of g, >= 0, sensibly below 1.
-        nesterov: look ahead by one step.
-        ns_coefficients: (a, b, c) of the Newton-Schulz iteration, any numbers.
-        eps: least norm by which a matrix is divided, >= 0.
-        ns_steps: number of iterations, from 0 to 99.
-        adjust_lr_fn: None or `"original"`, or `"match_rms_adamw"`.
-        capturable: allow steps to be captured in a graph; not on a CPU.
-
-    On a GPU the matrices of one shape are orthogonalised together.
+    {arguments}
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is no matrix.
@@ -104,39 +92,55 @@ class Muon(Optimizer):
     and nesterov=False the buffer keeps its norm.
     """
 
-    slots = (Slot("momentum_buffer"),)
-    scalars = ()
-    ranges = {
-        "lr": Interval("Learning rate should be >= 0 but is: "),
-        "weight_decay": Interval("weight decay should be >= 0 but is: "),
-        "momentum": Interval("momentum should be >= 0 but is: "),
-        "ns_coefficients": Each((number("ns_coefficients"),) * 3),
-        "eps": at_least_zero("epsilon"),
-        "ns_steps": Interval(
-            "Number of steps must be less than 100 for computational efficiency, but is: ",
-            high=_MOST_NS_STEPS,
-            whole=True,
-        ),
-    }
-    complex_params = False
-    steps_rows = True
-
     def __init__(
         self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
+        params: Annotated[
+            Params,
+            "matrices, named matrices or groups; see `surefoot.Optimizer`.  Embeddings, output layers, biases and "
+            "norms are better left to AdamW",
+        ],
+        lr: Annotated[
+            Number,
+            Interval("Learning rate should be >= 0 but is: "),
+            "learning rate, a number or a tensor of one element",
+        ] = 1e-3,
+        weight_decay: Annotated[
+            Number,
+            Interval("weight decay should be >= 0 but is: "),
+            "shrinking of the parameter, in units of the learning rate",
+        ] = 0.1,
+        momentum: Annotated[
+            float,
+            Interval("momentum should be >= 0 but is: "),
+            "decay of the average of g, sensibly below 1",
+        ] = 0.95,
+        nesterov: Annotated[bool, "look ahead by one step"] = True,
+        ns_coefficients: Annotated[
+            tuple[float, float, float],
+            Each((number("ns_coefficients"),) * 3),
+            "(a, b, c) of the Newton-Schulz iteration, any numbers",
+        ] = (3.4445, -4.775, 2.0315),
+        eps: Annotated[float, at_least_zero("epsilon"), "least norm by which a matrix is divided"] = 1e-7,
+        ns_steps: Annotated[
+            int,
+            Interval(
+                "Number of steps must be less than 100 for computational efficiency, but is: ",
+                high=_MOST_NS_STEPS,
+                whole=True,
+            ),
+            "number of iterations",
+        ] = 5,
+        adjust_lr_fn: Annotated[str | None, '`"original"`, which None means too, or `"match_rms_adamw"`'] = None,
         *,
-        capturable: bool = False,
+        capturable: Annotated[bool, "allow steps to be captured in a graph; not on a CPU"] = False,
         **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("momentum_buffer"),)
+    scalars = ()
+    complex_params = False
+    prepares_params = True
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -158,11 +162,11 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.evaluate(closure)
-        for batch in batches(rows(self), _kind):
+        for batch in batches(prepare_params(self._step_input()), _kind):
             self._step_batch(batch)
         return loss
 
-    def _step_batch(self, batch: list[Row]) -> None:
+    def _step_batch(self, batch: list[PreparedParam]) -> None:
         """Step parameters whose directions are computed together."""
         h, updates = batch[0].h, [_momentum(row) for row in batch]
         stack = torch.stack(updates) if len(updates) > 1 else updates[0]
@@ -180,7 +184,7 @@ class Muon(Optimizer):
         return math.sqrt(max(1.0, height / max(width, 1)))
 
 
-def _kind(row: Row) -> Any:
+def _kind(row: PreparedParam) -> Any:
     """What rows share whose directions are computed together; on the CPU, where a stack is no faster, nothing."""
     if row.param.is_cpu or type(row.param) not in PLAIN:
         return None
@@ -188,7 +192,7 @@ def _kind(row: Row) -> Any:
     return row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration
 
 
-def _momentum(row: Row) -> Tensor:
+def _momentum(row: PreparedParam) -> Tensor:
     """Average the gradient into the buffer and give what is to be made orthogonal."""
     buffer, momentum = row.state["momentum_buffer"], row.h.momentum
     grad = row.grad.to(buffer.dtype)

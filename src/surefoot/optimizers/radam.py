@@ -1,16 +1,16 @@
 """RAdam: Adam with a rectified variance."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import adam_weights, decay_weights, ema_of_square, larger
+from surefoot.constructor import EngineOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, larger
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import BETAS, EPS, LR, WEIGHT_DECAY
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import EPS, Betas, Decoupled, L2OrDecoupled, LearningRate
 
 
 class RAdam(Optimizer):
@@ -28,19 +28,7 @@ class RAdam(Optimizer):
 
     Where weight decay is decoupled, param *= 1 - lr * weight_decay comes first.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers in [0, 1).
-        eps: added to the root, before its bias is corrected, >= 0.
-        weight_decay: L2 penalty, or shrinking of the parameter where decoupled, a number >= 0.
-        decoupled_weight_decay: shrink the parameter by lr * weight_decay (AdamW) rather than adding to the gradient.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -54,28 +42,20 @@ class RAdam(Optimizer):
     rho > 5 rather than 4.
     """
 
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
-    flags = ("weight_decay", "decoupled_weight_decay")
-    ranges = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        lr: LearningRate = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Annotated[float, EPS, "added to the root, before its bias is corrected"] = 1e-8,
+        weight_decay: L2OrDecoupled = 0,
+        decoupled_weight_decay: Decoupled = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    flags = ("weight_decay", "decoupled_weight_decay")
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
@@ -96,8 +76,7 @@ class RAdam(Optimizer):
     @staticmethod
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
-        exp_avg = torch.lerp(exp_avg, grad, c.weight1)
-        exp_avg_sq = ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
+        exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
         plain = exp_avg / c.bias_correction1 * c.lr
         adaptive = c.bias2 / (torch.sqrt(exp_avg_sq) + c.eps)
         change = torch.where(c.rectified, plain * adaptive * c.rectification, plain)

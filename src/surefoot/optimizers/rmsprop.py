@@ -1,16 +1,16 @@
 """RMSprop: gradients divided by a running root mean square."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights, ema_of_square
+from surefoot.constructor import KernelOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights, ema_of_square
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import EPS, LR, MOMENTUM, WEIGHT_DECAY, at_least_zero
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import Eps, L2Penalty, LearningRate, Momentum, at_least_zero
 
 
 class RMSprop(Optimizer):
@@ -26,21 +26,7 @@ class RMSprop(Optimizer):
 
     Without momentum the buffer is g / (sqrt(v) + eps).
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        alpha: decay of the averages, >= 0, sensibly below 1.
-        eps: added to the root, in its units, >= 0.
-        weight_decay: L2 penalty, a number >= 0.
-        momentum: momentum factor, >= 0.
-        centered: divide by the standard deviation; v then may come out below zero by rounding, which gives NaN as in
-            torch.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -57,35 +43,28 @@ class RMSprop(Optimizer):
     Other than in torch, `momentum` and `centered` may be switched on later.
     """
 
-    slots = (Slot("square_avg"), Slot("momentum_buffer", when="momentum"), Slot("grad_avg", when="centered"))
-    flags = ("momentum", "centered", "weight_decay")
-    ranges = {
-        "lr": LR,
-        "alpha": at_least_zero("alpha"),
-        "eps": EPS,
-        "weight_decay": WEIGHT_DECAY,
-        "momentum": MOMENTUM,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
+        lr: LearningRate = 1e-2,
+        alpha: Annotated[float, at_least_zero("alpha"), "decay of the averages, sensibly below 1"] = 0.99,
+        eps: Eps = 1e-8,
+        weight_decay: L2Penalty = 0,
+        momentum: Momentum = 0,
+        centered: Annotated[
+            bool,
+            "divide by the standard deviation; v then may come out below zero by rounding, which gives NaN as in torch",
+        ] = False,
         capturable: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("square_avg"), Slot("momentum_buffer", when="momentum"), Slot("grad_avg", when="centered"))
+    flags = ("momentum", "centered", "weight_decay")
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:  # noqa: ARG004 (counted, not used)

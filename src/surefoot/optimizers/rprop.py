@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.constructor import EngineOptions, arguments
+from surefoot.optimizer import Optimizer, Params
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import LR, Each, number
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import LR, Each, Number, number
 
 
 class Rprop(Optimizer):
@@ -23,17 +23,7 @@ class Rprop(Optimizer):
         prev = g = 0 if g * prev < 0 else g
         param -= sign(g) * step_size
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: the first step size, a number or a tensor of one element, >= 0; later changes have no effect.
-        etas: (eta_minus, eta_plus), factors of the step size with 0 < eta_minus < 1 < eta_plus.
-        step_sizes: (least, most), bounds of the step size, in the units of the parameter.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -47,25 +37,27 @@ class Rprop(Optimizer):
     algorithm"; Igel & Huesken 2000, "Improving the Rprop learning algorithm", the variant iRprop- of section 3.
     """
 
-    slots = (Slot("prev"), Slot("step_size", init="lr"))
-    ranges = {"lr": LR, "etas": Each((number("eta"),) * 2), "step_sizes": Each((number("step size"),) * 2)}
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
-        etas: tuple[float, float] = (0.5, 1.2),
-        step_sizes: tuple[float, float] = (1e-6, 50),
-        *,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        **options: Unpack[StepOptions],
+        lr: Annotated[
+            Number, LR, "the first step size, a number or a tensor of one element; later changes have no effect"
+        ] = 1e-2,
+        etas: Annotated[
+            tuple[float, float],
+            Each((number("eta"),) * 2),
+            "(eta_minus, eta_plus), factors of the step size with 0 < eta_minus < 1 < eta_plus",
+        ] = (0.5, 1.2),
+        step_sizes: Annotated[
+            tuple[float, float],
+            Each((number("step size"),) * 2),
+            "(least, most), bounds of the step size, in the units of the parameter",
+        ] = (1e-6, 50),
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("prev"), Slot("step_size", init="lr"))
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
-from surefoot.optimizers.verbs import decay_weights
+from surefoot.constructor import EngineOptions, arguments
+from surefoot.optimizer import Optimizer, Params
+from surefoot.optimizers.common import decay_weights
 from surefoot.rule import Slot, Sparse
-from surefoot.rule.hyperparameters import LR, MOMENTUM, WEIGHT_DECAY, number
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, LearningRate, Momentum, Number, number
 
 
 class SGD(Optimizer):
@@ -27,18 +27,7 @@ class SGD(Optimizer):
 
     Sparse gradients update only the rows present; with momentum, whose buffer moves every row, they are made dense.
 
-    Args:
-        params: tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, >= 0.
-        momentum: momentum factor, >= 0.
-        dampening: dampening of the gradient in the buffer, any number.
-        weight_decay: L2 penalty, >= 0; 0 with sparse gradients.
-        nesterov: look ahead by one step; needs momentum > 0 and dampening 0.
-        {options}
-
-    Raises:
-        ValueError: a hyperparameter is out of range.
-        RuntimeError: engine options contradict one another.
+    {arguments}
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -49,30 +38,22 @@ class SGD(Optimizer):
         [0.800000011920929, 1.600000023841858]
     """
 
-    scalars = ()
-    slots = (Slot("momentum_buffer", when="momentum"),)
-    flags = ("momentum", "nesterov", "weight_decay")
-    ranges = {"lr": LR, "momentum": MOMENTUM, "dampening": number("dampening"), "weight_decay": WEIGHT_DECAY}
-    sparse = Sparse.ROWS
-
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
-        capturable: bool = False,
-        **options: Unpack[StepOptions],
+        lr: LearningRate = 1e-3,
+        momentum: Momentum = 0,
+        dampening: Annotated[float, number("dampening"), "dampening of the gradient in the buffer"] = 0,
+        weight_decay: Annotated[Number, WEIGHT_DECAY, "L2 penalty, 0 with sparse gradients"] = 0,
+        nesterov: Annotated[bool, "look ahead by one step; needs momentum > 0 and dampening 0"] = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    scalars = ()
+    slots = (Slot("momentum_buffer", when="momentum"),)
+    flags = ("momentum", "nesterov", "weight_decay")
+    sparse = Sparse.ROWS
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:

@@ -1,15 +1,16 @@
 """SparseAdam: Adam on the rows that have a gradient."""
 
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from surefoot.optimizer import Optimizer, Params, arguments
+from surefoot.constructor import arguments
+from surefoot.optimizer import Optimizer, Params
 from surefoot.rule import Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import BETAS, Interval
-from surefoot.whole_step import StepOptions
+from surefoot.rule.hyperparameters import Betas, Interval, Number
+from surefoot.step.options import StepOptions
 
 
 class SparseAdam(Optimizer):
@@ -23,12 +24,7 @@ class SparseAdam(Optimizer):
 
     Other rows and their moments stay as they are.  Repeated indices are summed first.
 
-    Args:
-        params: dense real tensors, named tensors or groups; see `surefoot.Optimizer`.
-        lr: learning rate, a number or a tensor of one element, > 0.
-        betas: (beta1, beta2), decay of the averages of g and of g**2, numbers in [0, 1).
-        eps: added to the root, before its bias is corrected, > 0.
-        maximize: ascend rather than descend.
+    {arguments}
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is sparse or complex.
@@ -46,26 +42,29 @@ class SparseAdam(Optimizer):
     Paper: Kingma & Ba 2015, "Adam: a method for stochastic optimization", algorithm 1, in the form of its section 2.
     """
 
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
-    scalars = (Scalar("step", integer=True),)
-    ranges = {
-        "lr": Interval("Invalid learning rate: ", low_open=True),
-        "betas": BETAS,
-        "eps": Interval("Invalid epsilon value: ", low_open=True),
-    }
-    sparse = Sparse.ONLY
-    complex_params = False
-
     def __init__(
         self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        params: Annotated[Params, "dense real tensors, named tensors or groups; see `surefoot.Optimizer`"],
+        lr: Annotated[
+            Number,
+            Interval("Invalid learning rate: ", low_open=True),
+            "learning rate, a number or a tensor of one element",
+        ] = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Annotated[
+            float,
+            Interval("Invalid epsilon value: ", low_open=True),
+            "added to the root, before its bias is corrected",
+        ] = 1e-8,
         maximize: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
+
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    scalars = (Scalar("step", integer=True),)
+    sparse = Sparse.ONLY
+    complex_params = False
 
     def check_params(self, params: list[Tensor]) -> None:
         group = len(self.param_groups)

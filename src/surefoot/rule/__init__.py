@@ -4,12 +4,15 @@ Nothing here runs a rule on tensors; that is the engines' part.
 """
 
 from surefoot.rule.declare import EMA, STEP, Measure, Scalar, Slot, Sparse, narrow, scalar_dtype
-from surefoot.rule.trace import TELEMETRY, Flags, Rule, bind, reading
+from surefoot.rule.spec import ENGINE_OPTIONS, AlgorithmSpec, Flags
+from surefoot.rule.trace import TELEMETRY, Rule, bind, reading
 
 __all__ = [
     "EMA",
+    "ENGINE_OPTIONS",
     "STEP",
     "TELEMETRY",
+    "AlgorithmSpec",
     "Flags",
     "Measure",
     "Rule",

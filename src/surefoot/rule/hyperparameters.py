@@ -1,15 +1,14 @@
-"""Ranges of hyperparameters: one place for the constructor, groups and loading alike.
+"""Ranges of hyperparameters: one place for the constructor, groups, loading and documentation alike.
 
 A check is a callable `(name, value) -> None` that raises ValueError (or TypeError for what is no number).
 The first words of every message are those of torch.optim; then follows what is allowed.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -83,6 +82,14 @@ class Interval:
         below = value < self.high if self.high_open else value <= self.high
         return above and below
 
+    @property
+    def words(self) -> str:
+        """What is allowed, as documentation says it."""
+        least = f"{'>' if self.low_open else '>='} {self.low:g}" if math.isfinite(self.low) else "any number"
+        most = f"{'<' if self.high_open else '<='} {self.high:g}"
+        one_sided = least if math.isinf(self.high) else most if math.isinf(self.low) else f"in {self}"
+        return f"a whole number {one_sided}" if self.whole else one_sided
+
     def __str__(self) -> str:
         """Write the interval as mathematics does."""
         left = "(" if self.low_open or self.low == -math.inf else "["
@@ -95,6 +102,12 @@ class Each:
     """A sequence of numbers, each with a check of its own."""
 
     checks: tuple[Interval, ...]
+
+    @property
+    def words(self) -> str:
+        """What is allowed, as documentation says it, if that is the same for all and not everything."""
+        found = {check.words for check in self.checks} - {number("").words}
+        return f"each {found.pop()}" if len(found) == 1 else ""
 
     def __call__(self, name: str, value: Any) -> None:
         """Raise unless `value` has as many numbers as there are checks and each passes its own."""
@@ -120,31 +133,21 @@ def storage(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be None or one of {', '.join(map(str, _STORAGE))}, but got {value!r}")
 
 
-def options_text(optimizer: type) -> str:
-    """Describe the options that a class's constructor takes, for its docstring."""
-    names = inspect.signature(optimizer).parameters
-    lines = [line for name, line in _OPTIONS.items() if name in names]
-    return "\n        ".join(lines)
-
-
 _STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_OPTIONS = {
-    "maximize": "maximize: ascend rather than descend.",
-    "foreach": """foreach: True runs lists of tensors at once with `torch._foreach_*`; False one parameter at a time.
-            None chooses the fastest engine.""",
-    "fused": """fused: True runs generated kernels, and raises where they cannot serve; None uses them where they can.
-            With True a GradScaler leaves unscaling and skipping to the step.""",
-    "capturable": """capturable: keep the step count, and compute what depends on it, on the parameters' device, so that
-            steps can be captured in a graph; tensors among the hyperparameters are read there.  Not on a CPU.""",
-    "differentiable": "differentiable: let gradients flow through the step.  Runs one parameter at a time.",
-    "state_dtype": """state_dtype: dtype in which new state is stored, float32 beside 16-bit parameters for instance;
-            the parameter's own if None.  Arithmetic is in float32 or better either way.""",
-    "options": """options: what is done around the update, alike for every optimizer: `max_grad_norm`, `max_grad_value`,
-            `nonfinite`, `ema`, `zero_grad_after_step`, `telemetry`; see `surefoot.StepOptions`.""",
-}
 
 LR = Interval("Invalid learning rate: ")
 EPS = at_least_zero("epsilon")
 WEIGHT_DECAY = at_least_zero("weight_decay")
 MOMENTUM = at_least_zero("momentum")
 BETAS = Each(tuple(Interval(f"Invalid beta parameter at index {i}: ", high=1.0, high_open=True) for i in (0, 1)))
+
+# What algorithms have in common, for their signatures: a type, a range and what documentation says.
+
+Number = float | torch.Tensor
+LearningRate = Annotated[Number, LR, "learning rate, a number or a tensor of one element"]
+Betas = Annotated[tuple[float, float], BETAS, "(beta1, beta2), decay of the averages of g and of g**2"]
+Eps = Annotated[float, EPS, "added to the root, in its units"]
+Momentum = Annotated[float, MOMENTUM, "momentum factor"]
+L2Penalty = Annotated[Number, WEIGHT_DECAY, "L2 penalty"]
+L2OrDecoupled = Annotated[Number, WEIGHT_DECAY, "L2 penalty, or shrinking of the parameter where decoupled"]
+Decoupled = Annotated[bool, "shrink the parameter by lr * weight_decay (AdamW) rather than adding to the gradient"]

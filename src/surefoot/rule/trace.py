@@ -19,8 +19,7 @@ from torch import fx
 from surefoot.errors import RuleError
 from surefoot.rule.declare import EMA, Measure, Slot
 from surefoot.rule.passes import run_passes
-
-Flags = tuple[tuple[str, bool], ...]
+from surefoot.rule.spec import AlgorithmSpec, Flags
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +95,17 @@ class _Coefficients:
 
 
 @functools.cache
-def bind(optimizer: Any, flags: Flags) -> Rule:
-    """Trace the rule of an optimizer class under settled flags; once for each pair.
+def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
+    """Trace the rule of an algorithm under settled flags; once for each pair.
 
     Raises:
         RuleError: the rule is not elementwise, branches on a number, uses an operation outside the list, or does not
             return what its slots promise.  The message names the file and line.
     """
-    update: Callable[..., Any] = optimizer.update
+    update: Callable[..., Any] = spec.update  # type: ignore[assignment]
     settled = dict(flags)
     averaged = (EMA,) if settled.get("ema") else ()
-    active = tuple(slot for slot in optimizer.slots if slot.when is None or settled[slot.when])
+    active = tuple(slot for slot in spec.slots if slot.when is None or settled[slot.when])
     tracer = _Tracer(inspect.getsourcefile(inspect.unwrap(update)) or "")
     inputs: dict[str, Any] = {
         name: tracer.create_proxy("placeholder", name, (), {})
@@ -115,12 +114,12 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     coefficients: Any = _Coefficients(tracer)
     unscaled = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
     grad = _clipped(unscaled, coefficients, settled)
-    slots = [inputs.get(slot.name) for slot in optimizer.slots]
+    slots = [inputs.get(slot.name) for slot in spec.slots]
     try:
         returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
     except TypeError as error:  # torch's own, of arguments that it takes no symbols for
         raise RuleError(f"{_place(error, tracer.file)}: {str(error).partition(', but expected')[0]}") from error
-    outputs = _outputs(optimizer, returned, active)
+    outputs = _outputs(spec, returned, active)
     if averaged:
         new: Any = outputs[0]
         average: Any = torch.lerp(inputs[EMA.name], new, coefficients.step_ema_weight)
@@ -128,7 +127,7 @@ def bind(optimizer: Any, flags: Flags) -> Rule:
     measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
     tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
     run_passes(tracer.graph, 1 + len(active) + len(averaged))
-    return Rule(optimizer.__name__, flags, (*active, *averaged), coefficients.names(), tracer.graph, tuple(measured))
+    return Rule(spec.name, flags, (*active, *averaged), coefficients.names(), tracer.graph, tuple(measured))
 
 
 def _place(error: BaseException, file: str) -> str:
@@ -172,11 +171,10 @@ def reading() -> Rule:
     return Rule("Reading", (), (), (), graph, READING)
 
 
-def _outputs(optimizer: Any, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
+def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
     """Check what `update` returned and leave out the slots that do not exist."""
     values = returned if isinstance(returned, tuple) else (returned,)
-    declared: tuple[Slot, ...] = optimizer.slots
-    where = f"{optimizer.__name__}.update"
+    declared, where = spec.slots, f"{spec.name}.update"
     if len(values) != 1 + len(declared):
         names = ", ".join(("param", *(slot.name for slot in declared)))
         raise RuleError(f"{where} must return ({names}), but returned {len(values)} values")

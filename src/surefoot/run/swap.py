@@ -69,7 +69,7 @@ def _add_telemetry(algorithm: Any, folder: Path, settings: Settings) -> None:
     @functools.wraps(construct)
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         # A constructor that calls its base's has been here already; LBFGS measures nothing.
-        if id(self) in _under_construction or "telemetry" not in type(self).step_options():
+        if id(self) in _under_construction or "telemetry" not in type(self).supported_step_options():
             construct(self, *args, **kwargs)
             return
         _under_construction.add(id(self))

@@ -80,7 +80,7 @@ def lost_memory(tensor: Tensor) -> str | None:
     if needed <= max(available, 0):
         return None
     held = tensor.untyped_storage().nbytes()
-    return f"has lost memory: its storage has been resized to {held} bytes; give it memory again before the step"
+    return f"has lost memory: its storage has been resized to {held} bytes, it needs {needed} from its address on"
 
 
 def admit_rows(grad: Tensor) -> Tensor:
@@ -88,24 +88,14 @@ def admit_rows(grad: Tensor) -> Tensor:
 
     Raises:
         IndexError: an index is outside of the gradient's shape, as far as that is known without waiting for a device.
-        RuntimeError: indices and values do not belong together, or have lost their memory.
+        RuntimeError: the storage of its indices or values has been resized to less than they take.
     """
     what = f"a sparse gradient of shape {tuple(grad.shape)}"
-    if type(grad) is Tensor and (reason := _broken_rows(grad)) is not None:
-        raise RuntimeError(f"{what} {reason}")
+    if type(grad) is Tensor and not (has_memory(grad._indices()) and has_memory(grad._values())):
+        raise RuntimeError(f"{what} has no memory for its values any more")
     rows = grad.coalesce()
     if type(rows) is Tensor and rows.is_cpu:
         index = rows.indices().numpy()
         if index.size and (index.min() < 0 or (index.max(axis=1) >= rows.shape[: len(index)]).any()):
             raise IndexError(f"{what} has indices outside of it")
     return rows
-
-
-def _broken_rows(grad: Tensor) -> str | None:
-    """Return why indices and values cannot be those of a sparse gradient, None if they can."""
-    indices, values, dimensions = grad._indices(), grad._values(), grad.sparse_dim()
-    if indices.shape != (dimensions, len(values)) or values.shape[1:] != grad.shape[dimensions:]:
-        return f"has indices of shape {tuple(indices.shape)} and values of shape {tuple(values.shape)}"
-    if not (has_memory(indices) and has_memory(values)):
-        return "has no memory for its values any more"
-    return None

@@ -1,6 +1,7 @@
 """How each optimizer of torch.optim is shown: its settings and its part of the model.
 
-One row per optimizer.  torch is not imported here, so that a misspelt name is refused at once.
+An optimizer that needs more than the settings that suit most has a row.  torch is not imported here, so that a
+misspelt name is refused at once.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
+
+from surefoot import optimizers
 
 
 class Part(Enum):
@@ -35,7 +38,7 @@ class Recipe:
         note: what a reader has to know about this choice, as a sentence.
     """
 
-    lr: float
+    lr: float = 2e-3
     steps: int = 500
     batch: int = 8
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -46,12 +49,9 @@ class Recipe:
     note: str = ""
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
+_SPECIAL: Mapping[str, Recipe] = MappingProxyType(
     {
         "SGD": Recipe(lr=0.1, options={"momentum": 0.9}, note="SGD runs with momentum=0.9."),
-        "Adam": Recipe(lr=2e-3),
-        "AdamW": Recipe(lr=2e-3),
-        "NAdam": Recipe(lr=2e-3),
         "RAdam": Recipe(lr=3e-3),
         "Adamax": Recipe(lr=4e-3),
         "Adadelta": Recipe(lr=1.0),
@@ -86,6 +86,9 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             note="SparseAdam takes sparse gradients only: Adam of the same library trains the other parameters.",
         ),
     }
+)
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {name: _SPECIAL.get(name, Recipe()) for name in optimizers.__all__ if name not in optimizers.NOT_IN_TORCH}
 )
 
 

@@ -54,6 +54,7 @@ GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THRE
     n * WORD for n in range(10, 22)
 )
 STATUS = 22  # a word, not bytes: where it is told that an error has stopped the probe
+WRITTEN, SHIFT = 23 * WORD, 24 * WORD
 
 
 @njit
@@ -138,6 +139,21 @@ def fetch(record, columns):
 
 
 @njit
+def is_written(job, base):
+    """Whether the memory at an address is that of a parameter or an entry, which the step writes: a hash table."""
+    place = load(job + WRITTEN)
+    if place == 0:
+        return False
+    hashed = uint64(base) * uint64(0x9E3779B97F4A7C15) >> uint64(load(job + SHIFT))
+    place += int64(hashed) * WORD
+    while load(place) != 0:
+        if load(place) == base:
+            return True
+        place += WORD
+    return False
+
+
+@njit
 def changes(job, start, end):
     """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients."""
     tensors, entries, objects = load(job + COUNT) * WORD, load(job + SECOND), load(job + OBJECTS)
@@ -160,7 +176,10 @@ def changes(job, start, end):
                     if metadata == 0 or load(gradient) == load(job + UNDEFINED):
                         return True
                     call(load(job + ASSIGN), gradient, held)
+                    base = load(record + MEMORY)
                     changed |= differs(job, held, record, facts)
+                    if load(record + MEMORY) != base:
+                        changed |= is_written(job, load(record + MEMORY))
                     store(record + TENSOR, gradient)
                 record += RECORD
                 facts += FACTS

@@ -22,8 +22,9 @@ from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
 from surefoot.tensors.memory import bytes_spanned
 
-_RECORD, _SPANNED = 24, 8
+_RECORD, _BASE, _SPANNED = 24, 4, 8
 _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT, _STATUS = 5, 8, 9, 10, 18, 19, 20, 21, 22
+_WRITTEN, _SHIFT = 23, 24
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _LET_GO = 1, 2, 3, 4, 5, 6
 _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
@@ -64,7 +65,7 @@ class _Job:
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
-        self.slots = array("q", [task, *given, *[0] * (_STATUS - len(given))])
+        self.slots = array("q", [task, *given, *[0] * (_SHIFT - len(given))])
         if (known := anatomy()) is not None:
             self.slots[_UNDEFINED] = known.undefined
             self.slots[_FUNCTIONS:_THREAD] = array("q", [*known.questions, known.assign, known.lookup, known.walk])
@@ -136,6 +137,10 @@ class Look:
         seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._job.ask()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
+        if gradients:
+            written = np.unique(np.delete(self._records[:, :, _BASE], 1, axis=1))
+            self._written, self._job.slots[_SHIFT] = _hash_table(written[written != 0])
+            self._job.slots[_WRITTEN] = self._written.ctypes.data
         self.let_go()
 
     def changed(self) -> bool:
@@ -161,6 +166,21 @@ class Look:
     def __del__(self) -> None:
         """Hold nothing that nobody can let go."""
         self.let_go()
+
+
+def _hash_table(keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return a table in which keys stand at the place that their hash tells, or as soon behind it as there is room.
+
+    Returns:
+        The table, int64 with 0 where it is empty, and the shift that makes hashes places.
+    """
+    shift = 64 - max(1, int(4 * len(keys)).bit_length())
+    places = (keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(shift)).astype(np.int64)
+    order = np.argsort(places, kind="stable")
+    count = np.arange(len(keys))
+    table = np.zeros((1 << (64 - shift)) + len(keys) + 1, dtype=np.int64)
+    table[count + np.maximum.accumulate(places[order] - count)] = keys[order]
+    return table, shift
 
 
 class Items:

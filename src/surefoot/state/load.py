@@ -3,25 +3,22 @@
 Nothing here changes the optimizer; `Optimizer.load_state_dict` installs the result.
 """
 
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surefoot.rule import STEP, Scalar, Slot, scalar_dtype
+from surefoot.rule import STEP, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
-from surefoot.state import scalar_device, slots_of
+from surefoot.rule.spec import known_algorithms
+from surefoot.state.make import scalar_device
 from surefoot.tensors.shards import sharding_mismatch
-
-if TYPE_CHECKING:
-    from surefoot.optimizer import Optimizer
 
 # Hyperparameters that torch.optim gained after dicts without them had been saved; absent, they have the default.
 _LATE_OPTIONS = (
@@ -71,26 +68,45 @@ class _Pair(NamedTuple):
     key: Any
 
 
-def load(optimizer: "Optimizer", state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
+@dataclass(frozen=True)
+class LoadTarget:
+    """What a state dict is loaded into.
+
+    Attributes:
+        spec: the algorithm.
+        defaults: the optimizer's defaults.
+        groups: its groups.
+        state: its state.
+        check_group: raises when a group's options are not allowed.
+    """
+
+    spec: AlgorithmSpec
+    defaults: Mapping[str, Any]
+    groups: list[dict[str, Any]]
+    state: Mapping[Any, Any]
+    check_group: Callable[[Mapping[str, Any]], None]
+
+
+def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
     """Prepare the loading of a state dict; see `Optimizer.load_state_dict`."""
     saved_groups, saved_state = _parts(state_dict)
     report = LoadReport([], [], [])
-    partners, pairs = _match(optimizer.param_groups, saved_groups, report)
-    groups = [_merged(optimizer, index, partner, report) for index, partner in enumerate(partners)]
+    partners, pairs = _match(target.groups, saved_groups, report)
+    groups = [_merged(target, index, partner, report) for index, partner in enumerate(partners)]
     if strict:
-        _refuse(optimizer, report, saved_groups)
+        _refuse(target.spec, report, saved_groups)
     for group in groups:
-        optimizer.check_group(group)
-    state = {} if strict else {key: copy(entry) for key, entry in optimizer.state.items()}
+        target.check_group(group)
+    state = {} if strict else {key: copy(entry) for key, entry in target.state.items()}
     for group, group_pairs in zip(groups, pairs, strict=True):
         for pair in group_pairs:
-            entry = _entry(optimizer, group, pair, saved_state.get(pair.key) or {}, report)
+            entry = _entry(target.spec, group, pair, saved_state.get(pair.key) or {}, report)
             if entry is not None:
                 state[pair.param] = entry
     state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
     state.update(_other_state(saved_state, saved_groups, report))
     if strict:
-        _refuse(optimizer, report, saved_groups)
+        _refuse(target.spec, report, saved_groups)
     return Loaded(state, groups, report)
 
 
@@ -202,18 +218,16 @@ def _match_by_position(
 # Groups
 
 
-def _merged(
-    optimizer: "Optimizer", index: int, partner: Mapping[str, Any] | None, report: LoadReport
-) -> dict[str, Any]:
+def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, report: LoadReport) -> dict[str, Any]:
     """Give the group that results from loading `partner` into the group at `index`."""
-    group = optimizer.param_groups[index]
+    spec, defaults, group = target.spec, target.defaults, target.groups[index]
     if partner is None:
         return dict(group)
-    known = _hyperparameters(type(optimizer)) or set(optimizer.defaults)
-    late = {name: optimizer.defaults[name] for name in _LATE_OPTIONS if name in optimizer.defaults}
-    required = set(optimizer.defaults) - set(late)
+    known = set(spec.constructor) or set(defaults)
+    late = {name: defaults[name] for name in _LATE_OPTIONS if name in defaults}
+    required = set(defaults) - set(late)
     missing = sorted(required - set(partner))
-    foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if optimizer.is_declared() else []
+    foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if spec.is_declared else []
     report.missing.extend(f"param_groups[{index}]: option `{name}`" for name in missing)
     report.unexpected.extend(f"param_groups[{index}]: option `{name}` of another algorithm" for name in foreign)
     if missing or foreign:
@@ -222,42 +236,25 @@ def _merged(
     if len(options.get("param_names") or ()) != len(group["params"]):
         options.pop("param_names", None)
     names = {"param_names": group["param_names"]} if "param_names" in group else {}
-    defaults = _signature_defaults(type(optimizer))
-    return {"params": group["params"], **{n: defaults.get(n, v) for n, v in late.items()}, **options, **names}
-
-
-def _signature_defaults(cls: type) -> dict[str, Any]:
-    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def _hyperparameters(cls: type) -> set[str]:
-    """Names of the hyperparameters in a class's constructor."""
-    return set(_signature_defaults(cls))
-
-
-def _all_algorithms() -> list[type]:
-    from surefoot import optimizers  # noqa: PLC0415 (optimizers import the base class, which imports this module)
-
-    return [getattr(optimizers, name) for name in optimizers.__all__]
+    return {"params": group["params"], **{n: spec.constructor.get(n, v) for n, v in late.items()}, **options, **names}
 
 
 def _all_hyperparameters() -> set[str]:
-    return set().union(*(_hyperparameters(cls) for cls in _all_algorithms()))
+    return set().union(*(spec.constructor for spec in known_algorithms()))
 
 
 def _lookalikes(groups: list[dict[str, Any]]) -> list[str]:
-    """Name the algorithms whose hyperparameters are those of a state dict."""
+    """Return the names of the algorithms whose hyperparameters are those of a state dict."""
     late = set(_LATE_OPTIONS)
     names = set(groups[0]) & _all_hyperparameters() - late
-    return sorted(cls.__name__ for cls in _all_algorithms() if _hyperparameters(cls) - late == names)
+    return sorted(spec.name for spec in known_algorithms() if set(spec.constructor) - late == names)
 
 
 # State of one parameter
 
 
 def _entry(
-    optimizer: "Optimizer",
+    spec: AlgorithmSpec,
     group: Mapping[str, Any],
     pair: _Pair,
     saved: Mapping[str, Any],
@@ -265,12 +262,12 @@ def _entry(
 ) -> dict[str, Any] | None:
     """Give the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
     problems = LoadReport([], [], [])
-    if not optimizer.is_declared():
+    if not spec.is_declared:
         return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
     saved = {name: value for name, value in saved.items() if value is not None}
     entry: dict[str, Any] = {}
-    slots: dict[str, Slot] = {slot.name: slot for slot in slots_of(optimizer)}
-    scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in optimizer.scalars}
+    slots: dict[str, Slot] = {slot.name: slot for slot in spec.all_slots}
+    scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in spec.scalars}
     for name, value in saved.items():
         if name in scalars:
             entry[name] = _scalar(scalars[name], group, pair, value, problems)
@@ -355,17 +352,17 @@ def _other_state(saved: Mapping[Any, Any], groups: list[dict[str, Any]], report:
     return {key: deepcopy(value) for key, value in others.items() if not isinstance(key, int)}
 
 
-def _refuse(optimizer: "Optimizer", report: LoadReport, groups: list[dict[str, Any]]) -> None:
+def _refuse(spec: AlgorithmSpec, report: LoadReport, groups: list[dict[str, Any]]) -> None:
     """Raise when anything did not match."""
     if not report:
         return
     lines = [f"{kind}: {line}" for kind, found in report._asdict().items() for line in found]
     shown = [*lines[:_LINES], *([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])]
     alike = _lookalikes(groups) if groups else []
-    known = not alike or type(optimizer).__name__ in alike
+    known = not alike or spec.name in alike
     hint = "" if known else f"\nIts options are those of {' or '.join(alike)}."
     raise ValueError(
-        f"the state dict does not fit this {type(optimizer).__name__}; nothing was loaded.\n  "
+        f"the state dict does not fit this {spec.name}; nothing was loaded.\n  "
         + "\n  ".join(shown)
         + hint
         + "\nUse strict=False to load what matches."

@@ -4,40 +4,37 @@ So it is with `capturable=True`, where a graph replays the step, and with `fused
 GradScaler's `found_inf` may undo it; in both cases only the device knows how many steps have been taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surefoot.rule import Scalar
 
-if TYPE_CHECKING:
-    from surefoot.optimizer import Optimizer
-
 
 def capturing() -> bool:
-    """Whether a graph is being captured on the current device."""
+    """Return whether a graph is being captured on the current device."""
     in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return in_use and torch.cuda.is_current_stream_capturing()
 
 
-def refuse_capture(optimizer: "Optimizer") -> None:
+def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise when a step that reads numbers on the host would be captured in a graph.
 
     Raises:
         RuntimeError: a group's `capturable` is not set.
     """
-    if capturing() and not all(group.get("capturable") for group in optimizer.param_groups):
+    if capturing() and not all(group.get("capturable") for group in groups):
         raise RuntimeError(
-            f"Attempting CUDA graph capture of step() for an instance of {type(optimizer).__name__} but param_groups' "
+            f"Attempting CUDA graph capture of step() for an instance of {name} but param_groups' "
             f"capturable is False. Set capturable=True before the steps that warm up"
         )
 
 
-def refuse_new_work(optimizer: "Optimizer") -> None:
+def refuse_new_buckets(name: str) -> None:
     """Raise when a step would be captured that makes state or tables: each replay would make them anew.
 
     Raises:
@@ -45,7 +42,7 @@ def refuse_new_work(optimizer: "Optimizer") -> None:
     """
     if capturing():
         raise RuntimeError(
-            f"the step of {type(optimizer).__name__} that is captured in a graph must be like the one before it; take "
+            f"the step of {name} that is captured in a graph must be like the one before it; take "
             f"a step outside of the capture first, with the same parameters and gradients of the same layout"
         )
 
@@ -74,7 +71,7 @@ class DeviceScalars:
             self._scattered = Scattered(self._tensors)
 
     def read(self) -> Tensor:
-        """Give the scalars: float64 of shape (scalars, parameters)."""
+        """Return the scalars: float64 of shape (scalars, parameters)."""
         if not self._tensors:
             return torch.empty(self._shape, dtype=torch.float64, device=self._device)
         values = self._scattered.read() if self._scattered else torch.stack(self._tensors).double()
@@ -108,12 +105,12 @@ def _as_tensor(value: Any, device: torch.device) -> Tensor:
 
 
 def numbers_on(device: torch.device, h: SimpleNamespace) -> SimpleNamespace:
-    """Give hyperparameters for arithmetic on a device; see `number_on`."""
+    """Return hyperparameters for arithmetic on a device; see `number_on`."""
     return SimpleNamespace(**{name: number_on(device, value) for name, value in vars(h).items()})
 
 
 def number_on(device: torch.device, value: Any) -> Any:
-    """Give a hyperparameter, or a tuple of them, for arithmetic on a device: tensors there, and in float64."""
+    """Return a hyperparameter, or a tuple of them, for arithmetic on a device: tensors there, and in float64."""
     if isinstance(value, tuple):
         return tuple(number_on(device, item) for item in value)
     if not isinstance(value, Tensor):

@@ -1,5 +1,6 @@
 """Phrases that several rules share, so that each is written once."""
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.step import Row
+from surefoot.rule import AlgorithmSpec
+from surefoot.rule.spec import add_catalog
+from surefoot.step.prepared import PreparedParam
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -26,9 +29,14 @@ def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Te
 
 
 def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
-    """Give the numbers of Adam's two moving averages and of decoupled weight decay."""
+    """Return the numbers of Adam's two moving averages and of decoupled weight decay."""
     beta1, beta2 = h.betas
     return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}
+
+
+def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> tuple[Tensor, Tensor]:
+    """Return Adam's two moving averages, of the gradient and of its square; `c` has `adam_weights`."""
+    return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
 
 
 def smaller(x: Any, y: Any) -> Any:
@@ -49,13 +57,13 @@ def larger(x: Any, y: Any) -> Any:
 
 
 def readable(h: SimpleNamespace, value: Any) -> Any:
-    """Give a number that may be a tensor as Python's number, unless reading it would wait for a device."""
+    """Return a number that may be a tensor as a Python number, unless reading it would wait for a device."""
     return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
 
 
-def batches(found: Iterable[Row], kind: Callable[[Row], Any]) -> Iterable[list[Row]]:
+def batches(found: Iterable[PreparedParam], kind: Callable[[PreparedParam], Any]) -> Iterable[list[PreparedParam]]:
     """Put rows of one kind together, in order; each of kind None, or of a parameter met before, is by itself."""
-    together: defaultdict[Any, list[Row]] = defaultdict(list)
+    together: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
     met: set[int] = set()
     for position, row in enumerate(found):
         known = None if id(row.param) in met else kind(row)
@@ -70,3 +78,11 @@ def add_scaled_(tensor: Tensor, other: Tensor, factor: Any) -> None:
         tensor.add_(other.to(torch.promote_types(tensor.dtype, torch.float32)) * factor)
     else:
         tensor.add_(other, alpha=factor)
+
+
+def _all_specs() -> list[AlgorithmSpec]:
+    package = importlib.import_module(__package__ or "")
+    return [getattr(package, name).spec for name in package.__all__]
+
+
+add_catalog(_all_specs)

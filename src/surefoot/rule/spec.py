@@ -1,0 +1,83 @@
+"""AlgorithmSpec: what an algorithm declares, made once for each class; what lies below the optimizer is handed it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from surefoot.rule.declare import EMA, Scalar, Slot, Sparse
+
+Flags = tuple[tuple[str, bool], ...]
+COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
+ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
+
+
+@dataclass(frozen=True, eq=False)
+class AlgorithmSpec:
+    """What an algorithm is, apart from any optimizer that runs it.
+
+    Attributes:
+        name: its name, for messages.
+        slots: tensors kept for each parameter, in the order in which `update` takes and returns them.
+        scalars: numbers kept for each parameter.
+        flags: hyperparameters whose truth shapes the computation.
+        update: the rule; None where the algorithm has a custom step.
+        coefficients: the numbers of an update, from hyperparameters and scalars.
+        rows_suffice: whether an element without gradient stays as it is, by settled flags.
+        sparse: what becomes of sparse gradients.
+        instead_of_sparse: what the refusal of a sparse gradient recommends.
+        complex_params: whether complex parameters are taken.
+        step_options: the options of `StepOptions` that it takes.
+        constructor: the constructor's arguments that have a default, with it.
+    """
+
+    name: str
+    slots: tuple[Slot, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    flags: tuple[str, ...] = ()
+    update: Callable[..., Any] | None = None
+    coefficients: Callable[..., dict[str, Any]] = lambda _, **__: {}
+    rows_suffice: Callable[[Mapping[str, bool]], bool] = lambda _: True
+    sparse: Sparse = Sparse.REFUSED
+    instead_of_sparse: str = ""
+    complex_params: bool = True
+    step_options: frozenset[str] = frozenset()
+    constructor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether the class says what state it keeps, so that loading can verify it."""
+        return self.update is not None or bool(self.slots)
+
+    @property
+    def all_slots(self) -> tuple[Slot, ...]:
+        """Slots that a parameter may have: the algorithm's, and the average."""
+        return (*self.slots, EMA)
+
+    def active_slots(self, flags: Mapping[str, bool]) -> tuple[Slot, ...]:
+        """Return the slots that exist under settled flags."""
+        return tuple(slot for slot in self.all_slots if slot.when is None or flags[slot.when])
+
+    def settle_flags(self, group: Mapping[str, Any]) -> Flags:
+        """Return the flags of a group: the truth of each hyperparameter that shapes the computation."""
+        return tuple((name, _truth(group, group.get(name, False))) for name in (*COMMON_FLAGS, *self.flags))
+
+
+def _truth(group: Mapping[str, Any], value: Any) -> bool:
+    """Return whether a flag is on; a tensor counts as on where reading it would wait for a device."""
+    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu)
+    return bool(unread or value)
+
+
+_catalogs: list[Callable[[], Iterable[AlgorithmSpec]]] = []
+
+
+def add_catalog(algorithms: Callable[[], Iterable[AlgorithmSpec]]) -> None:
+    """Let algorithms be known to `known_algorithms`, which calls this when it is first needed."""
+    _catalogs.append(algorithms)
+
+
+def known_algorithms() -> list[AlgorithmSpec]:
+    """Return the algorithms of this library, to tell state dicts of one from those of another."""
+    return [spec for catalog in _catalogs for spec in catalog()]

@@ -1,0 +1,115 @@
+"""Whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
+
+from collections.abc import Mapping
+from numbers import Real
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.rule import AlgorithmSpec, Flags, Sparse
+from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
+from surefoot.tensors.gate import admit_rows
+from surefoot.tensors.shards import match_layout
+
+CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
+
+
+def format_param(group: Mapping[str, Any], param: Tensor) -> str:
+    """Return a parameter's name for a message: its name, or its position in the group, and its shape."""
+    position = next(i for i, candidate in enumerate(group["params"]) if candidate is param)
+    names = group.get("param_names") or ()
+    name = names[position] if position < len(names) else f"params[{position}]"
+    return f"`{name}` of shape {tuple(param.shape)}"
+
+
+def hyperparameters(group: Mapping[str, Any]) -> SimpleNamespace:
+    """Return a group's options as attributes; tensors of one element as 0-d tensors."""
+    return SimpleNamespace(**{name: _zero_dim(value) for name, value in group.items() if _is_option(name)})
+
+
+def _is_option(name: Any) -> bool:
+    return isinstance(name, str) and name != "params"
+
+
+def _zero_dim(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim():
+        return value.squeeze()
+    return tuple(_zero_dim(item) for item in value) if isinstance(value, tuple) else value
+
+
+def validated_gradient(
+    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], flags: Flags = ()
+) -> Tensor:
+    """Return the gradient of a parameter in a layout that its algorithm takes.
+
+    Raises:
+        RuntimeError: a sparse gradient where the algorithm takes none, a dense one where it takes only sparse, a
+            gradient or state that does not fit its parameter, or a parameter that cannot be stepped.
+        IndexError: a sparse gradient has rows outside of its shape.
+        AssertionError: `capturable=True` on a device where steps cannot be captured.
+        TypeError: scalar state is not a number.
+    """
+    grad: Any = param.grad
+    if group.get("capturable") and param.device.type not in CAPTURABLE_DEVICES:
+        raise AssertionError(
+            f"If capturable=True, params and state_steps must be on supported devices: {list(CAPTURABLE_DEVICES)}, "
+            f"but {format_param(group, param)} is on {param.device}"
+        )
+    if param.is_complex() and not spec.complex_params:
+        raise RuntimeError(
+            f"{spec.name} does not support complex parameters, but {format_param(group, param)} is {param.dtype}"
+        )
+    if (reason := unfit_param(param)) is not None:
+        raise RuntimeError(f"{format_param(group, param)} {reason}")
+    if (reason := unfit(grad, param, param.shape, placements=False)) is not None:
+        raise RuntimeError(
+            f"the gradient of {format_param(group, param)} {reason}; set it to None after changing a parameter"
+        )
+    check_state(spec, group, param, entry)
+    if grad.layout is torch.strided:
+        if spec.sparse is Sparse.ONLY:
+            raise RuntimeError(f"{spec.name} does not support dense gradients, please consider Adam instead")
+        if (reason := unfit_memory(grad, written=False)) is not None:
+            raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
+        laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
+        return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
+    if not grad.is_sparse or spec.sparse is Sparse.REFUSED:
+        raise RuntimeError(f"{spec.name} does not support sparse gradients{spec.instead_of_sparse}")
+    if "weight_decay" in spec.flags and group.get("weight_decay"):
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
+    rows = admit_rows(grad)
+    return rows if spec.rows_suffice(dict(flags)) else rows.to_dense()
+
+
+def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
+    """Refuse state that does not fit its parameter (any more).
+
+    Raises:
+        RuntimeError: a tensor of state does not fit; the message names it.
+        TypeError: scalar state is not a number.
+    """
+    for scalar in spec.scalars:
+        if scalar.name in entry and not _is_one_number(value := entry[scalar.name]):
+            raise TypeError(
+                f"state `{scalar.name}` must be a number or a tensor of one element, but is {value!r} for "
+                f"{format_param(group, param)}"
+            )
+    for slot in spec.all_slots:
+        if (value := entry.get(slot.name)) is None:
+            continue
+        reason = unfit_state(value, param, slot.shape_for(param), like_param=slot.shape is None)
+        if reason is not None:
+            raise RuntimeError(
+                f"state `{slot.name}` of {format_param(group, param)} on {param.device} {reason}; after replacing or "
+                f"moving a parameter, move its state with `optimizer.to()`, or delete it with "
+                f"`del optimizer.state[param]`"
+            )
+
+
+def _is_one_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_nested and value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (Real, np.ndarray))

@@ -1,0 +1,61 @@
+"""Making what is missing of a parameter's state, and moving it between devices."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.rule import EMA, STEP, AlgorithmSpec, Slot
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+def make_state(spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Make the state of every parameter, whether it has a gradient or not, but no averages of what is not stepped."""
+    for group in groups:
+        slots = [slot for slot in spec.active_slots(dict(spec.settle_flags(group))) if slot is not EMA]
+        for param in group["params"]:
+            ensure_state(spec, group, param, state, slots)
+
+
+def ensure_state(
+    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, state: State, slots: Sequence[Slot]
+) -> list[str]:
+    """Make what is missing of a parameter's state; return the names of what was made."""
+    entry = state.get(param, {})
+    made: dict[str, Any] = {
+        s.name: s.new(group, scalar_device(group, param)) for s in spec.scalars if s.name not in entry
+    }
+    for slot in slots:
+        if entry.get(slot.name) is None and slot.shape_for(param) is not None:
+            made[slot.name] = slot.new(param, group)
+    if made:
+        state[param].update(made)
+    return list(made)
+
+
+def is_on_device(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Return whether only the parameter's device knows its scalars: steps may be captured, or skipped there."""
+    return bool(group.get("capturable") or (group.get("fused") and not param.is_cpu))
+
+
+def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
+    """Return the device of a parameter's scalars: its own or the host."""
+    return param.device if is_on_device(group, param) else torch.device("cpu")
+
+
+def relocated(
+    spec: AlgorithmSpec, group: Mapping[str, Any], entry: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return a parameter's state on a device; scalars are on the host unless steps are captured."""
+    scalars = {STEP.name, *(scalar.name for scalar in spec.scalars)}
+    home = device if group.get("capturable") else torch.device("cpu")
+    return {name: _on(value, home if name in scalars else device) for name, value in entry.items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Return a tensor, or a list of them, on a device."""
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value

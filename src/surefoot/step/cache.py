@@ -1,0 +1,232 @@
+"""The step cache: buckets of kernel engines with their plans, as long as all they were made from holds.
+
+Whatever a user may change counts at the next step, so everything is compared with what is there now: groups, options,
+the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, product
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from surefoot.engines import cpu, gpu
+from surefoot.engines.cpu.tensors import Versions
+from surefoot.engines.cpu.threads import needs_threads
+from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
+from surefoot.rule import ENGINE_OPTIONS
+from surefoot.state.make import is_on_device
+from surefoot.state.scalars import read_scalars, write_scalars
+from surefoot.step.inputs import StepInput
+from surefoot.step.partition import all_flags
+from surefoot.step.types import BucketRun
+from surefoot.tensors.gate import admit_rows
+from surefoot.tensors.memory import is_plain
+from surefoot.tensors.shards import to_local
+
+_DICTS = (dict, defaultdict)
+_CONSTANT = (int, float, bool, str, type(None))
+
+
+class BucketGuard:
+    """Guards the tensors of one bucket, and reads and writes those of its scalars that the host has."""
+
+    def __init__(self, run: BucketRun) -> None:
+        scalars, slots = run.spec.scalars, [slot.name for slot in run.bucket.rule.slots]
+        held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
+        names = [*held, *slots]
+        entries = {name: [entry[name] for entry in run.entries] for name in names}
+        columns, busy = (run.params, *entries.values()), run.engine is cpu and needs_threads(run.params)
+        self._tensors = look_at(columns, run.entries, names, gradients=not run.sparse, threads=busy)
+        self._kinds = list(map(_kind, run.grads())) if run.sparse else []
+        of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
+        self._numbers, self._versions = numbers_in(of_host), Versions(of_host)
+        self._replaced = None if held or not scalars else (run.entries, scalars)
+        self._shape = (len(scalars), len(run.params))
+
+    def revalidate(self, run: BucketRun) -> bool:
+        """Give the bucket this step's gradients; return whether all else is as it was."""
+        if self._replaced and not all(scalar.name in entry for entry, scalar in product(*self._replaced)):
+            return False
+        if run.sparse:
+            return not self._tensors.changed() and self._revalidate_rows(run)
+        plan = run.bucket.plan
+        grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
+        if self._tensors.changed():
+            return False
+        run.bucket.gradient_addresses, run.bucket.grads = self._tensors.gradients, list(map(to_local, grads))
+        return True
+
+    def _revalidate_rows(self, run: BucketRun) -> bool:
+        grads = run.grads()
+        same = list(map(_kind, grads)) == self._kinds
+        if same:
+            run.bucket.grads = list(map(admit_rows, grads))
+        return same
+
+    def release_grads(self) -> None:
+        """Hold this step's gradients no longer."""
+        self._tensors.let_go()
+
+    def read_scalars(self) -> np.ndarray:
+        """Return the scalars: float64 of shape (scalars, parameters)."""
+        if not self._shape[0]:
+            return np.zeros(self._shape)
+        if self._replaced:
+            return read_scalars(*self._replaced)
+        values: np.ndarray = self._numbers.read()
+        return values.reshape(self._shape)
+
+    def write_scalars(self, values: np.ndarray) -> None:
+        """Write the scalars: of shape (scalars, parameters), or (scalars, 1) where parameters share them."""
+        if self._replaced:
+            write_scalars(*self._replaced, values)
+        if self._replaced or not self._shape[0]:
+            return
+        self._numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
+        self._versions.count()
+
+
+def _kind(grad: Any) -> tuple[Any, ...]:
+    """Return what must stay of a sparse gradient; all else of it may change."""
+    if not isinstance(grad, Tensor) or not grad.is_sparse:
+        return ()
+    return type(grad), grad.dtype, grad.device, grad.shape, grad.sparse_dim()
+
+
+class OptionsGuard:
+    """Guards the options of groups: whether they decide the same buckets as before."""
+
+    def __init__(self, step: StepInput) -> None:
+        self._signatures = [_signature(step, group) for group in step.groups]
+        self._note(step)
+
+    def _note(self, step: StepInput) -> None:
+        self._seen = _options(step)
+        lists = [group["params"] for group in step.groups]
+        self._constant = all(_is_constant(each) or any(each is params for params in lists) for each in self._seen)
+
+    def same(self, step: StepInput) -> bool:
+        """Return whether nothing can have changed: the same objects, none of which can change its value."""
+        return self._constant and same_objects(self._seen, _options(step))
+
+    def decide_the_same(self, step: StepInput) -> bool:
+        """Return whether the buckets are the same; the options of now are the ones to compare with from then on."""
+        self._note(step)
+        return self._signatures == [_signature(step, group) for group in step.groups]
+
+
+def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what of a group decides its buckets, beside its tensors."""
+    return (all_flags(step, group), *map(group.get, ENGINE_OPTIONS))
+
+
+def _options(step: StepInput) -> list[object]:
+    """Return the names and values of all options, and what else signatures depend on."""
+    options: list[object] = [step.stepping.options.max_grad_norm, step.grad_scale is None]
+    for group in step.groups:
+        options += group
+        options += group.values()
+    return options
+
+
+def _is_constant(value: object) -> bool:
+    return type(value) in _CONSTANT or (type(value) is tuple and all(map(_is_constant, value)))
+
+
+@dataclass(eq=False)
+class StepCache:
+    """The buckets of a step and what they were made from."""
+
+    options: OptionsGuard | None = None
+    groups: list[tuple[dict[str, Any], int]] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    idle: list[Tensor] = field(default_factory=list)
+    state: Any = None
+    items: Any = None
+    runs: list[BucketRun] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun]) -> "StepCache":
+        """Keep buckets, made from these options, if their engines can use all of them again."""
+        if not runs or type(step.state) not in _DICTS:
+            return cls()
+        for run in runs:
+            if run.engine is gpu and not _on_device(run):
+                _bring_home(run)
+        if not all(map(_reusable, runs)):
+            return cls()
+        for run in runs:
+            run.guard = BucketGuard(run)
+        params = list(_params(step))
+        idle = [param for param in params if param.grad is None]
+        groups = [(group, len(group["params"])) for group in step.groups]
+        return cls(options, groups, params, idle, step.state, items_of([cast("dict[Any, Any]", step.state)]), runs)
+
+    def revalidate(self, step: StepInput) -> list[BucketRun] | None:
+        """Return the buckets with this step's gradients, or None if anything has changed."""
+        holds = (
+            self.runs
+            and self._same_options(step)
+            and _same_groups(self.groups, step.groups)
+            and same_objects(self.params, _params(step))
+            and all(param.grad is None for param in self.idle)
+            and self.state is step.state
+            and not self.items.changed()
+            and all(run.guard.revalidate(run) for run in self.runs)
+        )
+        return self.runs if holds else None
+
+    def _same_options(self, step: StepInput) -> bool:
+        if self.options is None or self.options.same(step):
+            return self.options is not None
+        for run in self.runs:
+            run.options = None
+        return self.options.decide_the_same(step)
+
+
+def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, Any]]) -> bool:
+    """Return whether these are the groups, with as many parameters in each."""
+    same = len(ours) == len(theirs)
+    return same and all(
+        own is group and count == len(group["params"]) for (own, count), group in zip(ours, theirs, strict=True)
+    )
+
+
+def _params(step: StepInput) -> Iterable[Tensor]:
+    return chain.from_iterable(group["params"] for group in step.groups)
+
+
+def _on_device(run: BucketRun) -> bool:
+    """Return whether only the parameters' device knows their scalars."""
+    return is_on_device(run.group, run.params[0]) and not run.group.get("differentiable")
+
+
+def _bring_home(run: BucketRun) -> None:
+    """Let the host have the scalars that it reads at every step, if somebody has put them on a device."""
+    for entry, scalar in product(run.entries, run.spec.scalars):
+        if isinstance(value := entry[scalar.name], Tensor) and not value.is_cpu:
+            entry[scalar.name] = value.cpu()
+
+
+def _reusable(run: BucketRun) -> bool:
+    if run.engine not in (cpu, gpu) or not all(type(entry) is dict for entry in run.entries):
+        return False
+    if run.params[0].is_complex() and not _on_device(run):
+        return False  # their real views, if kept, would keep them from being swapped
+    if run.sparse and (run.engine is gpu or run.group.get("ema")):
+        return False  # averages are none of a sparse update's slots
+    stored = run.params if run.sparse else (*run.params, *run.grads())
+    return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or can_hold(_scalars(run)))
+
+
+def _scalars(run: BucketRun) -> Iterable[Any]:
+    return (entry[scalar.name] for entry in run.entries for scalar in run.spec.scalars)
+
+
+def _are_replaced(run: BucketRun) -> bool:
+    """Return whether scalars are Python's numbers, so that every step puts others into the state."""
+    return not _on_device(run) and all(isinstance(value, (int, float)) for value in _scalars(run))

@@ -1,0 +1,178 @@
+"""The numbers of an update: from hyperparameters and scalars, on the host or on the parameters' device."""
+
+from collections.abc import Mapping
+from itertools import compress
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.engines import Coefficients, gpu
+from surefoot.engines.bucket import EachParameter
+from surefoot.errors import RuleError
+from surefoot.rule import EMA
+from surefoot.state.check import hyperparameters
+from surefoot.state.make import is_on_device
+from surefoot.state.scalars import read_scalars, write_scalars
+from surefoot.step.device import DeviceScalars, number_on, numbers_on, refuse_new_buckets
+from surefoot.step.inputs import StepInput
+from surefoot.step.types import BucketRun, Fresh
+
+_NOT_FRESH = (False, False)
+_NUMBER = (float, int, Tensor)
+
+
+def compute_coefficients(step: StepInput, run: BucketRun) -> None:
+    """Put the numbers of this step into a bucket, and compute its new scalars."""
+    fresh = _fresh(run) if run.made else []
+    if run.group.get("ema") and EMA not in run.bucket.rule.slots:
+        run.slice.fresh = [new for _, new in fresh]
+    if is_on_device(run.group, run.params[0]) and not run.group.get("differentiable"):
+        _compute_on_device(step, run, fresh)
+        return
+    scalars = run.spec.scalars
+    values = run.guard.read_scalars() if run.guard else read_scalars(run.entries, scalars)
+    distinct, row = _distinct(values, fresh)
+    if run.shared_row is None:
+        run.shared_row = np.zeros(len(run.params), dtype=np.int64)
+    numbers = [_on_host(step, run, column, fresh) for column, fresh in distinct]
+    run.bucket.coefficients = [number for number, _ in numbers]
+    run.bucket.row = run.shared_row if row is None else row
+    new = np.array([values for _, values in numbers], dtype=np.float64).T.reshape(len(scalars), len(numbers))
+    run.scalars = new if row is None else new[:, row]
+
+
+def store_scalars(run: BucketRun) -> None:
+    """Count a step that was made, where the host keeps its scalars."""
+    if run.guard:
+        run.guard.write_scalars(run.scalars)
+    else:
+        write_scalars(run.entries, run.spec.scalars, run.scalars)
+
+
+def _fresh(run: BucketRun) -> list[Fresh]:
+    slots = {slot.name for slot in run.spec.slots}
+    return [(not slots.isdisjoint(names), EMA.name in names) for names in run.made]
+
+
+def _distinct(
+    values: np.ndarray, fresh: list[Fresh]
+) -> tuple[list[tuple[tuple[float, ...], Fresh]], np.ndarray | None]:
+    """Return the distinct columns of scalars, told apart by `fresh`, and if there are several, which a parameter has.
+
+    An empty `fresh` means that nothing is.
+    """
+    first = fresh[0] if fresh else _NOT_FRESH
+    if fresh.count(first) == len(fresh) and (not len(values) or (values == values[:, :1]).all()):
+        return [(tuple(values[:, 0].tolist()), first)], None
+    columns = list(zip(map(tuple, values.T.tolist()), fresh or [_NOT_FRESH] * values.shape[1], strict=True))
+    index = {column: position for position, column in enumerate(dict.fromkeys(columns))}
+    return list(index), np.array([index[column] for column in columns], dtype=np.int64)
+
+
+def _on_host(
+    step: StepInput, run: BucketRun, values: tuple[float, ...], fresh: Fresh
+) -> tuple[Coefficients, list[float]]:
+    """Return the numbers of an update and the new scalars, from the present scalars."""
+    scalars = {s.name: value for s, value in zip(run.spec.scalars, values, strict=True)}
+    if run.options is None:
+        run.options = hyperparameters(run.group)
+    numbers, new = _numbers(step, run, SimpleNamespace(**vars(run.options)), scalars, fresh)
+    names = run.bucket.rule.coefficients
+    # What clips is computed on the device, which kernels there need not wait for.
+    kept = names if run.group.get("differentiable") else ("step_clip",) * (run.engine is gpu)
+    coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in names}
+    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+
+
+def _numbers(
+    step: StepInput, run: BucketRun, h: SimpleNamespace, scalars: dict[str, Any], fresh: tuple[Any, Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Return every number that an update may read, and the new scalars: Python's numbers, or tensors if scalars are."""
+    if "step" in scalars:
+        scalars["step"] = scalars["step"] + 1
+    derived = run.spec.coefficients(h, **scalars)
+    numbers = {"fresh": fresh[0], "loss_scale": step.grad_scale, **derived}
+    numbers |= {"step_clip": run.slice.clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
+    for name in run.bucket.rule.coefficients:
+        if name not in numbers:
+            numbers[name] = _given(run, h, name, numbers)
+    return numbers, [derived.get(name, value) for name, value in scalars.items()]
+
+
+def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, Any]) -> Any:
+    """Return a hyperparameter that an update reads.
+
+    Raises:
+        RuleError: there is none of that name that is a number.
+    """
+    if not isinstance(value := getattr(h, name, None), _NUMBER):
+        given = {known for known, value in vars(h).items() if isinstance(value, _NUMBER)}
+        raise RuleError(
+            f"{run.bucket.rule.name}.update reads c.{name}, which is neither a hyperparameter nor given by "
+            f"`coefficients`; there are: {', '.join(sorted({*numbers, *given}))}"
+        )
+    return value
+
+
+def _weight_of_average(group: Mapping[str, Any], fresh: Any) -> Any:
+    """Return the weight of the stepped parameter in its average: all of it at first."""
+    weight = 1 - (group.get("ema") or 0.0)
+    return torch.where(fresh, 1.0, weight) if isinstance(fresh, Tensor) else 1.0 if fresh else weight
+
+
+def _number(value: Any, *, keep_tensors: bool) -> Any:
+    return value.detach().item() if isinstance(value, Tensor) and not keep_tensors else value
+
+
+# On the device
+
+
+def _compute_on_device(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> None:
+    """Put the numbers into a bucket without reading anything from the parameters' device."""
+    place = run.bucket.device
+    if run.device_scalars is None:
+        refuse_new_buckets(run.spec.name)
+        kernels = run.engine is gpu
+        run.device_scalars = DeviceScalars(run.entries, run.spec.scalars, place, by_kernel=kernels)
+        run.fresh, run.fresh_average = (_flags_on(place, [each[i] for each in fresh]) for i in (0, 1))
+    h = numbers_on(place, hyperparameters(run.group))
+    scalars = dict(zip((s.name for s in run.spec.scalars), run.device_scalars.read(), strict=True))
+    numbers, run.scalars = _numbers(step, run, h, scalars, (run.fresh, run.fresh_average))
+    numbers |= {name: number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}
+    run.bucket.coefficients = EachParameter(
+        {name: numbers[name] for name in run.bucket.rule.coefficients}, len(run.params)
+    )
+    run.bucket.row = np.arange(len(run.params))
+    run.bucket.found_inf = None if step.found_inf is None else step.found_inf.to(place, non_blocking=True)
+
+
+def _flags_on(place: torch.device, flags: list[bool]) -> Tensor | bool:
+    """Put flags on a device; what all of them share is not copied, which would wait."""
+    if len(set(flags)) == 1:
+        return flags[0] and torch.full((len(flags),), True, device=place)
+    return torch.tensor(flags, device=place) if flags else False
+
+
+def store_device_scalars(run: BucketRun, scalars: DeviceScalars, *, made: bool) -> None:
+    """Count a step on the device, unless the device has found infinities; what is fresh stays so until one is made."""
+    found_inf = run.bucket.found_inf
+    if made:
+        scalars.write(run.scalars, found_inf)
+    if found_inf is None:
+        run.fresh = run.fresh_average = False
+        return
+    for fresh in (run.fresh, run.fresh_average):
+        if isinstance(fresh, Tensor):
+            fresh.logical_and_(found_inf != 0)
+
+
+def forget_fresh(run: BucketRun) -> None:
+    """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
+    for fresh, slots in ((run.fresh, run.spec.slots), (run.fresh_average, (EMA,))):
+        if isinstance(fresh, Tensor):
+            for entry in compress(run.entries, fresh.tolist()):
+                for slot in slots:
+                    entry.pop(slot.name, None)

@@ -1,0 +1,56 @@
+"""StepInput: all that a step is about, as the optimizer hands it over."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from surefoot.rule import AlgorithmSpec
+from surefoot.step.options import Stepping
+from surefoot.step.types import ParamSlice
+
+
+class StepInput(NamedTuple):
+    """All that a step is about.
+
+    Attributes:
+        spec: the algorithm.
+        groups: the param groups.
+        state: each parameter's entry.
+        stepping: options, statistics and context.
+        grad_scale: what a GradScaler has multiplied the gradients with, if it leaves unscaling to the step.
+        found_inf: whether it has found infinities, as a number on a device.
+        param_names: return the names of all parameters, group by group.
+    """
+
+    spec: AlgorithmSpec
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Any, dict[str, Any]]
+    stepping: Stepping
+    grad_scale: Any
+    found_inf: Any
+    param_names: Callable[[], Sequence[str]]
+
+    def is_clipped(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the gradients of a group are clipped by norm."""
+        return bool(self.stepping.options.max_grad_norm or group.get("max_grad_norm"))
+
+    def needs_gradients(self) -> bool:
+        """Return whether the gradients must be measured before the update."""
+        guarded = self.stepping.options.nonfinite != "ignore"
+        return guarded or any(map(self.is_clipped, self.groups))
+
+    def names(self) -> dict[Tensor, str]:
+        """Return the name of every parameter."""
+        params = (param for group in self.groups for param in group["params"])
+        return dict(zip(params, self.param_names(), strict=True))
+
+    def skip(self) -> None:
+        """Note that this step changes nothing."""
+        self.stepping.statistics.skipped += 1
+        self.stepping.context.skips = True
+
+    @property
+    def slices(self) -> list[ParamSlice]:
+        """The parameters of the step."""
+        return self.stepping.context.slices

@@ -1,0 +1,179 @@
+"""Options of the step that every optimizer has: what they may be, and those of one optimizer with what came of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from surefoot.rule import AlgorithmSpec
+from surefoot.rule.hyperparameters import Check, Interval
+from surefoot.step.context import StepContext, new_context
+
+if TYPE_CHECKING:
+    from surefoot.telemetry import Telemetry
+
+
+class StepOptions(TypedDict, total=False):
+    """Options of every optimizer, keyword-only: what happens around the update.
+
+    Attributes:
+        max_grad_norm: greatest norm of all gradients together, > 0; larger ones are scaled down in the step, as by
+            `torch.nn.utils.clip_grad_norm_`, and `p.grad` stays as it is.  Under this key in a param group: the
+            greatest norm of that group's gradients, which then do not count in the others' norm.
+        max_grad_value: greatest absolute value of an element of a gradient, > 0, after clipping by norm; also in a
+            param group.
+        nonfinite: what to do when a gradient holds inf or NaN: `"ignore"`, `"skip"` the step, changing nothing, or
+            `"raise"` NonFiniteGradientError, changing nothing.
+        ema: decay of an exponential moving average of the parameters, in (0, 1); see `Optimizer.ema_parameters`.
+        zero_grad_after_step: call `zero_grad()` at the end of each step.
+        telemetry: True, or a `surefoot.telemetry.Telemetry`: measure norms in the step's own pass.
+    """
+
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    nonfinite: str
+    ema: float | None
+    zero_grad_after_step: bool
+    telemetry: "Telemetry | bool | None"
+
+
+_POSITIVE = "{} must be a number > 0, or None, but is: "
+GROUP_RANGES: Mapping[str, Check] = {
+    "max_grad_norm": Interval(_POSITIVE.format("`max_grad_norm`"), low_open=True, optional=True),
+    "max_grad_value": Interval(_POSITIVE.format("`max_grad_value`"), low_open=True, optional=True),
+    "ema": Interval(
+        "`ema` must be a decay > 0 and < 1, or None, but is: ", high=1.0, high_open=True, low_open=True, optional=True
+    ),
+}
+_NONFINITE = ("ignore", "skip", "raise")
+_PER_GROUP = ("max_grad_value", "ema")
+_ALL = tuple(StepOptions.__annotations__)
+_OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
+
+
+@dataclass(eq=False)
+class OptimizerOptions:
+    """The options of one optimizer that are not its groups'; see `StepOptions`."""
+
+    max_grad_norm: float | None = None
+    nonfinite: str = "ignore"
+    zero_grad_after_step: bool = False
+    telemetry: Any = None
+
+    def check(self) -> None:
+        """Raise when an option is out of its range; make a telemetry where True asks for one."""
+        GROUP_RANGES["max_grad_norm"]("max_grad_norm", self.max_grad_norm)
+        if self.nonfinite not in _NONFINITE:
+            raise ValueError(
+                f"`nonfinite` must be one of {', '.join(map(repr, _NONFINITE))}, but is {self.nonfinite!r}"
+            )
+        if not isinstance(self.zero_grad_after_step, bool):
+            raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
+        self.telemetry = _telemetry(self.telemetry)
+
+    def requested(self) -> set[str]:
+        """Return the names of the options that ask for something."""
+        return {name for name in _OF_OPTIMIZER if getattr(self, name) not in (None, False, "ignore")}
+
+
+@dataclass(eq=False)
+class StepStatistics:
+    """What the steps of one optimizer have come to.
+
+    Attributes:
+        steps: how many steps were asked for.
+        skipped: how many of them were skipped.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+
+
+@dataclass(eq=False)
+class Stepping:
+    """What an optimizer keeps of its steps beside its groups and state.
+
+    Attributes:
+        options: its options.
+        statistics: what the steps have come to.
+        checked: the options, of groups too, that the last step has found allowed.
+        metric_names: who is measured, once that was needed.
+        context: the step that is being made.
+    """
+
+    options: OptimizerOptions = field(default_factory=OptimizerOptions)
+    statistics: StepStatistics = field(default_factory=StepStatistics)
+    checked: list[Any] = field(default_factory=list, repr=False)
+    metric_names: Any = field(default=None, repr=False)
+    context: StepContext = field(default_factory=new_context, repr=False)
+
+    @classmethod
+    def take(cls, defaults: dict[str, Any]) -> "Stepping":
+        """Take the options that are not for groups out of an optimizer's defaults.
+
+        Raises:
+            ValueError, TypeError: an option is out of its range.
+        """
+        given = {name: defaults.pop(name) for name in _OF_OPTIMIZER if name in defaults}
+        for name in _PER_GROUP:
+            if name in defaults and defaults[name] is None:
+                del defaults[name]
+        options = OptimizerOptions(**given)
+        options.check()
+        return cls(options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"checked": [], "metric_names": None}
+
+
+def _telemetry(wish: Any) -> "Telemetry | None":
+    if wish is None:
+        return None
+    from surefoot.telemetry import as_telemetry  # noqa: PLC0415 (on first use)
+
+    return as_telemetry(wish)
+
+
+def refuse_unsupported(spec: AlgorithmSpec, requested: Iterable[str]) -> None:
+    """Raise ValueError when an algorithm does not take an option."""
+    if unsupported := set(requested) - spec.step_options:
+        raise ValueError(
+            f"{spec.name} takes no `{min(unsupported)}`: it has a custom step; do that in the training loop"
+        )
+
+
+def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
+    """Refuse options that a group cannot have.
+
+    Raises:
+        ValueError: an option of the whole optimizer, or one that the algorithm does not take.
+    """
+    given = {option for option in _ALL if group.get(option) is not None}
+    if misplaced := given - set(GROUP_RANGES):
+        raise ValueError(
+            f"`{min(misplaced)}` is an option of {spec.name}, not of a param group; give it to {spec.name}()"
+        )
+    refuse_unsupported(spec, given)
+    if "ema" in given and any(slot.name == "ema" for slot in spec.slots):
+        raise ValueError(
+            f"{spec.name} has a slot `ema` of its own, so that the option `ema` has no place for its average"
+        )
+
+
+def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that were changed since the last step to what is out of range or not taken.
+
+    Raises:
+        ValueError, TypeError: an option is; nothing has changed.
+    """
+    now = [group.get(option) for group in groups for option in _ALL]
+    now += map(vars(stepping.options).__getitem__, _OF_OPTIMIZER)
+    if len(now) == len(stepping.checked) and all(map(is_, now, stepping.checked)):
+        return
+    stepping.options.check()
+    refuse_unsupported(spec, stepping.options.requested())
+    for group in groups:
+        check_group_options(spec, group)
+        for option, check in GROUP_RANGES.items():
+            check(option, group.get(option))
+    stepping.checked = now

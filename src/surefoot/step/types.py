@@ -1,0 +1,89 @@
+"""The values that go through a step; each concept once."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from surefoot.engines import Bucket, Engine
+from surefoot.rule import AlgorithmSpec
+from surefoot.step.device import DeviceScalars
+
+Fresh = tuple[bool, bool]
+"""Of a parameter: whether a slot of its algorithm was newly initialized, and whether its average was."""
+
+
+@dataclass(eq=False)
+class ParamSlice:
+    """Parameters of one group in a step, and what was measured of them.
+
+    Attributes:
+        group: the param group.
+        params: the parameters, n of them.
+        gradients: sum of squares and largest absolute value of each gradient: float64 of shape (n, 2).
+        clip: what the gradients are multiplied with, a number or a 0-d tensor.
+        sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 5).
+        before: copies of the parameters before the step, where updates cannot be measured while they are made.
+        fresh: for each parameter whether its average is new, where averages are no part of the update.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    gradients: Tensor | None = None
+    clip: Any = 1.0
+    sums: Tensor | None = None
+    before: list[Tensor] | None = None
+    fresh: list[bool] | None = None
+
+
+@dataclass(eq=False)
+class BucketRun:
+    """A bucket, what it comes from, and the engine that will run it.
+
+    Attributes:
+        spec: the algorithm.
+        slice: its parameters.
+        bucket: what the engine is handed.
+        engine: the engine.
+        sparse: whether the gradients are sparse.
+        entries: the parameters' state.
+        made: names of the state that was made for this step.
+        scalars: the new scalars, not written yet.
+        guard: what tells whether it can be used again.
+        device_scalars: scalars that only the parameters' device knows.
+        options: the group's hyperparameters as attributes, kept while they cannot have changed.
+        shared_row: rows of coefficients where all parameters share one.
+        fresh: whether slots are newly initialized, where steps may be skipped by a kernel.
+        fresh_average: the same of averages.
+    """
+
+    spec: AlgorithmSpec
+    slice: ParamSlice
+    bucket: Bucket
+    engine: Engine
+    sparse: bool = False
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    made: list[list[str]] = field(default_factory=list)
+    scalars: Any = None
+    guard: Any = None
+    device_scalars: DeviceScalars | None = None
+    options: SimpleNamespace | None = None
+    shared_row: np.ndarray | None = None
+    fresh: Any = False
+    fresh_average: Any = False
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The param group."""
+        return self.slice.group
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters."""
+        return self.slice.params
+
+    def grads(self) -> list[Any]:
+        """Return the gradients of now."""
+        return [param.grad for param in self.slice.params]
