@@ -780,7 +780,7 @@ def learning_rate_a_tensor(world, a, b, c):
 @change(refusable=True)
 def option_changed(world, a, b, c):
     group = world.optimizer.param_groups[a % len(world.optimizer.param_groups)]
-    names = sorted(OPTIONS.keys() & group)
+    names = sorted((OPTIONS.keys() & group) - ({"momentum"} if world.setting.sparse else set()))
     if names:
         name = names[b % len(names)]
         group[name] = OPTIONS[name][c % 2]

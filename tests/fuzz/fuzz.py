@@ -37,7 +37,7 @@ from averages import AverageCase, draw_averages, run_averages
 from cases import Case, Round, draw_case
 from changes import CHANGES
 from judge import coarsest, difference, misfits, synchronize, torch_writes_elsewhere, written_by_step
-from memory import Snapshot, lacks_memory, overlaps_itself
+from memory import Snapshot, everything, lacks_memory, overlaps_itself
 from sharded import ShardedCase, draw_sharded, mesh, run_sharded
 from torch import Tensor
 from worlds import ENGINES, FEW, SETTINGS, WITHOUT_ENGINES, Kind, World, values
@@ -145,6 +145,8 @@ class _Run:
     def change(self, moves: Iterable[tuple[str, int, int, int]]) -> None:
         """Apply changes to both worlds."""
         for name, *numbers in moves:
+            if any(lacks_memory(tensor) for _, tensor in everything(self.ours)):
+                return  # most changes would read what is not there
             row = CHANGES[name]
             before = Snapshot(self.ours) if row.raises else None
             ours = attempt(lambda: row.apply(self.ours, *numbers))  # noqa: B023 (called at once)
@@ -170,9 +172,8 @@ class _Run:
         """Check that a refusal is one, changed nothing, and was called for."""
         if not isinstance(error, REFUSALS) or isinstance(error, InternalError | RuleError) or not str(error):
             raise _failed("raw error", error)
-        # LBFGS steps before and between the calls of its closure; of two optimizers the first may have stepped.
-        partly = self.ours.second is not None or (self.setting.algorithm == "LBFGS" and each.where != "before")
-        found = None if partly else self.before.difference(self.ours)
+        # Of two optimizers the first may have stepped.
+        found = None if self.ours.second is not None else self.before.difference(self.ours)
         if found is not None:
             raise Failure("changed by a refusal", f"{found}; {error!r}")
         text = str(error)
@@ -252,6 +253,8 @@ class _Alone:
 
             def call(each: Round = each) -> None:
                 for name, *numbers in each.moves:
+                    if any(lacks_memory(tensor) for _, tensor in everything(self.world)):
+                        return
                     attempt(lambda: CHANGES[name].apply(self.world, *numbers))  # noqa: B023 (called at once)
 
             if each.where == "before":
@@ -330,7 +333,8 @@ def give_gradients_of_quadratic(world: World) -> None:
     for index, param in enumerate(world.params):
         if param.is_floating_point() or param.is_complex():
             param.grad = None
-            param.grad = (param.detach() - values(param.shape, param.dtype, index)) * 0.5
+            target = values(param.shape, param.dtype, index)
+            param.grad = target if lacks_memory(param) else (param.detach() - target) * 0.5
 
 
 def in_threads(calls: Iterable[Callable[[], Any]], *, at_once: bool) -> list[BaseException | None]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory import is_number, lacks_memory, local, overlapping, overlaps_itself, tensors_in
+from memory import is_number, lacks_memory, local, overlapping, overlaps_itself, storage_of, tensors_in
 from torch import Tensor, nn
 from worlds import SCALARS, World
 
@@ -87,7 +87,10 @@ def misfits(world: World) -> tuple[list[str], list[str]]:
             elif name in slots:
                 _misfits_of_slot(param, value, slots[name], must, may)
         written += [param, *(t for n, t in state.items() if isinstance(t, Tensor) and (n in SCALARS or n in slots))]
-    if overlapping([tensor for tensor in written if tensor.layout is torch.strided]):
+    written = [tensor for tensor in written if tensor.layout is torch.strided]
+    if overlapping(written) or any(
+        storage_of(param.grad) is not None and overlapping([*written, param.grad]) for *_, param in stepped(world)
+    ):
         may.append("overlapping")
     return must, may
 
@@ -202,6 +205,8 @@ def _difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype, *
         return None
     if left.layout is not torch.strided or right.layout is not torch.strided:
         left, right = left.to_dense(), right.to_dense()
+    if left.dtype is right.dtype is torch.complex32:  # torch can do next to nothing with it
+        left, right = torch.view_as_real(left), torch.view_as_real(right)
     if left.dtype is right.dtype and torch.equal(left, right):
         return None
     kinds = [d for d in (left.dtype, right.dtype, computed) if d.is_floating_point or d.is_complex]
@@ -229,13 +234,13 @@ def synchronize(ours: World, twin: World) -> None:
 
 def synchronize_tensor(left: Tensor, right: Tensor) -> None:
     """Give the right one the numbers of the left, as far as both are plain."""
-    plain = left.layout is torch.strided and not left._is_zerotensor() and not right._is_zerotensor()
+    plain = left.layout is right.layout is torch.strided and not left._is_zerotensor() and not right._is_zerotensor()
     plain = plain and not lacks_memory(left) and not lacks_memory(right)
     if plain and not overlaps_itself(right) and left.shape == right.shape and left.device == right.device:
         with torch.no_grad():
             right.copy_(left)
 
 
-def tensor_difference(what: str, left: Tensor, right: Tensor) -> str | None:
-    """Say how two tensors differ by more than rounding; None if they do not."""
-    return _difference(what, left, right, left.dtype, loose=False)
+def tensor_difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype) -> str | None:
+    """Say how two tensors differ by more than rounding, in `computed` at the coarsest; None if they do not."""
+    return _difference(what, left, right, computed, loose=False)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from judge import tensor_difference
-from memory import Snapshot, lacks_memory, local, overlaps_itself, tensors_in
+from memory import Snapshot, everything, lacks_memory, local, overlaps_itself, tensors_in
 from torch import Tensor, nn
 from worlds import laid_out, values
 
@@ -254,6 +254,8 @@ def run_sharded(case: ShardedCase, failure: Failing, attempt: Callable[..., Any]
         for world in (ours, twin):
             world.give(case.seed + 13 * number)
         for each in moves:
+            if any(lacks_memory(tensor) for _, tensor in everything(ours)):
+                break  # most moves would read what is not there
             _move(ours, each, failure, attempt)
         how = _step(ours, twin, failure, attempt)
         ended[how] += 1
@@ -296,7 +298,7 @@ def _step(ours: _World, twin: _World, failure: Failing, attempt: Callable[..., A
     if (theirs := attempt(twin.optimizer.step)) is not None:
         raise failure("the fuzzer failed", repr(theirs))
     for index, (left, right) in enumerate(zip(ours.params, twin.params, strict=True)):
-        if found := tensor_difference(f"param {index}", local(left), right):
+        if found := tensor_difference(f"param {index}", local(left), right, torch.float32):
             raise failure("differs from torch", found)
     return "stepped"
 

@@ -270,7 +270,9 @@ class World:
         """Return a parameter's state and the name of one of its tensors that are no scalars, if there is one."""
         state = self.state(number)
         names = sorted(
-            name for name, value in state.items() if isinstance(value, Tensor) and name not in SCALARS and name != "d"
+            name
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.layout is torch.strided and name not in SCALARS and name != "d"
         )
         return state, names[which % len(names)] if names else None
 
@@ -291,15 +293,13 @@ class World:
         fresh, self.params = self.params, params
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        for param, new in zip(self.params, fresh, strict=False):
+        fresh += [nn.Parameter(values((3, 2), self.dtype, seed)) for _ in self.params[len(fresh) :]]
+        for param, new in zip(self.params, fresh, strict=True):
             param.grad = None
             if param.is_meta:
                 torch.utils.swap_tensors(param, new)
             else:
                 param.data = new.data
-        for param in self.params[len(fresh) :]:
-            param.grad = None
-            param.data = values((3, 2), self.dtype, seed)
         for group, options in zip(self.optimizer.param_groups, self.fresh_groups, strict=False):
             group.update(deepcopy(options))
         self.extras.clear()
