@@ -18,10 +18,13 @@ from worlds import LAYOUTS, SHAPES, laid_out, values
 
 from surefoot import swa_utils
 
+Failing = Callable[[str, str], Exception]
 DTYPES = ("float32", "float32", "float64", "bfloat16", "complex64", "int64")
 
 
 class Pair(NamedTuple):
+    """An average and the present value."""
+
     average: Tensor
     value: Tensor
 
@@ -85,10 +88,9 @@ def of_integers(tensor, choice):
 
 @move
 def of_another_shape(tensor, choice):
-    shape = [(*tensor.shape, 2), tensor.shape[1:], (1,) * tensor.dim(), (tensor.numel(),), (2, *tensor.shape)][
-        choice % 5
-    ]
-    return values(shape, tensor.dtype, choice)
+    own = tensor.shape
+    shapes = ((*own, 2), own[1:], (1,) * len(own), (own.numel(),), (2, *own))
+    return values(shapes[choice % 5], tensor.dtype, choice)
 
 
 @move
@@ -166,8 +168,8 @@ class _Side:
             for i, (shape, dtype, *_) in enumerate(case.tensors)
         ]
         laid = [
-            [laid_out(t, LAYOUTS[layout]) for t, layout in zip(pair, layouts)]
-            for pair, (_, _, *layouts) in zip(made, case.tensors)
+            [laid_out(t, LAYOUTS[layout]) for t, layout in zip(pair, layouts, strict=True)]
+            for pair, (_, _, *layouts) in zip(made, case.tensors, strict=True)
         ]
         self.update = library.get_ema_multi_avg_fn(0.75)
         if self.how == "model":
@@ -188,10 +190,10 @@ class _Side:
     def pairs(self) -> list[Pair]:
         """Return averages and values of now."""
         if self.how == "model":
-            return [
-                Pair(*pair) for pair in zip(self.averaged.module.parameters(), self.model.parameters(), strict=True)
-            ]
-        return [Pair(*pair) for pair in zip(*self.lists, strict=True)]
+            lists: Any = self.averaged.module.parameters(), self.model.parameters()
+        else:
+            lists = self.lists
+        return [Pair(*pair) for pair in zip(*lists, strict=True)]
 
     def change(self, each: Move) -> None:
         """Let a move happen."""
@@ -218,9 +220,7 @@ class _Side:
             self.update(*self.lists, 3)
 
 
-def run_averages(
-    case: AverageCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]
-) -> Counter[str]:
+def run_averages(case: AverageCase, failure: Failing, attempt: Callable[..., Any]) -> Counter[str]:
     """Run a case; return how its updates ended.
 
     Raises:
@@ -230,40 +230,56 @@ def run_averages(
     ours, twin = _Side(case, swa_utils), _Side(case, torch.optim.swa_utils)
     for moves in case.updates:
         for each in moves:
+            if any(lacks_memory(tensor) for pair in ours.pairs() for tensor in pair if tensor.is_cpu):
+                break  # most moves would read what is not there
             done = [attempt(lambda s=side: s.change(each)) for side in (ours, twin)]  # noqa: B023 (called at once)
             if (done[0] is None) != (done[1] is None):
                 raise failure("change in one world only", repr(done))
-        lost = [t for pair in ours.pairs() for t in pair if t.is_cpu and lacks_memory(t)]
-        unfit = [pair for pair in ours.pairs() if _unfit(*pair)]
-        before, counted = Snapshot(ours), _count(ours)
-        error = attempt(ours.step)
-        if error is not None:
-            if not isinstance(error, RuntimeError | ValueError | TypeError | AssertionError) or not str(error):
-                raise failure("raw error", f"{error!r} from {error.origin}")
-            if (found := before.difference(ours)) or _count(ours) != counted:
-                raise failure("changed by a refusal", f"{found or 'n_averaged'}; {error!r} from {error.origin}")
-            ended["refused"] += 1
-            if not (lost or unfit) and attempt(twin.step) is None:
-                raise failure("refused what torch averages", f"{error!r} from {error.origin}")
-            return ended
-        if lost:
-            raise failure("averaged without memory", f"{len(lost)} tensors")
-        written = [average for average in ours.params if average.layout is torch.strided]
-        if found := before.outside(ours, written):
-            raise failure("wrote outside", found)
-        if any(_must_be_refused(*pair) for pair in unfit):
-            raise failure("averaged what must be refused", str([_must_be_refused(*pair) for pair in unfit]))
-        theirs = attempt(twin.step)
-        if theirs is not None:
-            ended["averaged where torch refuses"] += 1
-            return ended
-        for index, (left, right) in enumerate(zip(ours.params, twin.params, strict=True)):
-            if found := tensor_difference(f"average {index}", left, right):
-                raise failure("averages differ from torch", found)
-            if left.dtype.itemsize == 2:
-                synchronize_tensor(left, right)
-        ended["averaged"] += 1
+        how = _update(ours, twin, failure, attempt)
+        ended[how] += 1
+        if how != "averaged":
+            break
     return ended
+
+
+def _update(ours: _Side, twin: _Side, failure: Failing, attempt: Callable[..., Any]) -> str:
+    """Update both averages and compare; tell how it ended."""
+    lost = [t for pair in ours.pairs() for t in pair if t.is_cpu and lacks_memory(t)]
+    unfit = [pair for pair in ours.pairs() if _unfit(*pair)]
+    must = [why for pair in unfit if (why := _must_be_refused(*pair))]
+    before, counted = Snapshot(ours), _count(ours)
+    error = attempt(ours.step)
+    if error is not None:
+        _check_refusal(error, failure)
+        if (found := before.difference(ours)) or _count(ours) != counted:
+            raise failure("changed by a refusal", f"{found or 'n_averaged'}; {error!r} from {error.origin}")
+        if not (lost or unfit) and attempt(twin.step) is None:
+            raise failure("refused what torch averages", f"{error!r} from {error.origin}")
+        return "refused"
+    _check_outcome(lost, must, failure)
+    written = [average for average in ours.params if average.layout is torch.strided]
+    if found := before.outside(ours, written):
+        raise failure("wrote outside", found)
+    if attempt(twin.step) is not None:
+        return "averaged where torch refuses"
+    for index, ((left, value), right) in enumerate(zip(ours.pairs(), twin.params, strict=True)):
+        if found := tensor_difference(f"average {index}", left, right, value.dtype):
+            raise failure("averages differ from torch", found)
+        if left.dtype.itemsize == 2:
+            synchronize_tensor(left, right)
+    return "averaged"
+
+
+def _check_outcome(lost: list[Tensor], must: list[str], failure: Failing) -> None:
+    if lost:
+        raise failure("averaged without memory", f"{len(lost)} tensors")
+    if must:
+        raise failure("averaged what must be refused", str(must))
+
+
+def _check_refusal(error: Any, failure: Failing) -> None:
+    if not isinstance(error, RuntimeError | ValueError | TypeError | AssertionError) or not str(error):
+        raise failure("raw error", f"{error!r} from {error.origin}")
 
 
 def _count(side: _Side) -> int:
@@ -272,11 +288,11 @@ def _count(side: _Side) -> int:
 
 def _unfit(average: Tensor, value: Tensor) -> str | None:
     """Say why a pair may be refused."""
-    strange = any(
-        type(t) is Plain or t._is_zerotensor() or t.is_meta or t.is_neg() or t.is_conj() for t in (average, value)
-    )
-    if average.layout is not torch.strided or value.layout is not torch.strided or strange:
-        return "kind"
+    for t in (average, value):
+        if type(t) is Plain or t._is_zerotensor() or t.is_meta or t.is_neg() or t.is_conj():
+            return "not a plain tensor"
+        if t.layout is not torch.strided:
+            return "layout"
     if overlaps_itself(average) or overlapping([average, value]) or average.dtype != value.dtype:
         return "overlap"
     return _must_be_refused(average, value)

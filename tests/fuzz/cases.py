@@ -57,9 +57,7 @@ def _arguments(each: Round) -> Iterator[str]:
             yield f"{name}={value!r}"
 
 
-def draw_case(
-    pick: Pick, *, engines: Iterable[str] = tuple(ENGINES), settings: Iterable[str] = tuple(SETTINGS)
-) -> Case:
+def draw_case(pick: Pick, *, engines: Iterable[str] = ENGINES, settings: Iterable[str] = SETTINGS) -> Case:
     """Return a case made of numbers that `pick` gives; small numbers make plain cases."""
     name = tuple(settings)[pick(len(tuple(settings)))]
     setting = SETTINGS[name]
@@ -71,7 +69,10 @@ def draw_case(
         if not setting.shapes and pick(60) == 59:
             shape = LARGE + pick(len(SHAPES) - LARGE)
         kinds.append(Kind(shape, pick(len(LAYOUTS)), pick(12) == 11))
-    return Case(name, engine, tuple(kinds), tuple(_draw_round(pick) for _ in range(2 + pick(6))), pick(1000))
+    rounds = [_draw_round(pick) for _ in range(2 + pick(6))]
+    if setting.algorithm == "LBFGS":  # it steps before and between the calls of its closure, and keeps its parameters
+        rounds = [each._replace(where="before") for each in rounds]
+    return Case(name, engine, tuple(kinds), tuple(rounds), pick(1000))
 
 
 def _draw_round(pick: Pick) -> Round:

@@ -1,8 +1,8 @@
 """What a user, a hook or another library may do between two steps: one table, `CHANGES`.
 
-Each change is a function of a world and three numbers, by which it chooses; it has the same effect in a world and in its
-twin.  Most leave tensors behind whose fitness can be seen (`worlds.misfits`); whether a step may be refused for what
-cannot be seen is an attribute of the change.
+Each change is a function of a world and three numbers, by which it chooses; it has the same effect in a world and in
+its twin.  Most leave tensors behind whose fitness can be seen (`judge.misfits`); whether a step may be refused for
+what cannot be seen is an attribute of the change.
 """
 
 import pickle
@@ -25,7 +25,7 @@ class Change(NamedTuple):
         refusable: whether the next steps may be refused although all tensors fit, until the world is repaired.
         raises: whether the change itself may be refused by surefoot, and then must change nothing.
         between: whether it may happen between steps only, not in a hook or a closure.
-        judge: "torch", or "eager" where surefoot's eager engine says what is right since torch's answer differs by design.
+        judge: "torch", or "eager" where surefoot's eager engine says what is right, since torch differs by design.
     """
 
     apply: Callable[[World, int, int, int], None]
@@ -196,8 +196,12 @@ def resize(tensor: Tensor, how: int, seed: int) -> None:
     whole, size = storage.nbytes(), tensor.element_size()
     sizes = [(0,), (whole // 2,), (size, whole - size), (0, whole - size), (0, whole), (whole * 2,), (size, whole)]
     chosen = sizes[how % len(sizes)]
-    for nbytes in chosen:
-        storage.resize_(max(0, nbytes))
+    address = storage.data_ptr()
+    for _ in range(20 if how % len(sizes) == 2 else 1):
+        for nbytes in chosen:
+            storage.resize_(max(0, nbytes))
+        if storage.data_ptr() == address:
+            break  # what looks at addresses only sees no change
     if chosen[-1] >= whole:
         with torch.no_grad():
             flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
@@ -700,7 +704,7 @@ def load_altered(world, a, b, c):
     if not states:
         return
     state = states[a % len(states)]
-    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and name not in ("step",))
+    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and name != "step")
     if not names:
         return
     name = names[b % len(names)]
@@ -709,7 +713,7 @@ def load_altered(world, a, b, c):
         lambda: values((*old.shape, 2), old.dtype, c),
         lambda: old.to(torch.complex64),
         lambda: old.to(torch.int8),
-        lambda: old.tolist(),
+        old.tolist,
         lambda: laid_out(old, "strided"),
         lambda: old[:1].expand(old.shape) if old.dim() and old.numel() else old,
         lambda: old.to(torch.float64),
@@ -776,22 +780,19 @@ def learning_rate_a_tensor(world, a, b, c):
 @change(refusable=True)
 def option_changed(world, a, b, c):
     group = world.optimizer.param_groups[a % len(world.optimizer.param_groups)]
-    for name, options in {
-        "betas": ((0.5, 0.9), (0.9, 0.99)),
-        "momentum": (0.5, 0.0),
-        "weight_decay": (0.05, 0.0),
-        "maximize": (True, False),
-        "amsgrad": (True, False),
-        "eps": (1e-3, 1e-3),
-    }.items():
-        if (
-            name in group
-            and name
-            == sorted({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))[
-                b % len({"betas", "momentum", "weight_decay", "maximize", "amsgrad"} & set(group))
-            ]
-        ):
-            group[name] = options[c % 2]
+    names = sorted((OPTIONS.keys() & group) - ({"momentum"} if world.setting.sparse else set()))
+    if names:
+        name = names[b % len(names)]
+        group[name] = OPTIONS[name][c % 2]
+
+
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "betas": ((0.5, 0.9), (0.9, 0.99)),
+    "momentum": (0.5, 0.0),
+    "weight_decay": (0.05, 0.0),
+    "maximize": (True, False),
+    "amsgrad": (True, False),
+}
 
 
 @change()

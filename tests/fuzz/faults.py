@@ -7,7 +7,7 @@ from averages import AverageCase, Move
 from cases import Case, Round
 from sharded import Move as ShardMove
 from sharded import ShardedCase
-from worlds import Kind
+from worlds import SHAPES, Kind
 
 ONE = (Kind(0, 0),)
 EVERY = ("default", "foreach", "eager")
@@ -25,7 +25,8 @@ def first_step(setting: str, *moves: tuple[str, int, int, int], engine: str = "d
 
 def steady(setting: str, *moves: tuple[str, int, int, int]) -> Case:
     """Return a case of steps that are alike, so that plans are kept, changes, and a step of the same gradients."""
-    return Case(setting, "default", ONE, (Round(), Round("in place"), Round("in place", moves)), seed=1)
+    kinds = (Kind(SHAPES.index((33000,)), 0),)
+    return Case(setting, "default", kinds, (Round(), Round("in place"), Round("in place", moves)), seed=1)
 
 
 def of_lists(name: str, choice: int = 0, *, average: bool = False, pairs=((0, 0, 0, 0),)) -> AverageCase:
@@ -59,10 +60,10 @@ CASES = {
     "real state of a complex parameter in rows": first_step("sparse adagrad", ("data complex or real", 0, 0, 0)),
     # Memory that is gone
     "gradient without memory": after_a_step("adamax", ("gradient storage resized", 0, 1, 0)),
-    "gradient without memory at its old address": after_a_step("adam", ("gradient storage resized", 0, 2, 0)),
+    "gradient without memory at its old address": steady("adam", ("gradient storage resized", 0, 2, 0)),
     "parameter without memory at its old address": steady("adam", ("storage resized", 0, 2, 0)),
-    "parameter without memory at its old address, after nothing": steady("sgd momentum", ("storage resized", 0, 3, 0)),
-    "state without memory at its old address": steady("adam", ("state storage resized", 0, 0, 3)),
+    "parameter without memory at its old address, after nothing": steady("sgd momentum", ("storage resized", 0, 2, 0)),
+    "state without memory at its old address": steady("adam", ("state storage resized", 0, 0, 2)),
     "parameter without memory, by the eager engine": after_a_step("adam", ("storage resized", 0, 1, 0), engine="eager"),
     "parameter without memory, by the foreach engine": after_a_step(
         "adam", ("storage resized", 0, 1, 0), engine="foreach"
@@ -86,6 +87,7 @@ CASES = {
     "sparse parameter without memory": first_step("sparse sgd", ("storage resized", 0, 0, 0), engine="eager"),
     # Rows outside of a table
     "negative row of a sparse gradient": first_step("sgd", ("gradient with rows outside", 0, 1, 0)),
+    "negative row of a vector": first_step("sgd", ("gradient with rows outside", 0, 1, 0), kinds=(Kind(1, 0),)),
     "negative row of Adagrad": first_step("adagrad", ("gradient with rows outside", 0, 1, 0)),
     "row behind the last, unnamed": first_step("sgd bfloat16", ("gradient with rows outside", 0, 0, 0)),
     # Memory that several share
@@ -120,6 +122,38 @@ CASES = {
     "step count that is text": after_a_step("clipped", ("scalar replaced", 0, 0, 11)),
     "parameter on meta that is clipped": first_step("clipped", ("moved to meta", 0, 1, 0)),
     "parameter on meta that is guarded": first_step("averaged", ("moved to meta", 0, 1, 0)),
+    "gradient of a subclass where memory is no plain line": after_a_step(
+        "adamax", ("gradient of subclass", 0, 0, 0), kinds=(Kind(8, 4),)
+    ),
+    "gradient of a subclass after another has been stepped": after_a_step(
+        "clamped", ("gradient of subclass", 1, 0, 0), kinds=(Kind(0, 0), Kind(2, 3))
+    ),
+    "parameter that is negated, by the foreach engine": first_step(
+        "adagrad", ("data negated lazily", 0, 0, 0), engine="foreach"
+    ),
+    "state that is negated, by the foreach engine": after_a_step(
+        "averaged", ("state zero or negated", 0, 0, 1), engine="foreach"
+    ),
+    "negated parameter of Adafactor after another": first_step(
+        "adafactor", ("data negated lazily", 0, 0, 0), kinds=(Kind(4, 0), Kind(4, 0))
+    ),
+    "parameter of inference, by the foreach engine": first_step(
+        "adam complex", ("data of inference", 0, 0, 0), engine="foreach"
+    ),
+    "slot that is None where the step count has no memory": after_a_step(
+        "adam", ("state no tensor", 0, 0, 4), ("scalar storage resized", 0, 0, 0)
+    ),
+    "parameter twice in a group, by the foreach engine": after_a_step(
+        "averaged", ("parameter twice in a group", 0, 0, 0), engine="foreach"
+    ),
+    # LBFGS
+    "parameter of LBFGS without memory": first_step("lbfgs", ("storage resized", 0, 1, 0)),
+    "state of LBFGS without memory": after_a_step("lbfgs", ("state storage resized", 0, 0, 3)),
+    "gradients of LBFGS kept without memory": after_a_step("lbfgs", ("state storage resized", 0, 2, 1)),
+    "complex state of LBFGS": after_a_step("lbfgs", ("state complex or real", 0, 0, 0)),
+    "integers of LBFGS": first_step("lbfgs", ("data of integers", 0, 0, 0)),
+    "expanded parameter of LBFGS": first_step("lbfgs", ("data expanded", 0, 0, 0)),
+    "negated parameter of LBFGS": first_step("lbfgs", ("data negated lazily", 0, 0, 0)),
     # Averages
     "value of a zero tensor": of_lists("without memory"),
     "average without memory": of_lists("storage resized", 0, average=True),
@@ -135,6 +169,14 @@ CASES = {
         "lists", ((0, 0, 0, 0), (0, 0, 0, 0)), ((Move("sparse", 1, average=True),),), seed=1
     ),
     "value on meta": AverageCase("lists", ((0, 0, 0, 0), (0, 0, 0, 0)), ((Move("on meta", 1),),), seed=1),
+    "average on meta after another": AverageCase(
+        "lists", ((1, 5, 1, 0), (0, 0, 0, 0)), ((Move("on meta", 0, average=True),),), seed=1
+    ),
+    "complex value of an average of integers": of_lists("complex or real", pairs=((0, 5, 0, 0),)),
+    "value of another shape for an average of integers": of_lists("of another shape", 4, pairs=((0, 5, 0, 0),)),
+    "average that is a zero tensor after another": AverageCase(
+        "lists", ((0, 0, 0, 0), (0, 0, 0, 0)), ((Move("without memory", 1, average=True),),), seed=1
+    ),
     "average of a model without memory": AverageCase(
         "model", ((0, 0, 0, 0),), ((), (), (Move("storage resized", 0, average=True, choice=2),)), seed=1
     ),
@@ -168,6 +210,20 @@ CASES = {
     ),
     "parameter of which the shard became smaller": sharded_after_a_step(
         "adagrad", 1, ShardMove("parameter laid out otherwise", 0, 1, 21)
+    ),
+    "gradient of which a shard is smaller, by the eager engine": ShardedCase(
+        "sgd momentum",
+        "eager",
+        ((0, 0), (0, 3), (0, 1)),
+        ((ShardMove("gradient laid out otherwise", 0, 0, 20),),),
+        seed=1,
+    ),
+    "gradient of which a shard is smaller, by the foreach engine": ShardedCase(
+        "sgd momentum",
+        "foreach",
+        ((0, 1), (0, 3), (0, 0)),
+        ((ShardMove("gradient laid out otherwise", 2, 0, 20),),),
+        seed=1,
     ),
     "shard of state without memory": sharded_after_a_step("adam", 0, ShardMove("state of one shard resized", 0, 0, 1)),
 }

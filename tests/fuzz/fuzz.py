@@ -3,16 +3,18 @@
     python tests/fuzz/fuzz.py --cases 10000 --seed 0
 
 Cases run in forked children, so that a crash ends a child, not the run; its case is known by a number in shared memory.
-What fails is reduced to a small case and printed as Python, to be put into `faults.py`.  Run it with the
-allocator's checks (`--malloc`, which starts Python anew with glibc's debugging library) so that corruption shows at once.
+What fails is reduced to a small case and printed as Python, to be put into `faults.py`.  With `--malloc` Python starts
+anew with glibc's debugging library, so that corruption shows at once.
 """
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import sys
@@ -21,7 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ import torch
 from averages import AverageCase, draw_averages, run_averages
 from cases import Case, Round, draw_case
 from changes import CHANGES
-from judge import difference, misfits, synchronize, torch_writes_elsewhere, written_by_step
-from memory import Snapshot, lacks_memory, overlaps_itself
+from judge import coarsest, difference, misfits, synchronize, torch_writes_elsewhere, written_by_step
+from memory import Snapshot, everything, lacks_memory, overlaps_itself
 from sharded import ShardedCase, draw_sharded, mesh, run_sharded
 from torch import Tensor
 from worlds import ENGINES, FEW, SETTINGS, WITHOUT_ENGINES, Kind, World, values
@@ -54,7 +56,7 @@ ALSO_NAMELESS = (
 """Parts of refusals, in torch's own words, that name no parameter."""
 
 
-class Failure(AssertionError):
+class Failure(AssertionError):  # noqa: N818 (a finding, not an error of the fuzzer)
     """A case has shown a fault.
 
     Attributes:
@@ -143,6 +145,8 @@ class _Run:
     def change(self, moves: Iterable[tuple[str, int, int, int]]) -> None:
         """Apply changes to both worlds."""
         for name, *numbers in moves:
+            if any(lacks_memory(tensor) for _, tensor in everything(self.ours)):
+                return  # most changes would read what is not there
             row = CHANGES[name]
             before = Snapshot(self.ours) if row.raises else None
             ours = attempt(lambda: row.apply(self.ours, *numbers))  # noqa: B023 (called at once)
@@ -168,9 +172,8 @@ class _Run:
         """Check that a refusal is one, changed nothing, and was called for."""
         if not isinstance(error, REFUSALS) or isinstance(error, InternalError | RuleError) or not str(error):
             raise _failed("raw error", error)
-        # LBFGS steps before and between the calls of its closure; of two optimizers the first may have stepped.
-        partly = self.ours.second is not None or (self.setting.algorithm == "LBFGS" and each.where != "before")
-        found = None if partly else self.before.difference(self.ours)
+        # Of two optimizers the first may have stepped.
+        found = None if self.ours.second is not None else self.before.difference(self.ours)
         if found is not None:
             raise Failure("changed by a refusal", f"{found}; {error!r}")
         text = str(error)
@@ -209,7 +212,10 @@ class _Run:
         found = difference(self.ours, self.twin)
         if found is None:
             self.ended["stepped"] += 1
-            if self.ours.dtype.itemsize == 2:
+            if any(
+                coarsest(self.ours, i).itemsize < 4 or coarsest(self.ours, i) != p.dtype
+                for i, p in enumerate(self.ours.params)
+            ):
                 synchronize(self.ours, self.twin)
             return
         coarse = any(tensor.dtype.itemsize == 2 for tensor in written_by_step(self.ours))
@@ -247,6 +253,8 @@ class _Alone:
 
             def call(each: Round = each) -> None:
                 for name, *numbers in each.moves:
+                    if any(lacks_memory(tensor) for _, tensor in everything(self.world)):
+                        return
                     attempt(lambda: CHANGES[name].apply(self.world, *numbers))  # noqa: B023 (called at once)
 
             if each.where == "before":
@@ -320,42 +328,44 @@ def _takes(grad: Tensor, new: Tensor) -> bool:
     return grad.shape == new.shape and grad.dtype == new.dtype and not lacks_memory(grad) and not overlaps_itself(grad)
 
 
+def give_gradients_of_quadratic(world: World) -> None:
+    """Give gradients of a function that falls with the steps of LBFGS."""
+    for index, param in enumerate(world.params):
+        if param.is_floating_point() or param.is_complex():
+            param.grad = None
+            target = values(param.shape, param.dtype, index)
+            param.grad = target if lacks_memory(param) else (param.detach() - target) * 0.5
+
+
+def in_threads(calls: Iterable[Callable[[], Any]], *, at_once: bool) -> list[BaseException | None]:
+    """Make calls in threads of their own, one after the other or at once; return what they raised."""
+    errors: dict[int, BaseException | None] = {}
+    threads = []
+    for index, call in enumerate(calls):
+        threads.append(threading.Thread(target=lambda i=index, c=call: errors.update({i: attempt(c)})))
+        threads[-1].start()
+        if not at_once:
+            threads[-1].join()
+    for thread in threads:
+        thread.join()
+    return [errors[index] for index in sorted(errors)]
+
+
 def take_step(world: World, how: str, with_closure: bool, number: int) -> BaseException | None:
     """Take a step of all optimizers; return what it raised."""
 
     def closure() -> float:
         world.run_deferred("closure")
         if world.setting.algorithm == "LBFGS":
-            for index, param in enumerate(world.params):
-                if param.is_floating_point() or param.is_complex():
-                    param.grad = None
-                    param.grad = (param.detach() - values(param.shape, param.dtype, index)) * 0.5
+            give_gradients_of_quadratic(world)
         return 1.0
 
     calls = [lambda o=o: o.step(closure) if with_closure else o.step() for o in world.optimizers]
-    errors: list[Any] = [None] * len(calls)
-
-    def work(index: int) -> None:
-        errors[index] = attempt(calls[index])
-
-    if world.who == "ours" and how == "both":
-        started = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
-        for thread in started:
-            thread.start()
-        for thread in started:
-            thread.join()
-    elif world.who == "ours" and how == "thread":
-        for index in range(len(calls)):
-            thread = threading.Thread(target=work, args=(index,))
-            thread.start()
-            thread.join()
-    elif how == "enabled":
-        for index in range(len(calls)):
-            with torch.enable_grad():
-                work(index)
+    if world.who == "ours" and how in ("both", "thread"):
+        errors = in_threads(calls, at_once=how == "both")
     else:
-        for index in range(len(calls)):
-            work(index)
+        with torch.set_grad_enabled(how == "enabled"):
+            errors = list(map(attempt, calls))
     return next((error for error in errors if error is not None), None)
 
 
@@ -436,25 +446,33 @@ def _reduced(case: Case, kind: str, judge: Callable[[Case], Any], tries: int) ->
     return case
 
 
-def _smaller(case: Case) -> Iterator[Case]:
+def _smaller(case: Any) -> Iterator[Any]:
     """Yield simpler cases, the simplest first."""
     if isinstance(case, AverageCase):
         yield from _smaller_averages(case)
-        return
-    if isinstance(case, ShardedCase):
+    elif isinstance(case, ShardedCase):
         yield from _smaller_sharded(case)
-        return
-    rounds, kinds = case.rounds, case.kinds
+    else:
+        yield from _smaller_rounds(case)
+        yield from _smaller_kinds(case)
+
+
+def _smaller_rounds(case: Case) -> Iterator[Case]:
+    rounds = case.rounds
     for index in reversed(range(len(rounds))):
         yield replace(case, rounds=rounds[:index] + rounds[index + 1 :])
-    for index in range(len(kinds) * (len(kinds) > 1)):
-        yield replace(case, kinds=kinds[:index] + kinds[index + 1 :])
     for index, each in enumerate(rounds):
         simpler = [each._replace(moves=each.moves[:i] + each.moves[i + 1 :]) for i in range(len(each.moves))]
         simpler += [each._replace(**{name: Round._field_defaults[name]}) for name in ("where", "how", "grads")]
         for other in simpler:
             if other != each:
                 yield replace(case, rounds=(*rounds[:index], other, *rounds[index + 1 :]))
+
+
+def _smaller_kinds(case: Case) -> Iterator[Case]:
+    kinds = case.kinds
+    for index in range(len(kinds) * (len(kinds) > 1)):
+        yield replace(case, kinds=kinds[:index] + kinds[index + 1 :])
     for index, kind in enumerate(kinds):
         first = (SETTINGS[case.setting].shapes or (0,))[0]
         for other in (Kind(first, 0), kind._replace(layout=0), kind._replace(other_dtype=False)):
@@ -496,17 +514,29 @@ def _smaller_sharded(case: ShardedCase) -> Iterator[ShardedCase]:
 
 @dataclass
 class Report:
-    """What a run has found."""
+    """What a run has found.
+
+    Attributes:
+        cases: how many cases were run.
+        ended: how steps ended, and which kinds of faults there were.
+        faults: each fault once: kind, detail, its smallest case, and the seed.
+        seen: how often faults that look alike were met.
+    """
 
     cases: int = 0
-    steps: int = 0
-    ended: Counter[str] = None  # type: ignore[assignment]
-    faults: dict[Any, tuple[str, str, Case, int]] = None  # type: ignore[assignment]
+    ended: Counter[str] = field(default_factory=Counter)
+    faults: dict[Any, tuple[str, str, Any, int]] = field(default_factory=dict)
+    seen: Counter[Any] = field(default_factory=Counter)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were judged."""
+        return sum(count for name, count in self.ended.items() if not name.startswith("fault"))
 
 
 def fuzz(options: argparse.Namespace, say: Callable[[str], None]) -> Report:
     """Run cases in children until there were enough, or the time is over."""
-    report = Report(ended=Counter(), faults={})
+    report = Report()
     place = mmap.mmap(-1, 16)
     warm_up(options)
     start, seed, end = time.monotonic(), options.seed, options.seed + options.cases
@@ -569,7 +599,6 @@ def _batch(options, place: mmap.mmap, first: int, end: int, report: Report) -> t
     crashed = crash(status)
     report.cases += last - first + 1
     report.ended += ended
-    report.steps = sum(count for name, count in report.ended.items() if not name.startswith(("moved", "fault")))
     if crashed is not None:
         found.append((*crashed, last))
     return found, last + 1
@@ -606,9 +635,8 @@ def _note(report: Report, options, kind: str, detail: str, seed: int, say: Calla
     """Reduce what failed, and say it if it is new."""
     rough = (kind, _skeleton(detail))
     report.ended[f"fault: {kind}"] += 1
-    report.seen = seen = getattr(report, "seen", Counter())
-    seen[rough] += 1
-    if seen[rough] > options.each:
+    report.seen[rough] += 1
+    if report.seen[rough] > options.each:
         return
     case = _case_of(options, seed)
     told = outcome_in_child(case)
@@ -633,8 +661,6 @@ def _moves(case: Any) -> Iterable[Any]:
 
 def _skeleton(text: str) -> str:
     """Return a message without its numbers."""
-    import re
-
     text = re.sub(r"\(['\"]", "", text)
     return re.sub(r"\{.*\}|'[^']*'|\[[^]]*\]|\([^)]*\)|-?[\d.]+(e[-+]?\d+)?", "#", text)[:110]
 
@@ -663,11 +689,31 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 DEBUG_LIBRARY = "libc_malloc_debug.so.0"
+"""Where glibc keeps its checks since 2.34."""
 
 
 def with_malloc_checks() -> dict[str, str]:
-    """Return an environment in which glibc checks every block that is freed, and fills what is freed or new."""
-    return os.environ | {"LD_PRELOAD": DEBUG_LIBRARY, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
+    """Return an environment in which glibc checks every block that is freed, and fills what is freed or new.
+
+    Large blocks are mapped by themselves, so that a storage that was resized to less and then to more is likely to
+    stand where it stood.  Without the library there is only the filling.
+    """
+    checks = {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    return os.environ | checks | ({"LD_PRELOAD": DEBUG_LIBRARY} if has_debug_library() else {})
+
+
+def has_debug_library() -> bool:
+    """Whether glibc's checks are installed."""
+    try:
+        ctypes.CDLL(DEBUG_LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    """Say something at once."""
+    sys.stdout.write(f"{text}\n")
 
 
 def one_by_one(options: argparse.Namespace) -> int:
@@ -679,7 +725,7 @@ def one_by_one(options: argparse.Namespace) -> int:
     for setting in ("sgd", "adam"):
         outcome(Case(setting, rounds=(Round(), Round(), Round())))  # children find imported what they need
     found = {name: outcome_in_child(case) for name, case in given.items()}
-    print(json.dumps(found, indent=1))
+    say(json.dumps(found, indent=1))
     return any(found.values())
 
 
@@ -691,12 +737,12 @@ def main() -> int:
     if options.case or options.faults:
         return one_by_one(options)
     start = time.monotonic()
-    report = fuzz(options, lambda text: print(text))
+    report = fuzz(options, say)
     seconds = time.monotonic() - start
-    print(f"{report.cases} cases, {report.steps} steps in {seconds:.0f} s ({report.steps / seconds:.0f} steps/s)")
+    say(f"{report.cases} cases, {report.steps} steps in {seconds:.0f} s ({report.steps / seconds:.0f} steps/s)")
     for name, count in report.ended.most_common():
-        print(f"{count:9d}  {name}")
-    print(f"{len(report.faults)} kinds of faults")
+        say(f"{count:9d}  {name}")
+    say(f"{len(report.faults)} kinds of faults")
     return bool(report.faults)
 
 

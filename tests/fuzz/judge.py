@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory import is_number, lacks_memory, local, overlapping, overlaps_itself, tensors_in
+from memory import is_number, lacks_memory, local, overlapping, overlaps_itself, storage_of, tensors_in
 from torch import Tensor, nn
 from worlds import SCALARS, World
 
@@ -66,68 +66,73 @@ def misfits(world: World) -> tuple[list[str], list[str]]:
     This is the intended contract, told independently of how surefoot checks it.
     """
     must, may = [f"no memory: {what}" for what in lost_memory(world)], []
-    if world.setting.algorithm == "LBFGS":
+    if world.setting.algorithm == "LBFGS":  # its closure gives gradients, and its state is of all parameters
         must = [text for text in must if text != "no memory: grad"]
-    if has_bad_indices(world) and world.setting.algorithm != "LBFGS":
+        return must + ["param: dtype class" for *_, p in stepped(world) if not is_number(p)], ["LBFGS"]
+    if has_bad_indices(world):
         must.append("rows outside")
-    written: list[tuple[Any, Tensor]] = []
+    written: list[Tensor] = []
     for optimizer, _, param in stepped(world):
-        rule_slots = {slot.name: slot for slot in (*getattr(type(optimizer), "slots", ()), EMA)}
         state = optimizer.state.get(param, {})
         if not isinstance(state, dict):
             may.append("state is no dict")
             continue
-        grad = param.grad
-        if not is_number(param):
-            must.append("param: dtype class")
-        if world.setting.algorithm == "LBFGS":  # its closure gives gradients, and its state is of all parameters
-            may.append("LBFGS")
-            continue
-        if grad.shape != param.shape:
-            must.append("grad: shape")
-        if grad.device != param.device:
-            must.append("grad: device")
-        if not is_number(grad) or grad.is_complex() != param.is_complex():
-            must.append("grad: dtype class")
-        if grad.dtype != param.dtype:
-            may.append("grad: dtype")
-        if type(grad) is not Tensor or grad.layout is not torch.strided:
-            may.append("grad: type or layout")
-        if type(param) is not nn.Parameter or param.is_inference():
-            may.append("param: type")
-        if overlaps_itself(param) or param._is_zerotensor():
-            may.append("param overlaps itself")
-        written.append((id(param), param))
+        _misfits_of_parameter(param, must, may)
+        slots = {slot.name: slot.shape_for(param) for slot in (*getattr(type(optimizer), "slots", ()), EMA)}
         for name, value in state.items():
             if name in SCALARS:
-                if not isinstance(value, Tensor) or value.dim() or value.dtype not in (torch.float32, torch.float64):
-                    may.append("scalar")
-                elif lacks_memory(value) is False:
-                    written.append((id(param), value))
-                continue
-            if name not in rule_slots:
-                continue
-            if value is None:
+                _misfits_of_scalar(value, may)
+            elif name in slots and value is None:
                 may.append("state: None")
-                continue
-            if not isinstance(value, Tensor):
-                must.append("state: no tensor")
-                continue
-            if value.shape != rule_slots[name].shape_for(param):
-                must.append("state: shape")
-            if value.device != param.device:
-                must.append("state: device")
-            if not is_number(value) or value.is_complex() != param.is_complex():
-                must.append("state: dtype class")
-            if value.layout is not torch.strided:
-                must.append("state: layout")
-                continue
-            if overlaps_itself(value) or value._is_zerotensor() or type(value) is not Tensor or value.requires_grad:
-                may.append("state overlaps itself")
-            written.append((id(param), value))
-    if overlapping([tensor for _, tensor in written]):
+            elif name in slots:
+                _misfits_of_slot(param, value, slots[name], must, may)
+        written += [param, *(t for n, t in state.items() if isinstance(t, Tensor) and (n in SCALARS or n in slots))]
+    written = [tensor for tensor in written if tensor.layout is torch.strided]
+    if overlapping(written) or any(
+        storage_of(param.grad) is not None and overlapping([*written, param.grad]) for *_, param in stepped(world)
+    ):
         may.append("overlapping")
     return must, may
+
+
+def _misfits_of_parameter(param: Tensor, must: list[str], may: list[str]) -> None:
+    """Add what of a parameter and its gradient does not fit."""
+    grad = param.grad
+    if not is_number(param):
+        must.append("param: dtype class")
+    if grad.shape != param.shape:
+        must.append("grad: shape")
+    if grad.device != param.device:
+        must.append("grad: device")
+    if not is_number(grad) or grad.is_complex() != param.is_complex():
+        must.append("grad: dtype class")
+    if grad.dtype != param.dtype or type(grad) is not Tensor or grad.layout is not torch.strided:
+        may.append("grad: dtype, type or layout")
+    if type(param) is not nn.Parameter or param.is_inference() or overlaps_itself(param) or param._is_zerotensor():
+        may.append("param overlaps itself, or is not a plain tensor")
+
+
+def _misfits_of_scalar(value: Any, may: list[str]) -> None:
+    """Add what of a step count or the like is unusual."""
+    if not isinstance(value, Tensor) or value.dim() or value.dtype not in (torch.float32, torch.float64):
+        may.append("scalar")
+
+
+def _misfits_of_slot(param: Tensor, value: Any, shape: Any, must: list[str], may: list[str]) -> None:
+    """Add what of a slot does not fit its parameter."""
+    if not isinstance(value, Tensor):
+        must.append("state: no tensor")
+        return
+    if value.shape != shape:
+        must.append("state: shape")
+    if value.device != param.device:
+        must.append("state: device")
+    if not is_number(value) or value.is_complex() != param.is_complex():
+        must.append("state: dtype class")
+    if value.layout is not torch.strided:
+        must.append("state: layout")
+    elif overlaps_itself(value) or value._is_zerotensor() or type(value) is not Tensor or value.requires_grad:
+        may.append("state overlaps itself, or is not a plain tensor")
 
 
 def torch_writes_elsewhere(world: World) -> bool:
@@ -192,20 +197,19 @@ def coarsest(world: World, index: int) -> torch.dtype:
 
 def _difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype, *, loose: bool) -> str | None:
     left, right = (local(t).detach() for t in (left, right))
-    if left.shape != right.shape:
-        return f"{what} has shape {tuple(left.shape)}, the twin's {tuple(right.shape)}"
-    if left.device != right.device:
-        return f"{what} is on {left.device}, the twin's on {right.device}"
-    if left.is_complex() != right.is_complex():
-        return f"{what} is {left.dtype}, the twin's {right.dtype}"
+    for kind in ("shape", "device", "dtype"):
+        one, other = getattr(left, kind), getattr(right, kind)
+        if one != other and not (kind == "dtype" and one.is_complex == other.is_complex):
+            return f"{what} has {kind} {one}, the twin's {other}"
     if left.is_meta or lacks_memory(left) or lacks_memory(right):
         return None
     if left.layout is not torch.strided or right.layout is not torch.strided:
         left, right = left.to_dense(), right.to_dense()
+    if left.dtype is right.dtype is torch.complex32:  # torch can do next to nothing with it
+        left, right = torch.view_as_real(left), torch.view_as_real(right)
     if left.dtype is right.dtype and torch.equal(left, right):
         return None
-    kinds = [t.dtype for t in (left, right) if t.dtype.is_floating_point or t.dtype.is_complex]
-    kinds += [computed] if computed.is_floating_point or computed.is_complex else []
+    kinds = [d for d in (left.dtype, right.dtype, computed) if d.is_floating_point or d.is_complex]
     relative, absolute = tolerance(kinds or [torch.float32], loose=loose)
     if left.dtype is right.dtype and is_number(left) and (left - right).abs().max().item() <= absolute:
         return None
@@ -215,14 +219,14 @@ def _difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype, *
     if bool(close.all()):
         return None
     worst = (left - right).abs().nan_to_num(torch.inf).masked_fill(close, 0).flatten().argmax()
-    values_ = left.flatten()[worst].item(), right.flatten()[worst].item()
-    return f"{what} of {kinds}: {int((~close).sum())} of {close.numel()} elements differ, e.g. {values_[0]} and {values_[1]}"
+    one, other = (t.flatten()[worst].item() for t in (left, right))
+    return f"{what} of {kinds}: {int((~close).sum())} of {close.numel()} elements differ, e.g. {one} and {other}"
 
 
 def synchronize(ours: World, twin: World) -> None:
     """Give the twin our numbers, so that the roundings of 16 bits do not add up from step to step."""
-    pairs: list[Any] = [("", param, other, param.dtype) for param, other in zip(ours.params, twin.params)]
-    for optimizer, other in zip(ours.optimizers, twin.optimizers):
+    pairs: list[Any] = [("", param, other, param.dtype) for param, other in zip(ours.params, twin.params, strict=True)]
+    for optimizer, other in zip(ours.optimizers, twin.optimizers, strict=True):
         _state_pairs(ours, twin, optimizer, other, pairs)
     for _, left, right, _ in pairs:
         synchronize_tensor(left.detach(), right.detach())
@@ -230,12 +234,13 @@ def synchronize(ours: World, twin: World) -> None:
 
 def synchronize_tensor(left: Tensor, right: Tensor) -> None:
     """Give the right one the numbers of the left, as far as both are plain."""
-    plain = left.layout is torch.strided and not lacks_memory(left) and not lacks_memory(right)
+    plain = left.layout is right.layout is torch.strided and not left._is_zerotensor() and not right._is_zerotensor()
+    plain = plain and not lacks_memory(left) and not lacks_memory(right)
     if plain and not overlaps_itself(right) and left.shape == right.shape and left.device == right.device:
         with torch.no_grad():
             right.copy_(left)
 
 
-def tensor_difference(what: str, left: Tensor, right: Tensor) -> str | None:
-    """Say how two tensors differ by more than rounding; None if they do not."""
-    return _difference(what, left, right, left.dtype, loose=False)
+def tensor_difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype) -> str | None:
+    """Say how two tensors differ by more than rounding, in `computed` at the coarsest; None if they do not."""
+    return _difference(what, left, right, computed, loose=False)

@@ -41,7 +41,7 @@ def lacks_memory(tensor: Tensor) -> bool:
     if tensor.is_contiguous():
         last = tensor.numel() - 1
     else:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
@@ -54,7 +54,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided:
         return False
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride < expected:
             return tensor.numel() > 0
         expected = stride * (size - 1) + expected
@@ -64,10 +64,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
 def overlapping(tensors: list[Tensor]) -> bool:
     """Whether two tensors share memory; as far as the ranges of bytes tell, or exactly where they might."""
     ranges = []
-    for tensor in tensors:
-        tensor = local(tensor)
+    for tensor in map(local, tensors):
         if tensor.numel() and storage_of(tensor) is not None:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             start = tensor.data_ptr() if not lacks_memory(tensor) else 0
             ranges.append((start, start + last * tensor.element_size(), tensor))
     ranges.sort(key=lambda item: item[:2])

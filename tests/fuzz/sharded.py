@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from judge import tensor_difference
-from memory import Snapshot, lacks_memory, local, overlaps_itself, tensors_in
+from memory import Snapshot, everything, lacks_memory, local, overlaps_itself, tensors_in
 from torch import Tensor, nn
 from worlds import laid_out, values
 
 import surefoot
 
+Failing = Callable[[str, str], Exception]
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
     "adam": ("Adam", {"lr": 0.01}),
@@ -212,10 +213,10 @@ def state_dict_of_plain_loaded(world, index, slot, choice):
     """Load what an optimizer of whole parameters on one process has saved."""
     found = world.optimizer.state_dict()
     found = {"param_groups": found["param_groups"], "state": {k: dict(v) for k, v in found["state"].items()}}
-    for index, state in found["state"].items():
+    for number, state in found["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor) and name != "step":
-                state[name] = values(world.shapes[index], torch.float32, choice).abs()
+                state[name] = values(world.shapes[number], torch.float32, choice).abs()
     world.optimizer.load_state_dict(found)
 
 
@@ -229,9 +230,8 @@ def _misfits(world: _World) -> list[str]:
         if param.grad is None:
             continue
         held = [("grad", param.grad)]
-        held += [
-            (n, v) for n, v in world.optimizer.state.get(param, {}).items() if isinstance(v, Tensor) and n != "step"
-        ]
+        state = world.optimizer.state.get(param, {})
+        held += [(name, value) for name, value in state.items() if isinstance(value, Tensor) and name != "step"]
         for name, tensor in held:
             if _placement(tensor) != _placement(param):
                 found.append(f"{name}: {_placement(tensor)} for {_placement(param)}")
@@ -242,9 +242,7 @@ def _misfits(world: _World) -> list[str]:
     return found
 
 
-def run_sharded(
-    case: ShardedCase, failure: Callable[[str, str], Exception], attempt: Callable[..., Any]
-) -> Counter[str]:
+def run_sharded(case: ShardedCase, failure: Failing, attempt: Callable[..., Any]) -> Counter[str]:
     """Run a case; return how its steps ended.
 
     Raises:
@@ -256,47 +254,56 @@ def run_sharded(
         for world in (ours, twin):
             world.give(case.seed + 13 * number)
         for each in moves:
-            before = Snapshot(ours)
-            error = attempt(lambda: MOVES[each.name](ours, each.param, each.slot, each.choice))  # noqa: B023 (at once)
-            if error is None:
-                ended[f"moved: {each.name}"] += 1
-            elif "loaded" in each.name:
-                if not isinstance(error, ValueError | RuntimeError | TypeError):
-                    raise failure("raw error", f"{each.name}: {error!r} from {error.origin}")
-                if found := before.difference(ours):
-                    raise failure("changed by a refused load", found)
-        misfits, before = _misfits(ours), Snapshot(ours)
-        _follow(ours, twin)
-        error = attempt(ours.optimizer.step)
-        if error is not None:
-            _check_refusal(error, failure)
-            if found := before.difference(ours):
-                raise failure("changed by a refusal", f"{found}; {error!r} from {error.origin}")
-            if not misfits:
-                raise failure("refused what fits", f"{error!r} from {error.origin}")
-            ended["refused"] += 1
-            return ended
-        redistributed = [text for text in misfits if text.startswith("grad: (")]
-        if len(misfits) > len(redistributed):
-            raise failure("stepped what must be refused", ", ".join(misfits))
-        if misfits:
-            ended["gradient redistributed"] += 1
-            return ended
-        written = [local(param) for param in ours.params]
-        written += [t for state in ours.optimizer.state.values() for _, t in tensors_in(state, "")]
-        if found := before.outside(ours, written):
-            raise failure("wrote outside", found)
-        theirs = attempt(twin.optimizer.step)
-        if theirs is not None:
-            raise failure("the fuzzer failed", repr(theirs))
-        for index, (left, right) in enumerate(zip(ours.params, twin.params, strict=True)):
-            if found := tensor_difference(f"param {index}", local(left), right):
-                raise failure("differs from torch", found)
-        ended["stepped"] += 1
+            if any(lacks_memory(tensor) for _, tensor in everything(ours)):
+                break  # most moves would read what is not there
+            _move(ours, each, failure, attempt)
+        how = _step(ours, twin, failure, attempt)
+        ended[how] += 1
+        if how != "stepped":
+            break
     return ended
 
 
-def _check_refusal(error: BaseException, failure: Callable[[str, str], Exception]) -> None:
+def _move(ours: _World, each: Move, failure: Failing, attempt: Callable[..., Any]) -> None:
+    """Let a move happen; loading may refuse, and then changes nothing."""
+    before = Snapshot(ours)
+    error = attempt(lambda: MOVES[each.name](ours, each.param, each.slot, each.choice))
+    if error is not None and "loaded" in each.name:
+        if not isinstance(error, ValueError | RuntimeError | TypeError):
+            raise failure("raw error", f"{each.name}: {error!r} from {error.origin}")
+        if found := before.difference(ours):
+            raise failure("changed by a refused load", found)
+
+
+def _step(ours: _World, twin: _World, failure: Failing, attempt: Callable[..., Any]) -> str:
+    """Step both and compare; tell how it ended."""
+    misfits, before = _misfits(ours), Snapshot(ours)
+    _follow(ours, twin)
+    error = attempt(ours.optimizer.step)
+    if error is not None:
+        _check_refusal(error, failure)
+        if found := before.difference(ours):
+            raise failure("changed by a refusal", f"{found}; {error!r} from {error.origin}")
+        if not misfits:
+            raise failure("refused what fits", f"{error!r} from {error.origin}")
+        return "refused"
+    if any(not text.startswith("grad: (") for text in misfits):
+        raise failure("stepped what must be refused", ", ".join(misfits))
+    if misfits:
+        return "gradient redistributed"
+    written = [local(param) for param in ours.params]
+    written += [t for state in ours.optimizer.state.values() for _, t in tensors_in(state, "")]
+    if found := before.outside(ours, written):
+        raise failure("wrote outside", found)
+    if (theirs := attempt(twin.optimizer.step)) is not None:
+        raise failure("the fuzzer failed", repr(theirs))
+    for index, (left, right) in enumerate(zip(ours.params, twin.params, strict=True)):
+        if found := tensor_difference(f"param {index}", local(left), right, torch.float32):
+            raise failure("differs from torch", found)
+    return "stepped"
+
+
+def _check_refusal(error: Any, failure: Failing) -> None:
     if not isinstance(error, RuntimeError | ValueError | TypeError) or not str(error):
         raise failure("raw error", f"{error!r} from {error.origin}")
     if "params[" not in str(error):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from averages import draw_averages
-from cases import draw_case
+from cases import Case, Round, draw_case
 from faults import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from worlds import FEW
+from worlds import FEW, Kind
 
-from fuzz import run, with_malloc_checks
+import fuzz
 
 DRIVER = Path(__file__).with_name("fuzz.py")
 
@@ -26,22 +26,20 @@ DRIVER = Path(__file__).with_name("fuzz.py")
 def drive(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the driver under the allocator's checks."""
     command = [sys.executable, str(DRIVER), *arguments]
-    return subprocess.run(command, env=with_malloc_checks(), capture_output=True, text=True, check=False)  # noqa: S603
+    return subprocess.run(command, env=fuzz.with_malloc_checks(), capture_output=True, text=True, check=False)  # noqa: S603
 
 
-@pytest.mark.skipif(not with_malloc_checks().get("LD_PRELOAD"), reason="glibc's debugging library is not installed")
+@pytest.mark.skipif(not fuzz.has_debug_library(), reason="glibc's debugging library is not installed")
 def test_the_allocator_notices_a_byte_too_many():
     text = "import ctypes, torch; t = torch.empty(3); ctypes.memset(t.data_ptr() + t.nbytes, 65, 1); del t"
     command = [sys.executable, "-c", text]
-    found = subprocess.run(command, env=with_malloc_checks(), capture_output=True, text=True, check=False)  # noqa: S603
+    found = subprocess.run(command, env=fuzz.with_malloc_checks(), capture_output=True, text=True, check=False)  # noqa: S603
     assert found.returncode == -6
     assert "invalid pointer" in found.stderr
 
 
 def test_bytes_beside_a_parameter_are_noticed(monkeypatch):
     """The fuzzer would see a kernel that writes one element too many."""
-    import fuzz
-
     step = fuzz.take_step
 
     def careless(world, *arguments):
@@ -53,7 +51,7 @@ def test_bytes_beside_a_parameter_are_noticed(monkeypatch):
 
     monkeypatch.setattr(fuzz, "take_step", careless)
     with pytest.raises(fuzz.Failure, match="wrote outside"):
-        run(fuzz.Case("sgd", "eager", (fuzz.Kind(0, 1),), (fuzz.Round(),)))
+        fuzz.run(Case("sgd", "eager", (Kind(0, 1),), (Round(),)))
 
 
 @pytest.mark.parametrize("engine", ["eager", "foreach", "default"])
@@ -62,7 +60,7 @@ def test_bytes_beside_a_parameter_are_noticed(monkeypatch):
 def test_steps_are_right_or_refused(engine, data):
     threads = torch.get_num_threads()
     try:
-        run(draw_case(lambda below: data.draw(st.integers(0, below - 1)), engines=(engine,), settings=FEW))
+        fuzz.run(draw_case(lambda below: data.draw(st.integers(0, below - 1)), engines=(engine,), settings=FEW))
     finally:
         torch.set_num_threads(threads)
 
@@ -70,15 +68,13 @@ def test_steps_are_right_or_refused(engine, data):
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
 def test_averages_are_right_or_refused(data):
-    run(draw_averages(lambda below: data.draw(st.integers(0, below - 1))))
+    fuzz.run(draw_averages(lambda below: data.draw(st.integers(0, below - 1))))
 
 
-@pytest.mark.parametrize(
-    "kind", [["--few", "--cases", "400"], ["--averages", "--cases", "400"], ["--sharded", "--cases", "60"]]
-)
-def test_memory_stays_whole(kind):
+@pytest.mark.parametrize(("kind", "cases"), [("--few", 400), ("--averages", 400), ("--sharded", 60)])
+def test_memory_stays_whole(kind, cases):
     """No case crashes while the allocator checks every block."""
-    found = drive("--malloc", *kind)
+    found = drive("--malloc", kind, "--cases", str(cases))
     assert found.returncode == 0, found.stdout + found.stderr
 
 

@@ -1,8 +1,8 @@
 """Worlds of the fuzzer: some parameters and an optimizer of them, built from plain data so that they can have twins.
 
 The world under test has an optimizer of surefoot; its twin has the optimizer of the same name in torch.optim, run by
-its for-loop, or surefoot's eager engine where torch has no such option.  Both start with the same numbers in memory that
-is laid out alike.  What may happen to a world between steps stands in `changes.py`.
+its for-loop, or surefoot's eager engine where torch has no such option.  Both start with the same numbers in memory
+that is laid out alike.  What may happen to a world between steps stands in `changes.py`.
 """
 
 import math
@@ -218,10 +218,13 @@ class World:
 
     def _make_params(self) -> None:
         dtypes = [OTHER_DTYPE[self.dtype] if kind.other_dtype else self.dtype for kind in self.kinds]
-        made = [values(SHAPES[k.shape], d, self.seed + 31 * i) for i, (k, d) in enumerate(zip(self.kinds, dtypes))]
+        made = [
+            values(SHAPES[k.shape], d, self.seed + 31 * i)
+            for i, (k, d) in enumerate(zip(self.kinds, dtypes, strict=True))
+        ]
         neighbours = sum(tensor.numel() + 4 for tensor in made) + 8
         flat, offset = canaries(neighbours, self.dtype), 4
-        for kind, tensor in zip(self.kinds, made):
+        for kind, tensor in zip(self.kinds, made, strict=True):
             layout = LAYOUTS[kind.layout] if tensor.dtype is self.dtype else "guarded"
             self.params.append(nn.Parameter(laid_out(tensor, layout, flat, offset)))
             offset += tensor.numel() + 3
@@ -267,7 +270,9 @@ class World:
         """Return a parameter's state and the name of one of its tensors that are no scalars, if there is one."""
         state = self.state(number)
         names = sorted(
-            name for name, value in state.items() if isinstance(value, Tensor) and name not in SCALARS and name != "d"
+            name
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.layout is torch.strided and name not in SCALARS and name != "d"
         )
         return state, names[which % len(names)] if names else None
 
@@ -288,16 +293,14 @@ class World:
         fresh, self.params = self.params, params
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        for param, new in zip(self.params, fresh):
+        fresh += [nn.Parameter(values((3, 2), self.dtype, seed)) for _ in self.params[len(fresh) :]]
+        for param, new in zip(self.params, fresh, strict=True):
             param.grad = None
             if param.is_meta:
                 torch.utils.swap_tensors(param, new)
             else:
                 param.data = new.data
-        for param in self.params[len(fresh) :]:
-            param.grad = None
-            param.data = values((3, 2), self.dtype, seed)
-        for group, options in zip(self.optimizer.param_groups, self.fresh_groups):
+        for group, options in zip(self.optimizer.param_groups, self.fresh_groups, strict=False):
             group.update(deepcopy(options))
         self.extras.clear()
         self.pending.clear()
