@@ -100,10 +100,12 @@ def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
     """Raise when a value cannot be averaged with an average as both are."""
     if (reason := unfit_memory(average)) is not None:
         raise RuntimeError(f"average {position} of shape {tuple(average.shape)} {reason}")
-    if _is_real(average) and _is_real(value):
-        reason = unfit(value, average, average.shape)
-    elif value.shape != average.shape:
-        reason = f"has shape {tuple(value.shape)}, must have {tuple(average.shape)}"
+    if average._is_zerotensor() or average.is_conj() or average.layout is not torch.strided:
+        raise ValueError(f"average {position} of shape {tuple(average.shape)} has no memory of its own; clone it")
+    # Of integers and truth values there is no kind to disagree about, but that they are real.
+    reason = unfit(value, average, average.shape, kinds=_is_real(average) and _is_real(value))
+    if reason is None and value.is_complex() and not average.is_complex():
+        reason = f"is {value.dtype}, must be real as the average is {average.dtype}"
     if reason is not None:
         raise ValueError(f"value {position} {reason}")
     if (reason := unfit_memory(value, written=False)) is not None:

@@ -346,7 +346,16 @@ class Optimizer(torch.optim.Optimizer):
     def _step_input(self) -> StepInput:
         """Return all that a step is about."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return StepInput(self.spec, self.param_groups, self.state, self._stepping, scale, found_inf, self._param_names)
+        return StepInput(
+            spec=self.spec,
+            groups=self.param_groups,
+            state=self.state,
+            stepping=self._stepping,
+            grad_scale=scale,
+            found_inf=found_inf,
+            coefficients=self.coefficients,
+            param_names=self._param_names,
+        )
 
     def _param_names(self) -> list[str]:
         from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
@@ -379,7 +388,7 @@ class Optimizer(torch.optim.Optimizer):
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if hooks or scaled or profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled():
             return False
-        made: bool = cache.fast.run(self.param_groups, self.state, self._step_input)
+        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
         return made
 
     def _begin_step(self) -> None:
@@ -623,7 +632,6 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         scalars=cls.scalars,
         flags=cls.flags,
         update=cls.update if cls.is_rule() else None,
-        coefficients=cls.coefficients,
         rows_suffice=cls.rows_suffice,
         sparse=cls.sparse,
         instead_of_sparse=cls.instead_of_sparse,

@@ -228,6 +228,7 @@ def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
     monkeypatch.setattr(plan, "thread_count", lambda: count)
     optimizer, params = make(surefoot.Adam)
     train(optimizer, params)
+    optimizer._step_cache.fast = False
     before, kernel = [param.detach().clone() for param in params], raising(JOB.index("status"))
     assert kernel.name.startswith("raising_")
     monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.job.run(kernel, [[]]))
@@ -239,6 +240,20 @@ def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
     assert {state["step"].item() for state in optimizer.state.values()} == {3}
     assert all(map(torch.equal, params, before))
     train(optimizer, params)
+
+
+def test_an_error_in_a_kernel_raises_in_the_fast_lane(monkeypatch):
+    optimizer, params = make(surefoot.Adam, sizes=(5, 7))
+    train(optimizer, params, steps=4)
+    grads = [weakref.ref(param.grad) for param in params]
+    before, kernel = [param.detach().clone() for param in params], raising(JOB.index("status"))
+    optimizer._step_cache.fast._after._entries[0, 0] = kernel.address
+    with pytest.raises(KernelError, match="was stopped by an error.*may be updated in part"):
+        optimizer.step()
+    assert {state["step"].item() for state in optimizer.state.values()} == {4}
+    assert all(map(torch.equal, params, before))
+    optimizer.zero_grad()
+    assert not any(grad() for grad in grads), "gradients must not be held"
 
 
 def test_an_error_in_the_guard_kernel_raises(monkeypatch):
@@ -543,13 +558,14 @@ def test_a_step_holds_gradients_no_longer_than_it_takes(end, kind, monkeypatch):
     whole = {"skipped": {"nonfinite": "skip"}, "refused": {"nonfinite": "raise"}}.get(end, {})
     optimizer, params = make(surefoot.Adam, (5, 7), **whole)
     train(optimizer, params)
-    assert isinstance(optimizer._step_cache.runs[0].guard._tensors, kind)
+    assert isinstance(optimizer._step_cache.runs[0].guard.tensors, kind)
     for param in params:
         param.grad = torch.full_like(param, torch.inf if whole else 1.0)
     grads = [weakref.ref(param.grad) for param in params]
     if end == "replanned":
         params[1].data = params[1].data.clone()
     if end == "failed":
+        optimizer._step_cache.fast = False
         monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: 1 / 0)
     with {
         "refused": pytest.raises(NonFiniteGradientError),
@@ -583,7 +599,7 @@ def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch
 
 
 def looks_of(optimizer):
-    return {type(work.guard._tensors) for work in optimizer._step_cache.runs}
+    return {type(work.guard.tensors) for work in optimizer._step_cache.runs}
 
 
 def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
@@ -1290,6 +1306,7 @@ def test_gradients_live_while_kernels_run(monkeypatch):
     train(optimizer, params)
     params[0].grad = torch.ones(5)
     grad = weakref.ref(params[0].grad)
+    optimizer._step_cache.fast = False
     run, seen = plan.Plan.run, []
 
     def run_while_another_thread_drops_it(self, bucket):

@@ -521,7 +521,7 @@ def test_measuring_changes_nothing_and_keeps_the_plan(way):
         works = optimizer._step_cache.runs
         train(optimizer, params, torch.float32, steps=range(STEADY + 1, STEADY + 4))
         assert optimizer._step_cache.runs is works
-        assert all(work.part.before is None for work in works)
+        assert all(work.slice.before is None for work in works)
         found.append(results(optimizer, params))
     assert_same(*found)
 
@@ -638,7 +638,7 @@ def test_looks_are_those_asked_for(looking):
     (work,) = optimizer._step_cache.runs
     plain = (looks.PlainLook, looks.PlainNumbers)
     kinds = plain if looking == "plain" else (cpu_tensors.Look, cpu_tensors.Numbers)
-    assert (type(work.guard._tensors), type(work.guard._numbers)) == kinds
+    assert (type(work.guard.tensors), type(work.guard.numbers)) == kinds
 
 
 @ways
@@ -770,7 +770,7 @@ for fused in (False, True):
     assert param.tolist() == [-5.125] * 3, param
 works = optimizer._step_cache.runs
 assert [work.engine for work in works] == [gpu]
-assert type(works[0].guard._tensors) is looks.PlainLook
+assert type(works[0].guard.tensors) is looks.PlainLook
 model = torch.nn.Linear(2, 2)
 average = surefoot.swa_utils.AveragedModel(model)
 for _ in range(3):

@@ -32,8 +32,17 @@ def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Itera
         yield "a parameter or its state is negated or conjugated lazily, or has no memory of its own"
     if len({id(param) for param in bucket.params}) < len(bucket.params):
         yield "a parameter stands in the group twice, and kernels update all at once"
-    elif strange is None and shared_memory(stored) is not None:
-        yield "parameters or their state share memory, and kernels update all at once"
+    elif strange is None and (reason := overlap(bucket, stored)) is not None:
+        yield reason
+
+
+def overlap(bucket: "Bucket", stored: Sequence[Tensor]) -> str | None:
+    """Return which parameters must be stepped one after the other since they, or their state, share memory."""
+    if (pair := shared_memory(stored)) is None:
+        return None
+    owners = [*range(len(bucket.params)), *(row for row, slots in enumerate(bucket.slots) for _ in slots)]
+    first, second = (bucket.row_name(owners[position]) for position in pair)
+    return f"{first} and {second}, or their state, share memory, so that they must be updated one after the other"
 
 
 def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:

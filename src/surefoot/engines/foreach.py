@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, Coefficients, measure, read
+from surefoot.engines.bucket import Bucket, Coefficients, measure, overlap, read
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
-from surefoot.tensors.memory import is_plain, shared_memory
+from surefoot.tensors.memory import PLAIN, is_plain
 
 __all__ = ["outputs", "prepare", "read", "run", "schedule", "supports"]
 
@@ -38,9 +38,10 @@ def supports(bucket: Bucket) -> str | None:
     if bucket.options.get("differentiable"):
         return "foreach operations carry no gradients through the step"
     stored = list(chain(bucket.params, *bucket.slots))
-    plain = all(map(is_plain, stored)) and len(set(map(id, bucket.params))) == len(bucket.params)
-    if plain and shared_memory(stored) is not None:
-        return "parameters or their state share memory, and foreach operations update all at once"
+    if any(type(tensor) in PLAIN and tensor.is_neg() for tensor in stored):
+        return f"a parameter or its state is negated lazily, among {bucket.row_name(0)} and others"
+    if len(set(map(id, bucket.params))) == len(bucket.params) and all(map(is_plain, stored)):
+        return overlap(bucket, stored)
     return None
 
 

@@ -17,7 +17,7 @@ from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
 from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam, prepare_params
-from surefoot.tensors.memory import PLAIN
+from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
@@ -187,7 +187,8 @@ def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
 
 
 def _kind(row: PreparedParam) -> Any:
-    if type(row.param) not in PLAIN or not row.param.dim():
+    plain = [row.param, *(row.state[name] for name in _SECOND_MOMENTS if name in row.state)]
+    if not row.param.dim() or not all(map(is_plain, plain)):
         return None
     step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]
     dtypes = (row.grad.dtype, *(moment if moment is None else moment.dtype for moment in moments))

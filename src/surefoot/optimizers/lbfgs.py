@@ -19,10 +19,11 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
 from surefoot.rule.hyperparameters import LR, Interval, Number, at_least_zero
-from surefoot.state.check import check_state, hyperparameters, validated_gradient
+from surefoot.state.check import check_state, format_param, hyperparameters, validated_gradient
 from surefoot.state.load import LoadReport
 from surefoot.step.options import StepOptions
-from surefoot.tensors.memory import is_plain
+from surefoot.tensors.fit import unfit_memory, unfit_param
+from surefoot.tensors.memory import has_memory, is_plain
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
@@ -301,6 +302,8 @@ class _Variables:
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         for group, param in self.owners:
+            if (reason := unfit_param(param)) is not None:
+                raise RuntimeError(f"{format_param(group, param)} {reason}")
             check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self.sizes = [_real(param).numel() for param in self.params]
         self.scattered = len({param.device for param in self.params}) > 1
@@ -320,7 +323,7 @@ class _Variables:
         grad = param.grad
         if grad is None:
             return _real(param).new_zeros(_real(param).numel())
-        if not is_plain(grad) or grad.shape != param.shape:
+        if not is_plain(grad) or grad.shape != param.shape or not has_memory(grad):
             grad = validated_gradient(self.optimizer.spec, group, param, {})
         return _real(grad).reshape(-1)
 
@@ -343,7 +346,11 @@ class _Variables:
         )
         if self.scattered:
             parts = [part.to(value.device) for part, value in zip(parts, values, strict=True)]
-        torch._foreach_add_(values, parts, alpha=factor)
+        if all(map(is_plain, values)):
+            torch._foreach_add_(values, parts, alpha=factor)
+            return
+        for value, part in zip(values, parts, strict=True):
+            value.add_(part, alpha=factor)
 
     def _shared(self, vector: Tensor) -> Tensor:
         """Give what of a vector belongs to parameters whose learning rate is not 0."""
@@ -547,5 +554,7 @@ def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
             yield f"state `{name}` is {type(vector).__name__}, must be a tensor"
         elif vector.shape != (size,):
             yield f"state `{name}` has shape {tuple(vector.shape)}, but the parameters have {size} real elements in all"
+        elif (reason := unfit_memory(vector)) is not None:
+            yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())

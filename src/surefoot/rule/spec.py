@@ -23,7 +23,6 @@ class AlgorithmSpec:
         scalars: numbers kept for each parameter.
         flags: hyperparameters whose truth shapes the computation.
         update: the rule; None where the algorithm has a custom step.
-        coefficients: the numbers of an update, from hyperparameters and scalars.
         rows_suffice: whether an element without gradient stays as it is, by settled flags.
         sparse: what becomes of sparse gradients.
         instead_of_sparse: what the refusal of a sparse gradient recommends.
@@ -37,7 +36,6 @@ class AlgorithmSpec:
     scalars: tuple[Scalar, ...] = ()
     flags: tuple[str, ...] = ()
     update: Callable[..., Any] | None = None
-    coefficients: Callable[..., dict[str, Any]] = lambda _, **__: {}
     rows_suffice: Callable[[Mapping[str, bool]], bool] = lambda _: True
     sparse: Sparse = Sparse.REFUSED
     instead_of_sparse: str = ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.rule import AlgorithmSpec, Flags, Sparse
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.shards import match_layout
+from surefoot.tensors.shards import match_layout, sharding_mismatch
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
@@ -70,17 +70,29 @@ def validated_gradient(
         )
     check_state(spec, group, param, entry)
     if grad.layout is torch.strided:
-        if spec.sparse is Sparse.ONLY:
-            raise RuntimeError(f"{spec.name} does not support dense gradients, please consider Adam instead")
-        if (reason := unfit_memory(grad, written=False)) is not None:
-            raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
-        laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
-        return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
+        return _dense_gradient(spec, group, param, grad)
+    return _sparse_gradient(spec, group, param, grad, flags)
+
+
+def _dense_gradient(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, grad: Tensor) -> Tensor:
+    if spec.sparse is Sparse.ONLY:
+        raise RuntimeError(f"{spec.name} does not support dense gradients, please consider Adam instead")
+    if (reason := unfit_memory(grad, written=False)) is not None:
+        raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
+    laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
+    if (reason := sharding_mismatch(laid_out, param)) is not None:
+        raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
+    return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out
+
+
+def _sparse_gradient(
+    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, grad: Tensor, flags: Flags
+) -> Tensor:
     if not grad.is_sparse or spec.sparse is Sparse.REFUSED:
         raise RuntimeError(f"{spec.name} does not support sparse gradients{spec.instead_of_sparse}")
     if "weight_decay" in spec.flags and group.get("weight_decay"):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
-    rows = admit_rows(grad)
+    rows = admit_rows(grad, lambda: format_param(group, param))
     return rows if spec.rows_suffice(dict(flags)) else rows.to_dense()
 
 
@@ -92,11 +104,8 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
         TypeError: scalar state is not a number.
     """
     for scalar in spec.scalars:
-        if scalar.name in entry and not _is_one_number(value := entry[scalar.name]):
-            raise TypeError(
-                f"state `{scalar.name}` must be a number or a tensor of one element, but is {value!r} for "
-                f"{format_param(group, param)}"
-            )
+        if scalar.name in entry:
+            _check_scalar(scalar.name, entry[scalar.name], group, param)
     for slot in spec.all_slots:
         if (value := entry.get(slot.name)) is None:
             continue
@@ -107,6 +116,18 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
                 f"moving a parameter, move its state with `optimizer.to()`, or delete it with "
                 f"`del optimizer.state[param]`"
             )
+
+
+def _check_scalar(name: str, value: Any, group: Mapping[str, Any], param: Tensor) -> None:
+    if not _is_one_number(value):
+        shown = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(
+            f"state `{name}` must be a number or a tensor of one element, but is {shown} for "
+            f"{format_param(group, param)}"
+        )
+    reason = "is on meta, which holds no number" if isinstance(value, Tensor) and value.is_meta else None
+    if isinstance(value, Tensor) and (reason := reason or unfit_memory(value)) is not None:
+        raise RuntimeError(f"state `{name}` of {format_param(group, param)} {reason}")
 
 
 def _is_one_number(value: Any) -> bool:

@@ -21,8 +21,8 @@ def make_state(spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]], state: 
 
 def ensure_state(
     spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, state: State, slots: Sequence[Slot]
-) -> list[str]:
-    """Make what is missing of a parameter's state; return the names of what was made."""
+) -> dict[str, bool]:
+    """Make what is missing of a parameter's state; return the names of what was made, and whether each was None."""
     entry = state.get(param, {})
     made: dict[str, Any] = {
         s.name: s.new(group, scalar_device(group, param)) for s in spec.scalars if s.name not in entry
@@ -30,9 +30,10 @@ def ensure_state(
     for slot in slots:
         if entry.get(slot.name) is None and slot.shape_for(param) is not None:
             made[slot.name] = slot.new(param, group)
+    was_none = {name: name in entry for name in made}
     if made:
         state[param].update(made)
-    return list(made)
+    return was_none
 
 
 def is_on_device(group: Mapping[str, Any], param: Tensor) -> bool:

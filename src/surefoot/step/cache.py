@@ -4,6 +4,7 @@ Whatever a user may change counts at the next step, so everything is compared wi
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.partition import all_flags
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.memory import is_plain
+from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.shards import to_local
 
 _DICTS = (dict, defaultdict)
@@ -55,7 +56,7 @@ class BucketGuard:
             return not self.tensors.changed() and self._revalidate_rows(run)
         plan = run.bucket.plan
         grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
-        if self.tensors.changed():
+        if self.tensors.changed() or not all(type(grad) in PLAIN for grad in grads):
             return False
         run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, list(map(to_local, grads))
         return True
@@ -64,7 +65,8 @@ class BucketGuard:
         grads = run.grads()
         same = list(map(_kind, grads)) == self._kinds
         if same:
-            run.bucket.grads = list(map(admit_rows, grads))
+            names = [functools.partial(run.bucket.row_name, row) for row in range(len(grads))]
+            run.bucket.grads = list(map(admit_rows, grads, names))
         return same
 
     def is_compiled(self) -> bool:

@@ -93,7 +93,7 @@ def _numbers(
     """Return every number that an update may read, and the new scalars: Python's numbers, or tensors if scalars are."""
     if "step" in scalars:
         scalars["step"] = scalars["step"] + 1
-    derived = run.spec.coefficients(h, **scalars)
+    derived = step.coefficients(h, **scalars)
     numbers = {"fresh": fresh[0], "loss_scale": step.grad_scale, **derived}
     numbers |= {"step_clip": run.slice.clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
     for name in run.bucket.rule.coefficients:

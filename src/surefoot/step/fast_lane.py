@@ -5,6 +5,7 @@ may have changed and reads the scalars, the algorithm's `coefficients`, and one 
 counts versions and writes the scalars.  What it cannot do it leaves to the pipeline, with nothing changed.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,7 @@ class FastLane:
 
     def __init__(self, step: StepInput, cache: StepCache) -> None:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
-        self._cache = cache
+        self._cache = weakref.ref(cache)  # which keeps this
         self._lanes = [_Lane(run) for run in cache.runs]
         lists, self._lists = lists_job([step.groups, *(group["params"] for group in step.groups)])
         idle, self._idle = gradients_job(cache.idle)
@@ -103,12 +104,19 @@ class FastLane:
         self._options = Items([*self._groups, vars(self._stepping.options)])
         self._guard = JobSequence([self._options.job, *self._guarded])
 
-    def run(self, groups: object, state: object, step: Callable[[], StepInput]) -> bool:
+    def run(
+        self,
+        groups: object,
+        state: object,
+        coefficients: Callable[..., dict[str, Any]],
+        step: Callable[[], StepInput],
+    ) -> bool:
         """Make a step; return False, with nothing changed, where that is for the pipeline to do.
 
         Args:
             groups: the param groups of now.
             state: the state of now.
+            coefficients: the algorithm's.
             step: return all that the step is about.
         """
         if groups is not self._groups or state is not self._state:
@@ -124,7 +132,7 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
-                self._update()
+                self._update(coefficients)
             except BaseException:
                 self._release()
                 raise
@@ -134,28 +142,34 @@ class FastLane:
     def _options_decide_the_same(self, step: StepInput) -> bool:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
-        if not self._cache.settle_options(step) or step.stepping.options.requested() or step.needs_gradients():
+        cache = self._cache()
+        if (
+            cache is None
+            or not cache.settle_options(step)
+            or step.stepping.options.requested()
+            or step.needs_gradients()
+        ):
             return False
         for lane in self._lanes:
             lane.settle()
         self._guard_options()
         return True
 
-    def _update(self) -> None:
+    def _update(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         for lane in self._lanes:
             lane.job.pointers[1] = lane.tensors.gradients
-            lane.compute(self._spec.coefficients)
+            lane.compute(coefficients)
         for lane in self._large:
             lane.job.launch(lane.kernel, min(thread_count(), lane.job.items))
-        self._after.run()
-        for lane in self._lanes:
-            lane.job.raise_if_stopped(lane.kernel)
+        if self._after.run():
+            for lane in self._lanes:
+                lane.job.raise_if_stopped(lane.kernel)
 
     def _leave(self, found: int) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
         apart = self._guarded[found - 2] in [lane.reading for lane in self._lanes] if found > 1 else False
-        if apart:
-            self._cache.fast = False
+        if apart and (cache := self._cache()) is not None:
+            cache.fast = False
         self._note(changed=not apart)
         self._release_held()
 
@@ -189,7 +203,7 @@ def _tensor_count(run: BucketRun) -> int:
 def _is_fit(runs: Sequence[BucketRun]) -> bool:
     return all(
         run.engine is cpu
-        and not run.sparse
+        and not (run.sparse or run.repeats)
         and run.guard.is_compiled()
         and run.slice.fresh is None
         and not (run.bucket.plan.irregular or run.bucket.plan.checked or run.bucket.rule.measures)

@@ -20,6 +20,7 @@ class StepInput(NamedTuple):
         stepping: options, statistics and context.
         grad_scale: what a GradScaler has multiplied the gradients with, if it leaves unscaling to the step.
         found_inf: whether it has found infinities, as a number on a device.
+        coefficients: the algorithm's, of the optimizer where it needs one.
         param_names: return the names of all parameters, group by group.
     """
 
@@ -29,6 +30,7 @@ class StepInput(NamedTuple):
     stepping: Stepping
     grad_scale: Any
     found_inf: Any
+    coefficients: Callable[..., dict[str, Any]]
     param_names: Callable[[], Sequence[str]]
 
     def is_clipped(self, group: Mapping[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +34,26 @@ def partition(step: StepInput) -> list[BucketRun]:
     Raises:
         RuntimeError: a gradient or state does not fit its parameter, or the engine that was asked for cannot serve it.
     """
-    runs = [run for group in step.groups for run in _divide(step, group)]
+    turns: defaultdict[int, int] = defaultdict(int)
+    runs = [run for group in step.groups for run in _divide(step, group, turns)]
     try:
         for run in runs:
             _attach_state(step, run)
-        _refuse_written_gradients(runs)
+        _refuse_shared_memory(runs)
     except BaseException:
         detach_state(step, runs)
         raise
     return runs
 
 
-def _divide(step: StepInput, group: dict[str, Any]) -> Iterator[BucketRun]:
-    """Yield the buckets of a group, refusing what the rule or the chosen engine cannot do."""
+def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]) -> Iterator[BucketRun]:
+    """Yield the buckets of a group, refusing what the rule or the chosen engine cannot do.
+
+    Args:
+        step: the step.
+        group: the group.
+        turns: how often a parameter or a step count, by its id, has been met; what is met again gets a later bucket.
+    """
     spec, flags = step.spec, all_flags(step, group)
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
@@ -57,7 +64,8 @@ def _divide(step: StepInput, group: dict[str, Any]) -> Iterator[BucketRun]:
         grad = validated_gradient(spec, group, param, entry, flags)
         held = [entry.get(slot.name) for slot in spec.all_slots]
         dtypes = tuple(None if slot is None else slot.dtype for slot in held)
-        key = (param.device, param.dtype, grad.dtype, grad.layout, dtypes)
+        turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
+        key = (param.device, param.dtype, grad.dtype, grad.layout, dtypes, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}
@@ -69,8 +77,16 @@ def _divide(step: StepInput, group: dict[str, Any]) -> Iterator[BucketRun]:
         bucket.params.append(to_local(param))
         bucket.slots.append([to_local(slot) for slot in held if slot is not None])
         bucket.grads.append(grad if grad.is_sparse else to_local(grad))
-    for part, bucket in buckets.values():
-        yield BucketRun(spec, part, bucket, choose(bucket), sparse=bucket.grads[0].is_sparse)
+    for (*_, turn), (part, bucket) in buckets.items():
+        yield BucketRun(spec, part, bucket, choose(bucket), sparse=bucket.grads[0].is_sparse, repeats=turn > 0)
+
+
+def _take_turn(turns: defaultdict[int, int], objects: Iterable[object]) -> int:
+    """Return how many steps come before one of these tensors, which share one of them, and count it."""
+    ids = [id(each) for each in objects if isinstance(each, Tensor)]
+    turn = max(turns[i] for i in ids)
+    turns.update(dict.fromkeys(ids, turn + 1))
+    return turn
 
 
 def _format_row(group: Mapping[str, Any], params: Sequence[Tensor], row: int) -> str:
@@ -90,30 +106,60 @@ def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
     """Take away the state that was made for a step that is not made."""
     for run in runs:
         for param, names in zip(run.params, run.made, strict=False):
-            for name in names:
-                del step.state[param][name]
+            for name, was_none in names.items():
+                if was_none:
+                    step.state[param][name] = None
+                else:
+                    del step.state[param][name]
             if not step.state.get(param, True):
                 del step.state[param]
 
 
-def _refuse_written_gradients(runs: Sequence[BucketRun]) -> None:
-    """Refuse gradients that a step would change, since they share memory with what it writes.
+class _Stored(NamedTuple):
+    """A tensor of a step: of which parameter, under which name, and whether it is only read."""
+
+    tensor: Tensor
+    run: BucketRun
+    row: int
+    name: str
+
+
+def _refuse_shared_memory(runs: Sequence[BucketRun]) -> None:
+    """Refuse gradients that share memory with what a step writes, and state that does with its own parameter.
 
     Raises:
-        RuntimeError: a gradient does; the message names its parameter.
+        RuntimeError: a tensor does; the message names it.
     """
-    tensors: defaultdict[torch.device, list[tuple[Tensor, BucketRun, int, bool]]] = defaultdict(list)
+    of_device: defaultdict[torch.device, list[_Stored]] = defaultdict(list)
     for run in runs:
-        bucket = run.bucket
-        columns = (bucket.params, *bucket.slots, *(() if run.sparse else (bucket.grads,)))
-        for number, column in enumerate(columns):
-            is_gradient = number > len(bucket.slots)
-            tensors[bucket.device] += [(t, run, row, is_gradient) for row, t in enumerate(column) if is_plain(t)]
-    for found in tensors.values():
-        of_gradient = [is_gradient for _, _, _, is_gradient in found]
-        if (pair := shared_memory([tensor for tensor, *_ in found], of_gradient)) is not None:
-            run, row = next(found[position][1:3] for position in pair if of_gradient[position])
+        bucket, slots = run.bucket, run.bucket.rule.slots
+        columns = {"parameter": bucket.params, **{s.name: c for s, c in zip(slots, bucket.slots, strict=True)}}
+        if not run.sparse:
+            columns[_GRADIENT] = bucket.grads
+        for name, column in columns.items():
+            of_device[bucket.device] += [_Stored(t, run, row, name) for row, t in enumerate(column) if is_plain(t)]
+    for found in of_device.values():
+        pair = shared_memory([stored.tensor for stored in found], functools.partial(_matters, found))
+        if pair is not None:
+            one, other = sorted((found[position] for position in pair), key=lambda stored: stored.name != _GRADIENT)
+            owner = one.run.bucket.row_name(one.row)
+            if one.name == _GRADIENT:
+                raise RuntimeError(
+                    f"the gradient of {owner} shares memory with parameters or state that the step writes; give it "
+                    f"memory of its own: p.grad = p.grad.clone()"
+                )
             raise RuntimeError(
-                f"the gradient of {run.bucket.row_name(row)} shares memory with parameters or state that the step "
-                f"writes; give it memory of its own: p.grad = p.grad.clone()"
+                f"`{one.name}` and `{other.name}` of {owner} share memory; give each its own, or delete the state with "
+                f"`del optimizer.state[param]`"
             )
+
+
+_GRADIENT = " gradient"
+
+
+def _matters(found: Sequence[_Stored], i: int, j: int) -> bool:
+    """Return whether it matters that two tensors share memory; parameters that do are stepped one after the other."""
+    one, other = found[i], found[j]
+    if (one.name == _GRADIENT) != (other.name == _GRADIENT):
+        return True
+    return one.name != _GRADIENT and one.run is other.run and one.row == other.row

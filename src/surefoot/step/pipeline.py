@@ -49,6 +49,8 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
         if options is not None:
             cache = StepCache.of(step, options, runs)
         for run in runs:
+            if run.repeats:
+                compute_coefficients(step, run)
             _update(run)
     finally:
         for run in runs:

@@ -84,13 +84,13 @@ class _Validated:
         if self.guards is not None:
             return
         rows: defaultdict[Any, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
-        slots = [slot.name for slot in step.spec.all_slots]
+        slots = [*(scalar.name for scalar in step.spec.scalars), *(slot.name for slot in step.spec.all_slots)]
         for part in self.slices:
             for param in part.params:
                 entry = step.state.get(param, {})
                 names = tuple(name for name in slots if entry.get(name) is not None)
                 tensors: list[Any] = [param, param.grad, *(entry[name] for name in names)]
-                if type(entry) is not dict or not all(map(is_plain, tensors)):
+                if type(entry) is not dict or not all(isinstance(t, Tensor) and is_plain(t) for t in tensors):
                     return
                 rows[names].append((param, entry))
         captured = any(group.get("capturable") for group in step.groups)

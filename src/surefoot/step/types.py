@@ -48,8 +48,9 @@ class BucketRun:
         bucket: what the engine is handed.
         engine: the engine.
         sparse: whether the gradients are sparse.
+        repeats: whether a bucket before it steps its parameters, or counts their steps, too.
         entries: the parameters' state.
-        made: names of the state that was made for this step.
+        made: for each parameter the names of the state that was made for this step, and whether it was None before.
         scalars: the new scalars, not written yet.
         guard: what tells whether it can be used again.
         device_scalars: scalars that only the parameters' device knows.
@@ -64,8 +65,9 @@ class BucketRun:
     bucket: Bucket
     engine: Engine
     sparse: bool = False
+    repeats: bool = False
     entries: list[dict[str, Any]] = field(default_factory=list)
-    made: list[list[str]] = field(default_factory=list)
+    made: list[dict[str, bool]] = field(default_factory=list)
     scalars: Any = None
     guard: Any = None
     device_scalars: DeviceScalars | None = None

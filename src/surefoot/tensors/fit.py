@@ -14,12 +14,18 @@ def unfit_param(param: Tensor) -> str | None:
     """Return why a tensor cannot be stepped as a parameter, None if it can."""
     if not (param.is_floating_point() or param.is_complex()):
         return f"is {param.dtype}; only floating point and complex parameters can be stepped"
-    if param.is_nested or param.layout is not torch.strided:
-        return f"is {_layout(param)}; only dense parameters can be stepped"
+    if param.is_nested or param.layout is not torch.strided or param._is_zerotensor():
+        return f"is {_layout(param)}; only dense parameters with memory of their own can be stepped"
+    if param.is_complex() and param.is_conj():
+        return "is conjugated lazily; give it values of its own with `p.data = p.data.resolve_conj()`"
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        return "is an inference tensor, which can be written in inference mode only; clone it"
     return unfit_memory(param)
 
 
-def unfit(tensor: Any, param: Tensor, shape: torch.Size | None, *, placements: bool = True) -> str | None:
+def unfit(
+    tensor: Any, param: Tensor, shape: torch.Size | None, *, placements: bool = True, kinds: bool = True
+) -> str | None:
     """Return why a gradient or a tensor of state does not belong to a parameter, None if it does.
 
     Args:
@@ -27,6 +33,7 @@ def unfit(tensor: Any, param: Tensor, shape: torch.Size | None, *, placements: b
         param: the parameter.
         shape: the shape that it must have.
         placements: whether it must be laid out over ranks as the parameter is, beyond being on the same mesh.
+        kinds: whether it must be real or complex as the parameter is.
     """
     if not isinstance(tensor, Tensor):
         return f"is {type(tensor).__name__}, must be a tensor"
@@ -36,7 +43,7 @@ def unfit(tensor: Any, param: Tensor, shape: torch.Size | None, *, placements: b
         return f"has shape {tuple(tensor.shape)}, must have {'none' if shape is None else tuple(shape)}"
     if tensor.device != param.device:
         return f"must be on {param.device}, but is on {tensor.device}"
-    if tensor.is_complex() != param.is_complex() or not (tensor.is_complex() or tensor.is_floating_point()):
+    if kinds and (tensor.is_complex() != param.is_complex() or not (tensor.is_complex() or tensor.is_floating_point())):
         kind = "complex" if param.is_complex() else "real and floating point"
         return f"is {tensor.dtype}, must be {kind} as the parameter is {param.dtype}"
     return sharding_mismatch(tensor, param, placements=placements)
@@ -53,7 +60,7 @@ def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None, *, like_pa
     """
     if (reason := unfit(tensor, param, shape, placements=like_param)) is not None:
         return reason
-    if tensor.layout is not torch.strided or tensor._is_zerotensor():
+    if tensor.layout is not torch.strided or tensor._is_zerotensor() or tensor.is_conj():
         return f"is {_layout(tensor)}, must be a dense tensor with memory of its own"
     return unfit_memory(tensor)
 
@@ -71,4 +78,6 @@ def unfit_memory(tensor: Tensor, *, written: bool = True) -> str | None:
 
 
 def _layout(tensor: Tensor) -> str:
-    return "nested" if tensor.is_nested else "a zero tensor" if tensor._is_zerotensor() else str(tensor.layout)
+    if tensor.is_nested or tensor._is_zerotensor():
+        return "nested" if tensor.is_nested else "a zero tensor"
+    return "conjugated lazily" if tensor.is_conj() else str(tensor.layout)

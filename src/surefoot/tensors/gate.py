@@ -83,19 +83,23 @@ def lost_memory(tensor: Tensor) -> str | None:
     return f"has lost memory: its storage has been resized to {held} bytes, it needs {needed} from its address on"
 
 
-def admit_rows(grad: Tensor) -> Tensor:
+def admit_rows(grad: Tensor, name: Callable[[], str]) -> Tensor:
     """Return a sparse (COO) gradient that has every row once, and only rows of its own shape.
+
+    Args:
+        grad: the gradient.
+        name: return what its parameter is called in a message.
 
     Raises:
         IndexError: an index is outside of the gradient's shape, as far as that is known without waiting for a device.
         RuntimeError: the storage of its indices or values has been resized to less than they take.
     """
-    what = f"a sparse gradient of shape {tuple(grad.shape)}"
-    if type(grad) is Tensor and not (has_memory(grad._indices()) and has_memory(grad._values())):
-        raise RuntimeError(f"{what} has no memory for its values any more")
-    rows = grad.coalesce()
-    if type(rows) is Tensor and rows.is_cpu:
-        index = rows.indices().numpy()
-        if index.size and (index.min() < 0 or (index.max(axis=1) >= rows.shape[: len(index)]).any()):
-            raise IndexError(f"{what} has indices outside of it")
-    return rows
+    if type(grad) is Tensor:
+        what, indices = f"a sparse gradient of shape {tuple(grad.shape)}", grad._indices()
+        if not (has_memory(indices) and has_memory(grad._values())):
+            raise RuntimeError(f"{name()}: {what} has no memory for its values any more")
+        # Before rows are put together, for which torch takes their indices as they are.
+        index = indices.numpy() if grad.is_cpu else np.zeros((0, 0))
+        if index.size and (index.min() < 0 or (index.max(axis=1) >= grad.shape[: len(index)]).any()):
+            raise IndexError(f"{name()}: {what} has indices outside of it")
+    return grad.coalesce()

@@ -1,6 +1,6 @@
 """Where a strided tensor's elements stand in memory: how far they reach, in which order, and whether they overlap."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -84,12 +84,14 @@ def _repeats_an_offset(tensor: Tensor) -> bool:
     return len(np.unique(offsets)) < len(offsets)
 
 
-def shared_memory(tensors: Sequence[Tensor], only_read: Sequence[bool] = ()) -> tuple[int, int] | None:
+def shared_memory(
+    tensors: Sequence[Tensor], counts: Callable[[int, int], bool] = lambda *_: True
+) -> tuple[int, int] | None:
     """Return the positions of two strided tensors of one device that share memory, None if there are none.
 
     Args:
         tensors: the tensors.
-        only_read: for each whether it is only read; if given, pairs count of which one is and the other is not.
+        counts: whether a pair of positions counts.
     """
     start = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     end = start + np.fromiter(map(bytes_spanned, tensors), np.int64, len(tensors))
@@ -99,8 +101,7 @@ def shared_memory(tensors: Sequence[Tensor], only_read: Sequence[bool] = ()) -> 
         return None
     for count, (one, other) in enumerate(_near_pairs(start, end, order.tolist())):
         exact = count < _MOST_PAIRS
-        counts = not only_read or only_read[one] != only_read[other]
-        if counts and (not exact or _share_an_element(tensors[one], tensors[other])):
+        if counts(one, other) and (not exact or _share_an_element(tensors[one], tensors[other])):
             return min(one, other), max(one, other)
     return None
 
@@ -109,6 +110,8 @@ def _near_pairs(start: np.ndarray, end: np.ndarray, order: list[int]) -> Iterato
     """Yield the pairs of tensors whose spans meet."""
     open_: list[int] = []
     for position in order:
+        if not start[position]:
+            continue  # what has no memory shares none
         open_ = [other for other in open_ if end[other] > start[position]]
         yield from ((other, position) for other in open_ if end[position] > start[position])
         open_.append(position)

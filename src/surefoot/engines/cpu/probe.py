@@ -37,7 +37,7 @@ from surefoot.engines.cpu.intrinsics import (
 # Places in bytes, constants of the compiled code, in the order of `tensors`.
 (
     A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED,
-    A_SIZE,
+    A_SIZE, KERNEL_STATUS,
 ) = PLACES  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
 
 WORD, LINE = 8, 64  # bytes
@@ -368,6 +368,8 @@ def in_sequence(job):
         if kernel_address:
             store(other, 0)  # the next item
             launch(kernel_address, other)
+            if load(other + KERNEL_STATUS * WORD):
+                return number_of_job
         else:
             store(other + THREAD, 0)
             store(other + NEXT, 0)

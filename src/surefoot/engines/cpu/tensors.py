@@ -17,6 +17,7 @@ from torch import Tensor
 
 from surefoot.engines.cpu.anatomy import anatomy
 from surefoot.engines.cpu.compile import load
+from surefoot.engines.cpu.source import JOB
 from surefoot.engines.cpu.threads import locked_function, run_locked, thread_count, thread_number
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
@@ -41,7 +42,7 @@ def _probe() -> int:
     if (known := anatomy()) is None:
         raise ImportError("torch keeps things in unknown places")
     places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
-    more = (known.version, known.count, known.grad, known.described, known.size)
+    more = (known.version, known.count, known.grad, known.described, known.size, JOB.index("status"))
     text = Path(__file__).with_name("probe.py").read_text()
     return load(f"PLACES = {(*places, *more)}\n{text}", "probe").address
 
