@@ -100,6 +100,12 @@ CASES = {
     "slots that are one tensor": after_a_step("adamax", ("state shared by slots", 0, 0, 1)),
     "slots that overlap": after_a_step("adam groups", ("state overlapping", 0, 0, 0)),
     "parameters that overlap": first_step("sparse sgd", ("data overlapping", 0, 0, 4), kinds=(Kind(0, 0), Kind(0, 0))),
+    "parameter twice in a group in its first step, with momentum": Case(
+        "sgd groups", "eager", (Kind(0, 0),), (Round(moves=(("parameter twice in a group", 1, 0, 4),)),), seed=1
+    ),
+    "state in the dtype of the gradient": Case(
+        "rprop", "eager", (Kind(0, 0),), (Round(moves=(("data of another dtype", 7, 10, 60),)), Round()), seed=0
+    ),
     "parameter twice in a group": first_step("nadam", ("parameter twice in a group", 0, 0, 0)),
     # What is no tensor in memory
     "parameter that is a zero tensor": first_step("rprop", ("data without memory", 0, 0, 0)),

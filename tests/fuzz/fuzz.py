@@ -213,7 +213,7 @@ class _Run:
         if found is None:
             self.ended["stepped"] += 1
             if any(
-                coarsest(self.ours, i).itemsize < 4 or coarsest(self.ours, i) != p.dtype
+                coarsest((self.ours,), i).itemsize < 4 or coarsest((self.ours,), i) != p.dtype
                 for i, p in enumerate(self.ours.params)
             ):
                 synchronize(self.ours, self.twin)

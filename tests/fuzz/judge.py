@@ -155,7 +155,7 @@ def difference(ours: World, twin: World) -> str | None:
     """Say where two worlds differ in parameters or state by more than rounding; None if they do not."""
     pairs: list[tuple[str, Tensor, Tensor, torch.dtype]] = []
     for index, (left, right) in enumerate(zip(ours.params, twin.params, strict=True)):
-        pairs.append((f"param {index}", left, right, coarsest(ours, index)))
+        pairs.append((f"param {index}", left, right, coarsest((ours, twin), index)))
     if ours.setting.algorithm != "LBFGS":
         for optimizer, other in zip(ours.optimizers, twin.optimizers, strict=True):
             found = _state_pairs(ours, twin, optimizer, other, pairs)
@@ -177,20 +177,22 @@ def _state_pairs(ours: World, twin: World, optimizer: Any, other: Any, pairs: li
             if isinstance(left, int | float | np.number) or isinstance(right, int | float | np.number):
                 left, right = (torch.as_tensor(value, dtype=torch.float64) for value in (left, right))
             if isinstance(left, Tensor) and isinstance(right, Tensor):
-                pairs.append((f"state {name!r} of param {index}", left, right, coarsest(ours, index)))
+                pairs.append((f"state {name!r} of param {index}", left, right, coarsest((ours, twin), index)))
             elif type(left) is not type(right):
                 return f"state {name!r} of param {index} is {type(left)}, the twin's {type(right)}"
     return None
 
 
-def coarsest(world: World, index: int) -> torch.dtype:
-    """Return the coarsest dtype among a parameter, its gradient and its state."""
-    param = world.params[index]
-    tensors = [param, *([] if param.grad is None else [param.grad])]
-    for optimizer in world.optimizers:
-        state = optimizer.state.get(param)
-        if isinstance(state, dict):
-            tensors += [t for name, t in state.items() if isinstance(t, Tensor) and name not in SCALARS]
+def coarsest(worlds: Iterable[World], index: int) -> torch.dtype:
+    """Return the coarsest dtype among a parameter, its gradient and its state, in ours and in the twin."""
+    tensors: list[Tensor] = []
+    for world in worlds:
+        param = world.params[index]
+        tensors += [param, *([] if param.grad is None else [param.grad])]
+        for optimizer in world.optimizers:
+            state = optimizer.state.get(param)
+            if isinstance(state, dict):
+                tensors += [t for name, t in state.items() if isinstance(t, Tensor) and name not in SCALARS]
     dtypes = [t.dtype for t in tensors if t.is_floating_point() or t.is_complex()]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from surefoot.engines.bucket import measure
 from surefoot.errors import NonFiniteGradientError
 from surefoot.rule import reading
+from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.shards import is_sharded, over_all_shards
@@ -45,6 +46,11 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice]) -> bool:
         RuntimeError: gradients are to be looked at in a step with `capturable=True`.
     """
     options = step.stepping.options
+    if meta := [part for part in slices if part.gradients is not None and part.gradients.is_meta]:
+        raise RuntimeError(
+            f"{format_param(meta[0].group, meta[0].params[0])} is on meta, where gradients cannot be measured; leave "
+            f"out `max_grad_norm` and `nonfinite`"
+        )
     if options.nonfinite != "ignore" and any(group.get("capturable") for group in step.groups):
         raise RuntimeError(
             f"nonfinite={options.nonfinite!r} looks at gradients on the host, which a step with capturable=True must "

@@ -37,8 +37,11 @@ def partition(step: StepInput) -> list[BucketRun]:
     turns: defaultdict[int, int] = defaultdict(int)
     runs = [run for group in step.groups for run in _divide(step, group, turns)]
     try:
+        made: dict[Tensor, dict[str, bool]] = {}
         for run in runs:
             _attach_state(step, run)
+            # What is met again in its first step is as new as it was then.
+            run.made = [made.setdefault(param, names) for param, names in zip(run.params, run.made, strict=True)]
         _refuse_shared_memory(runs)
     except BaseException:
         detach_state(step, runs)
@@ -110,7 +113,7 @@ def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
                 if was_none:
                     step.state[param][name] = None
                 else:
-                    del step.state[param][name]
+                    step.state[param].pop(name, None)
             if not step.state.get(param, True):
                 del step.state[param]
 
