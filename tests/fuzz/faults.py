@@ -100,6 +100,36 @@ CASES = {
     "slots that are one tensor": after_a_step("adamax", ("state shared by slots", 0, 0, 1)),
     "slots that overlap": after_a_step("adam groups", ("state overlapping", 0, 0, 0)),
     "parameters that overlap": first_step("sparse sgd", ("data overlapping", 0, 0, 4), kinds=(Kind(0, 0), Kind(0, 0))),
+    "LBFGS moved to meta": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(moves=(("moved to meta", 5, 0, 27),)),), seed=0
+    ),
+    "state of LBFGS on meta": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state on meta", 2, 3, 15),))), seed=1
+    ),
+    "scale of LBFGS without memory": Case(
+        "lbfgs",
+        "default",
+        (Kind(0, 0), Kind(0, 0), Kind(0, 0)),
+        (Round(), Round(), Round(moves=(("state storage resized", 3, 6, 107),))),
+        seed=1,
+    ),
+    "parameter of Adafactor twice in a group": Case(
+        "adafactor", "foreach", (Kind(0, 0),), (Round(moves=(("parameter twice in a group", 1, 2, 69),)),), seed=1
+    ),
+    "expanded state of a subclass": Case(
+        "adamax",
+        "foreach",
+        (Kind(0, 0),),
+        (Round(), Round(moves=(("state expanded", 7, 2, 18), ("state of subclass", 5, 10, 117)))),
+        seed=1,
+    ),
+    "state that is its parameter, which is negated": Case(
+        "sparse adam",
+        "default",
+        (Kind(0, 0),),
+        (Round(moves=(("data negated lazily", 6, 9, 28),)), Round(moves=(("state is the parameter", 6, 10, 14),))),
+        seed=1,
+    ),
     "parameter twice in a group in its first step, with momentum": Case(
         "sgd groups", "eager", (Kind(0, 0),), (Round(moves=(("parameter twice in a group", 1, 0, 4),)),), seed=1
     ),

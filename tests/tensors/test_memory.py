@@ -65,13 +65,12 @@ def test_shared_memory_is_found(found, data):
     tensors = [base.as_strided(shape, strides, 3 * offset) for shape, strides, offset, _ in found]
     places = [set(offsets(tensor)) for tensor in tensors]
     only_read = data.draw(st.sampled_from([[], [index % 2 == 0 for index in range(len(tensors))]]))
-    pairs = {
-        (i, j)
-        for j in range(len(tensors))
-        for i in range(j)
-        if places[i] & places[j] and (not only_read or only_read[i] != only_read[j])
-    }
-    shared = memory.shared_memory(tensors, only_read)
+
+    def counts(i, j):
+        return not only_read or only_read[i] != only_read[j]
+
+    pairs = {(i, j) for j in range(len(tensors)) for i in range(j) if places[i] & places[j] and counts(i, j)}
+    shared = memory.shared_memory(tensors, counts)
     assert (shared in pairs) if pairs else (shared is None)
 
 

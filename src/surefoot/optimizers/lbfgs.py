@@ -302,7 +302,8 @@ class _Variables:
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         for group, param in self.owners:
-            if (reason := unfit_param(param)) is not None:
+            reason = "is on meta, where a closure has no loss" if param.is_meta else unfit_param(param)
+            if reason is not None:
                 raise RuntimeError(f"{format_param(group, param)} {reason}")
             check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self.sizes = [_real(param).numel() for param in self.params]
@@ -554,7 +555,10 @@ def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
             yield f"state `{name}` is {type(vector).__name__}, must be a tensor"
         elif vector.shape != (size,):
             yield f"state `{name}` has shape {tuple(vector.shape)}, but the parameters have {size} real elements in all"
-        elif (reason := unfit_memory(vector)) is not None:
+    numbers = {name: state[name] for name in ("t", "H_diag") if state.get(name) is not None}
+    numbers |= {f"{name}[{i}]": item for name in ("ro", "al") for i, item in enumerate(state.get(name) or [])}
+    for name, value in (vectors | numbers).items():
+        if isinstance(value, Tensor) and (reason := "is on meta" if value.is_meta else unfit_memory(value)) is not None:
             yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())

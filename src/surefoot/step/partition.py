@@ -14,7 +14,7 @@ from surefoot.state.check import format_param, validated_gradient
 from surefoot.state.make import ensure_state
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice
-from surefoot.tensors.memory import is_plain, shared_memory
+from surefoot.tensors.memory import has_address, shared_memory
 from surefoot.tensors.shards import to_local
 
 
@@ -140,7 +140,7 @@ def _refuse_shared_memory(runs: Sequence[BucketRun]) -> None:
         if not run.sparse:
             columns[_GRADIENT] = bucket.grads
         for name, column in columns.items():
-            of_device[bucket.device] += [_Stored(t, run, row, name) for row, t in enumerate(column) if is_plain(t)]
+            of_device[bucket.device] += [_Stored(t, run, row, name) for row, t in enumerate(column) if has_address(t)]
     for found in of_device.values():
         pair = shared_memory([stored.tensor for stored in found], functools.partial(_matters, found))
         if pair is not None:

@@ -1,8 +1,9 @@
 """Prepared parameters: what optimizers with a custom step take theirs from, with everything done around an update."""
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -142,10 +143,13 @@ def _prepared(step: StepInput, known: _Validated, part: ParamSlice, grads: Seque
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.measures else None
     plain = hyperparameters(group)
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
+    repeated = {param for param, count in Counter(part.params).items() if count > 1}
     for param, grad in zip(part.params, grads, strict=True):
         entry = step.state.get(param, {})
         if "step" in entry:
             entry["step"] += 1
+            if param in repeated:  # the next time it is met it is one step further
+                entry = {**entry, "step": deepcopy(entry["step"])}
         h = moved(param.device) if is_on_device(group, param) or not param.is_cpu else plain
         yield PreparedParam(h, param, _seen(step, part, grad), entry)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from surefoot.tensors.gate import lost_memory
-from surefoot.tensors.memory import PLAIN, overlaps_itself
+from surefoot.tensors.memory import has_address, overlaps_itself
 from surefoot.tensors.shards import is_sharded, sharding_mismatch, to_local
 
 
@@ -68,12 +68,13 @@ def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None, *, like_pa
 def unfit_memory(tensor: Tensor, *, written: bool = True) -> str | None:
     """Return why the memory of a strided tensor cannot be read, or written, None if it can."""
     local = to_local(tensor) if is_sharded(tensor) else tensor
-    if type(local) not in PLAIN or local._is_zerotensor():
+    if not has_address(local):
         return None  # what such a tensor's memory is, only its own operations know
-    if (reason := lost_memory(local)) is not None:
-        return reason
-    if written and overlaps_itself(local):
-        return f"has several elements at a single memory location (strides {local.stride()}); clone it"
+    with torch._C.DisableTorchFunctionSubclass():
+        if (reason := lost_memory(local)) is not None:
+            return reason
+        if written and overlaps_itself(local):
+            return f"has several elements at a single memory location (strides {local.stride()}); clone it"
     return None
 
 

@@ -1,6 +1,7 @@
 """Where a strided tensor's elements stand in memory: how far they reach, in which order, and whether they overlap."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,13 @@ def is_plain(tensor: Tensor) -> bool:
     """Return whether the memory of a tensor holds what it means."""
     means_other = tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
     return type(tensor) in PLAIN and not means_other
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Return whether a tensor has elements in memory, though lazily negated ones perhaps, or such of a subclass."""
+    kind: Any = type(tensor)
+    of_memory = kind in PLAIN or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return of_memory and tensor.layout is torch.strided and not tensor._is_zerotensor()
 
 
 def bytes_spanned(tensor: Tensor) -> int:
