@@ -102,6 +102,8 @@ def _measure_and_compute(step: StepInput, runs: Sequence[BucketRun]) -> bool:
 
 def _bind_metrics(run: BucketRun, *, wanted: bool) -> None:
     """Let the update measure, or not, what telemetry wants to know."""
+    if wanted and run.params[0].is_meta:
+        raise RuntimeError(f"{run.bucket.row_name(0)} is on meta, where nothing can be measured; leave out `telemetry`")
     if not run.sparse and not is_sharded(run.params[0]):
         flags = run.bucket.rule.flags
         if flags[0] != ("measured", wanted):
