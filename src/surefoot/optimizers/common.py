@@ -66,7 +66,7 @@ def batches(found: Iterable[PreparedParam], kind: Callable[[PreparedParam], Any]
     together: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
     met: set[int] = set()
     for position, row in enumerate(found):
-        known = None if id(row.param) in met else kind(row)
+        known = None if row.apart or id(row.param) in met else kind(row)
         met.add(id(row.param))
         together[position if known is None else (known,)].append(row)
     return together.values()

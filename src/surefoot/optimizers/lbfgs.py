@@ -558,7 +558,9 @@ def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
     numbers = {name: state[name] for name in ("t", "H_diag") if state.get(name) is not None}
     numbers |= {f"{name}[{i}]": item for name in ("ro", "al") for i, item in enumerate(state.get(name) or [])}
     for name, value in (vectors | numbers).items():
-        if isinstance(value, Tensor) and (reason := "is on meta" if value.is_meta else unfit_memory(value)) is not None:
+        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+            yield f"state `{name}` is {'on meta' if value.is_meta else value.layout}, must be dense and hold numbers"
+        elif isinstance(value, Tensor) and (reason := unfit_memory(value)) is not None:
             yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())

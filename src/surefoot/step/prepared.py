@@ -17,7 +17,8 @@ from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
-from surefoot.tensors.memory import is_plain
+from surefoot.tensors.memory import has_address, is_plain, shared_memory
+from surefoot.tensors.shards import to_local
 
 
 class PreparedParam(NamedTuple):
@@ -27,6 +28,8 @@ class PreparedParam(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
+    apart: bool = False
+    """Whether its memory is another's too, so that it must be stepped by itself, in its turn."""
 
 
 def prepare_params(step: StepInput) -> list[PreparedParam]:
@@ -61,6 +64,7 @@ class _Validated:
     Attributes:
         slices: the parameters of each group that has some.
         guards: what tells whether their tensors are as they were; None where that cannot be told.
+        overlap: whether parameters or their state share memory.
     """
 
     def __init__(self, step: StepInput) -> None:
@@ -73,6 +77,12 @@ class _Validated:
                 self._grads.append(grads)
         self.guards: list[Any] | None = None
         self._flags: list[Any] = []
+        entries = [(p, step.state.get(p, {})) for part in self.slices for p in part.params]
+        stored = [p for p, _ in entries]
+        stored += [e[slot.name] for _, e in entries for slot in step.spec.slots if e.get(slot.name) is not None]
+        self.overlap = (
+            shared_memory([to_local(tensor) for tensor in stored if has_address(to_local(tensor))]) is not None
+        )
 
     def take_gradients(self) -> list[list[Tensor]]:
         """Return the gradients of this step, and keep none."""
@@ -151,7 +161,7 @@ def _prepared(step: StepInput, known: _Validated, part: ParamSlice, grads: Seque
             if param in repeated:  # the next time it is met it is one step further
                 entry = {**entry, "step": deepcopy(entry["step"])}
         h = moved(param.device) if is_on_device(group, param) or not param.is_cpu else plain
-        yield PreparedParam(h, param, _seen(step, part, grad), entry)
+        yield PreparedParam(h, param, _seen(step, part, grad), entry, known.overlap)
 
 
 def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:
