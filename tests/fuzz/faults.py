@@ -100,12 +100,6 @@ CASES = {
     "slots that are one tensor": after_a_step("adamax", ("state shared by slots", 0, 0, 1)),
     "slots that overlap": after_a_step("adam groups", ("state overlapping", 0, 0, 0)),
     "parameters that overlap": first_step("sparse sgd", ("data overlapping", 0, 0, 4), kinds=(Kind(0, 0), Kind(0, 0))),
-    "LBFGS moved to meta": Case(
-        "lbfgs", "default", (Kind(0, 0),), (Round(moves=(("moved to meta", 5, 0, 27),)),), seed=0
-    ),
-    "state of LBFGS on meta": Case(
-        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state on meta", 2, 3, 15),))), seed=1
-    ),
     "scale of LBFGS without memory": Case(
         "lbfgs",
         "default",

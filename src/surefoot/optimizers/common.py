@@ -45,12 +45,10 @@ def smaller(x: Any, y: Any) -> Any:
 
 
 def larger(x: Any, y: Any) -> Any:
-    """The larger of two numbers, of which either may be a tensor."""
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return torch.maximum(x, y)
-    if isinstance(y, Tensor):
-        return y.clamp(min=x)
-    return x.clamp(min=y) if isinstance(x, Tensor) else max(x, y)
+    """Return the larger of two numbers, of which either may be a tensor; x where they cannot be compared, as `max`."""
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return torch.where(y > x, y, x)
+    return max(x, y)
 
 
 # For optimizers with a step of their own

@@ -302,8 +302,7 @@ class _Variables:
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         for group, param in self.owners:
-            reason = "is on meta, where a closure has no loss" if param.is_meta else unfit_param(param)
-            if reason is not None:
+            if (reason := unfit_param(param)) is not None:
                 raise RuntimeError(f"{format_param(group, param)} {reason}")
             check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self.sizes = [_real(param).numel() for param in self.params]
@@ -541,6 +540,15 @@ def _well_formed(incoming: Any) -> bool:
     return lists and all(isinstance(entry, Mapping) for entry in state.values())
 
 
+def _unfit_numbers(tensor: Tensor) -> str | None:
+    """Return why a tensor of state does not hold real numbers, None if it does."""
+    if is_plain(tensor) and tensor.is_floating_point() and has_memory(tensor):
+        return None
+    if tensor.layout is not torch.strided or tensor.is_complex():
+        return f"is {tensor.dtype} of layout {tensor.layout}, must be dense and real"
+    return unfit_memory(tensor)
+
+
 def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
     """Say which flat vectors do not have `size` elements, and whether there are as many of each kind."""
     lists = {name: state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")}
@@ -558,9 +566,7 @@ def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
     numbers = {name: state[name] for name in ("t", "H_diag") if state.get(name) is not None}
     numbers |= {f"{name}[{i}]": item for name in ("ro", "al") for i, item in enumerate(state.get(name) or [])}
     for name, value in (vectors | numbers).items():
-        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
-            yield f"state `{name}` is {'on meta' if value.is_meta else value.layout}, must be dense and hold numbers"
-        elif isinstance(value, Tensor) and (reason := unfit_memory(value)) is not None:
+        if isinstance(value, Tensor) and (reason := _unfit_numbers(value)) is not None:
             yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())
