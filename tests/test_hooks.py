@@ -198,3 +198,19 @@ def test_profiler_finds_the_optimizer_in_python_traces():
     optimizer._optimizer_step_code = lambda: calls.append("called")
     optimizer.step()
     assert calls == ["called"]
+
+
+def test_a_wrapper_that_does_not_call_the_constructor_steps():
+    class Wrapper(surefoot.Optimizer):
+        def __init__(self, base):
+            self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+        def step(self, closure=None):
+            return self.base.step(closure)
+
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = Wrapper(surefoot.SGD([param], lr=1.0))
+    optimizer.step()
+    assert param.tolist() == [0.0] * 3
+    assert optimizer.base.step_statistics.steps == 1

@@ -151,6 +151,11 @@ class Optimizer(torch.optim.Optimizer):
         if self.state_at_construction:
             make_state(self.spec, self.param_groups, self.state)
 
+    @functools.cached_property
+    def _stepping(self) -> Stepping:
+        """What is kept of steps; made here for a subclass that does not call this constructor."""
+        return Stepping()
+
     # What a rule declares
 
     @classmethod
@@ -656,7 +661,8 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         if is_whole and not args and not kwargs and self._take_fast_lane():
             return None
         context = self._stepping.context
-        if context.inside:  # a step that calls its base's: the hooks have been run already
+        # The hooks of a step that calls its base's have been run; what has not called our constructor has none.
+        if context.inside or "_optimizer_step_pre_hooks" not in vars(self):
             return step(self, *args, **kwargs)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())

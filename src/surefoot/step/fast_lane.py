@@ -59,7 +59,8 @@ class _Lane:
 
     def is_as_it_was(self) -> bool:
         """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
-        return self.job.coefficients is self.coefficients and self.plan.row is self.run.shared_row
+        same = self.job.coefficients is self.coefficients and self.plan.row is self.run.shared_row
+        return same and not self.tensors.is_over  # another thread may have seen a change
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""

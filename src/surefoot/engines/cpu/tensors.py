@@ -174,6 +174,11 @@ class Look:
         """Return the jobs that look, and that let the gradients go, for a `JobSequence`; see `looked`."""
         return self._job, self._job.copy(_LET_GO)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether a change was seen, so that what was made from the tensors must not be used again."""
+        return self._over
+
     def looked(self, *, changed: bool) -> None:
         """Take note of what a `JobSequence` has found: if nothing has changed, the gradients are held."""
         self._holds = True
