@@ -605,6 +605,8 @@ class Optimizer(torch.optim.Optimizer):
         moved = [relocated(self.spec, group, self.state[param], target or param.device) for group, param in pairs]
         for (_, param), entry in zip(pairs, moved, strict=True):
             self.state[param].update(entry)
+        self.__dict__.pop("_step_cache", None)  # it holds the tensors that were
+        self._stepping.validated = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

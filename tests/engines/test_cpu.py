@@ -915,6 +915,21 @@ def test_tensors_without_versions_are_left_alone():
     assert all(tensor.is_inference() for tensor in counted)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
+def test_a_parameter_that_stands_twice_is_stepped_twice(options):
+    results = []
+    for kind, given in ((torch.optim.AdamW, {"foreach": False}), (surefoot.AdamW, options)):
+        param = torch.linspace(-1, 1, 5).requires_grad_()
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = kind([param, param], lr=0.1, **given)
+        for step in range(5):
+            param.grad = torch.full((5,), 1.0 + step)
+            optimizer.step()
+        assert optimizer.state[param]["step"] == 10
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", [tensors.Numbers, looks.PlainNumbers])
 def test_numbers_are_read_and_rounded_as_their_tensors(kind):
     scalars = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
@@ -939,12 +954,14 @@ def test_gradients_without_memory_are_zeros():
 
 
 def test_fused_says_why_it_cannot_serve():
-    param = torch.ones(3).requires_grad_()
-    param.grad = torch.ones(3)
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = surefoot.AdamW([param, param], fused=True)
+    base = torch.ones(5)
+    params = [torch.nn.Parameter(base[:3]), torch.nn.Parameter(base[2:])]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer = surefoot.AdamW(params, fused=True)
     with pytest.raises(
-        RuntimeError, match=r"`fused=True` cannot serve AdamW here: a parameter stands in the group twice"
+        RuntimeError,
+        match=r"`fused=True` cannot serve AdamW here: `params\[0\]` .* and `params\[1\]` .* share memory",
     ):
         optimizer.step()
     assert not optimizer.state

@@ -84,7 +84,7 @@ class PlainLook:
             self.gradients = np.array([facts[0] for facts in grads], dtype=np.int64)
             # They may move, but not to where the step writes.
             moved = zip(grads, self._held, strict=True)
-            seen += [(*facts[1:], bool(facts[0]) and _base(grad) in self._written) for facts, grad in moved]
+            seen += [(*facts[1:], facts[0] and _base(grad) in self._written and facts[0]) for facts, grad in moved]
         return seen
 
     def changed(self) -> bool:

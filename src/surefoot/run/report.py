@@ -105,8 +105,8 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
 
 def _why_silent(algorithm: type) -> str:
     """Say why an optimizer has no file."""
-    options: Any = getattr(algorithm, "step_options", set)
-    if "telemetry" in options():
+    spec = getattr(algorithm, "spec", None)
+    if spec is not None and "telemetry" in spec.step_options:
         return "nothing: a copy of an optimizer writes nothing"
     return f"nothing: {algorithm.__name__} takes no `telemetry`"
 

@@ -60,3 +60,14 @@ def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_on(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def discard_state(state: State, param: Tensor, made: Mapping[str, bool]) -> None:
+    """Take away what `ensure_state` has made for a step that is not made."""
+    for name, was_none in made.items():
+        if was_none:
+            state[param][name] = None
+        else:
+            state[param].pop(name, None)
+    if not state.get(param, True):
+        del state[param]

@@ -184,14 +184,17 @@ class StepCache:
         holds = (
             self.runs
             and self._same_options(step)
-            and _same_groups(self.groups, step.groups)
-            and same_objects(self.params, _params(step))
+            and self.has_same_params(step)
             and all(param.grad is None for param in self.idle)
             and self.state is step.state
             and not self.items.changed()
             and all(run.guard.revalidate(run) for run in self.runs)
         )
         return self.runs if holds else None
+
+    def has_same_params(self, step: StepInput) -> bool:
+        """Return whether the groups are the same, with the same parameters."""
+        return _same_groups(self.groups, step.groups) and same_objects(self.params, _params(step))
 
     def _same_options(self, step: StepInput) -> bool:
         if self.options is None or self.options.same(step):

@@ -13,6 +13,7 @@ from surefoot.engines import Coefficients, gpu
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
 from surefoot.rule import EMA
+from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import read_scalars, write_scalars
@@ -21,7 +22,6 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, Fresh
 
 _NOT_FRESH = (False, False)
-_NUMBER = (float, int, Tensor)
 
 
 def compute_coefficients(step: StepInput, run: BucketRun) -> None:
@@ -84,6 +84,8 @@ def _on_host(
     # What clips is computed on the device, which kernels there need not wait for.
     kept = names if run.group.get("differentiable") else ("step_clip",) * (run.engine is gpu)
     coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in names}
+    if odd := [name for name, value in coefficients.items() if not is_number(value)]:
+        raise RuleError(f"{run.spec.name}.coefficients gives {odd[0]}={coefficients[odd[0]]!r}, which is not a number")
     return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
 
 
@@ -108,8 +110,8 @@ def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, 
     Raises:
         RuleError: there is none of that name that is a number.
     """
-    if not isinstance(value := getattr(h, name, None), _NUMBER):
-        given = {known for known, value in vars(h).items() if isinstance(value, _NUMBER)}
+    if not is_number(value := getattr(h, name, None)):
+        given = {known for known, value in vars(h).items() if is_number(value)}
         raise RuleError(
             f"{run.bucket.rule.name}.update reads c.{name}, which is neither a hyperparameter nor given by "
             f"`coefficients`; there are: {', '.join(sorted({*numbers, *given}))}"

@@ -40,7 +40,6 @@ class _Lane:
         self.values = memoryview(values)
         self.coefficients = self.job.coefficients
         self.table = memoryview(self.coefficients.reshape(-1))
-        self.is_small = self.job.size < ONE_THREAD
         self.settle()
 
     def settle(self) -> None:
@@ -75,9 +74,9 @@ class _Lane:
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
 
-    def jobs_after(self) -> list[Any]:
-        """Return what is done when the numbers are there; a kernel for several threads is run by itself."""
-        kernel = [(self.kernel.address, self.job.address)] if self.is_small else []
+    def jobs_after(self, *, with_kernel: bool) -> list[Any]:
+        """Return what is done when the numbers are there, or beside the kernel when it has been run."""
+        kernel = [(self.kernel.address, self.job.address)] if with_kernel and self.job.items else []
         scalars = [self.writing, self.run.guard.versions.job] if self.scalar_names else []
         return [*kernel, self.plan.versions.job, *scalars, self.releasing]
 
@@ -92,18 +91,19 @@ class FastLane:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
         self._cache = weakref.ref(cache)  # which keeps this
         self._lanes = [_Lane(run) for run in cache.runs]
-        lists, self._lists = lists_job([step.groups, *(group["params"] for group in step.groups)])
         idle, self._idle = gradients_job(cache.idle)
-        self._guarded = [lists, cache.items.job, idle]
+        self._guarded = [cache.items.job, idle]
         for lane in self._lanes:
             self._guarded += [lane.looking, *([lane.reading] if lane.scalar_names else [])]
         self._guard_options()
-        self._after = JobSequence([job for lane in self._lanes for job in lane.jobs_after()])
-        self._large = [lane for lane in self._lanes if not lane.is_small]
+        small = all(lane.job.size < ONE_THREAD for lane in self._lanes)
+        self._after = JobSequence([job for lane in self._lanes for job in lane.jobs_after(with_kernel=small)])
+        self._by_itself = [] if small else self._lanes
 
     def _guard_options(self) -> None:
         self._options = Items([*self._groups, vars(self._stepping.options)])
-        self._guard = JobSequence([self._options.job, *self._guarded])
+        lists, self._lists = lists_job([self._groups, *(group["params"] for group in self._groups)])
+        self._guard = JobSequence([self._options.job, lists, *self._guarded])
 
     def run(
         self,
@@ -144,12 +144,10 @@ class FastLane:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
         cache = self._cache()
-        if (
-            cache is None
-            or not cache.settle_options(step)
-            or step.stepping.options.requested()
-            or step.needs_gradients()
-        ):
+        asks_more = step.stepping.options.requested() or step.needs_gradients()
+        if cache is None or asks_more or not cache.has_same_params(step):
+            return False
+        if not cache.settle_options(step) or not cache.has_constant_options():
             return False
         for lane in self._lanes:
             lane.settle()
@@ -160,15 +158,15 @@ class FastLane:
         for lane in self._lanes:
             lane.job.pointers[1] = lane.tensors.gradients
             lane.compute(coefficients)
-        for lane in self._large:
-            lane.job.launch(lane.kernel, min(thread_count(), lane.job.items))
+        for lane in self._by_itself:
+            lane.job.launch(lane.kernel, 1 if lane.job.size < ONE_THREAD else min(thread_count(), lane.job.items))
         if self._after.run():
             for lane in self._lanes:
                 lane.job.raise_if_stopped(lane.kernel)
 
     def _leave(self, found: int) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
-        apart = self._guarded[found - 2] in [lane.reading for lane in self._lanes] if found > 1 else False
+        apart = found > 2 and self._guarded[found - 3] in [lane.reading for lane in self._lanes]  # noqa: PLR2004
         if apart and (cache := self._cache()) is not None:
             cache.fast = False
         self._note(changed=not apart)

@@ -84,7 +84,10 @@ def _metric_names(step: StepInput, slices: Sequence[ParamSlice]) -> MetricNames:
 
 def _least(clips: Sequence[Any]) -> Any:
     on_device = [clip for clip in clips if isinstance(clip, Tensor)]
-    return torch.stack(on_device).min() if on_device else min(clips, default=1.0)
+    least = min((clip for clip in clips if not isinstance(clip, Tensor)), default=1.0)
+    if not on_device:
+        return least
+    return torch.stack([clip.to(on_device[0].device) for clip in on_device]).min().clamp(max=least)
 
 
 def _sums(context: StepContext, part: ParamSlice) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from surefoot.engines import Bucket, choose
 from surefoot.rule import EMA, ENGINE_OPTIONS, Flags, bind
 from surefoot.state.check import format_param, validated_gradient
-from surefoot.state.make import ensure_state
+from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.memory import has_address, shared_memory
@@ -86,7 +86,8 @@ def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]
 
 def _take_turn(turns: defaultdict[int, int], objects: Iterable[object]) -> int:
     """Return how many steps come before one of these tensors, which share one of them, and count it."""
-    ids = [id(each) for each in objects if isinstance(each, Tensor)]
+    # Scalars may be several tensors of one memory.
+    ids = [(not each.dim() and each.data_ptr()) or id(each) for each in objects if isinstance(each, Tensor)]
     turn = max(turns[i] for i in ids)
     turns.update(dict.fromkeys(ids, turn + 1))
     return turn
@@ -100,7 +101,8 @@ def _attach_state(step: StepInput, run: BucketRun) -> None:
     """Make what is missing of the state and put the slots into the bucket."""
     slots = run.bucket.rule.slots
     needed = (*slots, EMA) if run.group.get("ema") else slots
-    run.made = [ensure_state(step.spec, run.group, param, step.state, needed) for param in run.params]
+    for param in run.params:
+        run.made.append(ensure_state(step.spec, run.group, param, step.state, needed))
     run.entries = [step.state.get(param, {}) for param in run.params]
     run.bucket.slots = [[to_local(entry[slot.name]) for entry in run.entries] for slot in slots]
 
@@ -108,14 +110,8 @@ def _attach_state(step: StepInput, run: BucketRun) -> None:
 def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
     """Take away the state that was made for a step that is not made."""
     for run in runs:
-        for param, names in zip(run.params, run.made, strict=False):
-            for name, was_none in names.items():
-                if was_none:
-                    step.state[param][name] = None
-                else:
-                    step.state[param].pop(name, None)
-            if not step.state.get(param, True):
-                del step.state[param]
+        for param, made in zip(run.params, run.made, strict=False):
+            discard_state(step.state, param, made)
 
 
 class _Stored(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.engines.looks import items_of, look_at, same_objects
 from surefoot.rule import EMA
 from surefoot.state.check import hyperparameters, validated_gradient
-from surefoot.state.make import ensure_state, is_on_device
+from surefoot.state.make import discard_state, ensure_state, is_on_device
 from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
@@ -52,9 +52,42 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
             part.gradients = measure_gradients(part.params)
         if slices and not clip_or_skip(step, slices):
             return []
-    found = [row for part, own in zip(slices, grads, strict=True) for row in _prepared(step, known, part, own)]
+    rows = _rows(step, known, slices, grads)
     known.watch(step)
     step.stepping.validated = known
+    return _counted(rows)
+
+
+def _rows(
+    step: StepInput, known: "_Validated", slices: Sequence[ParamSlice], grads: Sequence[Sequence[Tensor]]
+) -> list[PreparedParam]:
+    """Make what is missing of the state and prepare all parameters; whatever goes wrong, no new state is left."""
+    made: list[tuple[Tensor, dict[str, bool]]] = []
+    try:
+        for part in () if known.has_state else slices:
+            slots = step.spec.active_slots(dict(step.spec.settle_flags(part.group)))
+            for param in part.params:
+                names = ensure_state(step.spec, part.group, param, step.state, slots)
+                made.append((param, names))
+        new = {param for param, names in made if EMA.name in names}
+        return [row for part, own in zip(slices, grads, strict=True) for row in _prepared(step, known, part, own, new)]
+    except BaseException:
+        for param, names in made:
+            discard_state(step.state, param, names)
+        raise
+
+
+def _counted(rows: Sequence[PreparedParam]) -> list[PreparedParam]:
+    """Count the step of every parameter; one that is there twice has a count of its own each time."""
+    repeated = {param for param, count in Counter(row.param for row in rows).items() if count > 1}
+    found = []
+    for row in rows:
+        if "step" in row.state:
+            row.state["step"] += 1
+            if row.param in repeated:
+                found.append(row._replace(state={**row.state, "step": deepcopy(row.state["step"])}))
+                continue
+        found.append(row)
     return found
 
 
@@ -142,26 +175,18 @@ def _release(guards: Sequence[Any]) -> None:
         guard.let_go()
 
 
-def _prepared(step: StepInput, known: _Validated, part: ParamSlice, grads: Sequence[Tensor]) -> Iterator[PreparedParam]:
-    """Yield the parameters of a group."""
-    group, made = part.group, []
-    if not known.has_state:
-        slots = step.spec.active_slots(dict(step.spec.settle_flags(group)))
-        made = [ensure_state(step.spec, group, param, step.state, slots) for param in part.params]
-    if group.get("ema"):
-        part.fresh = [EMA.name in names for names in made] or [False] * len(part.params)
+def _prepared(
+    step: StepInput, known: _Validated, part: ParamSlice, grads: Sequence[Tensor], new: set[Tensor]
+) -> Iterator[PreparedParam]:
+    """Yield the parameters of a group; `new` are those whose average is newly initialized."""
+    group = part.group
+    part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.measures else None
     plain = hyperparameters(group)
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
-    repeated = {param for param, count in Counter(part.params).items() if count > 1}
     for param, grad in zip(part.params, grads, strict=True):
-        entry = step.state.get(param, {})
-        if "step" in entry:
-            entry["step"] += 1
-            if param in repeated:  # the next time it is met it is one step further
-                entry = {**entry, "step": deepcopy(entry["step"])}
         h = moved(param.device) if is_on_device(group, param) or not param.is_cpu else plain
-        yield PreparedParam(h, param, _seen(step, part, grad), entry, known.overlap)
+        yield PreparedParam(h, param, _seen(step, part, grad), step.state.get(param, {}), known.overlap)
 
 
 def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A plan: what the CPU engine keeps of a bucket between steps so that a step costs little more than reading gradients.
 
-A plan is a cache: `kept.py` tells whether everything it was made from is still so.
+A plan is a cache: `step/cache.py` tells whether everything it was made from is still so.
 """
 
 from collections.abc import Iterator, Sequence

@@ -179,9 +179,9 @@ def changes(job, start, end):
                     if metadata == 0 or load(gradient) == load(job + UNDEFINED):
                         return True
                     call(load(job + ASSIGN), gradient, held)
-                    base = load(record + MEMORY)
+                    base, address = load(record + MEMORY), load(record)
                     changed |= differs(job, held, record, facts)
-                    if load(record + MEMORY) != base:
+                    if load(record + MEMORY) != base or load(record) != address:
                         changed |= is_written(job, load(record + MEMORY))
                     store(record + TENSOR, gradient)
                 record += RECORD

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +49,12 @@ def run_on_threads(address: int, job: int, threads: int) -> None:
         openmp.parallel(address, job, threads, 0)
     else:
         kernel = _function(address)
-        for waiting in [_pool(threads).submit(kernel, job) for _ in range(threads)]:
-            waiting.result()
+        running = [_pool(threads).submit(kernel, job) for _ in range(threads)]
+        try:
+            for thread in running:
+                thread.result()
+        finally:
+            wait(running)  # an interrupted caller must not free what they work on
 
 
 def run_locked(address: int, job: int, threads: int) -> None:

@@ -1,0 +1,149 @@
+"""The fast lane takes the steps in which nothing has changed, and no others."""
+
+import numpy as np
+import pytest
+import torch
+
+import surefoot
+from helpers import set_grads, train
+
+
+def started(cls=surefoot.AdamW, sizes=(5, 3), count=5, **options):
+    """An optimizer that has taken the fast lane already, with gradients for the next step."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    optimizer = train(cls(params, **options), steps=count)
+    assert optimizer._step_cache.fast
+    set_grads(optimizer, 77)
+    return optimizer, params
+
+
+def takes_fast_lane(optimizer):
+    """Step, and tell whether the fast lane has done it."""
+    lane, made = optimizer._step_cache.fast, []
+    run = lane.run
+    lane.run = lambda *args: made.append(run(*args)) or made[-1]
+    optimizer.step()
+    del lane.run
+    return made == [True]
+
+
+def test_a_step_like_the_one_before_takes_it():
+    optimizer, _ = started()
+    assert takes_fast_lane(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.5  # as a scheduler does
+    set_grads(optimizer, 78)
+    assert takes_fast_lane(optimizer)
+
+
+@pytest.mark.parametrize("edit", ["other parameter", "removed", "same again"])
+def test_replaced_lists_of_parameters_count(edit):
+    optimizer, params = started(surefoot.SGD, lr=1.0)
+    other = torch.nn.Parameter(torch.ones(4))
+    other.grad = torch.ones(4)
+    new = {"other parameter": [other], "removed": [params[0]], "same again": list(params)}[edit]
+    optimizer.param_groups[0]["params"] = new
+    before = {param: param.detach().clone() for param in (*params, other)}
+    optimizer.step()
+    for param, value in before.items():
+        assert torch.equal(param, value) != any(param is each for each in new)
+    late = torch.nn.Parameter(torch.ones(2))
+    late.grad = torch.ones(2)
+    new.append(late)
+    set_grads(optimizer, 79)
+    optimizer.step()
+    assert not torch.equal(late, torch.ones(2))
+
+
+def test_options_that_become_tensors_count_when_they_change_in_place():
+    optimizer, _ = started(surefoot.SGD, lr=1.0)
+    twin, _ = started(surefoot.SGD, lr=1.0)
+    decay = torch.tensor(0.0)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    for step, value in enumerate((0.0, 0.5, 0.25)):
+        decay.fill_(value)
+        twin.param_groups[0]["weight_decay"] = value
+        for each in (optimizer, twin):
+            set_grads(each, 80 + step)
+            each.step()
+        assert all(map(torch.equal, optimizer.param_groups[0]["params"], twin.param_groups[0]["params"]))
+
+
+@pytest.mark.parametrize("looking", ["compiled", "plain"])
+def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(looking, monkeypatch):
+    if looking == "plain":
+        monkeypatch.setattr("surefoot.engines.cpu.tensors.available", lambda: False)
+    flat = torch.zeros(8)
+    param = torch.nn.Parameter(flat[:4])
+    optimizer = surefoot.SGD([param], lr=1.0)
+    for _ in range(5):
+        param.grad = flat[4:8]
+        optimizer.step()
+    param.grad = flat[2:6]
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
+        optimizer.step()
+
+
+def test_buckets_of_all_sizes_are_stepped_in_their_order():
+    results = []
+    for options in ({}, {"foreach": False}):
+        flat = torch.linspace(-1, 1, 70_000)
+        groups = [{"params": [torch.nn.Parameter(flat[:10])]}, {"params": [torch.nn.Parameter(flat)]}]
+        train(surefoot.SGD(groups, lr=0.1, weight_decay=0.5, **options), steps=6)
+        results.append(flat)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{"momentum": np.float32(0.9)}, {"weight_decay": np.float64(0.1)}])
+def test_numbers_of_numpy_are_numbers(options):
+    results = []
+    for kind in (lambda value: value, float):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        train(surefoot.SGD([param], lr=0.1, **{name: kind(value) for name, value in options.items()}), steps=5)
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+def test_state_is_left_as_it_was_when_making_it_fails(monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = surefoot.SGD(params, momentum=0.9)
+    set_grads(optimizer, 1)
+    make, made = surefoot.Slot.new, []
+
+    def fail_at_the_second(self, param, group):
+        made.append(param)
+        if len(made) == 2:
+            raise MemoryError
+        return make(self, param, group)
+
+    monkeypatch.setattr(surefoot.Slot, "new", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_what_coefficients_give_must_be_numbers():
+    class Odd(surefoot.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @staticmethod
+        def coefficients(h, step):
+            return {"rate": None if h.lr == 1 else h.lr}
+
+        @staticmethod
+        def update(param, grad, c, flags):
+            return param - c.rate * grad
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Odd([{"params": [params[0]]}, {"params": [params[1]], "lr": 1}], lr=0.5)
+    set_grads(optimizer, 1)
+    with pytest.raises(surefoot.errors.RuleError, match="Odd.coefficients gives rate=None, which is not a number"):
+        optimizer.step()
+    assert all(torch.equal(param, torch.ones(3)) for param in params)
+
+
+def test_moving_the_state_frees_what_was():
+    optimizer, _ = started()
+    optimizer.to("meta")
+    assert "_step_cache" not in vars(optimizer)
