@@ -104,8 +104,9 @@ def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
         raise ValueError(f"average {position} of shape {tuple(average.shape)} has no memory of its own; clone it")
     # Of integers and truth values there is no kind to disagree about, but that they are real.
     reason = unfit(value, average, average.shape, kinds=_is_real(average) and _is_real(value))
-    if reason is None and value.is_complex() and not average.is_complex():
-        reason = f"is {value.dtype}, must be real as the average is {average.dtype}"
+    if reason is None and value.is_complex() != average.is_complex():
+        kind = "complex" if average.is_complex() else "real"
+        reason = f"is {value.dtype}, must be {kind} as the average is {average.dtype}"
     if reason is not None:
         raise ValueError(f"value {position} {reason}")
     if (reason := unfit_memory(value, written=False)) is not None:

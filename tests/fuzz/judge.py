@@ -183,11 +183,21 @@ def _state_pairs(ours: World, twin: World, optimizer: Any, other: Any, pairs: li
     return None
 
 
+def _in_one_memory(world: World, index: int) -> list[Tensor]:
+    """Return a parameter and those that stand in the same storage."""
+    param = world.params[index]
+    own = storage_of(param)
+    if own is None or not own.data_ptr():
+        return [param]
+    storages = [(other, storage_of(other)) for other in world.params]
+    return [other for other, storage in storages if storage is not None and storage.data_ptr() == own.data_ptr()]
+
+
 def coarsest(worlds: Iterable[World], index: int) -> torch.dtype:
-    """Return the coarsest dtype among a parameter, its gradient and its state, in ours and in the twin."""
+    """Return the coarsest dtype among a parameter, its gradient and its state, and those of others in its memory."""
     tensors: list[Tensor] = []
-    for world in worlds:
-        param = world.params[index]
+    pairs = [(world, param) for world in worlds for param in _in_one_memory(world, index)]
+    for world, param in pairs:
         tensors += [param, *([] if param.grad is None else [param.grad])]
         for optimizer in world.optimizers:
             state = optimizer.state.get(param)
