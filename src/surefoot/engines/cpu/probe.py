@@ -138,6 +138,7 @@ def fetch(record, columns):
         for line in range(0, 3 * LINE, LINE):
             prefetch(load(record + IMPLEMENTATION) + line)
         prefetch(load(record + STORAGE) + A_DATA)
+        prefetch(load(record + STORAGE) + A_DATA + A_SIZE)
         record += RECORD
 
 
