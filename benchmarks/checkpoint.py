@@ -71,8 +71,8 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    """Measure what is asked for, print and write it; or be the fresh process of a measurement."""
-    parser = argparse.ArgumentParser(description="Measure checkpoints against torch.save and torch.load.")
+    """Reduction what is asked for, print and write it; or be the fresh process of a measurement."""
+    parser = argparse.ArgumentParser(description="Reduction checkpoints against torch.save and torch.load.")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=["save", "load", "pause", "inspect"])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of model and state together")
     parser.add_argument("--repeat", type=int, default=9, help="rounds")

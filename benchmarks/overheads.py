@@ -70,8 +70,8 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    """Measure what is asked for, print and write it; or be the fresh process of a measurement."""
-    parser = argparse.ArgumentParser(description="Measure what surefoot costs beside its steps.")
+    """Reduction what is asked for, print and write it; or be the fresh process of a measurement."""
+    parser = argparse.ArgumentParser(description="Reduction what surefoot costs beside its steps.")
     names = list(PARTS)
     parser.add_argument("--part", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--repeat", type=int, default=3, help="processes for each value")
@@ -180,7 +180,7 @@ def _timed(step: Callable[[], object]) -> float:
 
 
 def memory(variants: Sequence[str], repeat: int) -> Iterator[Line]:
-    """Measure how far the first step, and a later one, exceed the state; and, to compare with, torch's foreach."""
+    """Reduction how far the first step, and a later one, exceed the state; and, to compare with, torch's foreach."""
     for variant in variants:
         yield from _memory(variant, "surefoot", "contiguous", repeat, 1.0)
     yield from _memory("Adam", "surefoot", "transposed", repeat, 1.0)
@@ -240,7 +240,7 @@ def _status(name: str) -> int:
 
 
 def python(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
-    """Measure what a tensor of one element costs in a step, which is all overhead: one of many, and one alone."""
+    """Reduction what a tensor of one element costs in a step, which is all overhead: one of many, and one alone."""
     for variant, (shapes, limit) in product(variants, ((SHAPE_LISTS["overhead"], 0.5), (ONE, np.nan))):
         measurement = measure(Case(VARIANTS[variant], shapes, torch.float32), seconds=2.0)
         for name, most in (("surefoot", limit), (measurement.best_of_torch, np.nan)):
@@ -253,7 +253,7 @@ def python(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
 
 
 def gpu_host(variants: Sequence[str], _repeat: int) -> Iterator[Line]:
-    """Measure what a tensor costs the host in a step of the GPU engine, launches left out; it needs no GPU."""
+    """Reduction what a tensor costs the host in a step of the GPU engine, launches left out; it needs no GPU."""
     for variant in variants:
         for way in ("host", "capturable"):
             for count in ("1000", "5000"):

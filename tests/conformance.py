@@ -79,12 +79,12 @@ class Row:
         return self.ours([torch.zeros(1, 1)]).defaults
 
     def variants(self, *, few: bool = False) -> list[Options]:
-        """Give every set of hyperparameters to compare, each once; of the combinations of flags only some if `few`."""
+        """Return every set of hyperparameters to compare, each once; if `few`, only some sets of flags."""
         found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
         return list({str(sorted((self.defaults | options).items())): options for options in found}.values())
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
-        """Give all combinations of the flags that the constructor takes; if `few`, no flag, each by itself, and all."""
+        """Return all combinations of the flags that the constructor takes; if `few`, none, each by itself, and all."""
         flags = [name for name in FLAGS if name in inspect.signature(self.ours).parameters]
         for setting in itertools.product((0, 1), repeat=len(flags)):
             options = {name: FLAGS[name][on] for name, on in zip(flags, setting, strict=True)}
@@ -93,11 +93,11 @@ class Row:
                 yield options
 
     def all_flags(self) -> Options:
-        """Give hyperparameters that set every flag of the class."""
+        """Return hyperparameters that set every flag of the class."""
         return [*self.flag_variants()][-1]
 
     def engines(self, wanted: Iterable[str]) -> list[str]:
-        """Give the engines that the constructor has options for; "default" stands for those without any."""
+        """Return the engines that the constructor has options for; "default" stands for those without any."""
         names = inspect.signature(self.ours).parameters.keys()
         return [name for name in wanted if ENGINES[name].keys() <= names] or ["default"]
 
@@ -105,7 +105,7 @@ class Row:
         return self.ours(params, **deepcopy(options), **ENGINES.get(engine, {}))
 
     def slots_of(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Give the parameters and slots among `results`."""
+        """Return the parameters and slots among `results`."""
         slots = {slot.name for slot in self.ours.slots}
         return {name: value for name, value in found.items() if " of " not in name or name.split(" of ")[0] in slots}
 
@@ -197,7 +197,7 @@ def in_pairs(tensor: Tensor) -> Tensor:
 
 
 def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options]:
-    """Give the flag sets of torch's own database, if it has the oracle.
+    """Return the flag sets of torch's own database, if it has the oracle.
 
     Those for `capturable=True` are of use on CUDA only; here they are tried without it, for their other options.
     """
@@ -301,7 +301,7 @@ def zoo(dtype: torch.dtype, admits: Callable[[Tensor], bool] = any_param) -> Par
 
 
 def normals(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
-    """Give a function from shapes to random tensors."""
+    """Return a function from shapes to random tensors."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, dtype=dtype, generator=generator)
 
@@ -376,7 +376,7 @@ def halve_lr(optimizer: torch.optim.Optimizer) -> None:
 
 
 def results(optimizer: torch.optim.Optimizer, params: Params) -> dict[str, Any]:
-    """Give parameters and state by name."""
+    """Return parameters and state by name."""
     found: dict[str, Any] = {}
     for name, param in params.items():
         found[name] = param.detach()
@@ -390,7 +390,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Give the bits of a tensor as integers, those of any NaN as -1."""
+    """Return the bits of a tensor as integers, those of any NaN as -1."""
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().contiguous()
     return flat.view(_BITS[flat.element_size()]).masked_fill(flat.isnan(), -1)
 

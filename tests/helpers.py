@@ -32,7 +32,7 @@ class Noted(Telemetry):
 
 
 def twin(cls):
-    """Give torch's class of the same name."""
+    """Return torch's class of the same name."""
     return getattr(torch.optim, cls.__name__)
 
 
@@ -76,7 +76,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def set_grads(optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Give every parameter a gradient that depends on the seed and its position only; sparse for SparseAdam."""
+    """Return every parameter a gradient that depends on the seed and its position only; sparse for SparseAdam."""
     generator = torch.Generator().manual_seed(seed)
     for param in params_of(optimizer):
         grad = torch.randn(param.shape, generator=generator).to(param.dtype)

@@ -45,7 +45,7 @@ def dtypes(*names: str) -> pytest.MarkDecorator:
 
 
 def with_lr(row: Row, options: Options, kind: str) -> Options:
-    """Give the learning rate as a number or as a tensor."""
+    """Return the learning rate as a number or as a tensor."""
     lr = float(options.get("lr", row.defaults["lr"]))
     return {**options, "lr": torch.tensor(lr) if kind == "tensor" else lr}
 
@@ -144,7 +144,7 @@ def test_an_engine_is_no_farther_from_float64_than_torch(engine, row, options, r
 
 
 def flat(found):
-    """Give all parameters and state as one vector."""
+    """Return all parameters and state as one vector."""
     return torch.cat([value.detach().double().flatten() for _, value in sorted(found.items())])
 
 
@@ -280,7 +280,7 @@ def test_differentiable_has_the_same_bits(row, options, record_property):
 
 
 def carried(found):
-    """Give what gradients may flow to."""
+    """Return what gradients may flow to."""
     return tuple(value for value in found.values() if value.requires_grad)
 
 

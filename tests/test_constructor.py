@@ -17,7 +17,7 @@ ENGINE = ["foreach", "maximize", "capturable", "differentiable", "fused", "state
 
 
 def parameters(cls, *kinds):
-    """Give names and defaults of a constructor's parameters of some kinds, or of all but `**options`."""
+    """Return names and defaults of a constructor's parameters of some kinds, or of all but `**options`."""
     kinds = kinds or (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind in kinds}
 

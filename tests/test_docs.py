@@ -17,7 +17,7 @@ SKIPPED = {"torch.cuda.graph(": "needs a GPU; tests/engines/test_gpu_device.py c
 
 
 def blocks(page):
-    """Give the Python blocks of a page, each with the line on which it begins."""
+    """Return the Python blocks of a page, each with the line on which it begins."""
     text = page.read_text(encoding="utf-8")
     for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         yield text.count("\n", 0, found.start(1)) + 1, found[1]
@@ -38,7 +38,7 @@ class Loss:
 
 
 def belongings():
-    """Give what the pages take for granted."""
+    """Return what the pages take for granted."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.body, model.head = nn.Sequential(nn.Linear(3, 5), nn.Tanh()), nn.Linear(5, 2)

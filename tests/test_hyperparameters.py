@@ -59,7 +59,7 @@ def test_torchs_database_is_covered():
 
 
 def outside(check):
-    """Give values that a check must refuse."""
+    """Return values that a check must refuse."""
     if isinstance(check, Interval):
         values = [NAN, math.nextafter(check.low, -INF) if math.isfinite(check.low) else None]
         values += [check.low] * check.low_open + [check.high] * check.high_open
@@ -77,7 +77,7 @@ def outside(check):
 
 
 def inside(check):
-    """Give a value that a check allows."""
+    """Return a value that a check allows."""
     return min(max(check.low, -0.5) + 0.5, check.high)
 
 

@@ -627,7 +627,7 @@ VALUES = [
 
 
 def places(value, path=()):
-    """Give the paths of everything in nested dicts and lists."""
+    """Return the paths of everything in nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)

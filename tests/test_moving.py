@@ -11,7 +11,7 @@ META = torch.device("meta")
 
 
 def devices(optimizer):
-    """Give the devices of all tensors of the state, by name."""
+    """Return the devices of all tensors of the state, by name."""
     found = {}
     for entry in optimizer.state.values():
         for name, value in entry.items():

@@ -35,7 +35,7 @@ each_engine = pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 
 
 def raised(make):
-    """Give the exception that a call raises."""
+    """Return the exception that a call raises."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 (compared with torch's)
         make()
     return caught.value
@@ -54,7 +54,7 @@ def extra_options(optimizer):
 
 
 def shown(optimizer):
-    """Give the lines of an optimizer's repr, without the options that torch does not have."""
+    """Return the lines of an optimizer's repr, without the options that torch does not have."""
     extra = extra_options(optimizer)
     return [line for line in repr(optimizer).splitlines() if line.strip().partition(":")[0] not in extra]
 

@@ -93,7 +93,7 @@ def test_checkpoints_of_torch_go_on_here_and_ours_there(engine, row):
 
 
 def views(storage: Tensor) -> list[Tensor]:
-    """Give views of many layouts, with gaps between them and inside."""
+    """Return views of many layouts, with gaps between them and inside."""
     return [
         storage[3:40],
         storage[41],
@@ -113,7 +113,7 @@ def in_views(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def gaps(storage: Tensor) -> Tensor:
-    """Give the bits of what belongs to no view."""
+    """Return the bits of what belongs to no view."""
     free = torch.ones(len(storage), dtype=torch.bool)
     for view in views(free):
         view.fill_(False)

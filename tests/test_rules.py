@@ -86,7 +86,7 @@ def method(name):
 
 
 def spellings(op):
-    """Give every way in which a rule may write an operation."""
+    """Return every way in which a rule may write an operation."""
     if op.name in WITH_KEYWORDS:
         return {"torch": WITH_KEYWORDS[op.name]}
     functions = {f"{function.__module__}.{function.__name__}".lstrip("_"): function for function in op.spellings}
@@ -94,7 +94,7 @@ def spellings(op):
 
 
 def mixtures(*ops):
-    """Give every way to write operations with every mixture of tensors and numbers that torch takes there."""
+    """Return every way to write operations with every mixture of tensors and numbers that torch takes there."""
     return [
         (op, name, spelling, kinds)
         for op in ops

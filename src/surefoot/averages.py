@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.engines import Bucket, Engine, choose, cpu, gpu
-from surefoot.engines.looks import items_of, look_at
 from surefoot.rule import AlgorithmSpec, bind
 from surefoot.tensors.fit import unfit, unfit_memory
+from surefoot.tensors.guards import make_dict_guard, make_guard
 from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.shards import to_local
 
@@ -75,11 +75,11 @@ class Averaging:
         self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]
         for engine, bucket in self._works:
             engine.prepare(bucket)
-        self._looks: list[Any] | None = None
+        self._guards: list[Any] | None = None
 
     def holds(self) -> bool:
-        """Whether the tensors are where and what they were at the last `move`, as far as that can be known."""
-        return self._looks is not None and not any(look.changed() for look in self._looks)
+        """Return whether the tensors are where and what they were at the last `move`, as far as that can be known."""
+        return self._guards is not None and not any(guard.changed() for guard in self._guards)
 
     @torch.no_grad()
     def move(self, weight: float) -> None:
@@ -93,7 +93,7 @@ class Averaging:
     def watch(self) -> None:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
         if self._plain and all(engine in (cpu, gpu) for engine, _ in self._works):
-            self._looks = [look_at((bucket.params, bucket.grads)) for _, bucket in self._works]
+            self._guards = [make_guard((bucket.params, bucket.grads)) for _, bucket in self._works]
 
 
 def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
@@ -116,7 +116,7 @@ def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
 def watch_modules(*modules: nn.Module) -> Any:
     """Watch which tensors and submodules modules have: what it gives tells whether they have `changed`."""
     owners = [(part, name) for module in modules for part in module.modules() for name in _CONTENTS]
-    return items_of([getattr(part, name) for part, name in owners], owners)
+    return make_dict_guard([getattr(part, name) for part, name in owners], owners)
 
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")

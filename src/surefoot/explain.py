@@ -11,6 +11,7 @@ from surefoot.engines import ENGINES, Bucket, choose
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.engines.gpu import source as triton
 from surefoot.rule import Rule, bind
+from surefoot.storage import format_of
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -40,7 +41,7 @@ class Choice:
 
 
 def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
-    """Give the rule of an optimizer under a group's flags.
+    """Return the rule of an optimizer under a group's flags.
 
     Raises:
         ValueError: the algorithm is no rule.
@@ -55,9 +56,9 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
 
 
 def layout_of(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype | None = None) -> Layout:
-    """Give the layout of a rule's kernel for parameters of a dtype."""
-    stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
-    return Layout(torch.promote_types(dtype, torch.float32), stored)
+    """Return the layout of a rule's kernel for parameters of a dtype."""
+    stored = map(format_of, (dtype, dtype, *(state_dtype or dtype for _ in rule.slots)))
+    return Layout(torch.promote_types(dtype, torch.float32), tuple(stored))
 
 
 def operations(graph: fx.Graph) -> Iterator[str]:
@@ -73,7 +74,7 @@ def operations(graph: fx.Graph) -> Iterator[str]:
 
 def traffic(layout: Layout) -> Traffic:
     """Count the bytes that a kernel moves for each element: everything read, all but the gradient written."""
-    sizes = [dtype.itemsize for dtype in layout.stored]
+    sizes = [kept.itemsize for kept in layout.stored]
     return Traffic(sum(sizes), sum(sizes) - sizes[1])
 
 

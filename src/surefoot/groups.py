@@ -110,7 +110,7 @@ def _check(model: Any, lr: Any, weight_decay: Any, layer_decay: Any, no_decay: A
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Give names and parameters that require gradients, each once."""
+    """Return names and parameters that require gradients, each once."""
     found = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not found:
         raise ValueError(
@@ -122,7 +122,7 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _owners(model: nn.Module) -> Mapping[nn.Parameter, list[nn.Module]]:
-    """Give for each parameter the modules that hold it; tied parameters have several."""
+    """Return for each parameter the modules that hold it; tied parameters have several."""
     owners: defaultdict[nn.Parameter, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for param in module.parameters(recurse=False):
@@ -150,7 +150,7 @@ def _is_decayed(
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Give the blocks of the model's outermost stacks.
+    """Return the blocks of the model's outermost stacks.
 
     A stack of one block counts where the same class of block is stacked elsewhere.
     """
@@ -175,7 +175,7 @@ def _blocks(module: nn.Module, kinds: set[type | None]) -> Iterator[nn.Module]:
 
 
 def _kind(module: nn.Module) -> type | None:
-    """Give the class of the blocks of a stack, which have parts and parameters; None if the module is no stack."""
+    """Return the class of the blocks of a stack, which have parts and parameters; None if the module is no stack."""
     blocks = list(module.children()) if isinstance(module, _STACKS) else []
     kinds = {type(block) for block in blocks}
     whole = all([*block.children()] and [*block.parameters()] for block in blocks)
@@ -185,7 +185,7 @@ def _kind(module: nn.Module) -> type | None:
 def _levels(
     model: nn.Module, blocks: list[nn.Module], owners: Mapping[nn.Parameter, list[nn.Module]]
 ) -> dict[nn.Parameter, int]:
-    """Give the level of every parameter: 0 below the blocks, 1 in the first block, and so on up to the head."""
+    """Return the level of every parameter: 0 below the blocks, 1 in the first block, and so on up to the head."""
     inside = {param: level for level, block in reversed([*enumerate(blocks, 1)]) for param in block.parameters()}
     params = list(model.parameters())
     first = next((position for position, param in enumerate(params) if param in inside), len(params))

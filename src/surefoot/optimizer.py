@@ -110,12 +110,12 @@ class Optimizer(torch.optim.Optimizer):
     instead_of_sparse: ClassVar[str] = ""
     """What the refusal of a sparse gradient recommends."""
     complex_params: ClassVar[bool] = True
-    """Whether complex parameters are taken."""
+    """Return whether complex parameters are taken."""
     state_at_construction: ClassVar[bool] = False
-    """Whether state exists from the constructor on, rather than from a parameter's first step."""
+    """Return whether state exists from the constructor on, rather than from a parameter's first step."""
 
     prepares_params: ClassVar[bool] = False
-    """Whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    """Return whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
     spec: ClassVar[AlgorithmSpec]
     """All of this, as everything below the optimizer is handed it."""
 
@@ -166,17 +166,17 @@ class Optimizer(torch.optim.Optimizer):
 
     @classmethod
     def is_rule(cls) -> bool:
-        """Whether this algorithm is a rule that the engines run."""
+        """Return whether this algorithm is a rule that the engines run."""
         return cls.update is not Optimizer.update
 
     @classmethod
     def is_declared(cls) -> bool:
-        """Whether the class says what state it keeps, so that loading can verify it."""
+        """Return whether the class says what state it keeps, so that loading can verify it."""
         return cls.is_rule() or bool(cls.slots)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, *scalars: Any, **named: Any) -> dict[str, Any]:  # noqa: ARG004
-        """Give the numbers of an update that depend on hyperparameters and scalars only.
+        """Return the numbers of an update that depend on hyperparameters and scalars only.
 
         Computed once for all parameters that have taken the same number of steps.
 
@@ -193,7 +193,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @staticmethod
     def update(param: Tensor, grad: Tensor, *slots_coefficients_flags: Any) -> Any:
-        """Give the new parameter and the new slots: `update(param, grad, *slots, c, flags)`.
+        """Return the new parameter and the new slots: `update(param, grad, *slots, c, flags)`.
 
         Elementwise and out of place, in the operations of `surefoot.rule.ops`.  It is traced, once for each setting
         of the flags: an `if` on `flags.name` is settled then; on numbers use `torch.where`.
@@ -210,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @classmethod
     def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:  # noqa: ARG003
-        """Whether an element whose gradient is zero stays as it is, so that a sparse gradient's rows are enough."""
+        """Return whether an element without gradient stays as it is, so that a sparse gradient's rows are enough."""
         return True
 
     @classmethod
@@ -239,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling to the step.
+        """Return whether a GradScaler leaves unscaling to the step.
 
         So it is with `fused=True`, as in torch, and where the step is to do more than update, as it must then know of
         steps that are skipped.
@@ -404,7 +404,7 @@ class Optimizer(torch.optim.Optimizer):
         with context.lock:
             stepping.statistics.steps = context.step = stepping.statistics.steps + 1
         telemetry = stepping.options.telemetry
-        context.measures = telemetry is not None and telemetry.wanted(context.step)
+        context.reductions = telemetry is not None and telemetry.wanted(context.step)
 
     @staticmethod
     def evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -477,7 +477,7 @@ class Optimizer(torch.optim.Optimizer):
             type(self).step = with_hooks(type(self).step)  # type: ignore[method-assign]
 
     def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
-        """Give the hooks of a kind, in order, for the kinds that torch knows under the same names."""
+        """Return the hooks of a kind, in order, for the kinds that torch knows under the same names."""
         return tuple(self.__dict__[f"_optimizer_{kind}_hooks"].values())
 
     def _register(self, kind: str, hook: Callable[..., Any], *, prepend: bool) -> RemovableHandle:
@@ -523,7 +523,7 @@ class Optimizer(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Give state and groups as plain containers, with parameters replaced by running numbers.
+        """Return state and groups as plain containers, with parameters replaced by running numbers.
 
         Returns:
             `{"state": {number: {...}}, "param_groups": [{..., "params": [numbers]}]}`, the layout of torch.optim.  Its
@@ -703,7 +703,7 @@ def _opaque(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _put_back(param: Tensor, value: Tensor) -> bool:
-    """Give a parameter the value that it had, in place if it still fits; tell whether that could be done."""
+    """Return a parameter the value that it had, in place if it still fits; tell whether that could be done."""
     try:
         with torch.no_grad():
             if param.shape == value.shape and param.is_meta == value.is_meta:

@@ -202,8 +202,8 @@ class _Update:
         self.averaged, self.copied = ([*pairs, *buffers], []) if use_buffers else (pairs, buffers)
         self._use_buffers = use_buffers
         self._averaging: Averaging | None = None
-        let_go = weakref.WeakMethod(self._let_go)  # not the update itself, which would then be part of a cycle
-        self._modules = (averaged, weakref.ref(model, lambda gone: (found := let_go()) and found(gone)))
+        release_grads = weakref.WeakMethod(self._let_go)  # not the update itself, which would then be part of a cycle
+        self._modules = (averaged, weakref.ref(model, lambda gone: (found := release_grads()) and found(gone)))
         tensors = list(chain(averaged.parameters(), averaged.buffers(), model.parameters(), model.buffers()))
         own = set(map(id, tensors))
         direct = all(id(current) in own for _, current in (*self.averaged, *self.copied))

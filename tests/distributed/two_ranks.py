@@ -80,7 +80,7 @@ def state_cases(mesh):
 
 
 def shard_cases(mesh):
-    """Give a shard of a wrong size to one rank's state, and gradients of other kinds."""
+    """Return a shard of a wrong size to one rank's state, and gradients of other kinds."""
     rank = mesh.get_rank()
     for size in (1, 3):
         optimizer, param = stepped(surefoot.SGD, {"momentum": 0.9}, "rows", mesh)

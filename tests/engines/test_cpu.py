@@ -14,13 +14,17 @@ import pytest
 import torch
 
 import surefoot
-from surefoot.engines import looks
+from surefoot.codegen import compile as compiling
+from surefoot.codegen import threads
 from surefoot.engines.checked import checked
-from surefoot.engines.cpu import anatomy, plan, tensors, threads
-from surefoot.engines.cpu import compile as compiling
-from surefoot.engines.cpu.source import JOB, Layout, print_kernel
+from surefoot.engines.cpu import plan
+from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
+from surefoot.storage import format_of
+from surefoot.tensors import guards
+from surefoot.tensors.native import guards as native
+from surefoot.tensors.native import layout
 
 SIZES = (1, 1000, plan.CHUNK - 1, plan.CHUNK, 3 * plan.CHUNK + 5)
 
@@ -43,7 +47,7 @@ def train(optimizer, params, steps=3):
 def source_of(cls=surefoot.AdamW):
     optimizer, _ = make(cls)
     rule = rule_of(optimizer, optimizer.param_groups[0])
-    return print_kernel(rule, Layout(torch.float32, (torch.float32,) * (2 + len(rule.slots))))
+    return print_kernel(rule, Layout(torch.float32, (format_of(torch.float32),) * (2 + len(rule.slots))))
 
 
 @pytest.fixture(params=["unchecked", "checked"])
@@ -67,28 +71,28 @@ def cache(tmp_path, monkeypatch):
 
 def test_source_and_code_are_kept_and_found_again(cache):
     source = source_of()
-    compiling.load(source, "adamw")
+    compiling.build_kernel(source, "adamw")
     path = next(cache.glob("adamw_*.py"))
     assert path.read_text() == source
     before = path.with_suffix(".o").stat().st_mtime_ns
-    compiling.load(source, "adamw")
+    compiling.build_kernel(source, "adamw")
     assert path.with_suffix(".o").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"\x00" * 4096], ids=["empty", "short", "zeros"])
 def test_a_damaged_entry_is_compiled_again(cache, damage):
     source = source_of(surefoot.SGD)
-    compiling.load(source, "sgd")
+    compiling.build_kernel(source, "sgd")
     path = next(cache.glob("*.o"))
     good = path.read_bytes()
     path.write_bytes(damage)
-    compiling.load(source, "sgd")
+    compiling.build_kernel(source, "sgd")
     assert path.read_bytes()[:32] == compiling._DIGEST(path.read_bytes()[32:]).digest()
     assert len(path.read_bytes()) == len(good)
 
 
 def test_every_flipped_byte_of_an_entry_is_noticed(cache):
-    compiling.load(source_of(surefoot.SGD), "sgd")
+    compiling.build_kernel(source_of(surefoot.SGD), "sgd")
     path = next(cache.glob("*.o"))
     good = path.read_bytes()
     for position in range(0, len(good), 7):
@@ -101,7 +105,7 @@ def test_every_flipped_byte_of_an_entry_is_noticed(cache):
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "file" / "kernels"))
-    assert compiling.load(source_of(surefoot.SGD), "sgd").address != 0
+    assert compiling.build_kernel(source_of(surefoot.SGD), "sgd").address != 0
 
 
 _FILL = """
@@ -208,16 +212,15 @@ def test_neither_do_settings_in_code_and_they_are_kept(step_without_settings, tm
 
 _RAISING = """
 from numba import cfunc, types
-STATUS = {status}
 
 @cfunc(types.void(types.int64))
-def kernel(job):
+def kernel(launch):
     raise IndexError
 """
 
 
-def raising(status):
-    return compiling.load(_RAISING.format(status=status), "raising")
+def raising():
+    return compiling.build_kernel(_RAISING, "raising")
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
@@ -229,9 +232,9 @@ def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
     optimizer, params = make(surefoot.Adam)
     train(optimizer, params)
     optimizer._step_cache.fast = False
-    before, kernel = [param.detach().clone() for param in params], raising(JOB.index("status"))
+    before, kernel = [param.detach().clone() for param in params], raising()
     assert kernel.name.startswith("raising_")
-    monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.job.run(kernel, [[]]))
+    monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.launch.run(kernel, [[]]))
     with pytest.raises(KernelError, match=f"kernel {kernel.name} was stopped by an error.*may be updated in part"):
         train(optimizer, params)
     assert issubclass(KernelError, InternalError)
@@ -246,7 +249,7 @@ def test_an_error_in_a_kernel_raises_in_the_fast_lane(monkeypatch):
     optimizer, params = make(surefoot.Adam, sizes=(5, 7))
     train(optimizer, params, steps=4)
     grads = [weakref.ref(param.grad) for param in params]
-    before, kernel = [param.detach().clone() for param in params], raising(JOB.index("status"))
+    before, kernel = [param.detach().clone() for param in params], raising()
     optimizer._step_cache.fast._after._entries[0, 0] = kernel.address
     with pytest.raises(KernelError, match="was stopped by an error.*may be updated in part"):
         optimizer.step()
@@ -257,16 +260,16 @@ def test_an_error_in_a_kernel_raises_in_the_fast_lane(monkeypatch):
 
 
 def test_an_error_in_the_guard_kernel_raises(monkeypatch):
-    address = raising(tensors._STATUS).address
-    job = tensors._Job(tensors._OTHER_ITEMS)
-    monkeypatch.setattr(job, "_probe", address)
+    address = raising().address
+    launch = native._Launch(native._OTHER_ITEMS)
+    monkeypatch.setattr(launch, "_kernel", address)
     with pytest.raises(KernelError, match="the guard kernel was stopped by an error"):
-        job.ask()
+        launch.run()
 
 
 def with_bounds_checked(rule, layout, checked):
     source = print_kernel(rule, layout).replace('error_model="numpy"', 'error_model="numpy", boundscheck=True')
-    return compiling.load(source, "bounds")
+    return compiling.build_kernel(source, "bounds")
 
 
 @pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adam])
@@ -323,26 +326,46 @@ def plan_of(optimizer):
     return optimizer._step_cache.runs[0].bucket.plan
 
 
-def shorten(job, row):
-    job.set_limits = lambda addresses, available: np.copyto(job.limits, available - 4 * (np.arange(4)[:, None] == row))
+def shorten(launch, row):
+    launch.set_limits = lambda addresses, available: np.copyto(
+        launch.limits, available - 4 * (np.arange(4)[:, None] == row)
+    )
 
 
 VIOLATIONS = {
-    "short parameter": (lambda job: shorten(job, 0), "`param` of tensor 0: 1 elements from 0, of 0 for which"),
-    "short gradient": (lambda job: shorten(job, 1), "`grad` of tensor 0: 1 elements from 0, of 0 for which"),
-    "short state": (lambda job: shorten(job, 3), "`exp_avg_sq` of tensor 0: 1 elements from 0, of 0 for which"),
-    "no memory": (lambda job: job.pointers[2].put(1, 0), "`exp_avg` of tensor 1: 1000 elements from 0, of 0 for which"),
-    "moved": (lambda job: job.pointers[0].put(1, job.pointers[0, 1] + 8), "`param` of tensor 1: 1000 .*, of 998 for"),
-    "elsewhere": (lambda job: job.pointers[0].put(1, job.pointers[0, 1] - 8), "`param` of tensor 1: 1000 .*, of 0 for"),
-    "start": (lambda job: job._parts[2].put(1, 1 << 62), f"`param` of tensor 1: 1000 elements from {1 << 62}, of 1000"),
-    "negative start": (lambda job: job._parts[2].put(1, -1), "`param` of tensor 1: 1000 elements from -1, of 1000"),
-    "size": (lambda job: job._parts[3].put(1, 1 << 62), f"`param` of tensor 1: {1 << 62} elements from 0, of 1000"),
-    "negative size": (lambda job: job._parts[3].put(1, -1), "`param` of tensor 1: -1 elements from 0, of 1000"),
-    "tensor": (lambda job: job._parts[1].put(1, 5), "segment 1 is of tensor 5, of 5"),
-    "negative tensor": (lambda job: job._parts[1].put(1, -1), "segment 1 is of tensor -1, of 5"),
-    "coefficients": (lambda job: job.rows.put(4, 1), "tensor 4 takes row 1 of the coefficients, of 1"),
-    "segments": (lambda job: job._parts[0].put(-1, 99), "takes the segments from 7 to 99, of 8"),
-    "segments backwards": (lambda job: job._parts[0].put(1, -1), "item 0 takes the segments from 0 to -1, of 8"),
+    "short parameter": (lambda launch: shorten(launch, 0), "`param` of tensor 0: 1 elements from 0, of 0 for which"),
+    "short gradient": (lambda launch: shorten(launch, 1), "`grad` of tensor 0: 1 elements from 0, of 0 for which"),
+    "short state": (lambda launch: shorten(launch, 3), "`exp_avg_sq` of tensor 0: 1 elements from 0, of 0 for which"),
+    "no memory": (
+        lambda launch: launch.pointers[2].put(1, 0),
+        "`exp_avg` of tensor 1: 1000 elements from 0, of 0 for which",
+    ),
+    "moved": (
+        lambda launch: launch.pointers[0].put(1, launch.pointers[0, 1] + 8),
+        "`param` of tensor 1: 1000 .*, of 998 for",
+    ),
+    "elsewhere": (
+        lambda launch: launch.pointers[0].put(1, launch.pointers[0, 1] - 8),
+        "`param` of tensor 1: 1000 .*, of 0 for",
+    ),
+    "start": (
+        lambda launch: launch._parts[2].put(1, 1 << 62),
+        f"`param` of tensor 1: 1000 elements from {1 << 62}, of 1000",
+    ),
+    "negative start": (
+        lambda launch: launch._parts[2].put(1, -1),
+        "`param` of tensor 1: 1000 elements from -1, of 1000",
+    ),
+    "size": (
+        lambda launch: launch._parts[3].put(1, 1 << 62),
+        f"`param` of tensor 1: {1 << 62} elements from 0, of 1000",
+    ),
+    "negative size": (lambda launch: launch._parts[3].put(1, -1), "`param` of tensor 1: -1 elements from 0, of 1000"),
+    "tensor": (lambda launch: launch._parts[1].put(1, 5), "segment 1 is of tensor 5, of 5"),
+    "negative tensor": (lambda launch: launch._parts[1].put(1, -1), "segment 1 is of tensor -1, of 5"),
+    "coefficients": (lambda launch: launch.rows.put(4, 1), "tensor 4 takes row 1 of the coefficients, of 1"),
+    "segments": (lambda launch: launch._parts[0].put(-1, 99), "takes the segments from 7 to 99, of 8"),
+    "segments backwards": (lambda launch: launch._parts[0].put(1, -1), "item 0 takes the segments from 0 to -1, of 8"),
 }
 
 
@@ -351,7 +374,7 @@ def test_a_violation_raises_and_changes_nothing(spoil, message, monkeypatch):
     monkeypatch.setenv("SUREFOOT_CHECKED", "1")
     optimizer, params = make(surefoot.Adam)
     train(optimizer, params)
-    spoil(plan_of(optimizer).job)
+    spoil(plan_of(optimizer).launch)
     before = [param.detach().clone() for param in params]
     state = [{name: value.clone() for name, value in optimizer.state[param].items()} for param in params]
     with pytest.raises(KernelError, match=f"kernel adam_checked_[0-9a-f]+ was stopped by .*{message}.*none of its"):
@@ -423,7 +446,7 @@ def test_a_forked_child_uses_one_thread(monkeypatch):
     assert threads.thread_count() == 1
 
 
-def test_items_cover_every_element_once():
+def test_work_items_cover_every_element_once():
     sizes = np.array([0, 1, plan.CHUNK, 0, 5 * plan.CHUNK + 3, 2, 2, 0])
     tensor, start, size = plan._segments(sizes)
     covered = [set() for _ in sizes]
@@ -432,7 +455,7 @@ def test_items_cover_every_element_once():
         assert not covered[t] & new
         covered[t] |= new
     assert [len(elements) for elements in covered] == sizes.tolist()
-    first = plan._items(size)
+    first = plan._work_items(size)
     assert first[0] == 0
     assert first[-1] == len(size)
     assert (np.diff(first) > 0).all()
@@ -440,7 +463,7 @@ def test_items_cover_every_element_once():
 
 def test_pieces_cover_every_element_once():
     base = torch.zeros(7, 2, 30, 3).transpose(0, 2)
-    for (piece,) in plan.pieces([base], 11):
+    for (piece,) in plan.tiles([base], 11):
         assert piece.numel() <= 11
         piece.add_(1)
     assert (base == 1).all()
@@ -550,11 +573,11 @@ def test_a_negated_parameter(late):
     assert param.tolist() == [-4.0]
 
 
-@pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
+@pytest.mark.parametrize("kind", [native.TensorGuard, guards.PlainTensorGuard])
 @pytest.mark.parametrize("end", ["made", "skipped", "refused", "replanned", "failed"])
 def test_a_step_holds_gradients_no_longer_than_it_takes(end, kind, monkeypatch):
-    if kind is looks.PlainLook:
-        monkeypatch.setattr(looks.compiled, "available", lambda: False)
+    if kind is guards.PlainTensorGuard:
+        monkeypatch.setattr(guards.native, "available", lambda: False)
     whole = {"skipped": {"nonfinite": "skip"}, "refused": {"nonfinite": "raise"}}.get(end, {})
     optimizer, params = make(surefoot.Adam, (5, 7), **whole)
     train(optimizer, params)
@@ -589,26 +612,26 @@ def test_a_look_that_goes_lets_go():
 
 def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch):
     expected = train(*make())
-    monkeypatch.setattr(anatomy, "_word", lambda address, index: 0)
-    monkeypatch.setattr(anatomy, "anatomy", found := functools.cache(anatomy.anatomy.__wrapped__))
-    monkeypatch.setattr(tensors, "anatomy", found)
+    monkeypatch.setattr(layout, "_word", lambda address, index: 0)
+    monkeypatch.setattr(layout, "tensor_layout", found := functools.cache(layout.tensor_layout.__wrapped__))
+    monkeypatch.setattr(native, "tensor_layout", found)
     assert found() is None
     optimizer, params = make()
     assert all(map(torch.equal, expected, train(optimizer, params)))
-    assert looks_of(optimizer) == {looks.PlainLook}
+    assert guards_of(optimizer) == {guards.PlainTensorGuard}
 
 
-def looks_of(optimizer):
+def guards_of(optimizer):
     return {type(work.guard.tensors) for work in optimizer._step_cache.runs}
 
 
 def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
-    known = anatomy.anatomy()
-    sizes_for_data = (known.questions[3], *known.questions[1:])
-    monkeypatch.setattr(tensors, "anatomy", lambda: dataclasses.replace(known, questions=sizes_for_data))
+    known = layout.tensor_layout()
+    sizes_for_data = (known.getters[3], *known.getters[1:])
+    monkeypatch.setattr(native, "tensor_layout", lambda: dataclasses.replace(known, getters=sizes_for_data))
     optimizer, params = make()
     train(optimizer, params)
-    assert looks_of(optimizer) == {looks.PlainLook}
+    assert guards_of(optimizer) == {guards.PlainTensorGuard}
     assert all(map(torch.equal, params, train(*make())))
 
 
@@ -627,21 +650,21 @@ CHANGES = {
 }
 
 
-MANY = tensors._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
-kinds_of_look = pytest.mark.parametrize("kind", [tensors.Look, looks.PlainLook])
+MANY = native._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
+kinds_of_guard = pytest.mark.parametrize("kind", [native.TensorGuard, guards.PlainTensorGuard])
 
 
-def look(dimensions=(4, 3), kind=tensors.Look, count=5):
+def look(dimensions=(4, 3), kind=native.TensorGuard, count=5):
     params = [torch.randn(dimensions) for _ in range(count)]  # set_ and resize_ refuse those that require gradients
     for param in params:
         param.grad = torch.randn(dimensions)
     states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
     entries = [[state[name] for state in states] for name in ("step", "average")]
-    options = {} if kind is looks.PlainLook else {"threads": count >= MANY}
+    options = {} if kind is guards.PlainTensorGuard else {"threads": count >= MANY}
     return kind((params, *entries), states, ("step", "average"), gradients=True, **options), params, states
 
 
-@kinds_of_look
+@kinds_of_guard
 @pytest.mark.parametrize("of", ["param", "state"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_a_look_sees_what_changes_a_tensors_memory(change, of, kind):
@@ -652,7 +675,7 @@ def test_a_look_sees_what_changes_a_tensors_memory(change, of, kind):
     assert watch.changed(), "what was made before the change must never be used again"
 
 
-@kinds_of_look
+@kinds_of_guard
 @pytest.mark.parametrize(
     "grad",
     [
@@ -674,7 +697,7 @@ def test_a_look_sees_another_kind_of_gradient(grad, kind):
     assert watch.changed()
 
 
-@kinds_of_look
+@kinds_of_guard
 def test_a_look_gives_the_addresses_of_gradients(kind):
     watch, params, _ = look(kind=kind)
     for param in params[1:]:
@@ -683,7 +706,7 @@ def test_a_look_gives_the_addresses_of_gradients(kind):
     assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
 
 
-@kinds_of_look
+@kinds_of_guard
 @pytest.mark.parametrize("change", ["replaced", "deleted", "cleared", "none"])
 def test_a_look_sees_another_entry(change, kind):
     watch, _, states = look(kind=kind)
@@ -704,7 +727,7 @@ def test_a_look_does_without_room_for_many_dimensions():
     params[1].grad = torch.zeros((1,) * 7 + (4,))[..., ::2]
     assert watch.changed()
     assert look((1,) * 8 + (2,))[0].changed()
-    assert not look((1,) * 8 + (2,), looks.look_at)[0].changed()
+    assert not look((1,) * 8 + (2,), guards.make_guard)[0].changed()
 
 
 @pytest.mark.parametrize("of", ["param", "gradient", "state"])
@@ -742,7 +765,7 @@ def test_a_look_of_several_threads_holds_every_gradient():
         param.grad = None
     fresh = {torch.randn(4, 3).data_ptr() for _ in range(100)}
     assert fresh.isdisjoint(addresses), "memory that is held must not be given away"
-    watch.let_go()
+    watch.release_grads()
     assert not any(gradient() for gradient in gradients)
 
 
@@ -847,20 +870,20 @@ def test_storages_without_memory_are_refused(of, late, count, left):
 
 
 def test_versions_of_many_tensors_are_counted():
-    counted = [torch.zeros(()) for _ in range(tensors._FEW + 1)]
+    counted = [torch.zeros(()) for _ in range(native._FEW + 1)]
     for tensor in counted[::3]:
         tensor.add_(1)
     before = [tensor._version for tensor in counted]
-    tensors.Versions(counted).count()
+    native.VersionCounters(counted).count()
     assert [tensor._version for tensor in counted] == [version + 1 for version in before]
 
 
 def test_many_numbers_are_read_and_written():
-    scalars = [torch.tensor(float(value)) for value in range(tensors._FEW + 1)]
-    numbers = tensors.Numbers(scalars)
-    assert numbers.read().tolist() == list(range(tensors._FEW + 1))
-    numbers.write(np.arange(tensors._FEW + 1) / 2)
-    assert [scalar.item() for scalar in scalars] == [value / 2 for value in range(tensors._FEW + 1)]
+    scalars = [torch.tensor(float(value)) for value in range(native._FEW + 1)]
+    numbers = native.ScalarIO(scalars)
+    assert numbers.read().tolist() == list(range(native._FEW + 1))
+    numbers.write(np.arange(native._FEW + 1) / 2)
+    assert [scalar.item() for scalar in scalars] == [value / 2 for value in range(native._FEW + 1)]
 
 
 def test_a_lazy_clone_keeps_what_it_was_cloned_from():
@@ -872,7 +895,7 @@ def test_a_lazy_clone_keeps_what_it_was_cloned_from():
     assert not torch.equal(params[0], before)
 
 
-@pytest.mark.parametrize("kind", [tensors.Items, looks.PlainItems])
+@pytest.mark.parametrize("kind", [native.DictGuard, guards.PlainDictGuard])
 def test_items_of_dicts(kind):
     items = {"a": object(), "b": object()}
     seen = kind([{}, items])
@@ -891,7 +914,7 @@ def test_items_of_dicts(kind):
     assert seen.changed()
 
 
-@pytest.mark.parametrize("kind", [tensors.Items, looks.PlainItems])
+@pytest.mark.parametrize("kind", [native.DictGuard, guards.PlainDictGuard])
 def test_items_of_attributes(kind):
     owner = torch.nn.Linear(2, 2)
     seen = kind([owner._parameters], [(owner, "_parameters")])
@@ -904,14 +927,14 @@ def test_versions_count_as_torch_counts_them():
     counted = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), torch.ones(4)[:2]]
     counted[2].add_(1)
     before = [tensor._version for tensor in counted]
-    tensors.Versions(counted).count()
+    native.VersionCounters(counted).count()
     assert [tensor._version for tensor in counted] == [version + 1 for version in before]
 
 
 def test_tensors_without_versions_are_left_alone():
     with torch.inference_mode():
         counted = [torch.ones(3), torch.ones(2)]
-        tensors.Versions(counted).count()
+        native.VersionCounters(counted).count()
     assert all(tensor.is_inference() for tensor in counted)
 
 
@@ -930,7 +953,7 @@ def test_a_parameter_that_stands_twice_is_stepped_twice(options):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("kind", [tensors.Numbers, looks.PlainNumbers])
+@pytest.mark.parametrize("kind", [native.ScalarIO, guards.PlainScalarIO])
 def test_numbers_are_read_and_rounded_as_their_tensors(kind):
     scalars = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
     numbers = kind(scalars)
@@ -1338,14 +1361,14 @@ def test_gradients_live_while_kernels_run(monkeypatch):
 
 
 def test_the_first_step_may_be_in_inference_mode():
-    anatomy.anatomy.cache_clear()
+    layout.tensor_layout.cache_clear()
     param = torch.zeros(4).requires_grad_()
     param.grad = torch.ones(4)
     optimizer = surefoot.SGD([param], lr=1.0)
     with torch.inference_mode():
         optimizer.step()
     assert param.tolist() == [-1.0] * 4
-    assert anatomy.anatomy() is not None
+    assert layout.tensor_layout() is not None
 
 
 def test_indices_outside_of_a_parameter_are_refused():

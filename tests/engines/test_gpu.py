@@ -20,16 +20,17 @@ import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
 from helpers import Noted
 from surefoot import averages, engines
-from surefoot.engines import gpu, looks
+from surefoot.engines import gpu
 from surefoot.engines.bucket import measure
-from surefoot.engines.cpu import tensors as cpu_tensors
 from surefoot.errors import NonFiniteGradientError
 from surefoot.explain import rule_of
 from surefoot.optimizers.muon import newton_schulz
-from surefoot.rule import TELEMETRY, Measure, reading
+from surefoot.rule import TELEMETRY, Reduction, gradient_rule
 from surefoot.state import check
 from surefoot.step import clipping, device
+from surefoot.tensors import guards
 from surefoot.tensors.memory import same_dense_layout
+from surefoot.tensors.native import guards as native
 
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
@@ -48,7 +49,7 @@ ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "captura
 
 @pytest.fixture
 def language():
-    """Give Triton's language back as it was: the interpreter replaces much of it, and nothing compiles then."""
+    """Return Triton's language back as it was: the interpreter replaces much of it, and nothing compiles then."""
     places = (tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base, tl.dtype)
     before = [dict(vars(place)) for place in places]
     yield
@@ -446,7 +447,7 @@ def strange_values(dtype):
     return [*made, *spoilt, made[-1] * torch.finfo(dtype).tiny, torch.full_like(made[-1], -0.0)]
 
 
-def reading_of(params, grads):
+def measured_of(params, grads):
     optimizer = surefoot.SGD(params)
     rule = rule_of(optimizer, optimizer.param_groups[0])
     return gpu.read(engines.Bucket(rule, [param.detach() for param in params], grads, {}))
@@ -456,8 +457,8 @@ def reading_of(params, grads):
 def test_gradients_are_read_precisely(dtype):
     """As sums in float64, whatever the dtype: no square overflows or vanishes on the way."""
     grads = strange_values(dtype)
-    found = reading_of([torch.zeros_like(grad) for grad in grads], grads)
-    exact = torch.stack([measure(reading().measures, (grad, grad)) for grad in grads])
+    found = measured_of([torch.zeros_like(grad) for grad in grads], grads)
+    exact = torch.stack([measure(gradient_rule().reductions, (grad, grad)) for grad in grads])
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0, equal_nan=True)
     assert torch.equal(found[:, 1].nan_to_num(-1.0), exact[:, 1].nan_to_num(-1.0))
     assert found.dtype is torch.float64
@@ -467,8 +468,8 @@ def test_gradients_of_any_layout_are_read():
     grads = [torch.randn(6, 4).t(), torch.randn(1).expand(4, 6), torch.randn(8, 10)[:, ::2], torch.randn(5000)[1:]]
     params = [torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(8, 5), torch.zeros(4999)]
     before = [grad.clone() for grad in grads]
-    found = reading_of(params, grads)
-    exact = torch.stack([measure(reading().measures, (grad, grad)) for grad in grads])
+    found = measured_of(params, grads)
+    exact = torch.stack([measure(gradient_rule().reductions, (grad, grad)) for grad in grads])
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0)
     assert all(map(torch.equal, grads, before))
     assert not any(param.any() for param in params)
@@ -480,7 +481,7 @@ def test_many_chunks_are_put_together():
     parts[2, 1] = torch.inf
     firsts = torch.tensor([0, 0, 1, 2400, 2400, 5001])
     kinds = ("sum_of_squares", "largest", "largest")
-    found = combined([Measure("gradient", kind) for kind in kinds], parts, firsts)
+    found = combined([Reduction("gradient", kind) for kind in kinds], parts, firsts)
     rows = [parts[:, a:b] for a, b in pairwise(firsts)]
     exact = [[row[0].sum(), *(part.max() if part.numel() else torch.zeros(()) for part in row[1:])] for row in rows]
     exact = torch.tensor(exact, dtype=torch.float64)
@@ -626,7 +627,7 @@ def test_averages_of_models_are_kept(monkeypatch):
 def looking(request, monkeypatch):
     """Look at tensors as where Numba is installed, and as where it is not."""
     if request.param == "plain":
-        monkeypatch.setattr(cpu_tensors, "available", lambda: False)
+        monkeypatch.setattr(native, "available", lambda: False)
     return request.param
 
 
@@ -636,8 +637,8 @@ def test_looks_are_those_asked_for(looking):
     optimizer = surefoot.Adam([param], **FUSED)
     optimizer.step()
     (work,) = optimizer._step_cache.runs
-    plain = (looks.PlainLook, looks.PlainNumbers)
-    kinds = plain if looking == "plain" else (cpu_tensors.Look, cpu_tensors.Numbers)
+    plain = (guards.PlainTensorGuard, guards.PlainScalarIO)
+    kinds = plain if looking == "plain" else (native.TensorGuard, native.ScalarIO)
     assert (type(work.guard.tensors), type(work.guard.numbers)) == kinds
 
 
@@ -759,7 +760,7 @@ import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
 import torch, surefoot
 from surefoot.state import check
-from surefoot.engines import eager, foreach, gpu, looks
+from surefoot.engines import eager, foreach, gpu
 for fused in (False, True):
     gpu.DEVICES = check.CAPTURABLE_DEVICES = ("cpu",) if fused else ()
     param = torch.ones(3, requires_grad=True)
@@ -770,7 +771,8 @@ for fused in (False, True):
     assert param.tolist() == [-5.125] * 3, param
 works = optimizer._step_cache.runs
 assert [work.engine for work in works] == [gpu]
-assert type(works[0].guard.tensors) is looks.PlainLook
+from surefoot.tensors import guards
+assert type(works[0].guard.tensors) is guards.PlainTensorGuard
 model = torch.nn.Linear(2, 2)
 average = surefoot.swa_utils.AveragedModel(model)
 for _ in range(3):
@@ -986,7 +988,7 @@ def test_reasons_against_it(monkeypatch):
 def test_old_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     message = "Triton serves compute capability 8.0 and newer, but cuda:0 has 7.5"
-    assert gpu._complaint.__wrapped__(torch.device("cuda", 0)) == message
+    assert gpu._unsupported_reason.__wrapped__(torch.device("cuda", 0)) == message
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Triton brings its tools")
@@ -995,23 +997,23 @@ def test_missing_tools_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("CC", "cc")
     message = "Triton finds no Python.h, with which it builds its launcher; install Python's development headers"
-    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+    assert gpu._unsupported_reason.__wrapped__(torch.device("xpu", 0)) == message
     (tmp_path / "Python.h").touch()
-    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) is None
+    assert gpu._unsupported_reason.__wrapped__(torch.device("xpu", 0)) is None
     monkeypatch.delenv("CC")
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     message = "Triton finds no C compiler, with which it builds its launcher; install gcc or clang, or set CC"
-    assert gpu._complaint.__wrapped__(torch.device("xpu", 0)) == message
+    assert gpu._unsupported_reason.__wrapped__(torch.device("xpu", 0)) == message
 
 
 def test_the_choice_on_a_gpu(monkeypatch):
     bucket = _bucket()
     monkeypatch.setattr(gpu, "DEVICES", ("meta",))
-    monkeypatch.setattr(gpu, "_complaint", lambda device: None)
+    monkeypatch.setattr(gpu, "_unsupported_reason", lambda device: None)
     monkeypatch.setattr(engines, "_FOREACH_DEVICES", ("meta",))
     bucket.params, bucket.grads = [torch.ones(3, device="meta")], [torch.ones(3, device="meta")]
     assert engines.choose(bucket) is gpu
-    monkeypatch.setattr(gpu, "_complaint", lambda device: "it is too old")
+    monkeypatch.setattr(gpu, "_unsupported_reason", lambda device: "it is too old")
     assert engines.choose(bucket) is engines.foreach
     bucket.options = {"fused": True}
     with pytest.raises(RuntimeError, match="`fused=True` cannot serve Adam here: it is too old"):

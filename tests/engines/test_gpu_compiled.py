@@ -16,7 +16,8 @@ import surefoot
 from conformance import ELEMENTWISE
 from surefoot.engines.gpu.source import Dialect, print_kernel
 from surefoot.explain import rule_of
-from surefoot.rule import bind, reading
+from surefoot.rule import bind, gradient_rule
+from surefoot.storage import format_of
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs Triton, which is there on Linux")
 
@@ -47,19 +48,19 @@ def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX, *, mea
     optimizer = cls([torch.zeros(2)], **options)
     rule = rule_of(optimizer, optimizer.param_groups[0])
     rule = bind(cls.spec, (("measured", True), *rule.flags)) if measured else rule
-    stored = (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))
+    stored = tuple(map(format_of, (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))))
     return print_kernel(rule, torch.promote_types(dtype, torch.float32), stored, dialect), stored
 
 
-def reading_source(dtype, dialect=Dialect.PTX):
-    """Give the source of the kernel that reads gradients, in a bucket with two slots."""
-    stored = (dtype,) * 4
-    return print_kernel(reading(), torch.promote_types(dtype, torch.float32), stored, dialect), stored
+def gradients_source(dtype, dialect=Dialect.PTX):
+    """Return the source of the kernel that reads gradients, in a bucket with two slots."""
+    stored = (format_of(dtype),) * 4
+    return print_kernel(gradient_rule(), torch.promote_types(dtype, torch.float32), stored, dialect), stored
 
 
 def compiled(source, stored, architecture, *, found_inf=False):
     """Compile as a launch does; give the assembly and the use of registers, shared memory and stack."""
-    kernel, launch = compiling.define(source, "kernel"), LAUNCH[max(dtype.itemsize for dtype in stored)]
+    kernel, launch = compiling.define(source, "kernel"), LAUNCH[max(kept.itemsize for kept in stored)]
     real = "*fp64" if "pointer_type(tl.float64)" in source else "*fp32"
     absent = dict.fromkeys(["found_inf"] * (not found_inf) + ["coefficients"] * ("row = " not in source))
     every = {"table": "*i64", "chunks": "*i64", "coefficients": real, "found_inf": "*fp32", "measured": "*fp64"}
@@ -107,17 +108,17 @@ def check(ptx, used, stored, written):
 
 def wide_accesses(stored, written):
     """Count the wide accesses of a block."""
-    wide, launch = Counter(), LAUNCH[max(dtype.itemsize for dtype in stored)]
-    for dtype, is_written in zip(stored, written, strict=True):
-        size = launch.block // (32 * launch.warps) * dtype.itemsize  # bytes of a thread
-        vector = "v2.b64" if dtype is torch.float64 else "v4.b32" if size >= 16 else "v2.b32"
+    wide, launch = Counter(), LAUNCH[max(kept.itemsize for kept in stored)]
+    for kept, is_written in zip(stored, written, strict=True):
+        size = launch.block // (32 * launch.warps) * kept.itemsize  # bytes of a thread
+        vector = "v2.b64" if kept.dtype is torch.float64 else "v4.b32" if size >= 16 else "v2.b32"
         wide[f"ld.global.{vector}"] += max(1, size // 16)
         wide[f"st.global.{vector}"] += max(1, size // 16) * is_written
     return wide
 
 
 def check_singles(ptx, found, stored):
-    single = {f"ld.global.b{8 * dtype.itemsize}" for dtype in stored}
+    single = {f"ld.global.b{8 * kept.itemsize}" for kept in stored}
     assert single <= found.keys(), "an end that is not aligned must go by elements"
     assert "ftz" not in ptx
     assert ".approx" not in ptx
@@ -166,7 +167,7 @@ def test_wider_state_and_skipped_steps(dtype, architecture):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_are_read_in_wide_accesses(dtype, architecture):
     """Of whole chunks, with one reduction at their end; the parameter is not touched."""
-    source, stored = reading_source(dtype)
+    source, stored = gradients_source(dtype)
     ptx, used = compiled(source, stored, architecture)
     found, (wide, *_) = accesses(ptx), wide_accesses(stored[:1], [False])
     repeat = LAUNCH[dtype.itemsize].repeat
@@ -366,8 +367,8 @@ SOURCES = {
 MEASURED = {
     "adamw_measured_bfloat16": lambda: source_of(surefoot.AdamW, {}, torch.bfloat16, torch.float32, measured=True),
     "sgd_measured_float64": lambda: source_of(surefoot.SGD, {}, torch.float64, measured=True),
-    "reading_float32": lambda: reading_source(torch.float32),
-    "reading_bfloat16_portable": lambda: reading_source(torch.bfloat16, Dialect.PORTABLE),
+    "gradients_float32": lambda: gradients_source(torch.float32),
+    "gradients_bfloat16_portable": lambda: gradients_source(torch.bfloat16, Dialect.PORTABLE),
 }
 
 

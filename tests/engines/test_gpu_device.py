@@ -50,7 +50,7 @@ def made(dtype=torch.float32, device="cuda", seed=0):
 
 
 def set_grads(params, step):
-    """Give the gradients of a step; in odd steps some are laid out otherwise than their parameter."""
+    """Return the gradients of a step; in odd steps some are laid out otherwise than their parameter."""
     generator = torch.Generator().manual_seed(1000 + step)
     for position, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)

@@ -114,7 +114,7 @@ class _Run:
                 return
 
     def round(self, number: int, each: Round) -> None:
-        """Give gradients, change things, step, and compare."""
+        """Return gradients, change things, step, and compare."""
         for world in (self.ours, self.twin):
             give_gradients(world, each.grads, self.case.seed * 97 + number * 11)
         self.before = None
@@ -329,7 +329,7 @@ def _takes(grad: Tensor, new: Tensor) -> bool:
 
 
 def give_gradients_of_quadratic(world: World) -> None:
-    """Give gradients of a function that falls with the steps of LBFGS."""
+    """Return gradients of a function that falls with the steps of LBFGS."""
     for index, param in enumerate(world.params):
         if param.is_floating_point() or param.is_complex():
             param.grad = None

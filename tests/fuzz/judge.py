@@ -236,7 +236,7 @@ def _difference(what: str, left: Tensor, right: Tensor, computed: torch.dtype, *
 
 
 def synchronize(ours: World, twin: World) -> None:
-    """Give the twin our numbers, so that the roundings of 16 bits do not add up from step to step."""
+    """Return the twin our numbers, so that the roundings of 16 bits do not add up from step to step."""
     pairs: list[Any] = [("", param, other, param.dtype) for param, other in zip(ours.params, twin.params, strict=True)]
     for optimizer, other in zip(ours.optimizers, twin.optimizers, strict=True):
         _state_pairs(ours, twin, optimizer, other, pairs)
@@ -245,7 +245,7 @@ def synchronize(ours: World, twin: World) -> None:
 
 
 def synchronize_tensor(left: Tensor, right: Tensor) -> None:
-    """Give the right one the numbers of the left, as far as both are plain."""
+    """Return the right one the numbers of the left, as far as both are plain."""
     plain = left.layout is right.layout is torch.strided and not left._is_zerotensor() and not right._is_zerotensor()
     plain = plain and not lacks_memory(left) and not lacks_memory(right)
     if plain and not overlaps_itself(right) and left.shape == right.shape and left.device == right.device:

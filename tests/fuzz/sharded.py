@@ -311,7 +311,7 @@ def _check_refusal(error: Any, failure: Failing) -> None:
 
 
 def _follow(ours: _World, twin: _World) -> None:
-    """Give the twin the shards of our parameters, gradients and state, as plain tensors of its own."""
+    """Return the twin the shards of our parameters, gradients and state, as plain tensors of its own."""
     twin.optimizer.state.clear()
     for param, other in zip(ours.params, twin.params, strict=True):
         own = local(param).detach()

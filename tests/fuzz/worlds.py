@@ -287,7 +287,7 @@ class World:
         return torch.sparse_coo_tensor(rows[None], grad[rows], param.shape, check_invariants=False)
 
     def repair(self, seed: int) -> None:
-        """Give every parameter new memory and the optimizer no state, as if it had just been made."""
+        """Return every parameter new memory and the optimizer no state, as if it had just been made."""
         params, self.params = self.params, []
         self._make_params()
         fresh, self.params = self.params, params

@@ -52,7 +52,7 @@ def network(params: list[Tensor]) -> Tensor:
 
 
 def quadratic(n: int = 6, condition: float = 100.0, seed: int = 1) -> tuple[Loss, Tensor]:
-    """Give a strictly convex quadratic of all elements, and its Hessian."""
+    """Return a strictly convex quadratic of all elements, and its Hessian."""
     basis = torch.linalg.qr(normals((n, n), seed=seed)[0]).Q
     hessian = basis @ torch.diag(torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ basis.T
 

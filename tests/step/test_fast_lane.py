@@ -72,7 +72,7 @@ def test_options_that_become_tensors_count_when_they_change_in_place():
 @pytest.mark.parametrize("looking", ["compiled", "plain"])
 def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(looking, monkeypatch):
     if looking == "plain":
-        monkeypatch.setattr("surefoot.engines.cpu.tensors.available", lambda: False)
+        monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
     flat = torch.zeros(8)
     param = torch.nn.Parameter(flat[:4])
     optimizer = surefoot.SGD([param], lr=1.0)

@@ -176,7 +176,7 @@ def test_a_model_that_became_complex(engine, row):
 @pytest.mark.parametrize("looking", ["compiled", "plain"])
 def test_a_storage_that_came_back_smaller_at_the_same_address(of, to, looking, monkeypatch):
     if looking == "plain":
-        monkeypatch.setattr("surefoot.engines.cpu.tensors.available", lambda: False)
+        monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
     params = [torch.nn.Parameter(torch.ones(8192)) for _ in range(3)]
     optimizer = surefoot.Adam(params, ema=0.9)
     for _ in range(3):

@@ -70,7 +70,7 @@ class ShapeList:
 
 
 def resnet50() -> Iterator[Shape]:
-    """Give the parameter shapes of ResNet-50 (He et al. 2015, table 1; a convolution's stride changes none)."""
+    """Return the parameter shapes of ResNet-50 (He et al. 2015, table 1; a convolution's stride changes none)."""
     yield from _convolution(3, 64, 7)
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -85,7 +85,7 @@ def resnet50() -> Iterator[Shape]:
 
 
 def _convolution(inputs: int, outputs: int, size: int) -> Iterator[Shape]:
-    """Give the shapes of a square convolution without bias and of the batch norm after it."""
+    """Return the shapes of a square convolution without bias and of the batch norm after it."""
     yield from ((outputs, inputs, size, size), (outputs,), (outputs,))
 
 
@@ -94,7 +94,7 @@ def _linear(inputs: int, outputs: int) -> Iterator[Shape]:
 
 
 def gpt2_small() -> Iterator[Shape]:
-    """Give the parameter shapes of GPT-2 small (Radford et al. 2019); the output layer is the token embedding."""
+    """Return the parameter shapes of GPT-2 small (Radford et al. 2019); the output layer is the token embedding."""
     width, norm = 768, ((768,), (768,))
     yield from ((50257, width), (1024, width))
     for _ in range(12):
@@ -144,6 +144,6 @@ class Case:
 
 
 def cases(variants: Iterable[str], shape_lists: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
-    """Give every combination of some names of `VARIANTS`, `SHAPE_LISTS` and `DTYPES`, each once."""
+    """Return every combination of some names of `VARIANTS`, `SHAPE_LISTS` and `DTYPES`, each once."""
     names = product(dict.fromkeys(dtypes), dict.fromkeys(shape_lists), dict.fromkeys(variants))
     return [Case(VARIANTS[variant], SHAPE_LISTS[shapes], DTYPES[dtype]) for dtype, shapes, variant in names]

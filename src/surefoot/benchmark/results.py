@@ -57,15 +57,15 @@ class Measurement:
         return best_of_torch(self.seconds)
 
     def milliseconds(self, contender: str = OURS) -> Quartiles:
-        """Give the time of a contender's step."""
+        """Return the time of a contender's step."""
         return Quartiles.of(1e3 * self.seconds[contender])
 
     def speedup(self, contender: str = OURS) -> Quartiles:
-        """Give R, the time of torch's best implementation over the contender's."""
+        """Return R, the time of torch's best implementation over the contender's."""
         return Quartiles.of(self.seconds[self.best_of_torch] / self.seconds[contender])
 
     def over_floor(self, contender: str = OURS) -> Quartiles:
-        """Give F, the contender's time over that of the traffic floor."""
+        """Return F, the contender's time over that of the traffic floor."""
         return Quartiles.of(self.seconds[contender] / self.seconds[FLOOR])
 
 
@@ -117,7 +117,7 @@ WRONG = "left out: its step computes something else"
 
 
 def results(measurement: Measurement) -> list[Result]:
-    """Give a line for each contender, those that took no part included."""
+    """Return a line for each contender, those that took no part included."""
     case = measurement.case
     names = (case.variant.name, case.shapes.name, case.dtype_name)
     lines = {name: (*_numbers(measurement, name), "") for name in measurement.seconds}
@@ -133,7 +133,7 @@ def _numbers(measurement: Measurement, name: str) -> tuple[Any, ...]:
 
 
 def circumstances() -> tuple[str, str, str, int]:
-    """Give the processor, the date, torch's version and its number of threads."""
+    """Return the processor, the date, torch's version and its number of threads."""
     return processor(), datetime.now(tz=UTC).date().isoformat(), torch.__version__, torch.get_num_threads()
 
 
@@ -165,7 +165,7 @@ def read_csv(path: Path) -> list[Result]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Give the mean that suits ratios.
+    """Return the mean that suits ratios.
 
     Raises:
         ValueError: there are no values, or one of them is not positive.

@@ -159,7 +159,7 @@ def _wrong(contenders: Mapping[str, Contender]) -> list[str]:
 
 
 def _agree(contender: Contender, reference: Contender) -> bool:
-    """Whether two contenders have brought their first parameter, a million elements of it, to about the same."""
+    """Return whether two contenders have brought their first parameter, a million elements of it, to about the same."""
     ours, theirs = (each.params[0].detach().flatten()[:_TILE].float() for each in (contender, reference))
     close = (ours - theirs).abs() <= _TOLERANCE * theirs.abs()
     return close.float().mean().item() >= _ALIKE
@@ -169,7 +169,7 @@ def _agree(contender: Contender, reference: Contender) -> bool:
 
 
 def _rounds(contenders: Mapping[str, Contender], grads: list[Tensor], deadline: float) -> dict[str, np.ndarray]:
-    """Give the seconds of a step in each round, for each contender; rounds are run until the deadline."""
+    """Return the seconds of a step in each round, for each contender; rounds are run until the deadline."""
     share = min(_LONGEST_BLOCK, max(contender.warm_up[-1] for contender in contenders.values()))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order, draw = list(contenders), random.Random(0)  # noqa: S311 (not a secret)
@@ -187,7 +187,7 @@ def _rounds(contenders: Mapping[str, Contender], grads: list[Tensor], deadline: 
 
 
 def _block(step: Step, share: float) -> float:
-    """Give the median time of a step; as many are taken as fill the share, so that all contenders get about the same.
+    """Return the median time of a step; as many are taken as fill the share, so that all contenders get about the same.
 
     The first is not counted: it finds the caches full of another contender's data.
     """

@@ -211,7 +211,7 @@ def trained(variant: Variant, model: nn.Module) -> list[Parameter]:
 
 
 def has_work(variant: Variant, model: SmallModel) -> bool:
-    """Whether an optimizer takes any parameter of a model."""
+    """Return whether an optimizer takes any parameter of a model."""
     return bool(trained(variant, model.make()))
 
 

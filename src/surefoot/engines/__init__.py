@@ -1,7 +1,7 @@
 """Engines run a rule's graph on buckets of tensors; here one is chosen for each bucket.
 
 An engine is a module with `supports(bucket)`, which answers None or the reason why not, `prepare(bucket)`, which proves
-that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `read(bucket)`, which measures
+that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket)`, which measures
 gradients.
 It knows graphs and tensors, never an algorithm.
 """
@@ -23,7 +23,7 @@ class Engine(Protocol):
     """What an engine's module offers."""
 
     def supports(self, bucket: Bucket) -> str | None:
-        """Give the reason why this engine cannot serve the bucket, or None."""
+        """Return the reason why this engine cannot serve the bucket, or None."""
 
     def prepare(self, bucket: Bucket) -> None:
         """Do all that may fail before anything is changed.
@@ -35,8 +35,8 @@ class Engine(Protocol):
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots in place, and set `measured` if its rule measures something."""
 
-    def read(self, bucket: Bucket) -> Tensor:
-        """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+    def measure(self, bucket: Bucket) -> Tensor:
+        """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
 
 
 ENGINES: tuple[Engine, ...] = (cpu, gpu, foreach, eager)
@@ -67,7 +67,7 @@ def choose(bucket: Bucket) -> Engine:
 
 
 def _wish(bucket: Bucket) -> tuple[str | None, str]:
-    """Give the name of the engine that was asked for, if any, and by what."""
+    """Return the name of the engine that was asked for, if any, and by what."""
     if named := os.environ.get("SUREFOOT_ENGINE"):
         if named not in _BY_OPTION:
             raise ValueError(f"SUREFOOT_ENGINE must be one of {', '.join(_BY_OPTION)}, but is {named!r}")

@@ -9,30 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Measure, Rule, reading
+from surefoot.rule import Reduction, Rule, gradient_rule
+from surefoot.storage import Format, format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
 
 Coefficients = Mapping[str, Any]
 
 
-def obstacles(bucket: "Bucket", storage: Callable[[torch.dtype], bool]) -> Iterator[str]:
-    """Give the reasons why no engine that runs kernels can serve a bucket; `storage` tells which dtypes they know."""
+def unsupported_reasons(bucket: "Bucket", stores: Callable[[Format], bool]) -> Iterator[str]:
+    """Return the reasons why no engine that runs kernels can serve a bucket; `stores` tells which formats they know."""
     if bucket.options.get("differentiable"):
         yield "kernels carry no gradients through the step"
-    if not storage(bucket.dtype) or not storage(bucket.grads[0].dtype.to_real()):
+    if not stores(format_of(bucket.dtype)) or not stores(format_of(bucket.grads[0].dtype)):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
     stored = list(chain(bucket.params, *bucket.slots))
-    if unknown := {tensor.dtype for tensor in stored if not storage(tensor.dtype)} - {bucket.dtype}:
+    if unknown := {t.dtype for t in stored if not stores(format_of(t.dtype))} - {bucket.dtype}:
         yield f"kernels do not know state of {min(map(str, unknown))}"
-    strange = next((t for t in (*stored, *bucket.grads) if type(t) not in PLAIN), None)
-    if strange is not None:
-        yield f"{type(strange).__name__} is not a plain tensor"
+    unusual = next((t for t in (*stored, *bucket.grads) if type(t) not in PLAIN), None)
+    if unusual is not None:
+        yield f"{type(unusual).__name__} is not a plain tensor"
     elif not all(map(is_plain, stored)):
         yield "a parameter or its state is negated or conjugated lazily, or has no memory of its own"
     if len({id(param) for param in bucket.params}) < len(bucket.params):
         yield "a parameter stands in the group twice, and kernels update all at once"
-    elif strange is None and (reason := overlap(bucket, stored)) is not None:
+    elif unusual is None and (reason := overlap(bucket, stored)) is not None:
         yield reason
 
 
@@ -45,16 +46,16 @@ def overlap(bucket: "Bucket", stored: Sequence[Tensor]) -> str | None:
     return f"{first} and {second}, or their state, share memory, so that they must be updated one after the other"
 
 
-def measure(measures: Sequence[Measure], tensors: Sequence[Tensor]) -> Tensor:
-    """Measure tensors by torch's operations: a row of float64."""
-    numbers = [_BY_TORCH[measure.kind](tensor) for measure, tensor in zip(measures, tensors, strict=True)]
+def reduce(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> Tensor:
+    """Reduction tensors by torch's operations: a row of float64."""
+    numbers = [_BY_TORCH[reduction.kind](tensor) for reduction, tensor in zip(reductions, tensors, strict=True)]
     return torch.stack([number.detach().double() for number in numbers])
 
 
-def read(bucket: "Bucket") -> Tensor:
-    """Measure a bucket's gradients by torch's operations: float64 of shape (parameters, measures of `rule.reading`)."""
-    measures = reading().measures
-    return torch.stack([measure(measures, (grad,) * len(measures)) for grad in bucket.grads])
+def measure(bucket: "Bucket") -> Tensor:
+    """Return `rule.gradient_rule`'s reductions by torch's operations: float64 of shape (parameters, reductions)."""
+    reductions = gradient_rule().reductions
+    return torch.stack([reduce(reductions, (grad,) * len(reductions)) for grad in bucket.grads])
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def _largest(tensor: Tensor) -> Tensor:
 _BY_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum_of_squares": lambda tensor: tensor.double().square().sum(),
     "largest": _largest,
-    "strange": lambda tensor: (~tensor.isfinite()).sum(),
+    "nonfinite": lambda tensor: (~tensor.isfinite()).sum(),
 }
 
 
@@ -109,7 +110,7 @@ class Bucket:
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
         row_name: what the parameter at a position is called in a message.
         plan: what the engine keeps of the bucket between steps.
-        measured: what the last run has measured, for each parameter and each of `rule.measures`: float64, on the
+        measured: what the last run has measured, for each parameter and each of `rule.reductions`: float64, on the
             parameters' device.
         found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
     """

@@ -1,6 +1,6 @@
 """The checked mode: what reads and writes raw memory verifies every access first, slowly and exactly."""
 
-import os
+from surefoot.environment import switch
 
 VARIABLE = "SUREFOOT_CHECKED"
 
@@ -11,7 +11,4 @@ def checked() -> bool:
     Raises:
         ValueError: it is something else.
     """
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} must be 1 or 0, but is {value!r}")
-    return value == "1"
+    return switch(VARIABLE, default=False)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, measure, read
+from surefoot.engines.bucket import Bucket, measure, reduce
 
-__all__ = ["evaluate", "prepare", "read", "run", "supports"]
+__all__ = ["evaluate", "measure", "prepare", "run", "supports"]
 
 
 def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is asked the same question)
-    """Give the reason why a bucket cannot be served; there is none."""
+    """Return the reason why a bucket cannot be served; there is none."""
     return None
 
 
@@ -40,8 +40,8 @@ def run(bucket: Bucket) -> None:
             inputs = [tensor.clone() for tensor in inputs]
         numbers = [coefficients[name] for name in bucket.rule.coefficients]
         results = evaluate(bucket.rule.graph, [*inputs, *numbers])
-        if bucket.rule.measures:
-            measured.append(measure(bucket.rule.measures, results[len(targets) :]))
+        if bucket.rule.reductions:
+            measured.append(reduce(bucket.rule.reductions, results[len(targets) :]))
         for target, value in zip(targets, results[: len(targets)], strict=True):
             if value is not target:
                 target.copy_(value)

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, Coefficients, measure, overlap, read
+from surefoot.engines.bucket import Bucket, Coefficients, measure, overlap, reduce
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
 from surefoot.tensors.memory import PLAIN, is_plain
 
-__all__ = ["outputs", "prepare", "read", "run", "schedule", "supports"]
+__all__ = ["measure", "outputs", "prepare", "run", "schedule", "supports"]
 
 Tensors = list[Tensor]
 
@@ -34,7 +34,7 @@ class _Call:
 
 
 def supports(bucket: Bucket) -> str | None:
-    """Give the reason why a bucket cannot be served, if there is one."""
+    """Return the reason why a bucket cannot be served, if there is one."""
     if bucket.options.get("differentiable"):
         return "foreach operations carry no gradients through the step"
     stored = list(chain(bucket.params, *bucket.slots))
@@ -72,7 +72,7 @@ def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients)
             del values[node]
     targets, results = [stored[0], *stored[2:]], outputs(graph)
     extra = zip(*(values[result] for result in results[len(targets) :]), strict=True)
-    measured = [measure(bucket.rule.measures, tensors) for tensors in extra]
+    measured = [reduce(bucket.rule.reductions, tensors) for tensors in extra]
     for target, result in zip(targets, results, strict=False):
         if any(kept is not new for kept, new in zip(target, values[result], strict=True)):
             torch._foreach_copy_(target, values[result])
@@ -102,7 +102,7 @@ def schedule(rule: Rule) -> tuple[_Call, ...]:
 
 
 def _may_overwrite(node: fx.Node, ended: tuple[fx.Node, ...], lineage: dict[fx.Node, fx.Node]) -> bool:
-    """Whether an operation may put its value where its first argument stands."""
+    """Return whether an operation may put its value where its first argument stands."""
     first = node.args[0]
     if not isinstance(first, fx.Node) or first not in ended or not first.meta["tensor"]:
         return False

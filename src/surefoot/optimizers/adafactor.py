@@ -204,12 +204,12 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _knows_in_place(tensor: Tensor) -> bool:
-    """Whether operations may work in place: a sharded tensor's know fewer such forms."""
+    """Return whether operations may work in place: a sharded tensor's know fewer such forms."""
     return not is_sharded(tensor)
 
 
 def _direction(variance: Tensor, grad: Tensor, eps1: float) -> Tensor:
-    """Give grad / sqrt(variance), in the memory of `variance` where that is possible."""
+    """Return grad / sqrt(variance), in the memory of `variance` where that is possible."""
     if _knows_in_place(variance):
         return variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
     return variance.clamp(min=eps1 * eps1).rsqrt() * grad
@@ -236,7 +236,7 @@ def _root_mean_square(h: SimpleNamespace, tensor: Tensor) -> Any:
 
 
 def _root_mean_squares(tensors: Tensor) -> Tensor:
-    """Give the root mean square of each tensor of a stack, in float64 where the device has that."""
+    """Return the root mean square of each tensor of a stack, in float64 where the device has that."""
     norms = torch.linalg.vector_norm(tensors, dim=tuple(range(1, tensors.dim())), keepdim=True)
     wide: Tensor = norms if norms.device.type == "mps" else norms.double()
     return wide / math.sqrt(max(tensors[0].numel(), 1))

@@ -274,7 +274,7 @@ class _Memory:
         self.H_diag = curvature / change.dot(weighted(change))
 
     def newton(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
-        """Give -H grad by the two loops of algorithm 7.4."""
+        """Return -H grad by the two loops of algorithm 7.4."""
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
         direction = grad.neg()
         parts: list[Tensor] = []
@@ -288,7 +288,7 @@ class _Memory:
         return direction
 
     def entry(self) -> dict[str, Any]:
-        """Give the state; before the first iteration it is the counters only."""
+        """Return the state; before the first iteration it is the counters only."""
         if self.d is None:
             return {"func_evals": self.func_evals, "n_iter": self.n_iter}
         return {name: value for name, value in vars(self).items() if name != "al" or value is not None}
@@ -332,7 +332,7 @@ class _Variables:
         return [_real(param).clone() for param in self.params]
 
     def restore(self, values: list[Tensor]) -> None:
-        """Give the parameters the values of a copy."""
+        """Return the parameters the values of a copy."""
         for param, value in zip(self.params, values, strict=True):
             _real(param).copy_(value)
 
@@ -353,18 +353,18 @@ class _Variables:
             value.add_(part, alpha=factor)
 
     def _shared(self, vector: Tensor) -> Tensor:
-        """Give what of a vector belongs to parameters whose learning rate is not 0."""
+        """Return what of a vector belongs to parameters whose learning rate is not 0."""
         if all(self.shares):
             return vector
         parts = zip(torch.split(vector, self.sizes), self.shares, strict=True)
         return torch.cat([part for part, share in parts if share])
 
     def weighted(self, vector: Tensor) -> Tensor:
-        """Give C times the vector."""
+        """Return C times the vector."""
         return self._times(vector, self.shares)
 
     def moving(self, vector: Tensor) -> Tensor:
-        """Give the vector with zeros where the learning rate is 0."""
+        """Return the vector with zeros where the learning rate is 0."""
         return self._times(vector, [1.0 if share else 0.0 for share in self.shares])
 
     def _times(self, vector: Tensor, factors: list[float]) -> Tensor:
@@ -431,7 +431,7 @@ class _Run:
         return not (last or self._is_done(direction))
 
     def _aim(self) -> tuple[Tensor, Tensor]:
-        """Give the direction and, on the host, the slope along it; settle the step to try first."""
+        """Return the direction and, on the host, the slope along it; settle the step to try first."""
         memory, variables, history_size = self.memory, self.variables, self.options.history_size
         grad = variables.moving(self.grad)
         if memory.d is None or memory.prev_flat_grad is None:

@@ -21,7 +21,7 @@ _MOST_NS_STEPS = 99
 
 
 def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Give approximately the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration in bfloat16.
+    """Return approximately the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration in bfloat16.
 
     With X = matrix / max(its Frobenius norm, eps) and coefficients (a, b, c), `steps` times::
 
@@ -50,7 +50,7 @@ def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Give the Frobenius norm of a matrix, or of each of a stack."""
+    """Return the Frobenius norm of a matrix, or of each of a stack."""
     if x.dim() == 2:  # noqa: PLR2004 (one matrix)
         norm: Tensor = x.norm()
         return norm
@@ -177,7 +177,7 @@ class Muon(Optimizer):
 
     @staticmethod
     def _scale(h: SimpleNamespace, param: Tensor) -> float:
-        """Give the factor by which the learning rate follows the shape of a matrix."""
+        """Return the factor by which the learning rate follows the shape of a matrix."""
         height, width = param.shape
         if h.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(height, width))

@@ -3,9 +3,9 @@
 Nothing here runs a rule on tensors; that is the engines' part.
 """
 
-from surefoot.rule.declare import EMA, STEP, Measure, Scalar, Slot, Sparse, narrow, scalar_dtype
+from surefoot.rule.declare import EMA, STEP, Reduction, Scalar, Slot, Sparse, narrow, scalar_dtype
 from surefoot.rule.spec import ENGINE_OPTIONS, AlgorithmSpec, Flags
-from surefoot.rule.trace import TELEMETRY, Rule, bind, reading
+from surefoot.rule.trace import TELEMETRY, Rule, bind, gradient_rule
 
 __all__ = [
     "EMA",
@@ -14,13 +14,13 @@ __all__ = [
     "TELEMETRY",
     "AlgorithmSpec",
     "Flags",
-    "Measure",
+    "Reduction",
     "Rule",
     "Scalar",
     "Slot",
     "Sparse",
     "bind",
+    "gradient_rule",
     "narrow",
-    "reading",
     "scalar_dtype",
 ]

@@ -71,13 +71,13 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Reduction:
     """A number for each parameter that an update gives beside its tensors.
 
     Attributes:
         of: what is measured, for messages.
         kind: `"sum_of_squares"`; `"largest"`, which is the greatest absolute value and NaN where there is one; or
-            `"strange"`, which is the count of inf and NaN.
+            `"nonfinite"`, which is the count of inf and NaN.
         precise: whether squares are summed in float64 rather than in the dtype of the arithmetic.
     """
 

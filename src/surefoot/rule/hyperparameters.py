@@ -16,7 +16,7 @@ Check = Callable[[str, Any], None]
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real Python or numpy number (booleans are none) or a real tensor."""
+    """Return whether `value` is a real Python or numpy number (booleans are none) or a real tensor."""
     if isinstance(value, torch.Tensor):
         return not value.is_complex()
     return hasattr(value, "__float__") and not isinstance(value, (complex, str))
@@ -77,7 +77,7 @@ class Interval:
             raise TypeError(f"`{name}` must be a whole number, but got {value!r}")
 
     def contains(self, value: float) -> bool:
-        """Whether `value` is inside."""
+        """Return whether `value` is inside."""
         above = self.low < value if self.low_open else self.low <= value
         below = value < self.high if self.high_open else value <= self.high
         return above and below

@@ -81,7 +81,7 @@ def simple_powers(graph: fx.Graph) -> None:
 
 
 def select_tensors(graph: fx.Graph) -> None:
-    """Give numbers that a selection chooses the parameter's shape and dtype, which its condition does not tell."""
+    """Return numbers that a selection chooses the parameter's shape and dtype, which its condition does not tell."""
     param = next(iter(graph.nodes))
     for node in list(graph.nodes):
         if node.target is not BY_NAME["where"] or not node.meta["tensor"]:
@@ -162,10 +162,10 @@ def _operation(graph: fx.Graph, node: fx.Node) -> fx.Node:
             return graph.call_function(op, node.args)
     except TypeError as error:
         raise RuleError(f"{node.meta['source']}: `{name}` called with arguments a rule may not use: {error}") from None
-    raise RuleError(f"{node.meta['source']}: {_complaint(name, op, node)}")
+    raise RuleError(f"{node.meta['source']}: {_unsupported_reason(name, op, node)}")
 
 
-def _complaint(name: str, op: Op | None, node: fx.Node) -> str:
+def _unsupported_reason(name: str, op: Op | None, node: fx.Node) -> str:
     if node.op in ("get_attr", "call_module") or node.target is getattr:
         return f"a rule sees values only, not `{node.args[-1] if node.args else name}` of a tensor"
     if name.endswith("_") and name.rstrip("_") in BY_METHOD:

@@ -45,7 +45,7 @@ class AlgorithmSpec:
 
     @property
     def is_declared(self) -> bool:
-        """Whether the class says what state it keeps, so that loading can verify it."""
+        """Return whether the class says what state it keeps, so that loading can verify it."""
         return self.update is not None or bool(self.slots)
 
     @property

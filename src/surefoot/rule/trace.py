@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from surefoot.errors import RuleError
-from surefoot.rule.declare import EMA, Measure, Slot
+from surefoot.rule.declare import EMA, Reduction, Slot
 from surefoot.rule.passes import run_passes
 from surefoot.rule.spec import AlgorithmSpec, Flags
 
@@ -32,7 +32,7 @@ class Rule:
         slots: the slots that exist under these flags, in the order in which the graph returns them.
         coefficients: names of the numbers that the graph takes, in the order of its placeholders.
         graph: the update as operations; it returns the parameter, the slots and then what is measured.
-        measures: what is measured.
+        reductions: what is measured.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Rule:
     slots: tuple[Slot, ...]
     coefficients: tuple[str, ...]
     graph: fx.Graph
-    measures: tuple[Measure, ...] = ()
+    reductions: tuple[Reduction, ...] = ()
 
 
 class _Tracer(fx.Tracer):
@@ -138,7 +138,7 @@ def _place(error: BaseException, file: str) -> str:
 
 
 def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
-    """Give the gradient as the rule is to see it: clipped by norm, then by value, and negated under `maximize`."""
+    """Return the gradient as the rule is to see it: clipped by norm, then by value, and negated under `maximize`."""
     if settled.get("clipped"):
         grad = grad * coefficients.step_clip
     if settled.get("max_grad_value"):
@@ -146,29 +146,29 @@ def _clipped(grad: Any, coefficients: Any, settled: dict[str, bool]) -> Any:
     return -grad if settled["maximize"] else grad
 
 
-def _measured(param: Any, grad: Any, new: Any) -> dict[Measure, Any]:
-    """Give what telemetry measures of a parameter, its gradient and its new value."""
+def _measured(param: Any, grad: Any, new: Any) -> dict[Reduction, Any]:
+    """Return what telemetry measures of a parameter, its gradient and its new value."""
     return dict(zip(TELEMETRY, (grad, new, new - param, grad, grad), strict=True))
 
 
 TELEMETRY = (
-    Measure("gradient", "sum_of_squares"),
-    Measure("parameter", "sum_of_squares"),
-    Measure("update", "sum_of_squares"),
-    Measure("gradient", "largest"),
-    Measure("gradient", "strange"),
+    Reduction("gradient", "sum_of_squares"),
+    Reduction("parameter", "sum_of_squares"),
+    Reduction("update", "sum_of_squares"),
+    Reduction("gradient", "largest"),
+    Reduction("gradient", "nonfinite"),
 )
-READING = (Measure("gradient", "sum_of_squares", precise=True), Measure("gradient", "largest"))
+GRADIENT_REDUCTIONS = (Reduction("gradient", "sum_of_squares", precise=True), Reduction("gradient", "largest"))
 
 
 @functools.cache
-def reading() -> Rule:
-    """Make the rule that leaves everything as it is and measures the gradient."""
+def gradient_rule() -> Rule:
+    """Return the rule that leaves everything as it is and measures the gradient."""
     graph = fx.Graph()
     param, grad = graph.placeholder("param"), graph.placeholder("grad")
     graph.output((param, grad, grad))
     run_passes(graph, 1)
-    return Rule("Reading", (), (), (), graph, READING)
+    return Rule("Gradients", (), (), (), graph, GRADIENT_REDUCTIONS)
 
 
 def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:

@@ -1,4 +1,4 @@
-"""Whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
+"""Return whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
 
 from collections.abc import Mapping
 from numbers import Real

@@ -47,7 +47,7 @@ class LoadReport(NamedTuple):
     mismatched: list[str]
 
     def __bool__(self) -> bool:
-        """Whether anything did not match."""
+        """Return whether anything did not match."""
         return any(self)
 
 
@@ -111,7 +111,7 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
 
 
 def _parts(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """Give groups and state of a state dict, or say why it is none."""
+    """Return groups and state of a state dict, or say why it is none."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         shown = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
@@ -219,7 +219,7 @@ def _match_by_position(
 
 
 def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, report: LoadReport) -> dict[str, Any]:
-    """Give the group that results from loading `partner` into the group at `index`."""
+    """Return the group that results from loading `partner` into the group at `index`."""
     spec, defaults, group = target.spec, target.defaults, target.groups[index]
     if partner is None:
         return dict(group)
@@ -260,7 +260,7 @@ def _entry(
     saved: Mapping[str, Any],
     report: LoadReport,
 ) -> dict[str, Any] | None:
-    """Give the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
+    """Return the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
     problems = LoadReport([], [], [])
     if not spec.is_declared:
         return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
@@ -345,7 +345,7 @@ def moved(value: Any, device: torch.device, key: Any = None) -> Any:
 
 
 def _other_state(saved: Mapping[Any, Any], groups: list[dict[str, Any]], report: LoadReport) -> dict[Any, Any]:
-    """Give state that belongs to no parameter; state of a parameter that stands in no group is unexpected."""
+    """Return state that belongs to no parameter; state of a parameter that stands in no group is unexpected."""
     keys = set(chain.from_iterable(group["params"] for group in groups))
     others = {key: value for key, value in saved.items() if key not in keys}
     report.unexpected.extend(f"state of parameter number {key}" for key in others if isinstance(key, int))

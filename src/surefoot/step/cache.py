@@ -14,10 +14,8 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
+from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
-from surefoot.engines.cpu.tensors import Look, Numbers, Versions
-from surefoot.engines.cpu.threads import needs_threads
-from surefoot.engines.looks import can_hold, items_of, look_at, numbers_in, same_objects
 from surefoot.rule import ENGINE_OPTIONS
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import read_scalars, write_scalars
@@ -25,7 +23,9 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.partition import all_flags
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
+from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import to_local
 
 _DICTS = (dict, defaultdict)
@@ -41,15 +41,15 @@ class BucketGuard:
         names = [*held, *slots]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         columns, busy = (run.params, *entries.values()), run.engine is cpu and needs_threads(run.params)
-        self.tensors = look_at(columns, run.entries, names, gradients=not run.sparse, threads=busy)
+        self.tensors = make_guard(columns, run.entries, names, gradients=not run.sparse, threads=busy)
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
-        self.numbers, self.versions = numbers_in(of_host), Versions(of_host)
+        self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
         self._replaced = None if held or not scalars else (run.entries, scalars)
         self._shape = (len(scalars), len(run.params))
 
     def revalidate(self, run: BucketRun) -> bool:
-        """Give the bucket this step's gradients; return whether all else is as it was."""
+        """Return the bucket this step's gradients; return whether all else is as it was."""
         if self._replaced and not all(scalar.name in entry for entry, scalar in product(*self._replaced)):
             return False
         if run.sparse:
@@ -71,12 +71,14 @@ class BucketGuard:
 
     def is_compiled(self) -> bool:
         """Return whether compiled code guards the tensors and reads and writes the scalars."""
-        compiled = type(self.tensors) is Look and type(self.numbers) is Numbers and self.versions.job is not None
+        compiled = (
+            type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO and self.versions.launch is not None
+        )
         return compiled and self._replaced is None
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
-        self.tensors.let_go()
+        self.tensors.release_grads()
 
     def read_scalars(self) -> np.ndarray:
         """Return the scalars: float64 of shape (scalars, parameters)."""
@@ -118,7 +120,7 @@ class OptionsGuard:
 
     @property
     def are_constant(self) -> bool:
-        """Whether options can change by being replaced only."""
+        """Return whether options can change by being replaced only."""
         return self._constant
 
     def same(self, step: StepInput) -> bool:
@@ -177,7 +179,9 @@ class StepCache:
         params = list(_params(step))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
-        return cls(options, groups, params, idle, step.state, items_of([cast("dict[Any, Any]", step.state)]), runs)
+        return cls(
+            options, groups, params, idle, step.state, make_dict_guard([cast("dict[Any, Any]", step.state)]), runs
+        )
 
     def revalidate(self, step: StepInput) -> list[BucketRun] | None:
         """Return the buckets with this step's gradients, or None if anything has changed."""
@@ -244,7 +248,7 @@ def _reusable(run: BucketRun) -> bool:
     if run.sparse and (run.engine is gpu or run.group.get("ema")):
         return False  # averages are none of a sparse update's slots
     stored = run.params if run.sparse else (*run.params, *run.grads())
-    return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or can_hold(_scalars(run)))
+    return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
 
 
 def _scalars(run: BucketRun) -> Iterable[Any]:

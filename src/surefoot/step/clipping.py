@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import measure
+from surefoot.engines.bucket import reduce
 from surefoot.errors import NonFiniteGradientError
-from surefoot.rule import reading
+from surefoot.rule import gradient_rule
 from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
@@ -29,7 +29,7 @@ def _measured(grad: Any) -> Tensor:
         norm = over_all_shards(torch.linalg.vector_norm(grad, dtype=torch.float64))
         return torch.stack([norm.square(), over_all_shards(grad.abs().max())])
     values = gradient_values(grad)
-    return measure(reading().measures, (values, values))
+    return reduce(gradient_rule().reductions, (values, values))
 
 
 def gradient_values(grad: Any) -> Any:

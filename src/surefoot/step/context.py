@@ -26,13 +26,13 @@ class StepContext(threading.local):
 
     def __init__(self, lock: Any) -> None:
         self.lock, self._holds = lock, False
-        self.inside = self.measures = self.skips = False
+        self.inside = self.reductions = self.skips = False
         self.slices: list[ParamSlice] = []
         self.step, self.start = 0, 0.0
 
     def begin(self) -> None:
         """Begin a step of which nothing is known yet."""
-        self.slices, self.skips, self.measures, self.start = [], False, False, perf_counter()
+        self.slices, self.skips, self.reductions, self.start = [], False, False, perf_counter()
 
     def acquire(self) -> None:
         """Wait until no other thread is at the parameters."""

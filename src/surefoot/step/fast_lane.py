@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu
-from surefoot.engines.cpu.tensors import Items, JobSequence, Look, gradients_job, lists_job
-from surefoot.engines.cpu.threads import ONE_THREAD, thread_count
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.step.cache import StepCache
@@ -20,25 +19,26 @@ from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
 from surefoot.step.types import BucketRun
+from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 
 MOST_TENSORS = 2000
 """Tensors for which the fast lane is there: where there are more, several threads guard them faster."""
 
 
 class _Lane:
-    """One bucket in the fast lane: the arrays in which its numbers stand, and the jobs of it."""
+    """One bucket in the fast lane: the arrays in which its numbers stand, and the launches of it."""
 
     def __init__(self, run: BucketRun) -> None:
         guard, plan = run.guard, run.bucket.plan
-        self.run, self.plan, self.job = run, plan, plan.job
+        self.run, self.plan, self.launch = run, plan, plan.launch
         self.kernel = plan.kernel(run.bucket.rule)
-        self.tensors: Look = guard.tensors
-        self.looking, self.releasing = self.tensors.jobs()
+        self.tensors: TensorGuard = guard.tensors
+        self.guarding, self.releasing = self.tensors.launches()
         self.scalar_names = [scalar.name for scalar in run.spec.scalars]
         self.count = len(run.params)
-        self.reading, self.writing, values = guard.numbers.shared_jobs(self.count)
+        self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
         self.values = memoryview(values)
-        self.coefficients = self.job.coefficients
+        self.coefficients = self.launch.coefficients
         self.table = memoryview(self.coefficients.reshape(-1))
         self.settle()
 
@@ -58,7 +58,7 @@ class _Lane:
 
     def is_as_it_was(self) -> bool:
         """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
-        same = self.job.coefficients is self.coefficients and self.plan.row is self.run.shared_row
+        same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
         return same and not self.tensors.is_over  # another thread may have seen a change
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
@@ -74,11 +74,11 @@ class _Lane:
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
 
-    def jobs_after(self, *, with_kernel: bool) -> list[Any]:
+    def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
-        kernel = [(self.kernel.address, self.job.address)] if with_kernel and self.job.items else []
-        scalars = [self.writing, self.run.guard.versions.job] if self.scalar_names else []
-        return [*kernel, self.plan.versions.job, *scalars, self.releasing]
+        kernel = [(self.kernel.address, self.launch.address)] if with_kernel and self.launch.work_items else []
+        scalars = [self.writing, self.run.guard.versions.launch] if self.scalar_names else []
+        return [*kernel, self.plan.versions.launch, *scalars, self.releasing]
 
 
 class FastLane:
@@ -91,19 +91,21 @@ class FastLane:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
         self._cache = weakref.ref(cache)  # which keeps this
         self._lanes = [_Lane(run) for run in cache.runs]
-        idle, self._idle = gradients_job(cache.idle)
-        self._guarded = [cache.items.job, idle]
+        idle, self._idle = gradients_launch(cache.idle)
+        self._guarded = [cache.items.launch, idle]
         for lane in self._lanes:
-            self._guarded += [lane.looking, *([lane.reading] if lane.scalar_names else [])]
+            self._guarded += [lane.guarding, *([lane.reading] if lane.scalar_names else [])]
         self._guard_options()
-        small = all(lane.job.size < ONE_THREAD for lane in self._lanes)
-        self._after = JobSequence([job for lane in self._lanes for job in lane.jobs_after(with_kernel=small)])
+        small = all(lane.launch.size < ONE_THREAD for lane in self._lanes)
+        self._after = LaunchSequence(
+            [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=small)]
+        )
         self._by_itself = [] if small else self._lanes
 
     def _guard_options(self) -> None:
-        self._options = Items([*self._groups, vars(self._stepping.options)])
-        lists, self._lists = lists_job([self._groups, *(group["params"] for group in self._groups)])
-        self._guard = JobSequence([self._options.job, lists, *self._guarded])
+        self._options = DictGuard([*self._groups, vars(self._stepping.options)])
+        lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
+        self._guard = LaunchSequence([self._options.launch, lists, *self._guarded])
 
     def run(
         self,
@@ -156,13 +158,15 @@ class FastLane:
 
     def _update(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         for lane in self._lanes:
-            lane.job.pointers[1] = lane.tensors.gradients
+            lane.launch.pointers[1] = lane.tensors.gradients
             lane.compute(coefficients)
         for lane in self._by_itself:
-            lane.job.launch(lane.kernel, 1 if lane.job.size < ONE_THREAD else min(thread_count(), lane.job.items))
+            lane.launch.start(
+                lane.kernel, 1 if lane.launch.size < ONE_THREAD else min(thread_count(), lane.launch.work_items)
+            )
         if self._after.run():
             for lane in self._lanes:
-                lane.job.raise_if_stopped(lane.kernel)
+                lane.launch.raise_if_stopped(lane.kernel)
 
     def _leave(self, found: int) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
@@ -174,11 +178,11 @@ class FastLane:
 
     def _note(self, *, changed: bool) -> None:
         for lane in self._lanes:
-            lane.tensors.looked(changed=changed)
+            lane.tensors.note(changed=changed)
 
     def _release_held(self) -> None:
         for lane in self._lanes:
-            lane.tensors.let_go()
+            lane.tensors.release_grads()
 
     def _release(self) -> None:
         self._note(changed=False)
@@ -190,7 +194,7 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
     plain = step.grad_scale is None and step.found_inf is None and not step.stepping.options.requested()
     if not plain or step.needs_gradients() or not cache.has_constant_options():
         return None
-    if type(cache.items) is not Items or sum(map(_tensor_count, cache.runs)) > MOST_TENSORS:
+    if type(cache.items) is not DictGuard or sum(map(_tensor_count, cache.runs)) > MOST_TENSORS:
         return None
     return FastLane(step, cache) if _is_fit(cache.runs) else None
 
@@ -205,8 +209,8 @@ def _is_fit(runs: Sequence[BucketRun]) -> bool:
         and not (run.sparse or run.repeats)
         and run.guard.is_compiled()
         and run.slice.fresh is None
-        and not (run.bucket.plan.irregular or run.bucket.plan.checked or run.bucket.rule.measures)
-        and run.bucket.plan.versions.job is not None
+        and not (run.bucket.plan.irregular or run.bucket.plan.checked or run.bucket.rule.reductions)
+        and run.bucket.plan.versions.launch is not None
         and run.bucket.plan.row is run.shared_row
         for run in runs
     )

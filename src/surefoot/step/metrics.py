@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.engines.bucket import measure
+from surefoot.engines.bucket import reduce
 from surefoot.rule import TELEMETRY
 from surefoot.step.clipping import gradient_values, measure_gradients
 from surefoot.step.context import StepContext
@@ -97,7 +97,7 @@ def _sums(context: StepContext, part: ParamSlice) -> Tensor:
 
 @torch.no_grad()
 def _sums_afterwards(context: StepContext, part: ParamSlice) -> Tensor:
-    """Measure by torch's operations what the update has not measured."""
+    """Reduction by torch's operations what the update has not measured."""
     gradients = measure_gradients(part.params) if part.gradients is None else part.gradients
     before = part.params if part.before is None or context.skips else part.before
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
@@ -111,4 +111,4 @@ def _sums_afterwards(context: StepContext, part: ParamSlice) -> Tensor:
 def _square(tensor: Tensor) -> Tensor:
     if is_sharded(tensor):
         return over_all_shards(torch.linalg.vector_norm(tensor, dtype=torch.float64)).square()
-    return measure(TELEMETRY[1:2], (to_local(tensor),))[0]
+    return reduce(TELEMETRY[1:2], (to_local(tensor),))[0]

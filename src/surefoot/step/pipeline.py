@@ -80,19 +80,19 @@ def _prepare(step: StepInput, runs: Sequence[BucketRun]) -> bool:
 
 
 def _measure_and_compute(step: StepInput, runs: Sequence[BucketRun]) -> bool:
-    """Measure the gradients where that is asked for, and compute the numbers; return whether the step is to be made."""
+    """Measure the gradients where asked to, and compute the numbers; return whether the step is to be made."""
     context = step.stepping.context
     context.slices = [run.slice for run in runs]
     for run in runs:
         part = run.slice
         part.gradients, part.clip, part.before, part.fresh = None, 1.0, None, None
-        _bind_metrics(run, wanted=context.measures)
+        _bind_metrics(run, wanted=context.reductions)
         if run.engine is not gpu or not run.sparse:  # rows are gathered for it
             run.engine.prepare(run.bucket)
     if runs and step.needs_gradients():
         for run in runs:
             by_torch = run.sparse or is_sharded(run.params[0])
-            run.slice.gradients = measure_gradients(run.params) if by_torch else run.engine.read(run.bucket)
+            run.slice.gradients = measure_gradients(run.params) if by_torch else run.engine.measure(run.bucket)
         if not clip_or_skip(step, context.slices):
             return False
     for run in runs:
@@ -169,7 +169,7 @@ def finish(step: StepInput) -> Any:
         for part in context.slices:
             if part.fresh is not None:
                 _average(step, part, part.fresh)
-    metrics = step_metrics(step) if context.measures else None
+    metrics = step_metrics(step) if context.reductions else None
     context.slices = []
     return metrics
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from surefoot.engines.looks import items_of, look_at, same_objects
 from surefoot.rule import EMA
 from surefoot.state.check import hyperparameters, validated_gradient
 from surefoot.state.make import discard_state, ensure_state, is_on_device
@@ -17,6 +16,7 @@ from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
+from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.shards import to_local
 
@@ -29,7 +29,7 @@ class PreparedParam(NamedTuple):
     grad: Tensor
     state: dict[str, Any]
     apart: bool = False
-    """Whether its memory is another's too, so that it must be stepped by itself, in its turn."""
+    """Return whether its memory is another's too, so that it must be stepped by itself, in its turn."""
 
 
 def prepare_params(step: StepInput) -> list[PreparedParam]:
@@ -140,11 +140,11 @@ class _Validated:
         captured = any(group.get("capturable") for group in step.groups)
         if not rows or captured or type(step.state) not in (dict, defaultdict):
             return
-        self.guards = [items_of([cast("dict[Any, Any]", step.state)])]
+        self.guards = [make_dict_guard([cast("dict[Any, Any]", step.state)])]
         for names, found in rows.items():
             entries = [entry for _, entry in found]
             columns = ([param for param, _ in found], *([entry[name] for entry in entries] for name in names))
-            self.guards.append(look_at(columns, entries, names, gradients=True))
+            self.guards.append(make_guard(columns, entries, names, gradients=True))
         self._flags = [step.spec.settle_flags(group) for group in step.groups]
         self._params = [list(group["params"]) for group in step.groups]
         self._idle = [param for params in self._params for param in params if param.grad is None]
@@ -166,13 +166,13 @@ class _Validated:
 
     @property
     def has_state(self) -> bool:
-        """Whether all state is there, so that none needs to be made."""
+        """Return whether all state is there, so that none needs to be made."""
         return self.guards is not None
 
 
 def _release(guards: Sequence[Any]) -> None:
     for guard in guards[1:]:
-        guard.let_go()
+        guard.release_grads()
 
 
 def _prepared(
@@ -181,7 +181,7 @@ def _prepared(
     """Yield the parameters of a group; `new` are those whose average is newly initialized."""
     group = part.group
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
-    part.before = [param.detach().clone() for param in part.params] if step.stepping.context.measures else None
+    part.before = [param.detach().clone() for param in part.params] if step.stepping.context.reductions else None
     plain = hyperparameters(group)
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
     for param, grad in zip(part.params, grads, strict=True):

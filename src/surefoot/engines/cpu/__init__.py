@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import torch
 
-from surefoot.engines.bucket import Bucket, obstacles
-from surefoot.engines.cpu.source import storage
+from surefoot.engines.bucket import Bucket, unsupported_reasons
+from surefoot.engines.cpu.source import stores
 
 
 def supports(bucket: Bucket) -> str | None:
-    """Give the reason why a bucket cannot be served, if there is one."""
+    """Return the reason why a bucket cannot be served, if there is one."""
     return next(_reasons(bucket), None)
 
 
 def _reasons(bucket: Bucket) -> Iterator[str]:
     if bucket.device.type != "cpu":
         yield f"parameters are on {bucket.device}, this engine serves the CPU"
-    yield from obstacles(bucket, storage)
+    yield from unsupported_reasons(bucket, stores)
     if not _has_compiler():
         yield "Numba is not installed; pip install numba"
 
@@ -53,8 +53,8 @@ def run_rows(bucket: Bucket) -> bool:
     return dense
 
 
-def read(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+def measure(bucket: Bucket) -> torch.Tensor:
+    """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
     prepare(bucket)
-    measured: torch.Tensor = bucket.plan.read(bucket)
+    measured: torch.Tensor = bucket.plan.measure(bucket)
     return measured

@@ -1,15 +1,15 @@
-"""What a checked kernel verifies of its job before it touches a tensor, and how a violation reads.
+"""What a checked kernel verifies of its launch before it touches a tensor, and how a violation reads.
 
-Checks are printed into the kernel.  All that an item names is checked before its first element is computed: indices
-against the lengths of the job's tables, elements against the live storage behind each pointer.  In `update` the index
-runs over the size of a segment, so that this covers every access and the arithmetic is the same.
+Checks are printed into the kernel.  All that a work item names is checked before its first element is computed: indices
+against the lengths of the launch's tables, elements against the live storage behind each pointer.  In `update` the
+index runs over the size of a segment, so that this covers every access and the arithmetic is the same.
 """
 
 from collections.abc import Mapping, Sequence
 
 VIOLATION = ("violation", "at", "first", "size", "limit")
-"""Slots of a job that tell what is wrong: 0 for nothing, the number of a table of the job, or -1 less that of an array;
-where in it; and what it names, of how much there is."""
+"""Slots of a launch that tell what is wrong: 0 for nothing, the number of a table of the launch, or -1 less that of an
+array; where in it; and what it names, of how much there is."""
 
 _TABLES = {
     "first_segment": "item {at} takes the segments from {first} to {size}, of {limit}",
@@ -19,12 +19,12 @@ _TABLES = {
 
 
 def print_checks(slot: Mapping[str, int], itemsizes: Sequence[int]) -> str:
-    """Print the functions that check an item: `slot` has the number of each slot of the job, by its name."""
-    return _CHECKS.format(slot=slot, itemsizes=tuple(itemsizes), job_size=len(slot), count=len(itemsizes))
+    """Print the functions that check an item: `slot` has the number of each slot of the launch, by its name."""
+    return _CHECKS.format(slot=slot, itemsizes=tuple(itemsizes), launch_size=len(slot), count=len(itemsizes))
 
 
 def explain_violation(violation: Sequence[int], slots: Sequence[str], arrays: Sequence[str]) -> str:
-    """Return what the slots `VIOLATION` of a job tell; `slots` names all of them, `arrays` those of the kernel."""
+    """Return what the slots `VIOLATION` of a launch tell; `slots` names all of them, `arrays` those of the kernel."""
     what, at, first, size, limit = violation
     if what > 0:
         return _TABLES[slots[what]].format(at=at, first=first, size=size, limit=limit)
@@ -34,22 +34,22 @@ def explain_violation(violation: Sequence[int], slots: Sequence[str], arrays: Se
 
 _CHECKS = '''
 @njit(error_model="numpy", nogil=True)
-def violated(job, what, at, first, size, limit):
+def violated(launch, what, at, first, size, limit):
     """Tell what is wrong, unless another thread has told something."""
-    if claim(job + 8 * {slot[status]}) == 0:
-        store(job + 8 * {slot[at]}, at)
-        store(job + 8 * {slot[first]}, first)
-        store(job + 8 * {slot[size]}, size)
-        store(job + 8 * {slot[limit]}, limit)
-        store(job + 8 * {slot[violation]}, what)
+    if atomic_increment(launch + 8 * {slot[status]}) == 0:
+        store(launch + 8 * {slot[at]}, at)
+        store(launch + 8 * {slot[first]}, first)
+        store(launch + 8 * {slot[size]}, size)
+        store(launch + 8 * {slot[limit]}, limit)
+        store(launch + 8 * {slot[violation]}, what)
     return False
 
 
 @njit(error_model="numpy", nogil=True)
-def fits(job, item):
+def fits(launch, item):
     """Return whether all that an item names is there."""
-    slots = carray(pointer(job, int64(0)), {job_size})
-    items, tensors, segments = slots[{slot[items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
+    slots = carray(pointer(launch, int64(0)), {launch_size})
+    items, tensors, segments = slots[{slot[work_items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
     first_segment = carray(pointer(slots[{slot[first_segment]}], int64(0)), items + 1)
     segment_tensor = carray(pointer(slots[{slot[segment_tensor]}], int64(0)), segments)
     segment_start = carray(pointer(slots[{slot[segment_start]}], int64(0)), segments)
@@ -59,18 +59,18 @@ def fits(job, item):
     coefficient_row = carray(pointer(slots[{slot[coefficient_row]}], int64(0)), tensors)
     first, end = first_segment[item], first_segment[item + 1]
     if not 0 <= first <= end <= segments:
-        return violated(job, {slot[first_segment]}, item, first, end, segments)
+        return violated(launch, {slot[first_segment]}, item, first, end, segments)
     for segment in range(first, end):
         tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
         if not 0 <= tensor < tensors:
-            return violated(job, {slot[segment_tensor]}, segment, tensor, 1, tensors)
+            return violated(launch, {slot[segment_tensor]}, segment, tensor, 1, tensors)
         if not 0 <= coefficient_row[tensor] < slots[{slot[rows]}]:
-            return violated(job, {slot[coefficient_row]}, tensor, coefficient_row[tensor], 1, slots[{slot[rows]}])
+            return violated(launch, {slot[coefficient_row]}, tensor, coefficient_row[tensor], 1, slots[{slot[rows]}])
         for array in range({count}):
             place = array * tensors + tensor
             limit = max(limits[place] // {itemsizes}[array], 0) if pointers[place] else 0
             if start < 0 or not 0 <= size <= limit or start > limit - size:
-                return violated(job, -1 - array, tensor, start, size, limit)
+                return violated(launch, -1 - array, tensor, start, size, limit)
     return True
 
 '''

@@ -7,8 +7,8 @@ from surefoot.rule.ops import BY_NAME
 _DIVISION, _MULTIPLICATION = BY_NAME["div"], BY_NAME["mul"]
 
 
-def suited(graph: fx.Graph) -> fx.Graph:
-    """Give a copy of a rule's graph in which coefficients that only ever divide tensors are reciprocals instead.
+def use_reciprocals(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a rule's graph in which coefficients that only ever divide tensors are reciprocals instead.
 
     They are marked with `meta["reciprocal"]`.  The kernel takes the reciprocal in float64, so that the product comes as
     near as a quotient by the rounded coefficient does.
@@ -24,7 +24,7 @@ def suited(graph: fx.Graph) -> fx.Graph:
 
 
 def _divides(node: fx.Node, user: fx.Node) -> bool:
-    """Whether a value is the divisor of a tensor in an operation, and nothing else there."""
+    """Return whether a value is the divisor of a tensor in an operation, and nothing else there."""
     if user.target is not _DIVISION:
         return False
     divided, divisor = user.args

@@ -10,30 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.codegen.compile import STATUS, Kernel
+from surefoot.codegen.threads import ONE_THREAD, run_on_threads, thread_count
 from surefoot.engines.bucket import Bucket
 from surefoot.engines.checked import VARIABLE, checked
 from surefoot.engines.cpu.checks import VIOLATION, explain_violation
-from surefoot.engines.cpu.compile import Kernel, compiled_kernel
-from surefoot.engines.cpu.source import JOB, Layout
-from surefoot.engines.cpu.tensors import Versions
-from surefoot.engines.cpu.threads import ONE_THREAD, run_on_threads, thread_count
+from surefoot.engines.cpu.compile import compiled_kernel
+from surefoot.engines.cpu.source import LAUNCH, Layout
 from surefoot.errors import InternalError, KernelError
-from surefoot.rule import Measure, Rule, reading
+from surefoot.rule import Reduction, Rule, gradient_rule
+from surefoot.storage import format_of
 from surefoot.tensors.gate import admit
+from surefoot.tensors.native.guards import VersionCounters
 
 CHUNK = 16384
 """Elements of one tensor that a kernel works on at a time."""
 _LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
-PIECE = 32768
+TILE = 32768
 """Elements of an irregular tensor that are copied at a time."""
-_NEXT_ITEM, _COEFFICIENTS, _MEASURED, _STATUS, _ROWS, _LIMITS, _ONLY_CHECKS = map(
-    JOB.index, ("next_item", "coefficients", "measured", "status", "rows", "limits", "only_checks")
+_NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS = map(
+    LAUNCH.index, ("next_work_item", "coefficients", "measured", "rows", "limits", "only_checks")
 )
-_VIOLATION = slice(JOB.index(VIOLATION[0]), None)
+_VIOLATION = slice(LAUNCH.index(VIOLATION[0]), None)
 
 
-class Job:
-    """A table of tensors, cut into items, as kernels take it.
+class Launch:
+    """A table of tensors, cut into work items, as kernels take it.
 
     Attributes:
         pointers: addresses of the tensors' arrays: int64 of shape (arrays, tensors).
@@ -47,23 +49,33 @@ class Job:
         self.size = int(sizes.sum())
         self._tensor, start, size = _segments(sizes)
         self._uncut = len(self._tensor) == len(sizes) and bool((sizes > 0).all())
-        first = _items(size)
-        self.items = len(first) - 1
+        first = _work_items(size)
+        self.work_items = len(first) - 1
         self._parts = (first, self._tensor, start, size)
-        addresses = [part.ctypes.data for part in (*self._parts, self.pointers)]
-        numbers = [0, self.items, *addresses, 0, self.rows.ctypes.data, len(sizes), 0, 0, len(size), 0]
-        self._job = np.array(numbers + [0] * (len(JOB) - len(numbers)), dtype=np.int64)
-        self.address = self._job.ctypes.data
-        self._status = memoryview(self._job)[_STATUS : _STATUS + 1]  # type: ignore[arg-type]
+        firsts, tensors, starts, lengths, pointers = (part.ctypes.data for part in (*self._parts, self.pointers))
+        given = {
+            "work_items": self.work_items,
+            "first_segment": firsts,
+            "segment_tensor": tensors,
+            "segment_start": starts,
+            "segment_size": lengths,
+            "pointers": pointers,
+            "coefficient_row": self.rows.ctypes.data,
+            "tensors": len(sizes),
+            "segments": len(self._tensor),
+        }
+        self._launch = np.array([given.get(slot, 0) for slot in LAUNCH], dtype=np.int64)
+        self.address = self._launch.ctypes.data
+        self._status = memoryview(self._launch)[STATUS : STATUS + 1]  # type: ignore[arg-type]
         self.coefficients = np.zeros((0, 0))
 
     def run(
-        self, kernel: Kernel, coefficients: Sequence[Sequence[float]], measures: Sequence[Measure] = ()
+        self, kernel: Kernel, coefficients: Sequence[Sequence[float]], reductions: Sequence[Reduction] = ()
     ) -> np.ndarray:
-        """Run a kernel on all items; `coefficients` has for each row its numbers.
+        """Run a kernel on all work items; `coefficients` has for each row its numbers.
 
         Returns:
-            What it measured: float64 of shape (tensors, measures).
+            What it measured: float64 of shape (tensors, reductions).
 
         Raises:
             KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
@@ -71,16 +83,16 @@ class Job:
         """
         if self.coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
             self.coefficients = np.zeros(shape)
-            self._job[_COEFFICIENTS], self._job[_ROWS] = self.coefficients.ctypes.data, shape[0]
+            self._launch[_COEFFICIENTS], self._launch[_ROWS] = self.coefficients.ctypes.data, shape[0]
         self.coefficients[:] = coefficients
-        measured = np.zeros((len(self._tensor), len(measures)))
-        if self.items:
-            self._job[_MEASURED] = measured.ctypes.data if measures else 0
+        measured = np.zeros((len(self._tensor), len(reductions)))
+        if self.work_items:
+            self._launch[_MEASURED] = measured.ctypes.data if reductions else 0
             if kernel.checked:
                 self._check(kernel)
-            threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.items)
-            self.launch(kernel, threads)
-        return measured if self._uncut else combined(measures, measured, self._tensor, len(self.rows))
+            threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
+            self.start(kernel, threads)
+        return measured if self._uncut else combined(reductions, measured, self._tensor, len(self.rows))
 
     def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
         """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
@@ -88,20 +100,20 @@ class Job:
         self.limits[:] = np.where(offset >= 0, available - offset, 0)
 
     def _check(self, kernel: Kernel) -> None:
-        """Let a checked kernel verify all items and compute none."""
-        self._job[_LIMITS], self._job[_ONLY_CHECKS] = self.limits.ctypes.data, 1
+        """Let a checked kernel verify all work items and compute none."""
+        self._launch[_LIMITS], self._launch[_ONLY_CHECKS] = self.limits.ctypes.data, 1
         try:
-            self.launch(kernel, 1)
+            self.start(kernel, 1)
         finally:
-            self._job[_ONLY_CHECKS] = 0
+            self._launch[_ONLY_CHECKS] = 0
 
-    def launch(self, kernel: Kernel, threads: int) -> None:
-        """Run a kernel on all items with the coefficients that are there.
+    def start(self, kernel: Kernel, threads: int) -> None:
+        """Run a kernel on all work items with the coefficients that are there.
 
         Raises:
             KernelError: an error has stopped it.
         """
-        self._job[_NEXT_ITEM] = 0
+        self._launch[_NEXT_WORK_ITEM] = 0
         run_on_threads(kernel.address, self.address, threads)
         self.raise_if_stopped(kernel)
 
@@ -112,10 +124,11 @@ class Job:
 
     def _error(self, kernel: Kernel) -> KernelError:
         """Return what to raise for a kernel that was stopped, and be ready for another."""
-        status, violation, only_checked = self._job[_STATUS], self._job[_VIOLATION].tolist(), self._job[_ONLY_CHECKS]
-        reason = explain_violation(violation, JOB, kernel.arrays) if violation[0] else f"an error (status {status})"
+        status, only_checked = self._launch[STATUS], self._launch[_ONLY_CHECKS]
+        violation = self._launch[_VIOLATION].tolist()
+        reason = explain_violation(violation, LAUNCH, kernel.arrays) if violation[0] else f"an error (status {status})"
         written = "none of its tensors is changed" if only_checked else "its tensors may be updated in part"
-        self._job[_STATUS] = self._job[_VIOLATION] = 0
+        self._launch[STATUS] = self._launch[_VIOLATION] = 0
         help_ = "" if kernel.checked else f"; with {VARIABLE}=1 kernels tell more"
         return KernelError(
             f"kernel {kernel.name} was stopped by {reason}; {written}, those that were updated before are, and those "
@@ -123,21 +136,21 @@ class Job:
         )
 
 
-def combined(measures: Sequence[Measure], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+def combined(reductions: Sequence[Reduction], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
     """Put together what was measured of parts, in their order, whoever measured them.
 
     Args:
-        measures: what was measured.
-        parts: of shape (parts, measures).
+        reductions: what was measured.
+        parts: of shape (parts, reductions).
         owner: for each part the number of what it belongs to, ascending.
         count: how many owners there are.
     """
-    result = np.zeros((count, len(measures)))
+    result = np.zeros((count, len(reductions)))
     if not parts.size:
         return result
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    for column, measure in enumerate(measures):
-        combine = np.maximum if measure.kind == "largest" else np.add
+    for column, reduction in enumerate(reductions):
+        combine = np.maximum if reduction.kind == "largest" else np.add
         with np.errstate(invalid="ignore"):  # NaN is an answer here
             result[owner[starts], column] = combine.reduceat(parts[:, column], starts)
     return result
@@ -153,8 +166,8 @@ def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tensor, start, np.minimum(CHUNK, sizes[tensor] - start)
 
 
-def _items(sizes: np.ndarray) -> np.ndarray:
-    """Group consecutive segments into items, which a thread takes at a time: first segment of each, and the end.
+def _work_items(sizes: np.ndarray) -> np.ndarray:
+    """Group consecutive segments into work items, which a thread takes at a time: first segment of each, and the end.
 
     Long items stream through memory better, many short ones leave no thread idle.
     """
@@ -170,14 +183,14 @@ class Plan:
 
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
-        self._compute, self._stored = bucket.compute_dtype, arrays.dtypes
+        self._compute, self._stored = bucket.compute_dtype, tuple(map(format_of, arrays.dtypes))
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
-        self.job = Job(len(arrays.addresses), arrays.sizes[self.regular])
-        self.job.pointers[:] = arrays.addresses[:, self.regular]
+        self.launch = Launch(len(arrays.addresses), arrays.sizes[self.regular])
+        self.launch.pointers[:] = arrays.addresses[:, self.regular]
         self._kernels: dict[Rule, Kernel] = {}
         self.row: np.ndarray | None = None
         self.checked = checked()
-        self.versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
+        self.versions = VersionCounters([*bucket.params, *chain.from_iterable(bucket.slots)])
 
     def kernel(self, rule: Rule) -> Kernel:
         """Return the kernel of a rule."""
@@ -197,50 +210,50 @@ class Plan:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
         numbers = numbers_of(bucket)
         if self.row is not bucket.row:
-            self.row, self.job.rows[:] = bucket.row, self._regular(bucket.row)
+            self.row, self.launch.rows[:] = bucket.row, self._regular(bucket.row)
         self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
 
-    def read(self, bucket: Bucket) -> Tensor | None:
+    def measure(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
-        self.row, self.job.rows[:] = None, 0
-        self.prepare(reading())
-        return self._run(reading(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
+        self.row, self.launch.rows[:] = None, 0
+        self.prepare(gradient_rule())
+        return self._run(gradient_rule(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
         arrays, kernel = 2 + len(rule.slots), self._kernels[rule]
         if bucket.gradient_addresses is None:
             raise InternalError("a kernel was run on gradients that no guard has seen")
-        self.job.pointers[1] = self._regular(bucket.gradient_addresses)
+        self.launch.pointers[1] = self._regular(bucket.gradient_addresses)
         if kernel.checked:
             now = bucket.arrays()
-            self.job.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
-        measured = self.job.run(kernel, numbers, rule.measures)
+            self.launch.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
+        measured = self.launch.run(kernel, numbers, rule.reductions)
         if self.irregular:
-            regular, measured = measured, np.zeros((len(bucket.params), len(rule.measures)))
+            regular, measured = measured, np.zeros((len(bucket.params), len(rule.reductions)))
             measured[self.regular] = regular
         for index in self.irregular:
             tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)][:arrays]
             row = int(rows[index])
             parts = [
-                _run_piece(kernel, views, numbers[row : row + 1], rule.measures) for views in pieces(tensors, PIECE)
+                _run_tile(kernel, views, numbers[row : row + 1], rule.reductions) for views in tiles(tensors, TILE)
             ]
             if parts:
-                measured[index] = combined(rule.measures, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
-        return torch.from_numpy(measured) if rule.measures else None
+                measured[index] = combined(rule.reductions, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
+        return torch.from_numpy(measured) if rule.reductions else None
 
 
-def _run_piece(
-    kernel: Kernel, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], measures: Sequence[Measure]
+def _run_tile(
+    kernel: Kernel, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], reductions: Sequence[Reduction]
 ) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
     arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
-    job = Job(len(copies), arrays.sizes)
-    job.pointers[:] = arrays.addresses
+    launch = Launch(len(copies), arrays.sizes)
+    launch.pointers[:] = arrays.addresses
     if kernel.checked:
-        job.set_limits(arrays.addresses, arrays.available)
-    measured = job.run(kernel, numbers, measures)
+        launch.set_limits(arrays.addresses, arrays.available)
+    measured = launch.run(kernel, numbers, reductions)
     for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
         if position != 1 and copy.data_ptr() != view.data_ptr():
             view.copy_(copy)
@@ -249,12 +262,12 @@ def _run_piece(
 
 
 def numbers_of(bucket: Bucket) -> list[list[float]]:
-    """Give the bucket's coefficients as kernels take them, a row for each set of them."""
+    """Return the bucket's coefficients as kernels take them, a row for each set of them."""
     names = bucket.rule.coefficients
     return [[float(row[name]) for name in names] for row in bucket.coefficients]
 
 
-def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
+def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     """Cut tensors of one shape into views of at most `most` elements, along the first tensor's widest strides."""
     first = tensors[0]
     if first.numel() == 0:
@@ -265,4 +278,4 @@ def pieces(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     dimension = max((d for d in range(first.dim()) if first.size(d) > 1), key=first.stride)
     half = first.size(dimension) // 2
     for start, length in ((0, half), (half, first.size(dimension) - half)):
-        yield from pieces([tensor.narrow(dimension, start, length) for tensor in tensors], most)
+        yield from tiles([tensor.narrow(dimension, start, length) for tensor in tensors], most)

@@ -8,24 +8,25 @@ import torch
 from torch import fx
 
 from surefoot.engines.cpu.checks import VIOLATION, print_checks
-from surefoot.engines.cpu.passes import suited
+from surefoot.engines.cpu.passes import use_reciprocals
 from surefoot.engines.expressions import COMMON
-from surefoot.rule import Measure, Rule
+from surefoot.rule import Reduction, Rule
+from surefoot.storage import Format, format_of
 
-# Slots of the job that a kernel is handed: addresses and counts, each an int64.
-JOB = ("next_item", "items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
-       "coefficients", "coefficient_row", "tensors", "measured", "status", "segments", "rows", "limits",
-       "only_checks", *VIOLATION)  # fmt: skip
+# Slots of the launch that a kernel is handed: addresses and counts, each an int64.
+LAUNCH = ("next_work_item", "status", "work_items", "first_segment", "segment_tensor", "segment_start", "segment_size",
+          "pointers", "coefficients", "coefficient_row", "tensors", "measured", "segments", "rows", "limits",
+          "only_checks", *VIOLATION)  # fmt: skip
 
 _AHEAD, _FETCHED = 2, 128
 """How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
 
-# For each dtype of storage: the Numba type of an element, and how to load it into and store it from arithmetic.
-_STORAGE: dict[torch.dtype, tuple[str, str, str]] = {
-    torch.float32: ("float32", "real({0})", "float32({0})"),
-    torch.float64: ("float64", "real({0})", "float64({0})"),
-    torch.bfloat16: ("uint16", "real(from_bfloat16({0}))", "to_bfloat16(float32({0}))"),
-    torch.float16: ("uint16", "real(from_half({0}))", "to_half(float32({0}))"),
+# For each format: the Numba type of an element, and how to load it into and store it from arithmetic.
+_STORAGE: dict[Format, tuple[str, str, str]] = {
+    format_of(torch.float32): ("float32", "real({0})", "float32({0})"),
+    format_of(torch.float64): ("float64", "real({0})", "float64({0})"),
+    format_of(torch.bfloat16): ("uint16", "real(from_bfloat16({0}))", "to_bfloat16(float32({0}))"),
+    format_of(torch.float16): ("uint16", "real(from_half({0}))", "to_half(float32({0}))"),
 }
 
 _EXPRESSIONS: dict[str, str] = COMMON | {
@@ -49,9 +50,9 @@ _EXPRESSIONS: dict[str, str] = COMMON | {
 }
 
 
-def storage(dtype: torch.dtype) -> bool:
-    """Whether kernels can load and store a dtype."""
-    return dtype in _STORAGE
+def stores(kept: Format) -> bool:
+    """Return whether kernels can load and store a format."""
+    return kept in _STORAGE
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,24 @@ class Layout:
 
     Attributes:
         compute: dtype of the arithmetic, float32 or float64.
-        stored: dtypes of param, grad and the slots, in this order.
+        stored: formats of param, grad and the slots, in this order.
     """
 
     compute: torch.dtype
-    stored: tuple[torch.dtype, ...]
+    stored: tuple[Format, ...]
 
 
 def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     """Print the source of a rule's kernel; one that is checked verifies every item before it computes it."""
-    graph = suited(rule.graph)
+    graph = use_reciprocals(rule.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     arrays = [_identifier(node) for node in inputs]
     numbers = [f"c_{name}" for name in rule.coefficients]
-    measured = _measured(graph, rule.measures, len(inputs) - 1, layout)
+    measured = _measured(graph, rule.reductions, len(inputs) - 1, layout)
     body = "\n".join(f"        {line}" for line in [*_body(graph, inputs, layout.stored), *measured.body])
-    stored = ", ".join(f"{array} {dtype}" for array, dtype in zip(arrays, layout.stored, strict=True))
+    stored = ", ".join(f"{array} {kept.name}" for array, kept in zip(arrays, layout.stored, strict=True))
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
-    slot = {name: index for index, name in enumerate(JOB)}
+    slot = {name: index for index, name in enumerate(LAUNCH)}
     return _TEMPLATE.format(
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
         real=str(layout.compute).removeprefix("torch."),
@@ -87,9 +88,9 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
         results=", ".join(measured.results),
         count=len(arrays),
         coefficient_count=len(numbers),
-        job_size=len(JOB),
+        launch_size=len(LAUNCH),
         slot=slot,
-        checks=print_checks(slot, [dtype.itemsize for dtype in layout.stored]) if checked else "",
+        checks=print_checks(slot, [kept.itemsize for kept in layout.stored]) if checked else "",
         check=_CHECK.format(slot=slot) if checked else "",
         views="\n".join(
             f"            {a} = carray(pointer(pointers[{i} * tensors + tensor] + start * {d.itemsize}, "
@@ -98,39 +99,39 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
         ),
         fetch="" if checked else _print_fetch(layout.stored),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
-        measure_count=len(rule.measures),
+        measure_count=len(rule.reductions),
         keep="\n".join(
-            f"            measured[segment * {len(rule.measures)} + {index}] = result[{index}]"
-            for index in range(len(rule.measures))
+            f"            measured[segment * {len(rule.reductions)} + {index}] = result[{index}]"
+            for index in range(len(rule.reductions))
         ),
         arguments=", ".join([*arrays, "size", *_numbers(graph, rule.coefficients)]),
     )
 
 
-def _print_fetch(stored: tuple[torch.dtype, ...]) -> str:
+def _print_fetch(stored: tuple[Format, ...]) -> str:
     """Print the lines that begin to load a later segment."""
     fetches = "\n".join(
-        f"                    prefetch(pointers[{i} * tensors + tensor] + start * {dtype.itemsize} + line)"
-        for i, dtype in enumerate(stored)
+        f"                    prefetch(pointers[{i} * tensors + tensor] + start * {kept.itemsize} + line)"
+        for i, kept in enumerate(stored)
     )
     return _FETCH.format(ahead=_AHEAD, fetched=_FETCHED, fetches=fetches)
 
 
-def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[torch.dtype, ...]) -> list[str]:
+def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[Format, ...]) -> list[str]:
     """Print the loop's body: loads, operations, stores."""
     lines = []
-    for node, dtype in zip(inputs, stored, strict=True):
+    for node, kept in zip(inputs, stored, strict=True):
         name = _identifier(node)
-        lines.append(f"{name} = {_STORAGE[dtype][1].format(f'{name}_[i]')}")
+        lines.append(f"{name} = {_STORAGE[kept][1].format(f'{name}_[i]')}")
     for node in graph.nodes:
         if node.op == "call_function":
             expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args))
             lines.append(f"{_identifier(node)} = {expression}")
     results = next(iter(reversed(graph.nodes))).args[0]
     own = [(inputs[0], stored[0]), *zip(inputs[2:], stored[2:], strict=True)]
-    for (target, dtype), result in zip(own, results, strict=False):
+    for (target, kept), result in zip(own, results, strict=False):
         if result is not target:
-            lines.append(f"{_identifier(target)}_[i] = {_STORAGE[dtype][2].format(_identifier(result))}")
+            lines.append(f"{_identifier(target)}_[i] = {_STORAGE[kept][2].format(_identifier(result))}")
     return lines
 
 
@@ -149,23 +150,23 @@ _BITS = {
 """For each dtype of arithmetic: the type of its bit patterns, those of absolute values, infinity."""
 
 
-def _measured(graph: fx.Graph, measures: tuple[Measure, ...], stored: int, layout: Layout) -> _Measured:
+def _measured(graph: fx.Graph, reductions: tuple[Reduction, ...], stored: int, layout: Layout) -> _Measured:
     """Print what is measured.  Absolute values are compared as bit patterns, among which NaN is the greatest."""
     bits, mask, infinity = _BITS[layout.compute]
     printed = _Measured([], [], [])
     values = next(iter(reversed(graph.nodes))).args[0][stored:]
-    for index, (measure, value) in enumerate(zip(measures, map(_identifier, values), strict=True)):
+    for index, (reduction, value) in enumerate(zip(reductions, map(_identifier, values), strict=True)):
         total, magnitude = f"measure{index}", f"{bits}(as_{bits}({value}) & {bits}({mask}))"
-        if measure.kind == "strange":
+        if reduction.kind == "nonfinite":
             printed.starts.append(f"{total} = {bits}(0)")
             printed.body.append(f"{total} = {bits}({total} + {bits}({magnitude} >= {bits}({infinity})))")
             printed.results.append(f"float64({total})")
-        elif measure.kind == "largest":
+        elif reduction.kind == "largest":
             printed.starts.append(f"{total} = {bits}(0)")
             printed.body.append(f"{total} = max({total}, {magnitude})")
             printed.results.append(f"float64(as_{bits.replace('uint', 'float')}({total}))")
         else:
-            real = "float64" if measure.precise else "real"
+            real = "float64" if reduction.precise else "real"
             printed.starts.append(f"{total} = {real}(0)")
             printed.body.append(f"{total} = plus_square({total}, {real}({value}))")
             printed.results.append(f"float64({total})")
@@ -196,15 +197,13 @@ import math
 
 from numba import carray, cfunc, float32, float64, int64, njit, types, uint16, uint32, uint64
 
-from surefoot.engines.cpu.intrinsics import (
-    as_float32, as_float64, as_uint32, as_uint64, claim, from_half, narrow_vectors, plus_square, pointer, prefetch,
-    store, to_half
+from surefoot.codegen.intrinsics import (
+    as_float32, as_float64, as_uint32, as_uint64, atomic_increment, from_half, narrow_vectors, plus_square, pointer,
+    prefetch, store, to_half
 )
-from surefoot.engines.cpu.formats import from_bfloat16, to_bfloat16
+from surefoot.codegen.conversions import from_bfloat16, to_bfloat16
 
 real = {real}
-STATUS = {slot[status]}
-
 
 @njit(error_model="numpy", fastmath={{"contract"}}, nogil=True)
 def update({parameters}):
@@ -216,11 +215,11 @@ def update({parameters}):
 
 {checks}
 @cfunc(types.void(types.int64), error_model="numpy", fastmath={{"contract"}})
-def kernel(job):
-    """Update the tensors of a job; any number of threads may run it on the same job at once."""
+def kernel(launch):
+    """Update the tensors of a launch; any number of threads may run it on the same launch at once."""
     narrow_vectors()
-    slots = carray(pointer(job, int64(0)), {job_size})
-    items, tensors, segments = slots[{slot[items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
+    slots = carray(pointer(launch, int64(0)), {launch_size})
+    items, tensors, segments = slots[{slot[work_items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
     first_segment = carray(pointer(slots[{slot[first_segment]}], int64(0)), items + 1)
     segment_tensor = carray(pointer(slots[{slot[segment_tensor]}], int64(0)), segments)
     segment_start = carray(pointer(slots[{slot[segment_start]}], int64(0)), segments)
@@ -229,7 +228,7 @@ def kernel(job):
     coefficient_row = carray(pointer(slots[{slot[coefficient_row]}], int64(0)), tensors)
     coefficients = carray(pointer(slots[{slot[coefficients]}], float64(0)), {coefficient_count} * slots[{slot[rows]}])
     measured = carray(pointer(slots[{slot[measured]}], float64(0)), {measure_count} * segments)
-    item = claim(job)
+    item = atomic_increment(launch)
     while item < items:
 {check}        for segment in range(first_segment[item], first_segment[item + 1]):
 {fetch}            tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
@@ -237,7 +236,7 @@ def kernel(job):
 {views}
             result = update({arguments})
 {keep}
-        item = claim(job)
+        item = atomic_increment(launch)
 '''
 
 _FETCH = """\
@@ -248,9 +247,9 @@ _FETCH = """\
 """
 
 _CHECK = """\
-        if not fits(job, item):
+        if not fits(launch, item):
             return
         if slots[{slot[only_checks]}]:
-            item = claim(job)
+            item = atomic_increment(launch)
             continue
 """

@@ -6,15 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.codegen.compile import Kernel
 from surefoot.engines.bucket import Bucket
 from surefoot.engines.checked import checked
-from surefoot.engines.cpu.compile import Kernel, compiled_kernel
-from surefoot.engines.cpu.plan import Job, combined, numbers_of
+from surefoot.engines.cpu.compile import compiled_kernel
+from surefoot.engines.cpu.plan import Launch, combined, numbers_of
 from surefoot.engines.cpu.source import Layout
-from surefoot.engines.cpu.tensors import Versions
 from surefoot.rule import Rule
+from surefoot.storage import format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import bytes_available
+from surefoot.tensors.native.guards import VersionCounters
 from surefoot.tensors.shards import to_local
 
 
@@ -44,8 +46,8 @@ class RowsPlan:
             [math.prod(param.shape[d:]) for param, d in zip(bucket.params, leading, strict=True)], dtype=np.int64
         )
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
-        self._layout = Layout(bucket.compute_dtype, (param, grad.to_real(), *slots))
-        self._versions = Versions([tensor for tensors in self._arrays for tensor in tensors])
+        self._layout = Layout(bucket.compute_dtype, tuple(map(format_of, (param, grad, *slots))))
+        self._versions = VersionCounters([tensor for tensors in self._arrays for tensor in tensors])
 
     def _admit(self) -> Arrays:
         slots, row_name = self._names
@@ -61,26 +63,28 @@ class RowsPlan:
         values = [to_local(grad.values()).contiguous() for grad in bucket.grads]
         counts = [index.shape[1] for index in at]
         owner = np.repeat(np.arange(len(counts)), counts)
-        job = Job(2 + len(bucket.slots), self._sizes[owner])
-        job.rows[:] = bucket.row[owner]
-        for place, starts, strides in zip((0, *range(2, len(job.pointers))), self._starts, self._strides, strict=True):
+        launch = Launch(2 + len(bucket.slots), self._sizes[owner])
+        launch.rows[:] = bucket.row[owner]
+        for place, starts, strides in zip(
+            (0, *range(2, len(launch.pointers))), self._starts, self._strides, strict=True
+        ):
             np.concatenate(
                 [start + stride @ index for start, stride, index in zip(starts, strides, at, strict=True)],
-                out=job.pointers[place],
+                out=launch.pointers[place],
             )
-        np.concatenate([_each_row(value) for value in values], out=job.pointers[1])
+        np.concatenate([_each_row(value) for value in values], out=launch.pointers[1])
         if self._kernel.checked:
             now, of_values = self._admit(), [[(value.data_ptr(), bytes_available(value)) for value in values]]
             here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, owner]
-            job.set_limits(here[..., 0], here[..., 1])
+            launch.set_limits(here[..., 0], here[..., 1])
         self._versions.count()
-        measured = job.run(self._kernel, numbers_of(bucket), rule.measures)
-        if rule.measures:
-            bucket.measured = torch.from_numpy(combined(rule.measures, measured, owner, len(counts)))
+        measured = launch.run(self._kernel, numbers_of(bucket), rule.reductions)
+        if rule.reductions:
+            bucket.measured = torch.from_numpy(combined(rule.reductions, measured, owner, len(counts)))
 
 
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
-    """Whether what stands behind each index of the leading dimensions is contiguous."""
+    """Return whether what stands behind each index of the leading dimensions is contiguous."""
     return tensor.numel() == 0 or tensor[(0,) * leading].is_contiguous()
 
 
@@ -89,6 +93,6 @@ def _bytes_between_rows(tensor: Tensor, leading: int) -> np.ndarray:
 
 
 def _each_row(values: Tensor) -> np.ndarray:
-    """Give the addresses of a contiguous tensor's rows."""
+    """Return the addresses of a contiguous tensor's rows."""
     bytes_of_row = values.element_size() * math.prod(values.shape[1:])
     return values.data_ptr() + bytes_of_row * np.arange(len(values))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from surefoot.engines.bucket import Bucket, obstacles
-from surefoot.engines.gpu.source import storage
+from surefoot.engines.bucket import Bucket, unsupported_reasons
+from surefoot.engines.gpu.source import stores
 
 DEVICES = ("cuda", "xpu")
 """Device types that Triton serves; "cuda" is AMD's too."""
@@ -20,23 +20,23 @@ _OLDEST_NVIDIA = (8, 0)
 
 
 def supports(bucket: Bucket) -> str | None:
-    """Give the reason why a bucket cannot be served, if there is one."""
+    """Return the reason why a bucket cannot be served, if there is one."""
     return next(_reasons(bucket), None)
 
 
 def _reasons(bucket: Bucket) -> Iterator[str]:
     if bucket.device.type not in DEVICES:
         yield f"parameters are on {bucket.device}, this engine serves {' and '.join(DEVICES)}"
-    yield from obstacles(bucket, storage)
+    yield from unsupported_reasons(bucket, stores)
     if importlib.util.find_spec("triton") is None:
         yield "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
-    if (complaint := _complaint(bucket.device)) is not None:
+    if (complaint := _unsupported_reason(bucket.device)) is not None:
         yield complaint
 
 
 @functools.cache
-def _complaint(device: torch.device) -> str | None:
-    """Give the reason why Triton cannot serve a device, or nothing here."""
+def _unsupported_reason(device: torch.device) -> str | None:
+    """Return the reason why Triton cannot serve a device, or nothing here."""
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST_NVIDIA:
@@ -69,8 +69,8 @@ def run(bucket: Bucket) -> None:
     bucket.plan.run(bucket)
 
 
-def read(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, measures of `rule.reading`)."""
+def measure(bucket: Bucket) -> torch.Tensor:
+    """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
     prepare(bucket)
-    measured: torch.Tensor = bucket.plan.read(bucket)
+    measured: torch.Tensor = bucket.plan.measure(bucket)
     return measured

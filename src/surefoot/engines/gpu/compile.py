@@ -12,16 +12,17 @@ import triton
 
 from surefoot.engines.gpu.source import Dialect, print_kernel
 from surefoot.rule import Rule
+from surefoot.storage import Format
 
 
 def dialect_of(device: torch.device) -> Dialect:
-    """Give the dialect that a device is spoken to in."""
+    """Return the dialect that a device is spoken to in."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return Dialect.PTX if nvidia and not triton.knobs.runtime.interpret else Dialect.PORTABLE
 
 
 @functools.cache
-def load(rule: Rule, compute: torch.dtype, stored: tuple[torch.dtype, ...], dialect: Dialect) -> Any:
+def load(rule: Rule, compute: torch.dtype, stored: tuple[Format, ...], dialect: Dialect) -> Any:
     """Make the kernel of a rule, once in this process; Triton compiles it when it is first launched."""
     return define(print_kernel(rule, compute, stored, dialect), rule.name.lower())
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from surefoot.engines.gpu.compile import jitted
-from surefoot.rule import Measure
+from surefoot.rule import Reduction
 
 _BLOCK = 1024
 
@@ -39,16 +39,16 @@ def combine(parts, firsts, results, chunks, LARGEST: tl.constexpr, BLOCK: tl.con
         tl.store(result, tl.sum(total, axis=0))
 
 
-def combined(measures: Sequence[Measure], parts: Tensor, firsts: Tensor) -> Tensor:
-    """Give what was measured of each tensor: float64 of shape (tensors, measures).
+def combined(reductions: Sequence[Reduction], parts: Tensor, firsts: Tensor) -> Tensor:
+    """Return what was measured of each tensor: float64 of shape (tensors, reductions).
 
     Args:
-        measures: what was measured.
-        parts: of each chunk: float64 of shape (measures, chunks).
+        reductions: what was measured.
+        parts: of each chunk: float64 of shape (reductions, chunks).
         firsts: for each tensor the number of its first chunk, and at last the number of chunks: int64.
     """
-    results = torch.empty((len(firsts) - 1, len(measures)), dtype=torch.float64, device=parts.device)
-    largest = sum(1 << index for index, measure in enumerate(measures) if measure.kind == "largest")
+    results = torch.empty((len(firsts) - 1, len(reductions)), dtype=torch.float64, device=parts.device)
+    largest = sum(1 << index for index, reduction in enumerate(reductions) if reduction.kind == "largest")
     kernel: Any = jitted(combine, "chunks")
     kernel[tuple(results.shape)](parts, firsts, results, parts.shape[1], LARGEST=largest, BLOCK=_BLOCK)
     return results

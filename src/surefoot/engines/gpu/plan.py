@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from surefoot.engines.bucket import Bucket, Coefficients, EachParameter
-from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import dialect_of, load
 from surefoot.engines.gpu.measured import combined
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 from surefoot.errors import InternalError
-from surefoot.rule import Rule, reading
+from surefoot.rule import Rule, gradient_rule
+from surefoot.storage import format_of
 from surefoot.tensors.gate import admit
 from surefoot.tensors.memory import is_dense, same_dense_layout
+from surefoot.tensors.native.guards import VersionCounters
 
 
 class Launch(NamedTuple):
@@ -53,7 +54,7 @@ def chunks_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
 
 
 def firsts_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
-    """Give for each tensor the number of its first chunk, and at last the number of all chunks."""
+    """Return for each tensor the number of its first chunk, and at last the number of all chunks."""
     return np.concatenate([[0], np.cumsum(-(-sizes // chunk))]).astype(np.int64)
 
 
@@ -64,12 +65,12 @@ class Plan:
 
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
-        self._stored, sizes = arrays.dtypes, arrays.sizes
+        self._stored, sizes = tuple(map(format_of, arrays.dtypes)), arrays.sizes
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._dialect = dialect_of(bucket.device)
-        self._launch = LAUNCH[max(dtype.itemsize for dtype in self._stored)]
+        self._launch = LAUNCH[max(kept.itemsize for kept in self._stored)]
         self.irregular = np.flatnonzero(~arrays.flat).tolist()
-        self._versions = Versions([*bucket.params, *chain.from_iterable(bucket.slots)])
+        self._versions = VersionCounters([*bucket.params, *chain.from_iterable(bucket.slots)])
         self._entries = np.array([*arrays.addresses, sizes, np.zeros_like(sizes)])
         # A step sends addresses twice if it reads gradients before the update.
         sends = 2 if bucket.options.get("capturable") else 0
@@ -93,20 +94,20 @@ class Plan:
             self._note_stream(numbers)
         self._versions.count()
 
-    def read(self, bucket: Bucket) -> Tensor | None:
+    def measure(self, bucket: Bucket) -> Tensor | None:
         """Measure the bucket's gradients and leave everything as it is."""
         with on(self._device), torch.no_grad():
             lent = list(self._lend(bucket, (bucket.params, bucket.grads)))
             self._table.update(self._entries)
-            measured = self._start(reading(), None, None)
+            measured = self._start(gradient_rule(), None, None)
             self._note_stream()
         del lent  # copies that were read
         return measured
 
     def _start(self, rule: Rule, numbers: Tensor | None, found_inf: Tensor | None) -> Tensor | None:
         """Launch the kernel of a rule; give what it measures of each tensor."""
-        count, measures = len(self._chunks), rule.measures
-        parts = torch.empty((len(measures), count), dtype=torch.float64, device=self._device) if measures else None
+        count, reductions = len(self._chunks), rule.reductions
+        parts = torch.empty((len(reductions), count), dtype=torch.float64, device=self._device) if reductions else None
         if count:
             load(rule, self._compute, self._stored, self._dialect)[(count,)](
                 self._table.there,
@@ -122,7 +123,7 @@ class Plan:
                 # As the CPU engine: a product may be added without being rounded first, and nothing else.
                 enable_fp_fusion=True,
             )
-        return None if parts is None else combined(measures, parts, self._firsts)
+        return None if parts is None else combined(reductions, parts, self._firsts)
 
     def _note_stream(self, *numbers: Tensor) -> None:
         """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""
@@ -133,10 +134,10 @@ class Plan:
             for tensor in memory:
                 tensor.record_stream(stream)
 
-    # Numbers
+    # ScalarIO
 
     def _send_numbers(self, coefficients: Sequence[Coefficients], row: np.ndarray) -> Tensor:
-        """Give the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic.
+        """Return the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic.
 
         Tensors among them are on the device already, and the same for all rows.
         """
@@ -202,7 +203,7 @@ def _stream(device: torch.device) -> Any:
 
 
 def laid_out_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give tensors of one shape in the layout of the first, or contiguous if that has gaps, as copies where needed."""
+    """Return tensors of one shape in the first's layout, or contiguous if that has gaps, as copies where needed."""
     first = tensors[0] if is_dense(tensors[0]) else tensors[0].contiguous()
     return [
         first,

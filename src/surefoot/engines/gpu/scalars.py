@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from surefoot.engines.cpu.tensors import Versions
 from surefoot.engines.gpu.compile import jitted
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 from surefoot.tensors.gate import admit
+from surefoot.tensors.native.guards import VersionCounters
 
 _BLOCK = 256
 
@@ -49,10 +49,10 @@ class Scattered:
         self._device, self._wide = tensors[0].device, tensors[0].dtype is torch.float64
         self._pointers = admit([tensors], [""], "scalar state {}".format).addresses[0]
         self._table = Table(self._pointers, self._device, for_graphs=1)
-        self._count, self._versions = len(tensors), Versions(tensors)
+        self._count, self._versions = len(tensors), VersionCounters(tensors)
 
     def read(self) -> Tensor:
-        """Give the numbers: float64 of shape (tensors,)."""
+        """Return the numbers: float64 of shape (tensors,)."""
         self._table.update(self._pointers)
         if capturing(self._device):
             keep_for_graphs(self._table.there)

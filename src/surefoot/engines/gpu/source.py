@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from surefoot.engines.expressions import COMMON
-from surefoot.rule import Measure, Rule
+from surefoot.rule import Reduction, Rule
+from surefoot.storage import Format, format_of
 
 
 class Dialect(Enum):
@@ -30,14 +31,14 @@ ALIGNMENT = 16
 LANES = 8
 """Elements of which an end must have a multiple to be moved in such accesses: 16 bytes of the smallest dtype."""
 
-# For each dtype of storage: Triton's name, and how values are loaded from it and stored into it, by dialect.
+# For each format: Triton's name, and how values are loaded from it and stored into it, by dialect.
 _PLAIN = ("{0}.to({real})", "{0}.to({stored})")
 _HALF = ("{0}.to({real})", "{0}.to(tl.float32).to({stored})")
-_STORAGE: dict[torch.dtype, tuple[str, dict[Dialect, tuple[str, str]]]] = {
-    torch.float32: ("tl.float32", dict.fromkeys(Dialect, _PLAIN)),
-    torch.float64: ("tl.float64", dict.fromkeys(Dialect, _PLAIN)),
-    torch.float16: ("tl.float16", dict.fromkeys(Dialect, _HALF)),
-    torch.bfloat16: (
+_STORAGE: dict[Format, tuple[str, dict[Dialect, tuple[str, str]]]] = {
+    format_of(torch.float32): ("tl.float32", dict.fromkeys(Dialect, _PLAIN)),
+    format_of(torch.float64): ("tl.float64", dict.fromkeys(Dialect, _PLAIN)),
+    format_of(torch.float16): ("tl.float16", dict.fromkeys(Dialect, _HALF)),
+    format_of(torch.bfloat16): (
         "tl.bfloat16",
         {Dialect.PTX: _HALF, Dialect.PORTABLE: ("from_bfloat16({0}).to({real})", "to_bfloat16({0}.to(tl.float32))")},
     ),
@@ -102,7 +103,7 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     ),
     "sum_of_squares": ("x, mask", "within(x * x, mask)"),
     "largest": ("x, mask", "within(bits(x), mask)"),
-    "strange": (
+    "nonfinite": (
         "x, mask",
         "within((bits(x) >= 0x7FF0000000000000).to(tl.int32), mask)",
         "within((bits(x) >= 0x7F800000).to(tl.int32), mask)",
@@ -113,22 +114,22 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
 _RESERVED = {*_FUNCTIONS, "inf", "lanes", "libdevice", "mask", "nan", "skipped", "tl", "triton"}
 
 
-def storage(dtype: torch.dtype) -> bool:
-    """Whether kernels can load and store a dtype."""
-    return dtype in _STORAGE
+def stores(kept: Format) -> bool:
+    """Return whether kernels can load and store a format."""
+    return kept in _STORAGE
 
 
 @dataclass(frozen=True)
 class _Array:
-    """A parameter, its gradient or a slot as a kernel sees it: a name, a dtype, and its new value if it is written."""
+    """A parameter, its gradient or a slot as a kernel sees it: a name, a format, and its new value if it is written."""
 
     name: str
-    dtype: torch.dtype
+    kept: Format
     new: str | None
 
     @property
     def type(self) -> str:
-        return _STORAGE[self.dtype][0]
+        return _STORAGE[self.kept][0]
 
     def load(self, real: str, dialect: Dialect) -> str:
         value = f"tl.load({self.name}_ + lanes, mask)"
@@ -139,32 +140,32 @@ class _Array:
         return f"tl.store({self.name}_ + lanes, {value}, mask)"
 
     def _converted(self, direction: int, value: str, real: str, dialect: Dialect) -> str:
-        return _STORAGE[self.dtype][1][dialect][direction].format(value, real=real, stored=self.type)
+        return _STORAGE[self.kept][1][dialect][direction].format(value, real=real, stored=self.type)
 
 
-def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype], dialect: Dialect) -> str:
+def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dialect: Dialect) -> str:
     """Print the source of a rule's kernel.
 
     Args:
         rule: the rule.
         compute: dtype of the arithmetic, float32 or float64.
-        stored: dtypes of param, grad and the slots, in this order; a rule of fewer slots leaves the last alone.
+        stored: formats of param, grad and the slots, in this order; a rule of fewer slots leaves the last alone.
         dialect: how the device is spoken to.
     """
-    arrays, real = _arrays(rule.graph, stored), _STORAGE[compute][0]
+    arrays, real = _arrays(rule.graph, stored), _STORAGE[format_of(compute)][0]
     places = [f"{array.name}_" for array in arrays]
     numbers = [f"c_{name}" for name in rule.coefficients]
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     stores = [array.store(real, dialect) for array in arrays if array.new]
-    skipped = ("skipped",) if rule.measures and stores else ()
+    skipped = ("skipped",) if rule.reductions and stores else ()
     call = "update(" + ", ".join([*places, "lanes", "{}", *numbers, *skipped, "{}"]) + ")"
     calls = {
         "whole": call.format("None", True),
         "end": call.format(f"lanes < rest // {LANES} * {LANES}", True),
         "elements": call.format("lanes < rest", False),
     }
-    steps = [f"{array.name}_ += BLOCK * {array.dtype.itemsize}" for array in arrays]
-    measured = _measured(rule, real, calls, steps) if rule.measures else _Measured()
+    steps = [f"{array.name}_ += BLOCK * {array.kept.itemsize}" for array in arrays]
+    measured = _measured(rule, real, calls, steps) if rule.reductions else _Measured()
     body = [
         *(array.load(real, dialect) for array in arrays),
         *_operations(rule.graph, real, skipped),
@@ -176,9 +177,9 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
         pointers=_lines(f"{array.name}_ = {array.name}_.to(tl.pointer_type({array.type}))" for array in arrays),
         hints=_lines(f"    {place} = tl.multiple_of({place}, {ALIGNMENT})" for place in places),
         body=_lines(body),
-        argument="measured, " if rule.measures else "",
+        argument="measured, " if rule.reductions else "",
         count=len(stored),
-        skip=_SKIP_STORES if skipped else "" if rule.measures else _SKIP,
+        skip=_SKIP_STORES if skipped else "" if rule.reductions else _SKIP,
         reads=_lines(_reads(arrays, numbers, len(stored))),
         together=" | ".join(places),
         below=ALIGNMENT - 1,
@@ -187,17 +188,17 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[torch.dtype]
         steps=_lines(f"    {step}" for step in steps),
         keep=measured.keep,
     )
-    title = f"{rule.name}, flags: {flags}; " + ", ".join(f"{array.name} {array.dtype}" for array in arrays)
+    title = f"{rule.name}, flags: {flags}; " + ", ".join(f"{array.name} {array.kept.name}" for array in arrays)
     return _HEAD.format(title=title) + _preamble(kernel, real, dialect) + kernel
 
 
-def _arrays(graph: fx.Graph, stored: Sequence[torch.dtype]) -> list[_Array]:
+def _arrays(graph: fx.Graph, stored: Sequence[Format]) -> list[_Array]:
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     results = next(iter(reversed(graph.nodes))).args[0]
     new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
     return [
-        _Array(_identifier(node), dtype, _argument(new[node]) if new.get(node, node) is not node else None)
-        for node, dtype in zip(inputs, stored, strict=False)
+        _Array(_identifier(node), kept, _argument(new[node]) if new.get(node, node) is not node else None)
+        for node, kept in zip(inputs, stored, strict=False)
     ]
 
 
@@ -223,8 +224,8 @@ def _measured(rule: Rule, real: str, calls: Mapping[str, str], steps: Sequence[s
 
     Chunks that are whole are reduced once, at their end; what is left goes by elements, which takes few registers.
     """
-    values = next(iter(reversed(rule.graph.nodes))).args[0][-len(rule.measures) :]
-    numbers = [_Number(index, measure, real) for index, measure in enumerate(rule.measures)]
+    values = next(iter(reversed(rule.graph.nodes))).args[0][-len(rule.reductions) :]
+    numbers = [_Number(index, reduction, real) for index, reduction in enumerate(rule.reductions)]
     parts, totals = (", ".join(f"{name}{number.index}" for number in numbers) for name in ("part", "total"))
     reduced = ", ".join(number.reduced for number in numbers)
     starts = [
@@ -253,12 +254,12 @@ class _Number:
     """A number that a kernel measures, and how it is written."""
 
     index: int
-    measure: Measure
+    reduction: Reduction
     real: str
 
     @property
     def _is_largest(self) -> bool:
-        return self.measure.kind == "largest"
+        return self.reduction.kind == "largest"
 
     @property
     def _bits(self) -> str:
@@ -266,7 +267,7 @@ class _Number:
 
     def of_elements(self, value: str) -> str:
         """Of each element of a block."""
-        return f"{self.measure.kind}({value}{'.to(tl.float64)' if self.measure.precise else ''}, mask)"
+        return f"{self.reduction.kind}({value}{'.to(tl.float64)' if self.reduction.precise else ''}, mask)"
 
     @property
     def nothing(self) -> str:
@@ -276,8 +277,8 @@ class _Number:
     @property
     def nothings(self) -> str:
         """Of nothing, for each element of a block."""
-        kinds = {"sum_of_squares": self.real, "largest": self._bits, "strange": "tl.int32"}
-        return f"tl.full((BLOCK,), 0, {'tl.float64' if self.measure.precise else kinds[self.measure.kind]})"
+        kinds = {"sum_of_squares": self.real, "largest": self._bits, "nonfinite": "tl.int32"}
+        return f"tl.full((BLOCK,), 0, {'tl.float64' if self.reduction.precise else kinds[self.reduction.kind]})"
 
     @property
     def added(self) -> str:
@@ -301,7 +302,7 @@ class _Number:
 def _reads(arrays: Sequence[_Array], numbers: Sequence[str], stored: int) -> Iterator[str]:
     """Read from the table where a block's arrays begin, and its numbers."""
     for position, array in enumerate(arrays):
-        yield f"{array.name}_ = tl.load(entry + {position} * tensors) + first * {array.dtype.itemsize}"
+        yield f"{array.name}_ = tl.load(entry + {position} * tensors) + first * {array.kept.itemsize}"
     if numbers:
         yield f"row = coefficients + tl.load(entry + {stored + 1} * tensors)"
     for position, number in enumerate(numbers):

@@ -17,7 +17,7 @@ _kept_for_graphs: list[Any] = []
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is done on a device now goes into a graph."""
+    """Return whether what is done on a device now goes into a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

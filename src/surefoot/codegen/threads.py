@@ -1,7 +1,7 @@
 """Running a kernel on several threads at once: on torch's own OpenMP pool where there is one, else on Python's threads.
 
-A kernel is a C function of one job; its threads share the job and claim its items by an atomic counter, so that which
-thread does what changes nothing in the result.
+A kernel is a C function of the address of its launch; threads share the launch and take its work items by an atomic
+counter, so that which thread does what changes nothing in the result.
 """
 
 import ctypes
@@ -32,24 +32,24 @@ in_forked_children(_note_fork)
 
 
 def thread_count() -> int:
-    """Threads that a kernel may use: those of torch, one in a forked child."""
+    """Return how many threads a kernel may use: those of torch, one in a forked child."""
     return 1 if _forked else torch.get_num_threads()
 
 
 def needs_threads(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors have so many elements that a kernel is to run on several threads."""
+    """Return whether tensors have so many elements that a kernel is to run on several threads."""
     return sum(map(Tensor.numel, tensors)) >= ONE_THREAD
 
 
-def run_on_threads(address: int, job: int, threads: int) -> None:
-    """Call the kernel at `address` with a job from `threads` threads; return when all are done."""
+def run_on_threads(address: int, launch: int, threads: int) -> None:
+    """Call the kernel at `address` with a launch from `threads` threads; return when all are done."""
     if threads == 1:
-        _function(address)(job)
+        _function(address)(launch)
     elif (openmp := _openmp()) is not None:
-        openmp.parallel(address, job, threads, 0)
+        openmp.parallel(address, launch, threads, 0)
     else:
         kernel = _function(address)
-        running = [_pool(threads).submit(kernel, job) for _ in range(threads)]
+        running = [_pool(threads).submit(kernel, launch) for _ in range(threads)]
         try:
             for thread in running:
                 thread.result()
@@ -57,16 +57,16 @@ def run_on_threads(address: int, job: int, threads: int) -> None:
             wait(running)  # an interrupted caller must not free what they work on
 
 
-def run_locked(address: int, job: int, threads: int) -> None:
-    """Do so with the interpreter locked meanwhile; on one thread where there is no OpenMP pool."""
+def run_locked(address: int, launch: int, threads: int) -> None:
+    """Call the kernel with the interpreter locked meanwhile; on one thread where there is no OpenMP pool."""
     if threads == 1 or (openmp := _openmp()) is None:
-        locked_function(address)(job)
+        locked_function(address)(launch)
     else:
-        openmp.locked_parallel(address, job, threads, 0)
+        openmp.locked_parallel(address, launch, threads, 0)
 
 
 def thread_number() -> int:
-    """Give the address of the function that numbers the threads of a call, its caller 0; 0 without an OpenMP pool."""
+    """Return the address of the function that numbers the threads of a call, its caller 0; 0 without an OpenMP pool."""
     return 0 if (openmp := _openmp()) is None else openmp.thread_number
 
 
@@ -77,7 +77,7 @@ def _function(address: int) -> Any:
 
 @functools.cache
 def locked_function(address: int) -> Any:
-    """Return the function at an address, called with the interpreter locked: it takes the address of a job."""
+    """Return the function at an address, called with the interpreter locked: it takes the address of its launch."""
     return ctypes.PYFUNCTYPE(None, ctypes.c_int64)(address)
 
 
@@ -91,7 +91,7 @@ class _OpenMP(NamedTuple):
 
 @functools.cache
 def _openmp() -> _OpenMP | None:
-    """Find the OpenMP library that torch has loaded."""
+    """Return the OpenMP library that torch has loaded."""
     folder = Path(torch.__file__).parent
     candidates = [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]
     for path in candidates:

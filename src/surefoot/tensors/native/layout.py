@@ -1,7 +1,7 @@
 """Where torch and Python keep things in memory that would otherwise have to be asked for tensor by tensor.
 
 Nothing is taken for granted: each place is found by looking for a known value in tensors made for the purpose.  Where
-that fails, in a release that keeps things elsewhere, the engine does without, and plans are not kept between steps.
+that fails, in a release that keeps things elsewhere, plain guards serve.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _FUNCTIONS = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides"
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class TensorLayout:
     """Places in bytes from the beginning of what holds them, and addresses of functions.
 
     Attributes:
@@ -42,10 +42,10 @@ class Anatomy:
         grad: in autograd metadata, the C++ tensor of the gradient.
         described: how many words describe a tensor.
         undefined: the implementation of a gradient that is None.
-        questions: functions of torch's stable C interface: data_ptr, dtype, dim, sizes, strides.
+        getters: functions of torch's stable C interface: data_ptr, dtype, dim, sizes, strides.
         assign: torch's function that lets one C++ tensor refer to what another does.
-        lookup: `PyDict_GetItemWithError`.
-        walk: `PyDict_Next`.
+        dict_lookup: `PyDict_GetItemWithError`.
+        dict_next: `PyDict_Next`.
         list_size: `PyList_Size`.
         list_item: `PyList_GetItem`.
     """
@@ -63,16 +63,16 @@ class Anatomy:
     grad: int
     described: int
     undefined: int
-    questions: tuple[int, ...]
+    getters: tuple[int, ...]
     assign: int
-    lookup: int
-    walk: int
+    dict_lookup: int
+    dict_next: int
     list_size: int
     list_item: int
 
 
 @functools.cache
-def anatomy() -> Anatomy | None:
+def tensor_layout() -> TensorLayout | None:
     """Find all places and functions; None where one of them cannot be found."""
     try:
         with torch.inference_mode(mode=False):
@@ -81,12 +81,12 @@ def anatomy() -> Anatomy | None:
         return None
 
 
-def _find() -> Anatomy:
+def _find() -> TensorLayout:
     params, plain = [Parameter(torch.ones(3, 4)) for _ in range(4)], [torch.ones(3, 4) for _ in range(4)]
     for param in params[:2]:
         param.grad = torch.zeros(3, 4)
-    strange = (torch._neg_view(plain[0]), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(3))
-    tensors = [*params, *plain, *strange]
+    unusual = (torch._neg_view(plain[0]), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(3))
+    tensors = [*params, *plain, *unusual]
     tensor = _place(
         range(2, torch.Tensor.__basicsize__ // WORD), lambda i: all(_word(id(t), i) == _cdata(t) for t in tensors)
     )
@@ -108,11 +108,11 @@ def _find() -> Anatomy:
     geometry, (version, count) = _geometry(key_set), _version(key_set)
     if (described := key_set + 1 - geometry.start) not in DESCRIBED:
         raise LookupError
-    *questions, assign = _functions()
+    *getters, assign = _functions()
     api = ctypes.pythonapi
     of_python = (api.PyDict_GetItemWithError, api.PyDict_Next, api.PyList_Size, api.PyList_GetItem)
-    lookup, walk, list_size, list_item = map(_address, of_python)
-    return Anatomy(
+    dict_lookup, dict_next, list_size, list_item = map(_address, of_python)
+    return TensorLayout(
         tensor=WORD * tensor,
         storage=WORD * storage,
         data=WORD * data,
@@ -126,10 +126,10 @@ def _find() -> Anatomy:
         grad=WORD * grad,
         described=described,
         undefined=undefined.pop(),
-        questions=tuple(questions),
+        getters=tuple(getters),
         assign=assign,
-        lookup=lookup,
-        walk=walk,
+        dict_lookup=dict_lookup,
+        dict_next=dict_next,
         list_size=list_size,
         list_item=list_item,
     )
@@ -198,12 +198,12 @@ def _geometry(key_set: int) -> range:
 
 
 def _is_pointer(word: int) -> bool:
-    """Whether a word can be the address of an object on the heap."""
+    """Return whether a word can be the address of an object on the heap."""
     return word % WORD == 0 and 1 << 16 <= word < 1 << 47
 
 
 def _place(places: Iterable[Place], fits: Callable[[Place], bool]) -> Place:
-    """Give the only place that fits."""
+    """Return the only place that fits."""
     found = [place for place in places if fits(place)]
     if len(found) != 1:
         raise LookupError

@@ -1,7 +1,8 @@
-"""Looks at what is kept between steps: compiled ones where there is a compiler, else the same in plain Python.
+"""Guards of what is kept between steps: native ones where they can be had, else the same in plain Python.
 
-Compiled looks are `engines.cpu.tensors`; they know every tensor that stands in memory as torch's own do, on any device.
-Without Numba, or in a release of torch that keeps things elsewhere, the plain ones here serve: as right, but slower.
+Native guards are `tensors.native.guards`; they know every tensor that stands in memory as torch's own do, on any
+device.  Without a compiler, in a release of torch that keeps things elsewhere, or with `SUREFOOT_NATIVE_GUARD=0`, the
+plain ones here serve: as right, but slower.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.engines.cpu import tensors as compiled
 from surefoot.tensors.memory import has_memory, is_plain
+from surefoot.tensors.native import guards as native
 
 Dicts = Sequence[dict[Any, Any]]
 
 
-def look_at(
+def make_guard(
     columns: Sequence[Sequence[Tensor]],
     states: Dicts = (),
     names: Sequence[str] = (),
@@ -27,26 +28,26 @@ def look_at(
     gradients: bool = False,
     threads: bool = False,
 ) -> Any:
-    """Make a `Look`, or what does its work."""
-    if compiled.available():
-        look = compiled.Look(columns, states, names, gradients=gradients, threads=threads)
-        if look.sound and not look.changed():
-            return look
-    return PlainLook(columns, states, names, gradients=gradients)
+    """Return a guard of tensors: a `TensorGuard`, or a plain one."""
+    if native.available():
+        guard = native.TensorGuard(columns, states, names, gradients=gradients, threads=threads)
+        if guard.sound and not guard.changed():
+            return guard
+    return PlainTensorGuard(columns, states, names, gradients=gradients)
 
 
-def items_of(dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> Any:
-    """Make an `Items`, or what does its work."""
-    return (compiled.Items if compiled.available() else PlainItems)(dicts, owners)
+def make_dict_guard(dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> Any:
+    """Return a guard of dicts: a `DictGuard`, or a plain one."""
+    return (native.DictGuard if native.available() else PlainDictGuard)(dicts, owners)
 
 
-def numbers_in(tensors: Sequence[Tensor]) -> Any:
-    """Make a `Numbers`, or what does its work."""
-    return (compiled.Numbers if compiled.available() else PlainNumbers)(tensors)
+def make_scalar_io(tensors: Sequence[Tensor]) -> Any:
+    """Return what reads and writes 0-d tensors: a `ScalarIO`, or a plain one."""
+    return (native.ScalarIO if native.available() else PlainScalarIO)(tensors)
 
 
-def can_hold(tensors: Iterable[object]) -> bool:
-    """Whether `numbers_in` takes all of these: 0-d tensors of float32 or float64 on the CPU."""
+def are_on_host(tensors: Iterable[object]) -> bool:
+    """Return whether `make_scalar_io` takes all of these: 0-d tensors of float32 or float64 on the CPU."""
     return all(
         isinstance(t, Tensor)
         and is_plain(t)
@@ -58,8 +59,8 @@ def can_hold(tensors: Iterable[object]) -> bool:
     )
 
 
-class PlainLook:
-    """See `engines.cpu.tensors.Look`."""
+class PlainTensorGuard:
+    """See `tensors.native.guards.TensorGuard`."""
 
     def __init__(
         self, columns: Sequence[Sequence[Tensor]], states: Dicts, names: Sequence[str], *, gradients: bool
@@ -88,15 +89,15 @@ class PlainLook:
         return seen
 
     def changed(self) -> bool:
-        """Whether something has changed; once it has, for good."""
+        """Return whether something has changed; once it has, for good."""
         if self._seen:
             entries_stay = all(state.get(name) is tensor for state, name, tensor in self._entries)
             if not entries_stay or self._seen != self._see():
                 self._seen = []
-                self.let_go()
+                self.release_grads()
         return not self._seen
 
-    def let_go(self) -> None:
+    def release_grads(self) -> None:
         """Hold the gradients no longer."""
         self._held = []
 
@@ -107,7 +108,7 @@ def _base(tensor: Tensor | None) -> int:
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
-    """Give the address of a tensor's memory, if it has any, and what else decides how that is read."""
+    """Return the address of a tensor's memory, if it has any, and what else decides how that is read."""
     if tensor is None:
         return (0,)
     marks = (tensor.layout, tensor.is_neg(), tensor.is_conj(), tensor._is_zerotensor())
@@ -117,15 +118,15 @@ def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
     return tensor.data_ptr(), type(tensor), marks, *described
 
 
-class PlainItems:
-    """See `engines.cpu.tensors.Items`."""
+class PlainDictGuard:
+    """See `tensors.native.guards.DictGuard`."""
 
     def __init__(self, dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> None:
         self._dicts = [(dict(items), items) for items in dicts]
         self._places = [(vars(owner), name, items) for (owner, name), items in zip(owners, dicts, strict=bool(owners))]
 
     def changed(self) -> bool:
-        """Whether an item has come, gone or been replaced."""
+        """Return whether an item has come, gone or been replaced."""
         return not (
             all(place.get(name) is items for place, name, items in self._places)
             and all(same_objects(own, items) for own, items in self._dicts)
@@ -134,19 +135,19 @@ class PlainItems:
 
 
 def same_objects(ours: Iterable[Any], theirs: Iterable[Any]) -> bool:
-    """Whether two iterables give the same objects."""
+    """Return whether two iterables give the same objects."""
     end = (object(),)
     return all(map(is_, chain(ours, end), chain(theirs, end)))
 
 
-class PlainNumbers:
-    """See `engines.cpu.tensors.Numbers`."""
+class PlainScalarIO:
+    """See `tensors.native.guards.ScalarIO`."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._arrays = [tensor.numpy() for tensor in tensors]
 
     def read(self) -> np.ndarray:
-        """Give the values."""
+        """Return the values."""
         return np.fromiter(map(np.ndarray.item, self._arrays), np.float64, len(self._arrays))
 
     def write(self, values: np.ndarray) -> None:

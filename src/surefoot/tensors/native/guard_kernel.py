@@ -1,6 +1,6 @@
-"""Compiled look at many tensors at once, at the places that `anatomy` has found.
+"""The guard kernel: a compiled look at many tensors at once, at the places that `layout` has found.
 
-Not imported: `tensors` compiles this file's text as it does kernels, after a line that defines PLACES.  Everything is
+Not imported: `guards` compiles this file's text as it does kernels, after a line that defines PLACES.  Everything is
 an address or a word of 8 bytes: arrays would take Numba seconds to compile.
 
 What is known of a tensor is a record of words: address of its memory; where it, its implementation, and its storage
@@ -11,33 +11,33 @@ compared by facts: dimensions, kind, dtype, sizes, strides.
 
 from numba import cfunc, float32, float64, int64, njit, types, uint64
 
-from surefoot.engines.cpu.intrinsics import (
-    alike,
+from surefoot.codegen.intrinsics import (
     as_float32,
     as_float64,
     as_uint32,
     as_uint64,
-    ask,
-    call,
-    claim,
-    count,
-    item_of,
-    launch,
+    atomic_increment,
+    atomic_increment_32,
+    call_assign,
+    call_getter,
+    call_kernel,
+    call_thread_number,
+    dict_lookup,
+    dict_next,
+    equal_words,
+    list_item,
+    list_size,
     load,
     load_half,
-    lookup,
-    number,
     prefetch,
-    size_of,
     store,
     store_half,
-    walk,
 )
 
-# Places in bytes, constants of the compiled code, in the order of `tensors`.
+# Places in bytes, constants of the compiled code, in the order of `guards`.
 (
     A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED,
-    A_SIZE, KERNEL_STATUS,
+    A_SIZE,
 ) = PLACES  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
 
 WORD, LINE = 8, 64  # bytes
@@ -51,25 +51,26 @@ BLOCK = 128 * WORD  # positions that a thread takes at a time
 AHEAD = 8 * WORD  # how many positions before it is looked at a tensor is fetched
 KEYS = 4 * WORD  # where a dict may have the address of its table, which is fetched too
 
-# A job: what is asked, of how many, what each task needs, functions, and what threads share.
-COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WORD for n in range(1, 10))
+STATUS = WORD  # where every kernel tells that an error has stopped it
+
+# What the kernel is handed: the task, its status, of how many, what each task needs, functions, and what threads share.
+COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WORD for n in range(2, 11))
 GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
-    n * WORD for n in range(10, 22)
+    n * WORD for n in range(11, 23)
 )
-STATUS = 22  # a word, not bytes: where it is told that an error has stopped the probe
 WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM = (n * WORD for n in range(23, 27))
 
 
 @njit
-def differs(job, tensor, record, facts):
+def differs(launch, tensor, record, facts):
     """Compare a tensor with what is known of it, but for where it is, and bring that up to date."""
     implementation = load(tensor)
     storage, described = load(implementation + A_STORAGE), True
     description = implementation + A_DESCRIPTION
     for word in range(0, DESCRIBED - VECTOR, VECTOR):
-        described &= alike(description + word * WORD, record + DESCRIPTION + word * WORD)
+        described &= equal_words(description + word * WORD, record + DESCRIPTION + word * WORD)
     last = (DESCRIBED - VECTOR) * WORD
-    described &= alike(description + last, record + DESCRIPTION + last)
+    described &= equal_words(description + last, record + DESCRIPTION + last)
     memory = storage + A_DATA
     if described & (storage != 0) & (storage == load(record + STORAGE)):
         here = load(memory) == load(record + MEMORY)
@@ -81,18 +82,18 @@ def differs(job, tensor, record, facts):
     if storage == 0 or load(implementation + A_KIND) != load(facts + KIND) != 0:
         return True  # of another kind nothing may be asked: Python might answer, and another thread has the interpreter
     # A lazy clone is owned otherwise.  Asked for its memory it makes its own, which two threads must not do at once.
-    if load(job + THREAD) and load(memory + A_DELETER) != load(record + MEMORY + A_DELETER):
-        store(job + LATER, 1)
+    if load(launch + THREAD) and load(memory + A_DELETER) != load(record + MEMORY + A_DELETER):
+        store(launch + LATER, 1)
         return False
     before = load(record)
-    store(record, ask(load(job + GET_DATA), tensor, facts + FACTS - WORD))
+    store(record, call_getter(load(launch + GET_DATA), tensor, facts + FACTS - WORD))
     for word in range(0, 3 * WORD, WORD):
         store(record + MEMORY + word, load(memory + word))
     store(record + SIZE, load(memory + A_SIZE))
     store(record + TENSOR, tensor)
     store(record + IMPLEMENTATION, implementation)
     described &= load(facts) <= INLINE
-    changed = not described and described_otherwise(job, tensor, record, facts)
+    changed = not described and described_otherwise(launch, tensor, record, facts)
     changed |= load(record) == 0 != before  # a storage without memory
     changed |= load(record) + load(record + SPANNED) > load(memory) + load(memory + A_SIZE)  # or with too little
     store(record + STORAGE, storage if load(facts) <= INLINE else 0)
@@ -100,13 +101,13 @@ def differs(job, tensor, record, facts):
 
 
 @njit
-def described_otherwise(job, tensor, record, facts):
+def described_otherwise(launch, tensor, record, facts):
     """Compare what a tensor is like with what is known, whatever words describe it, and bring that up to date."""
     implementation, answer = load(tensor), facts + FACTS - WORD
     for word in range(0, DESCRIBED * WORD, WORD):
         store(record + DESCRIPTION + word, load(implementation + A_DESCRIPTION + word))
-    kind, dtype = load(implementation + A_KIND), ask(load(job + GET_DTYPE), tensor, answer)
-    dimensions = ask(load(job + GET_DIM), tensor, answer)
+    kind, dtype = load(implementation + A_KIND), call_getter(load(launch + GET_DTYPE), tensor, answer)
+    dimensions = call_getter(load(launch + GET_DIM), tensor, answer)
     changed = (load(facts) != dimensions) | (dimensions > DIMENSIONS)
     changed |= (load(facts + KIND) != kind) | (load(facts + DTYPE) != dtype)
     store(facts, dimensions)
@@ -114,8 +115,8 @@ def described_otherwise(job, tensor, record, facts):
     store(facts + DTYPE, dtype)
     sizes = strides = int64(0)
     if dimensions:
-        sizes = ask(load(job + GET_SIZES), tensor, answer)
-        strides = ask(load(job + GET_STRIDES), tensor, answer)
+        sizes = call_getter(load(launch + GET_SIZES), tensor, answer)
+        strides = call_getter(load(launch + GET_STRIDES), tensor, answer)
         if sizes == 0 or strides == 0:
             return True
     place = facts + SIZES
@@ -143,12 +144,12 @@ def fetch(record, columns):
 
 
 @njit
-def is_written(job, base):
-    """Whether the memory at an address is that of a parameter or an entry, which the step writes: a hash table."""
-    place = load(job + WRITTEN)
+def is_written(launch, base):
+    """Return whether the memory at an address is one that the step writes, by a hash table."""
+    place = load(launch + WRITTEN)
     if place == 0:
         return False
-    hashed = uint64(base) * uint64(0x9E3779B97F4A7C15) >> uint64(load(job + SHIFT))
+    hashed = uint64(base) * uint64(0x9E3779B97F4A7C15) >> uint64(load(launch + SHIFT))
     place += int64(hashed) * WORD
     while load(place) != 0:
         if load(place) == base:
@@ -158,32 +159,32 @@ def is_written(job, base):
 
 
 @njit
-def changes(job, start, end):
+def changes(launch, start, end):
     """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients."""
-    tensors, entries, objects = load(job + COUNT) * WORD, load(job + SECOND), load(job + OBJECTS)
+    tensors, entries, objects = load(launch + COUNT) * WORD, load(launch + SECOND), load(launch + OBJECTS)
     changed = False
     for index in range(start, end, WORD):
         position = index // WORD * (2 + entries)
-        record, facts = load(job + RECORDS) + position * RECORD, load(job + ANSWER) + position * FACTS
+        record, facts = load(launch + RECORDS) + position * RECORD, load(launch + ANSWER) + position * FACTS
         if index + AHEAD < end:
             fetch(record + AHEAD // WORD * (2 + entries) * RECORD, 2 + entries)
         for column in range(1 + entries):
             tensor = load(objects + column * tensors + index) + A_TENSOR
             before = load(record)
-            changed |= differs(job, tensor, record, facts) | (load(record) != before)
+            changed |= differs(launch, tensor, record, facts) | (load(record) != before)
             record += RECORD
             facts += FACTS
             if column == 0:
-                if load(job + HELD):
+                if load(launch + HELD):
                     metadata = load(load(tensor) + A_AUTOGRAD)
-                    gradient, held = metadata + A_GRAD, load(job + HELD) + index
-                    if metadata == 0 or load(gradient) == load(job + UNDEFINED):
+                    gradient, held = metadata + A_GRAD, load(launch + HELD) + index
+                    if metadata == 0 or load(gradient) == load(launch + UNDEFINED):
                         return True
-                    call(load(job + ASSIGN), gradient, held)
+                    call_assign(load(launch + ASSIGN), gradient, held)
                     base, address = load(record + MEMORY), load(record)
-                    changed |= differs(job, held, record, facts)
+                    changed |= differs(launch, held, record, facts)
                     if load(record + MEMORY) != base or load(record) != address:
-                        changed |= is_written(job, load(record + MEMORY))
+                        changed |= is_written(launch, load(record + MEMORY))
                     store(record + TENSOR, gradient)
                 record += RECORD
                 facts += FACTS
@@ -191,49 +192,53 @@ def changes(job, start, end):
 
 
 @njit
-def entries_replaced(job):
-    """Whether an entry of a dict of state is not the tensor that it was.  Only who holds the interpreter may ask."""
-    tensors = load(job + COUNT) * WORD
+def entries_replaced(launch):
+    """Return whether an entry of state is not the tensor that it was.  Only who holds the interpreter may ask."""
+    tensors = load(launch + COUNT) * WORD
     for index in range(0, tensors, WORD):
-        state = load(load(job + THIRD) + index)
+        state = load(load(launch + THIRD) + index)
         if index + 2 * AHEAD < tensors:
-            prefetch(load(load(job + THIRD) + index + 2 * AHEAD))
-            table = load(load(load(job + THIRD) + index + AHEAD) + KEYS)
+            prefetch(load(load(launch + THIRD) + index + 2 * AHEAD))
+            table = load(load(load(launch + THIRD) + index + AHEAD) + KEYS)
             for line in range(0, 3 * LINE, LINE):
                 prefetch(table + line)
-        for column in range(load(job + SECOND)):
-            entry = load(load(job + OBJECTS) + (1 + column) * tensors + index)
-            if lookup(load(job + LOOKUP), state, load(load(job + NAMES) + column * WORD)) != entry:
+        for column in range(load(launch + SECOND)):
+            entry = load(load(launch + OBJECTS) + (1 + column) * tensors + index)
+            if dict_lookup(load(launch + LOOKUP), state, load(load(launch + NAMES) + column * WORD)) != entry:
                 return True
     return False
 
 
 @njit
-def look(job):
+def look(launch):
     """Look for changes of everything; each thread takes the positions that no other has.
 
     What only one thread may look at is left for a later look, of one.
     """
-    if load(job + NAMES) and (load(job + THREAD) == 0 or number(load(job + THREAD)) == 0) and entries_replaced(job):
-        store(job + RESULT, 1)
-    start, end = claim(job + NEXT) * BLOCK, load(job + COUNT) * WORD
+    if (
+        load(launch + NAMES)
+        and (load(launch + THREAD) == 0 or call_thread_number(load(launch + THREAD)) == 0)
+        and entries_replaced(launch)
+    ):
+        store(launch + RESULT, 1)
+    start, end = atomic_increment(launch + NEXT) * BLOCK, load(launch + COUNT) * WORD
     while start < end:
-        if changes(job, start, min(start + BLOCK, end)):
-            store(job + RESULT, 1)
-        start = claim(job + NEXT) * BLOCK
+        if changes(launch, start, min(start + BLOCK, end)):
+            store(launch + RESULT, 1)
+        start = atomic_increment(launch + NEXT) * BLOCK
 
 
 @njit
-def other_items(job):
+def other_items(launch):
     """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
-    differing, pair, position = 0, load(job + NAMES), load(job + ANSWER)
-    for index in range(0, load(job + COUNT) * WORD, WORD):
-        mapping, owner = load(load(job + OBJECTS) + index), load(job + RECORDS) + 2 * index
-        if load(owner) and lookup(load(job + LOOKUP), load(owner), load(owner + WORD)) != mapping:
+    differing, pair, position = 0, load(launch + NAMES), load(launch + ANSWER)
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        mapping, owner = load(load(launch + OBJECTS) + index), load(launch + RECORDS) + 2 * index
+        if load(owner) and dict_lookup(load(launch + LOOKUP), load(owner), load(owner + WORD)) != mapping:
             return differing + 1
-        size, found = load(load(job + THIRD) + index), 0
+        size, found = load(load(launch + THIRD) + index), 0
         store(position, 0)
-        while walk(load(job + WALK), mapping, position, position + WORD, position + 2 * WORD):
+        while dict_next(load(launch + WALK), mapping, position, position + WORD, position + 2 * WORD):
             if found < size:
                 differing += load(position + WORD) != load(pair + found * 2 * WORD)
                 differing += load(position + 2 * WORD) != load(pair + found * 2 * WORD + WORD)
@@ -244,11 +249,11 @@ def other_items(job):
 
 
 @njit
-def copy_numbers(job, reading):
+def copy_numbers(launch, reading):
     """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
-    places, value, end = load(job + OBJECTS), load(job + NAMES), load(job + COUNT) * WORD
+    places, value, end = load(launch + OBJECTS), load(launch + NAMES), load(launch + COUNT) * WORD
     for index in range(0, end, WORD):
-        place, wide = load(places + index), load(load(job + THIRD) + index)
+        place, wide = load(places + index), load(load(launch + THIRD) + index)
         if index + AHEAD < end:
             prefetch(load(places + index + AHEAD))
         if wide and reading:
@@ -263,132 +268,131 @@ def copy_numbers(job, reading):
 
 
 @njit
-def read_shared_numbers(job):
+def read_shared_numbers(launch):
     """Read numbers; whether among as many in a row as the second slot says one is not like the first."""
-    copy_numbers(job, True)
-    values, shared = load(job + NAMES), load(job + SECOND)
-    for index in range(load(job + COUNT)):
+    copy_numbers(launch, True)
+    values, shared = load(launch + NAMES), load(launch + SECOND)
+    for index in range(load(launch + COUNT)):
         if load(values + index * WORD) != load(values + index // shared * shared * WORD):
             return 1
     return 0
 
 
 @njit
-def write_shared_numbers(job):
+def write_shared_numbers(launch):
     """Write numbers, the first of as many in a row as the second slot says to all of them."""
-    values, shared = load(job + NAMES), load(job + SECOND)
-    for index in range(load(job + COUNT)):
+    values, shared = load(launch + NAMES), load(launch + SECOND)
+    for index in range(load(launch + COUNT)):
         store(values + index * WORD, load(values + index // shared * shared * WORD))
-    copy_numbers(job, False)
+    copy_numbers(launch, False)
 
 
 @njit
-def other_lists(job):
-    """Whether one of some lists has other items than it had."""
-    expected = load(job + NAMES)
-    for index in range(0, load(job + COUNT) * WORD, WORD):
-        items, size = load(load(job + OBJECTS) + index), load(load(job + THIRD) + index)
-        if size_of(load(job + LIST_SIZE), items) != size:
+def other_lists(launch):
+    """Return whether one of some lists has other items than it had."""
+    expected = load(launch + NAMES)
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        items, size = load(load(launch + OBJECTS) + index), load(load(launch + THIRD) + index)
+        if list_size(load(launch + LIST_SIZE), items) != size:
             return 1
         for position in range(size):
-            if item_of(load(job + LIST_ITEM), items, position) != load(expected):
+            if list_item(load(launch + LIST_ITEM), items, position) != load(expected):
                 return 1
             expected += WORD
     return 0
 
 
 @njit
-def has_gradient(job):
-    """Whether one of some tensors has a gradient."""
-    for index in range(0, load(job + COUNT) * WORD, WORD):
-        metadata = load(load(load(load(job + OBJECTS) + index) + A_TENSOR) + A_AUTOGRAD)
-        if metadata and load(metadata + A_GRAD) != load(job + UNDEFINED):
+def has_gradient(launch):
+    """Return whether one of some tensors has a gradient."""
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        metadata = load(load(load(load(launch + OBJECTS) + index) + A_TENSOR) + A_AUTOGRAD)
+        if metadata and load(metadata + A_GRAD) != load(launch + UNDEFINED):
             return 1
     return 0
 
 
 @njit
-def count_versions(job):
+def count_versions(launch):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
-    objects, end = load(job + OBJECTS), load(job + COUNT) * WORD
+    objects, end = load(launch + OBJECTS), load(launch + COUNT) * WORD
     for index in range(0, end, WORD):
         if index + 3 * AHEAD < end:
             prefetch(load(objects + index + 3 * AHEAD) + A_TENSOR)
             prefetch(load(load(objects + index + 2 * AHEAD) + A_TENSOR) + A_VERSION)
             prefetch(load(load(load(objects + index + AHEAD) + A_TENSOR) + A_VERSION) + A_COUNT)
         counter = load(load(load(objects + index) + A_TENSOR) + A_VERSION)
-        if counter and load(job + SECOND):
-            store(load(job + THIRD) + index, int64(load_half(counter + A_COUNT)))
+        if counter and load(launch + SECOND):
+            store(load(launch + THIRD) + index, int64(load_half(counter + A_COUNT)))
         elif counter:
-            count(counter + A_COUNT)
+            atomic_increment_32(counter + A_COUNT)
 
 
 @njit
-def let_go(job):
+def release_grads(launch):
     """Let what holds gradients refer to nothing, as the last of them always does."""
-    held = load(job + HELD)
-    nothing = held + load(job + COUNT) * WORD
+    held = load(launch + HELD)
+    nothing = held + load(launch + COUNT) * WORD
     for place in range(held, nothing, WORD):
         if place + AHEAD < nothing:
             prefetch(load(place + AHEAD) + WORD)
         if load(place) != load(nothing):
-            call(load(job + ASSIGN), nothing, place)
+            call_assign(load(launch + ASSIGN), nothing, place)
 
 
 @njit
-def perform(job):
-    """Do what the first slot says, but for what does other jobs."""
-    task = load(job)
+def perform(launch):
+    """Do what the first slot says, but for what does other tasks."""
+    task = load(launch)
     if task == 1:
-        look(job)
+        look(launch)
     elif task == 2:
-        store(job + RESULT, other_items(job))
+        store(launch + RESULT, other_items(launch))
     elif task == 5:
-        count_versions(job)
+        count_versions(launch)
     elif task == 6:
-        let_go(job)
+        release_grads(launch)
     elif task == 8:
-        store(job + RESULT, read_shared_numbers(job))
+        store(launch + RESULT, read_shared_numbers(launch))
     elif task == 9:
-        write_shared_numbers(job)
+        write_shared_numbers(launch)
     elif task == 10:
-        store(job + RESULT, other_lists(job))
+        store(launch + RESULT, other_lists(launch))
     elif task == 11:
-        store(job + RESULT, has_gradient(job))
+        store(launch + RESULT, has_gradient(launch))
     else:
-        copy_numbers(job, task == 3)
-
-
-@njit
-def in_sequence(job):
-    """Do jobs of the probe, and of kernels, one after the other, up to the first that finds something; say which."""
-    entry = load(job + OBJECTS)
-    for number_of_job in range(1, load(job + COUNT) + 1):
-        kernel_address, other = load(entry), load(entry + WORD)
-        entry += 2 * WORD
-        if kernel_address:
-            store(other, 0)  # the next item
-            launch(kernel_address, other)
-            if load(other + KERNEL_STATUS * WORD):
-                return number_of_job
-        else:
-            store(other + THREAD, 0)
-            store(other + NEXT, 0)
-            store(other + RESULT, 0)
-            perform(other)
-            if load(other + RESULT):
-                return number_of_job
-    return 0
+        copy_numbers(launch, task == 3)
 
 
 @cfunc(types.void(types.int64))
-def kernel(job):
+def kernel(launch):
     """Do what the first slot says.
 
-    1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 let go, 7 in sequence, 8 read and 9 write
-    shared numbers, 10 other lists, 11 has a gradient.  Several threads may look for changes at once.
+    1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 release gradients, 7 in sequence, 8 read
+    and 9 write shared numbers, 10 other lists, 11 has a gradient.  Several threads may look for changes at once.  A
+    sequence is tasks of this kernel and launches of others, one after the other up to the first that finds something;
+    the result is its number, from 1, or 0.
     """
-    if load(job) == 7:
-        store(job + RESULT, in_sequence(job))
-    else:
-        perform(job)
+    several = load(launch) == 7
+    entry, count = load(launch + OBJECTS), load(launch + COUNT) if several else 1
+    for position in range(1, count + 1):  # perform is called in one place, since it is compiled for each
+        other, kernel_address = launch, int64(0)
+        if several:
+            kernel_address, other = load(entry), load(entry + WORD)
+            entry += 2 * WORD
+        if kernel_address:
+            store(other, 0)  # the next work item
+            call_kernel(kernel_address, other)
+            found = load(other + STATUS)
+        else:
+            if several:
+                store(other + THREAD, 0)
+                store(other + NEXT, 0)
+                store(other + RESULT, 0)
+            perform(other)
+            found = load(other + RESULT)
+        if several and found:
+            store(launch + RESULT, position)
+            return
+    if several:
+        store(launch + RESULT, 0)

@@ -10,37 +10,37 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
-    "alike",
     "as_float32",
     "as_float64",
     "as_uint32",
     "as_uint64",
-    "ask",
-    "call",
-    "claim",
-    "count",
+    "atomic_increment",
+    "atomic_increment_32",
+    "call_assign",
+    "call_getter",
+    "call_kernel",
+    "call_thread_number",
+    "dict_lookup",
+    "dict_next",
+    "equal_words",
     "from_half",
-    "item_of",
-    "launch",
+    "list_item",
+    "list_size",
     "load",
     "load_half",
-    "lookup",
     "narrow_vectors",
-    "number",
     "plus_square",
     "pointer",
     "prefetch",
-    "size_of",
     "store",
     "store_half",
     "to_half",
-    "walk",
 ]
 
 
 @intrinsic
 def pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
-    """Give an integer address as a pointer to values of the type of `like`."""
+    """Return an integer address as a pointer to values of the type of `like`."""
     signature = types.CPointer(like)(address, like)
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -87,8 +87,8 @@ load_half, store_half = _access(types.uint32)
 
 
 @intrinsic
-def alike(typing_context: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
-    """Whether the 8 words at two addresses are the same."""
+def equal_words(typing_context: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
+    """Return whether the 8 words at two addresses are the same."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         words = ir.VectorType(ir.IntType(64), 8)
@@ -100,7 +100,7 @@ def alike(typing_context: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
 
 
 def _add_one(kind: Any) -> Any:
-    """Build the atomic addition of one to the number of `kind` at an address; it gives the number before."""
+    """Build the atomic addition of one to the number of `kind` at an address; it returns the number before."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number = context.get_value_type(signature.return_type)
@@ -110,14 +110,14 @@ def _add_one(kind: Any) -> Any:
 
 
 @intrinsic
-def claim(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
-    """Add one to the int64 at an address, atomically, and give its value before."""
+def atomic_increment(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
+    """Add one to the int64 at an address, atomically, and return its value before."""
     return _add_one(types.int64)
 
 
 @intrinsic
-def count(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
-    """Add one to the uint32 at an address, atomically, and give its value before."""
+def atomic_increment_32(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
+    """Add one to the uint32 at an address, atomically, and return its value before."""
     return _add_one(types.uint32)
 
 
@@ -146,8 +146,8 @@ def _foreign(result: Any, arguments: int) -> Any:
 
 
 @intrinsic
-def ask(typing_context: Any, function: Any, tensor: Any, answer: Any) -> Any:  # noqa: ARG001
-    """Call `int32 (*)(void* tensor, void* answer)` and give the word at `answer`, zero where nothing is written."""
+def call_getter(typing_context: Any, function: Any, tensor: Any, answer: Any) -> Any:  # noqa: ARG001
+    """Call `int32 (*)(void* tensor, void* answer)` and return the word at `answer`, zero where nothing is written."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         word = ir.IntType(64)
@@ -161,20 +161,20 @@ def ask(typing_context: Any, function: Any, tensor: Any, answer: Any) -> Any:  #
 
 
 @intrinsic
-def call(typing_context: Any, function: Any, tensor: Any, result: Any) -> Any:  # noqa: ARG001
+def call_assign(typing_context: Any, function: Any, tensor: Any, result: Any) -> Any:  # noqa: ARG001
     """Call `int32 (*)(void* tensor, void* result)`."""
     return _foreign(types.int32, 2)
 
 
 @intrinsic
-def number(typing_context: Any, function: Any) -> Any:  # noqa: ARG001
+def call_thread_number(typing_context: Any, function: Any) -> Any:  # noqa: ARG001
     """Call `int32 (*)(void)`."""
     return _foreign(types.int32, 0)
 
 
 @intrinsic
-def launch(typing_context: Any, function: Any, job: Any) -> Any:  # noqa: ARG001
-    """Call `void (*)(int64 job)`, a kernel."""
+def call_kernel(typing_context: Any, function: Any, launch: Any) -> Any:  # noqa: ARG001
+    """Call `void (*)(int64 launch)`, a kernel."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
@@ -185,25 +185,25 @@ def launch(typing_context: Any, function: Any, job: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def size_of(typing_context: Any, function: Any, items: Any) -> Any:  # noqa: ARG001
+def list_size(typing_context: Any, function: Any, items: Any) -> Any:  # noqa: ARG001
     """Call `Py_ssize_t (*)(PyObject* items)`."""
     return _foreign(types.int64, 1)
 
 
 @intrinsic
-def item_of(typing_context: Any, function: Any, items: Any, position: Any) -> Any:  # noqa: ARG001
+def list_item(typing_context: Any, function: Any, items: Any, position: Any) -> Any:  # noqa: ARG001
     """Call `PyObject* (*)(PyObject* items, Py_ssize_t position)`."""
     return _foreign(types.int64, 2)
 
 
 @intrinsic
-def lookup(typing_context: Any, function: Any, mapping: Any, key: Any) -> Any:  # noqa: ARG001
+def dict_lookup(typing_context: Any, function: Any, mapping: Any, key: Any) -> Any:  # noqa: ARG001
     """Call `PyObject* (*)(PyObject* mapping, PyObject* key)`."""
     return _foreign(types.int64, 2)
 
 
 @intrinsic
-def walk(typing_context: Any, function: Any, mapping: Any, position: Any, key: Any, value: Any) -> Any:  # noqa: ARG001
+def dict_next(typing_context: Any, function: Any, mapping: Any, position: Any, key: Any, value: Any) -> Any:  # noqa: ARG001
     """Call `int (*)(PyObject* mapping, Py_ssize_t* position, PyObject** key, PyObject** value)`."""
     return _foreign(types.int32, 4)
 
@@ -241,7 +241,7 @@ as_uint64 = _bitcast(types.float64, types.uint64)
 
 @intrinsic
 def from_half(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
-    """Give the float32 value of a float16 bit pattern."""
+    """Return the float32 value of a float16 bit pattern."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -251,7 +251,7 @@ def from_half(typing_context: Any, bits: Any) -> Any:  # noqa: ARG001
 
 @intrinsic
 def to_half(typing_context: Any, value: Any) -> Any:  # noqa: ARG001
-    """Give the bit pattern of the float16 nearest to a float32 value."""
+    """Return the bit pattern of the float16 nearest to a float32 value."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))

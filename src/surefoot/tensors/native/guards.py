@@ -1,0 +1,371 @@
+"""Knowing cheaply whether parameters, gradients and state are what they were, and reading many numbers at once.
+
+Nothing here is about tensors of the CPU, but for `ScalarIO`.  Make guards with `tensors.guards`, which does without the
+guard kernel where there is none.
+"""
+
+import functools
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.codegen.compile import STATUS, build_kernel
+from surefoot.codegen.threads import locked_function, run_locked, thread_count, thread_number
+from surefoot.environment import switch
+from surefoot.errors import KernelError
+from surefoot.tensors.gate import admit
+from surefoot.tensors.memory import bytes_spanned
+from surefoot.tensors.native.layout import tensor_layout
+
+_RECORD, _BASE, _SPANNED = 24, 4, 8
+_SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
+_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM = 23, 24, 25, 26
+_CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _RELEASE_GRADS, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
+_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT = 8, 9, 10, 11
+_FEW = 2000
+"""Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
+
+
+@functools.cache
+def _guard_kernel() -> int:
+    """Return the address of the compiled guard kernel.
+
+    Raises:
+        ImportError: there is no compiler, or none that works.
+    """
+    if (known := tensor_layout()) is None:
+        raise ImportError("torch keeps things in unknown places")
+    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
+    more = (known.version, known.count, known.grad, known.described, known.size)
+    text = Path(__file__).with_name("guard_kernel.py").read_text()
+    return build_kernel(f"PLACES = {(*places, *more)}\n{text}", "guard").address
+
+
+VARIABLE = "SUREFOOT_NATIVE_GUARD"
+
+
+def available() -> bool:
+    """Return whether native guards can be had; see `unavailable`."""
+    return unavailable() is None
+
+
+def unavailable() -> str | None:
+    """Return why native guards cannot be had, None if they can.
+
+    Raises:
+        ValueError: `$SUREFOOT_NATIVE_GUARD` is neither 1 nor 0.
+    """
+    if not switch(VARIABLE, default=True):
+        return f"{VARIABLE}=0 turns them off"
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "Python runs without the interpreter lock, under which they read its dicts and lists"
+    if tensor_layout() is None:
+        return "this release of torch keeps tensors in memory in a way that is not known"
+    return None if _has_guard_kernel() else "Numba, which compiles them, cannot be imported"
+
+
+@functools.cache
+def _has_guard_kernel() -> bool:
+    try:
+        _guard_kernel()
+    except ImportError:
+        return False
+    return True
+
+
+class _Launch:
+    """What the guard kernel is to do; arrays stand in it by their address and must outlive it."""
+
+    def __init__(self, task: int, *slots: int | np.ndarray) -> None:
+        given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
+        # An array of the standard library: its elements are set ten times as fast as NumPy's.
+        self.slots = array("q", [task, 0, *given, *[0] * (_LIST_ITEM - 1 - len(given))])
+        if (known := tensor_layout()) is not None:
+            self.slots[_UNDEFINED] = known.undefined
+            self.slots[_FUNCTIONS:_THREAD] = array(
+                "q", [*known.getters, known.assign, known.dict_lookup, known.dict_next]
+            )
+            self.slots[_LIST_SIZE], self.slots[_LIST_ITEM] = known.list_size, known.list_item
+        self._kernel, self._address = _guard_kernel(), self.slots.buffer_info()[0]
+
+    @property
+    def address(self) -> int:
+        """Address of what the kernel is handed, as long as this lives."""
+        return self._address
+
+    def copy(self, task: int) -> "_Launch":
+        """Return a launch for another task on the same arrays."""
+        other = _Launch(task)
+        other.slots[1:] = self.slots[1:]
+        return other
+
+    def run(self, tensors: int = 0) -> bool:
+        """Let the kernel do it, on several threads if it is about many tensors; what it has found counts as true.
+
+        Raises:
+            KernelError: an error has stopped the guard kernel.
+        """
+        slots, threads = self.slots, min(1 + tensors // _FEW, thread_count())
+        slots[_THREAD] = thread_number() if threads > 1 else 0
+        slots[_NEXT] = slots[_LATER] = slots[_RESULT] = 0
+        run_locked(self._kernel, self._address, threads)
+        if slots[STATUS]:
+            raise KernelError(f"the guard kernel was stopped by an error (status {slots[STATUS]})")
+        return slots[_RESULT] != 0 or (slots[_LATER] != 0 and self.run())
+
+
+def _ids(objects: Iterable[object]) -> np.ndarray:
+    return np.fromiter(map(id, objects), np.int64)
+
+
+class TensorGuard:
+    """Tells whether tensors are as they were when the guard was made: their memory, dtype, sizes and strides.
+
+    Args:
+        columns: lists of tensors of one length.
+        states: for each position a dict in which the tensors of `columns[1:]` stand, if that is to be watched too.
+        names: under which names they stand there.
+        gradients: whether the first column has gradients that must stay of one kind, but may move.  A guard that
+            finds nothing changed holds them until `release_grads` or the next time, whatever other threads do.
+        threads: whether torch's threads may help, where they are needed soon: waking them takes longer than it saves.
+
+    Attributes:
+        gradients: addresses of the gradients' memory when last looked at: int64 of shape (length,).
+        sound: whether the guard sees what Python sees; do not use it otherwise.
+
+    Make guards with `tensors.guards.make_guard`.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        states: Sequence[dict[str, Any]] = (),
+        names: Sequence[str] = (),
+        *,
+        gradients: bool = False,
+        threads: bool = False,
+    ) -> None:
+        self._held: np.ndarray | None = None
+        self._holds = False
+        self._kept = (columns, states, names)  # what the kernel knows by its id must live
+        self._arrays = [_ids(chain.from_iterable(columns)), _ids(states), _ids(names)]
+        count = len(columns[0])
+        self._records, self._facts = np.zeros((2, count, 1 + len(columns), _RECORD), dtype=np.int64)
+        self._launch = _Launch(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._facts)
+        self._launch.slots[_NAMES] *= bool(names)
+        if gradients:
+            self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
+            self._launch.slots[_HELD] = self._held.ctypes.data
+        self.gradients = self._records[:, 1, 0]
+        self._tensors, self._over = count * (1 + len(columns)) * threads, False
+        self._holds = gradients
+        grads = [param.grad for param in columns[0]] if gradients else [torch.empty(0)] * count
+        rows = list(zip(columns[0], grads, *columns[1:], strict=True))
+        self._records[:, :, _SPANNED] = [list(map(bytes_spanned, row)) for row in rows]
+        seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
+        self._launch.run()
+        self.sound = np.array_equal(seen, self._records[:, :, 0])
+        if gradients:
+            written = np.unique(np.delete(self._records[:, :, _BASE], 1, axis=1))
+            self._written, self._launch.slots[_SHIFT] = _hash_table(written[written != 0])
+            self._launch.slots[_WRITTEN] = self._written.ctypes.data
+        self.release_grads()
+
+    def changed(self) -> bool:
+        """Return whether something has changed, or cannot be known not to have; once it has, for good.
+
+        What was made from the tensors as they were must not be used again, whatever they are like now.
+        """
+        if not self._over:
+            self.release_grads()
+            self._holds = self._held is not None
+            self._over = self._launch.run(self._tensors)
+            if self._over:
+                self.release_grads()
+        return self._over
+
+    def launches(self) -> tuple["_Launch", "_Launch"]:
+        """Return the launches that look, and that release the gradients, for a `LaunchSequence`; see `note`."""
+        return self._launch, self._launch.copy(_RELEASE_GRADS)
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether a change was seen, so that what was made from the tensors must not be used again."""
+        return self._over
+
+    def note(self, *, changed: bool) -> None:
+        """Take note of what a `LaunchSequence` has found: if nothing has changed, the gradients are held."""
+        self._holds = True
+        if changed:
+            self._over = True
+            self.release_grads()
+
+    def release_grads(self) -> None:
+        """Hold the gradients no longer."""
+        if self._holds:
+            self._launch.slots[0], self._holds = _RELEASE_GRADS, False
+            self._launch.run()
+            self._launch.slots[0] = _CHANGES
+
+    def __del__(self) -> None:
+        """Hold nothing that nobody can release."""
+        self.release_grads()
+
+
+def _hash_table(keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return a table in which keys stand at the place that their hash tells, or as soon behind it as there is room.
+
+    Returns:
+        The table, int64 with 0 where it is empty, and the shift that makes hashes places.
+    """
+    shift = 64 - max(1, int(4 * len(keys)).bit_length())
+    places = (keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(shift)).astype(np.int64)
+    order = np.argsort(places, kind="stable")
+    count = np.arange(len(keys))
+    table = np.zeros((1 << (64 - shift)) + len(keys) + 1, dtype=np.int64)
+    table[count + np.maximum.accumulate(places[order] - count)] = keys[order]
+    return table, shift
+
+
+class DictGuard:
+    """Tells whether dicts still have the items they had: the same objects in the same order.
+
+    Args:
+        dicts: the dicts.
+        owners: for each an object of which it is an attribute, and the attribute's name, if that is to be watched too.
+    """
+
+    def __init__(self, dicts: Sequence[dict[Any, Any]], owners: Sequence[tuple[object, str]] = ()) -> None:
+        items = [dict(items) for items in dicts]
+        places = [(vars(owner), name) for owner, name in owners]
+        self._kept = (dicts, items, places)  # what is known by its id must live
+        nobody = np.zeros(2 * len(dicts), dtype=np.int64)
+        self._arrays = [
+            _ids(dicts),
+            np.array([len(each) for each in items], dtype=np.int64),
+            _ids(part for each in items for pair in each.items() for part in pair),
+            _ids(part for place in places for part in place) if places else nobody,
+            np.zeros(3, dtype=np.int64),
+        ]
+        self._launch = _Launch(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
+
+    def changed(self) -> bool:
+        """Return whether an item has come, gone or been replaced."""
+        return self._launch.run()
+
+    @property
+    def launch(self) -> "_Launch":
+        """What tells, for a `LaunchSequence`."""
+        return self._launch
+
+
+def lists_launch(lists: Sequence[list[Any]]) -> tuple["_Launch", Any]:
+    """Return what tells whether lists have other items than now, and what must live as long as it."""
+    copies = [list(items) for items in lists]
+    arrays = (_ids(lists), np.array([len(items) for items in lists]), _ids(chain.from_iterable(copies)))
+    return _Launch(_OTHER_LISTS, len(lists), 0, *arrays), (lists, copies, arrays)
+
+
+def gradients_launch(tensors: Sequence[Tensor]) -> tuple["_Launch", Any]:
+    """Return what tells whether one of some tensors has a gradient, and what must live as long as it."""
+    objects = _ids(tensors)
+    return _Launch(_HAS_GRADIENT, len(tensors), 0, objects), (tensors, objects)
+
+
+class LaunchSequence:
+    """Launches of the guard kernel and of other kernels, one after the other in one call.
+
+    Args:
+        steps: launches of the guard kernel, or (kernel's address, address of its launch); all must live as long as
+            this does.
+    """
+
+    def __init__(self, steps: Sequence["_Launch | tuple[int, int]"]) -> None:
+        self._steps = steps
+        pairs = [step if isinstance(step, tuple) else (0, step.address) for step in steps]
+        self._entries = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        self._launch = _Launch(_IN_SEQUENCE, len(pairs), 0, self._entries)
+        self._slots, self._call, self._address = (
+            self._launch.slots,
+            locked_function(_guard_kernel()),
+            self._launch.address,
+        )
+
+    def run(self) -> int:
+        """Run up to the first that finds something; return its number, from 1, or 0.
+
+        Raises:
+            KernelError: an error has stopped the guard kernel.
+        """
+        self._call(self._address)
+        if self._slots[STATUS]:
+            raise KernelError(f"the guard kernel was stopped by an error (status {self._slots[STATUS]})")
+        return self._slots[_RESULT]
+
+
+class VersionCounters:
+    """Counts the versions of tensors: what tells autograd that they have been written behind its back."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._launch = tensors, None
+        if not available() or any(tensor.is_inference() for tensor in tensors):
+            return
+        objects, seen = _ids(tensors), np.zeros(len(tensors), dtype=np.int64)
+        launch = _Launch(_VERSIONS, len(tensors), 1, objects, seen)
+        launch.run()
+        if seen.tolist() == [tensor._version for tensor in tensors]:
+            launch.slots[_SECOND] = 0
+            self._objects, self._launch = objects, launch
+
+    @property
+    def launch(self) -> "_Launch | None":
+        """What counts, for a `LaunchSequence`; None where torch must be asked."""
+        return self._launch
+
+    def count(self) -> None:
+        """Add one to each."""
+        if self._launch is None:
+            torch.autograd.graph.increment_version(self._tensors)
+        else:
+            self._launch.run()
+
+
+def _scalar_state(_: int) -> str:
+    return "scalar state"
+
+
+class ScalarIO:
+    """Reads and writes many 0-d tensors of float32 or float64 on the CPU at once."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._addresses = admit([[tensor] for tensor in tensors], [""] * len(tensors), _scalar_state).addresses.ravel()
+        self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
+        self._values = np.zeros(len(tensors))
+        self._launch = _Launch(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
+
+    def read(self) -> np.ndarray:
+        """Return the values, in an array that the next call overwrites."""
+        return self._run(_READ)
+
+    def write(self, values: np.ndarray) -> None:
+        """Set the values, rounding to the dtype of each tensor."""
+        self._values[:] = values
+        self._run(_WRITE)
+
+    def shared_launches(self, shared: int) -> tuple["_Launch", "_Launch", np.ndarray]:
+        """Return the launches that read and write numbers of which `shared` in a row are the same, and their values."""
+        reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
+        reading.slots[_SECOND] = writing.slots[_SECOND] = shared
+        return reading, writing, self._values
+
+    def _run(self, task: int) -> np.ndarray:
+        self._launch.slots[0] = task
+        self._launch.run()
+        return self._values

@@ -1,0 +1,74 @@
+"""Every private name of torch that is used, in one table: what for, and what happens without it.
+
+A test holds the table against the code.
+"""
+
+from typing import NamedTuple
+
+
+class PrivateName(NamedTuple):
+    """A private name of torch.
+
+    Attributes:
+        name: where it is.
+        room: the module that uses it.
+        used_for: what for.
+        without: what happens in a release of torch that has it no more.
+    """
+
+    name: str
+    room: str
+    used_for: str
+    without: str
+
+
+_PLAIN_GUARDS = "plain guards serve: as right, slower"
+_CONTRACT = "part of the contract of torch.optim.Optimizer, which torch's own tools rely on"
+
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    *(
+        PrivateName(name, "tensors.native.layout", "finding where torch keeps tensors in memory", _PLAIN_GUARDS)
+        for name in (
+            "Tensor._cdata",
+            "UntypedStorage._cdata",
+            "Tensor._version",
+            "Tensor._lazy_clone",
+            "torch._C._dispatch_keys",
+            "torch._efficientzerotensor",
+            "torch._neg_view",
+            "aoti_torch_*",
+        )
+    ),
+    PrivateName("Tensor._is_zerotensor", "tensors", "refusing zero tensors", "the step raises AttributeError"),
+    PrivateName("Tensor._indices", "tensors.gate", "checking the rows of sparse gradients", "their step raises"),
+    PrivateName("Tensor._values", "tensors.gate", "checking the memory of sparse gradients", "their step raises"),
+    PrivateName(
+        "torch._C.DisableTorchFunctionSubclass",
+        "tensors.fit",
+        "asking a tensor subclass for its memory",
+        "refusals raise",
+    ),
+    PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
+    PrivateName("torch._utils._unflatten_dense_tensors", "optimizers.lbfgs", "views of a flat vector", "LBFGS raises"),
+    PrivateName("torch._compile._disable_dynamo", "optimizer", "a step inside a compiled function", "import fails"),
+    PrivateName("torch._C._autograd._profiler_enabled", "optimizer", "naming steps in profiles", "the step raises"),
+    PrivateName(
+        "torch.autograd.profiler._is_profiler_enabled", "optimizer", "naming steps in profiles", "the step raises"
+    ),
+    PrivateName("torch.nn.modules.batchnorm._BatchNorm", "swa_utils", "update_bn", "import fails"),
+    PrivateName("torch.nn.modules.batchnorm._NormBase", "groups", "telling norms from other modules", "import fails"),
+    *(
+        PrivateName(name, "optimizer", "hooks", _CONTRACT)
+        for name in (
+            "torch.optim.optimizer._global_optimizer_pre_hooks",
+            "torch.optim.optimizer._global_optimizer_post_hooks",
+            "Optimizer._optimizer_step_pre_hooks",
+            "Optimizer._optimizer_step_post_hooks",
+        )
+    ),
+    PrivateName("Optimizer._optimizer_step_code", "optimizer", "wrapping the step in a profile", _CONTRACT),
+    *(
+        PrivateName(name, "checkpoint", "finding what a module's own hooks do at loading", "loading raises")
+        for name in ("Module._load_state_dict_pre_hooks", "Module._load_state_dict_post_hooks")
+    ),
+)
