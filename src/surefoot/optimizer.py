@@ -404,7 +404,7 @@ class Optimizer(torch.optim.Optimizer):
         with context.lock:
             stepping.statistics.steps = context.step = stepping.statistics.steps + 1
         telemetry = stepping.options.telemetry
-        context.reductions = telemetry is not None and telemetry.wanted(context.step)
+        context.wants_metrics = telemetry is not None and telemetry.wanted(context.step)
 
     @staticmethod
     def evaluate(closure: Callable[[], Any] | None) -> Any:

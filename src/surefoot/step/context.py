@@ -19,20 +19,20 @@ class StepContext(threading.local):
         inside: whether the algorithm runs, so that a call of `step` is one of its base's.
         step: the step's number.
         slices: its parameters.
-        measures: whether it is measured.
+        wants_metrics: whether telemetry is to get something of it.
         skips: whether it changes nothing.
         start: when it began.
     """
 
     def __init__(self, lock: Any) -> None:
         self.lock, self._holds = lock, False
-        self.inside = self.reductions = self.skips = False
+        self.inside = self.wants_metrics = self.skips = False
         self.slices: list[ParamSlice] = []
         self.step, self.start = 0, 0.0
 
     def begin(self) -> None:
         """Begin a step of which nothing is known yet."""
-        self.slices, self.skips, self.reductions, self.start = [], False, False, perf_counter()
+        self.slices, self.skips, self.wants_metrics, self.start = [], False, False, perf_counter()
 
     def acquire(self) -> None:
         """Wait until no other thread is at the parameters."""

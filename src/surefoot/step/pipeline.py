@@ -86,7 +86,7 @@ def _measure_and_compute(step: StepInput, runs: Sequence[BucketRun]) -> bool:
     for run in runs:
         part = run.slice
         part.gradients, part.clip, part.before, part.fresh = None, 1.0, None, None
-        _bind_metrics(run, wanted=context.reductions)
+        _bind_metrics(run, wanted=context.wants_metrics)
         if run.engine is not gpu or not run.sparse:  # rows are gathered for it
             run.engine.prepare(run.bucket)
     if runs and step.needs_gradients():
@@ -169,7 +169,7 @@ def finish(step: StepInput) -> Any:
         for part in context.slices:
             if part.fresh is not None:
                 _average(step, part, part.fresh)
-    metrics = step_metrics(step) if context.reductions else None
+    metrics = step_metrics(step) if context.wants_metrics else None
     context.slices = []
     return metrics
 

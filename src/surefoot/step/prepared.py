@@ -181,7 +181,7 @@ def _prepared(
     """Yield the parameters of a group; `new` are those whose average is newly initialized."""
     group = part.group
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
-    part.before = [param.detach().clone() for param in part.params] if step.stepping.context.reductions else None
+    part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
     plain = hyperparameters(group)
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
     for param, grad in zip(part.params, grads, strict=True):
