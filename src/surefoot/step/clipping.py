@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +13,58 @@ from surefoot.errors import NonFiniteGradientError
 from surefoot.rule import gradient_rule
 from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
+from surefoot.step.ranks import RankSums
 from surefoot.step.types import ParamSlice
-from surefoot.tensors.shards import is_sharded, over_all_shards
+from surefoot.tensors.shards import to_local
 
 _SHOWN, _MANY = 5, 16
 
 
-def measure_gradients(params: Sequence[Tensor]) -> Tensor:
-    """Return what is measured of gradients, of sharded ones of all shards: float64 of shape (parameters, 2)."""
-    return torch.stack([_measured(param.grad) for param in params])
-
-
-def _measured(grad: Any) -> Tensor:
-    if is_sharded(grad):
-        norm = over_all_shards(torch.linalg.vector_norm(grad, dtype=torch.float64))
-        return torch.stack([norm.square(), over_all_shards(grad.abs().max())])
-    values = gradient_values(grad)
-    return reduce(gradient_rule().reductions, (values, values))
+def measure_gradients(grads: Sequence[Tensor]) -> Tensor:
+    """Return what is measured of gradients, or of this process's shards of them: float64 of shape (gradients, 2)."""
+    reductions = gradient_rule().reductions
+    return torch.stack([reduce(reductions, (gradient_values(grad),) * len(reductions)) for grad in grads])
 
 
 def gradient_values(grad: Any) -> Any:
-    """Return the real numbers of a gradient."""
+    """Return the real numbers of a gradient, or of this process's shard of it."""
     values = grad.coalesce().values() if grad.is_sparse else grad
-    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    return to_local(values.resolve_conj())
 
 
-def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice]) -> bool:
+def refuse_unmeasurable(step: StepInput) -> None:
+    """Refuse a step whose gradients are asked for and cannot be measured.
+
+    Raises:
+        RuntimeError: a parameter is on meta, or gradients are to be looked at in a step with `capturable=True`.
+    """
+    options = step.stepping.options
+    for group in step.groups:
+        if meta := [param for param in group["params"] if param.grad is not None and param.is_meta]:
+            raise RuntimeError(
+                f"{format_param(group, meta[0])} is on meta, where gradients cannot be measured; leave out "
+                f"`max_grad_norm` and `nonfinite`"
+            )
+        if options.nonfinite != "ignore" and group.get("capturable"):
+            raise RuntimeError(
+                f"nonfinite={options.nonfinite!r} looks at gradients on the host, which a step with capturable=True "
+                f"must not; leave one of them out"
+            )
+
+
+def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums | None = None) -> bool:
     """Decide from what was measured of the gradients how they are clipped; return whether the step is to be made.
+
+    Args:
+        step: the step.
+        slices: its parameters, their gradients measured.
+        sums: what all ranks know together, where parameters are divided over ranks.
 
     Raises:
         NonFiniteGradientError: a gradient holds inf or NaN and `nonfinite="raise"`; it names the parameters.
-        RuntimeError: gradients are to be looked at in a step with `capturable=True`.
     """
-    options = step.stepping.options
-    if meta := [part for part in slices if part.gradients is not None and part.gradients.is_meta]:
-        raise RuntimeError(
-            f"{format_param(meta[0].group, meta[0].params[0])} is on meta, where gradients cannot be measured; leave "
-            f"out `max_grad_norm` and `nonfinite`"
-        )
-    if options.nonfinite != "ignore" and any(group.get("capturable") for group in step.groups):
-        raise RuntimeError(
-            f"nonfinite={options.nonfinite!r} looks at gradients on the host, which a step with capturable=True must "
-            f"not; leave one of them out"
-        )
-    if options.nonfinite != "ignore" and (nonfinite := list(_nonfinite(step, slices))):
+    options, measured = step.stepping.options, _by_group(step, slices, sums)
+    if options.nonfinite != "ignore" and (nonfinite := list(_nonfinite(step, measured))):
         if options.nonfinite == "raise":
             raise NonFiniteGradientError(
                 f"the gradients of {listed(nonfinite)} hold inf or NaN; nothing was changed. Look at the loss and the "
@@ -66,36 +74,74 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice]) -> bool:
         _warn(step, nonfinite)
         return False
     scale = 1.0 if step.grad_scale is None else step.grad_scale
-    own = [part for part in slices if part.group.get("max_grad_norm")]
-    for part in own:
-        same_group = [other for other in own if other.group is part.group]
-        part.clip = _factor(part.group["max_grad_norm"], same_group, scale)
-    others = [part for part in slices if part not in own]
+    own = {id(each.group) for each in measured if each.group.get("max_grad_norm")}
+    others = [each for each in measured if id(each.group) not in own]
+    clips = {id(e.group): _factor(e.group["max_grad_norm"], [e], scale) for e in measured if id(e.group) in own}
     if options.max_grad_norm and others:
-        clip = _factor(options.max_grad_norm, others, scale)
-        for part in others:
-            part.clip = clip
+        clips |= dict.fromkeys((id(e.group) for e in others), _factor(options.max_grad_norm, others, scale))
+    for part in slices:
+        part.clip = clips.get(id(part.group), 1.0)
     return True
 
 
-def _factor(limit: float, slices: Sequence[ParamSlice], scale: Any) -> Any:
+class _Measured(NamedTuple):
+    """What was measured of the gradients of a group.
+
+    Attributes:
+        group: the group.
+        squares: their sums of squares, in one or several tensors of float64.
+        suspects: as many tensors, finite where gradients are.
+        params: as many lists of the parameters; None for those that other ranks have.
+    """
+
+    group: dict[str, Any]
+    squares: list[Tensor]
+    suspects: list[Tensor]
+    params: list[Sequence[Tensor | None]]
+
+
+def _by_group(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums | None) -> list[_Measured]:
+    """Return what was measured, group by group; groups of which nothing was are left out."""
+    found = {id(group): _Measured(group, [], [], []) for group in step.groups}
+    if sums is None:
+        for part in slices:
+            if part.gradients is not None:
+                _add(found[id(part.group)], part.gradients[:, 0], part.gradients[:, 1], part.params)
+    else:
+        first = 0
+        for group, divided in zip(step.groups, sums.divided, strict=True):
+            rows = sums.rows[first : first + len(group["params"])]
+            first += len(group["params"])
+            for known, params in ((rows, group["params"]), (divided[None], [None])):
+                _add(found[id(group)], known[:, 0], torch.where(known[:, 1] > 0, torch.nan, 0.0), params)
+    return [each for each in found.values() if each.squares]
+
+
+def _add(measured: _Measured, squares: Tensor, suspects: Tensor, params: Sequence[Tensor | None]) -> None:
+    measured.squares.append(squares)
+    measured.suspects.append(suspects)
+    measured.params.append(params)
+
+
+def _factor(limit: float, measured: Sequence[_Measured], scale: Any) -> Any:
     """Return what gradients are multiplied with so that their norm is at most `limit`; NaN where the norm is NaN.
 
     It is a number where the norm is on the host, and stays on the device otherwise.
     """
-    squares = [part.gradients[:, 0] for part in slices if part.gradients is not None]
+    squares = [each for one in measured for each in one.squares]
     norm = torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     return factor.item() if factor.is_cpu else factor
 
 
-def _nonfinite(step: StepInput, slices: Sequence[ParamSlice]) -> Iterator[str]:
+def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:
     """Yield the names of parameters whose gradients hold inf or NaN."""
     names = step.names()
-    for part in slices:
-        if part.gradients is not None:
-            for index in (~part.gradients[:, 1].isfinite()).nonzero().flatten().tolist():
-                yield names[part.params[index]]
+    for each in measured:
+        for suspects, params in zip(each.suspects, each.params, strict=True):
+            for index in (~suspects.isfinite()).nonzero().flatten().tolist():
+                param = params[index]
+                yield "parameters of the process group" if param is None else names[param]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ from surefoot.rule import TELEMETRY
 from surefoot.step.clipping import gradient_values, measure_gradients
 from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
+from surefoot.step.ranks import metrics_over_ranks
 from surefoot.step.types import ParamSlice
-from surefoot.tensors.shards import is_sharded, over_all_shards, to_local
+from surefoot.tensors.shards import match_layout, to_local
 
 
 def step_metrics(step: StepInput) -> Any:
@@ -24,7 +25,8 @@ def step_metrics(step: StepInput) -> Any:
 
     context, slices = step.stepping.context, step.slices
     measured = _metric_names(step, slices)
-    blocks = [_sums(context, part) for part in slices] or [torch.zeros(0, 5, dtype=torch.float64)]
+    blocks = metrics_over_ranks(step, slices, [_sums(context, part) for part in slices])
+    blocks = blocks or [torch.zeros(0, 5, dtype=torch.float64)]
     sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
         step=context.step,
@@ -97,18 +99,18 @@ def _sums(context: StepContext, part: ParamSlice) -> Tensor:
 
 @torch.no_grad()
 def _sums_afterwards(context: StepContext, part: ParamSlice) -> Tensor:
-    """Reduction by torch's operations what the update has not measured."""
-    gradients = measure_gradients(part.params) if part.gradients is None else part.gradients
-    before = part.params if part.before is None or context.skips else part.before
-    squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(part.params, before, strict=True)]
+    """Measure by torch's operations what the update has not measured; of shards those of this process."""
+    grads = [match_layout(param, param.grad) for param in part.params]
+    gradients = measure_gradients(grads) if part.gradients is None else part.gradients
+    params = [to_local(param) for param in part.params]
+    before = params if part.before is None or context.skips else [to_local(param) for param in part.before]
+    squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(params, before, strict=True)]
     counts = torch.zeros(len(gradients), 1, dtype=torch.float64, device=gradients.device)
     suspects = ~gradients[:, 1].isfinite() if gradients.is_cpu else torch.ones(len(gradients))
     for index in suspects.nonzero().flatten().tolist():
-        counts[index] = over_all_shards((~gradient_values(part.params[index].grad).isfinite()).sum())
+        counts[index] = (~gradient_values(grads[index]).isfinite()).sum()
     return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:], counts], dim=1)
 
 
 def _square(tensor: Tensor) -> Tensor:
-    if is_sharded(tensor):
-        return over_all_shards(torch.linalg.vector_norm(tensor, dtype=torch.float64)).square()
-    return reduce(TELEMETRY[1:2], (to_local(tensor),))[0]
+    return reduce(TELEMETRY[1:2], (tensor,))[0]

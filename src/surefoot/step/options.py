@@ -1,10 +1,12 @@
 """Options of the step that every optimizer has: what they may be, and those of one optimizer with what came of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from surefoot.distributed import dividing_group
 from surefoot.rule import AlgorithmSpec
 from surefoot.rule.hyperparameters import Check, Interval
 from surefoot.step.context import StepContext, new_context
@@ -26,6 +28,9 @@ class StepOptions(TypedDict, total=False):
             `"raise"` NonFiniteGradientError, changing nothing.
         ema: decay of an exponential moving average of the parameters, in (0, 1); see `Optimizer.ema_parameters`.
         zero_grad_after_step: call `zero_grad()` at the end of each step.
+        process_group: the `torch.distributed` group over which the parameters are divided where they do not tell
+            themselves: by FSDP1, or by `ZeroRedundancyOptimizer`, whose group is found where the optimizer is made by
+            it.  Needed by options that look at all gradients, `max_grad_norm` and `nonfinite`.
         telemetry: True, or a `surefoot.telemetry.Telemetry`: measure norms in the step's own pass.
     """
 
@@ -34,6 +39,7 @@ class StepOptions(TypedDict, total=False):
     nonfinite: str
     ema: float | None
     zero_grad_after_step: bool
+    process_group: Any
     telemetry: "Telemetry | bool | None"
 
 
@@ -48,7 +54,7 @@ GROUP_RANGES: Mapping[str, Check] = {
 _NONFINITE = ("ignore", "skip", "raise")
 _PER_GROUP = ("max_grad_value", "ema")
 _ALL = tuple(StepOptions.__annotations__)
-_OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "telemetry")
+_OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "process_group", "telemetry")
 
 
 @dataclass(eq=False)
@@ -58,6 +64,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = None
     nonfinite: str = "ignore"
     zero_grad_after_step: bool = False
+    process_group: Any = field(default=None, repr=False)
     telemetry: Any = None
 
     def check(self) -> None:
@@ -73,7 +80,18 @@ class OptimizerOptions:
 
     def requested(self) -> set[str]:
         """Return the names of the options that ask for something."""
-        return {name for name in _OF_OPTIMIZER if getattr(self, name) not in (None, False, "ignore")}
+        asking = (name for name in _OF_OPTIMIZER if name != "process_group")
+        return {name for name in asking if getattr(self, name) not in (None, False, "ignore")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process_group": None}  # which is this process's only
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOptions":
+        return OptimizerOptions(**{name: self._copied(name, memo) for name in _OF_OPTIMIZER})
+
+    def _copied(self, name: str, memo: dict[int, Any]) -> Any:
+        value = getattr(self, name)
+        return value if name == "process_group" else deepcopy(value, memo)
 
 
 @dataclass(eq=False)
@@ -99,6 +117,7 @@ class Stepping:
         checked: the options, of groups too, that the last step has found allowed.
         metric_names: who is measured, once that was needed.
         validated: what a custom step has found fit.
+        exchange: what puts numbers of the parameters together over ranks.
         context: the step that is being made.
     """
 
@@ -107,6 +126,7 @@ class Stepping:
     checked: list[Any] = field(default_factory=list, repr=False)
     metric_names: Any = field(default=None, repr=False)
     validated: Any = field(default=None, repr=False)
+    exchange: Any = field(default=None, repr=False)
     context: StepContext = field(default_factory=new_context, repr=False)
 
     @classmethod
@@ -120,12 +140,14 @@ class Stepping:
         for name in _PER_GROUP:
             if name in defaults and defaults[name] is None:
                 del defaults[name]
+        if given.get("process_group") is None:
+            given["process_group"] = dividing_group()
         options = OptimizerOptions(**given)
         options.check()
         return cls(options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"checked": [], "metric_names": None, "validated": None}
+        return self.__dict__ | {"checked": [], "metric_names": None, "validated": None, "exchange": None}
 
 
 def _telemetry(wish: Any) -> "Telemetry | None":

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from surefoot.averages import Averaging
+from surefoot.distributed import Exchange
 from surefoot.engines import Bucket, Engine, cpu, gpu
 from surefoot.rule import EMA, bind
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
-from surefoot.step.clipping import clip_or_skip, measure_gradients
+from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
+from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.types import BucketRun, ParamSlice
-from surefoot.tensors.shards import is_sharded, to_local
+from surefoot.tensors.shards import to_local
 
 
 def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
@@ -33,24 +35,27 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     """
     refuse_capture(step.spec.name, step.groups)
     step.stepping.context.acquire()
-    if _found_infinities(step):
+    exchange = due_exchange(step)
+    if exchange is None and _found_infinities(step):
         step.skip()
         return cache
-    known = None if cache is None else cache.revalidate(step)
-    if known is None and cache is not None:
-        for run in cache.runs:
-            forget_fresh(run)
-            _release_grads(run)
-    options = OptionsGuard(step) if known is None else None
-    runs = partition(step) if known is None else known
+    with failures_told(step, exchange):
+        known = None if cache is None else cache.revalidate(step)
+        if known is None and cache is not None:
+            for run in cache.runs:
+                forget_fresh(run)
+                _release_grads(run)
+        options = OptionsGuard(step) if known is None else None
+        runs = partition(step) if known is None else known
     try:
-        if not _prepare(step, runs):
+        made = _prepare(step, runs, exchange)
+        if made is None:
             return cache if known is not None else None  # what was kept has been found not to hold
         if options is not None:
             cache = StepCache.of(step, options, runs)
         for run in runs:
             if run.repeats:
-                compute_coefficients(step, run)
+                compute_coefficients(made, run)
             _update(run)
     finally:
         for run in runs:
@@ -68,19 +73,26 @@ def _found_infinities(step: StepInput) -> bool:
     return not all(is_on_device(group, param) for group, param in params) and bool(step.found_inf)
 
 
-def _prepare(step: StepInput, runs: Sequence[BucketRun]) -> bool:
-    """Prepare a step and return whether it is to be made; if not, for whatever reason, no state is left."""
-    made = False
+def _prepare(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> StepInput | None:
+    """Prepare a step and return it, as all ranks know it; None if it is not to be made, and then no state is left."""
+    made = None
     try:
-        made = _measure_and_compute(step, runs)
+        with failures_told(step, exchange):
+            _measure(step, runs)
+        sums = None if exchange is None else sums_over_ranks(step, exchange, step.slices)
+        known = step if sums is None else step._replace(found_inf=sums.found_inf)
+        if _is_to_be_made(known, sums):
+            for run in runs:
+                compute_coefficients(known, run)
+            made = known
     finally:
-        if not made:
+        if made is None:
             detach_state(step, runs)
     return made
 
 
-def _measure_and_compute(step: StepInput, runs: Sequence[BucketRun]) -> bool:
-    """Measure the gradients where asked to, and compute the numbers; return whether the step is to be made."""
+def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
+    """Let engines prepare, and measure the gradients where that is asked for."""
     context = step.stepping.context
     context.slices = [run.slice for run in runs]
     for run in runs:
@@ -89,22 +101,28 @@ def _measure_and_compute(step: StepInput, runs: Sequence[BucketRun]) -> bool:
         _bind_metrics(run, wanted=context.wants_metrics)
         if run.engine is not gpu or not run.sparse:  # rows are gathered for it
             run.engine.prepare(run.bucket)
-    if runs and step.needs_gradients():
+    if step.needs_gradients():
+        refuse_unmeasurable(step)
         for run in runs:
-            by_torch = run.sparse or is_sharded(run.params[0])
-            run.slice.gradients = measure_gradients(run.params) if by_torch else run.engine.measure(run.bucket)
-        if not clip_or_skip(step, context.slices):
-            return False
-    for run in runs:
-        compute_coefficients(step, run)
-    return True
+            measured = measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket)
+            run.slice.gradients = measured
+
+
+def _is_to_be_made(step: StepInput, sums: RankSums | None) -> bool:
+    """Return whether the step is to be made, with gradients clipped as asked for; all ranks decide alike."""
+    if sums is not None and _found_infinities(step):
+        step.skip()
+        return False
+    if not step.needs_gradients() or (sums is None and not step.slices):
+        return True
+    return clip_or_skip(step, step.slices, sums)
 
 
 def _bind_metrics(run: BucketRun, *, wanted: bool) -> None:
     """Let the update measure, or not, what telemetry wants to know."""
     if wanted and run.params[0].is_meta:
         raise RuntimeError(f"{run.bucket.row_name(0)} is on meta, where nothing can be measured; leave out `telemetry`")
-    if not run.sparse and not is_sharded(run.params[0]):
+    if not run.sparse:
         flags = run.bucket.rule.flags
         if flags[0] != ("measured", wanted):
             run.bucket.rule = bind(run.spec, (("measured", wanted), *flags[1:]))

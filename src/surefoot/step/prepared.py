@@ -12,9 +12,10 @@ from torch import Tensor
 from surefoot.rule import EMA
 from surefoot.state.check import hyperparameters, validated_gradient
 from surefoot.state.make import discard_state, ensure_state, is_on_device
-from surefoot.step.clipping import clip_or_skip, measure_gradients
+from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
+from surefoot.step.ranks import due_exchange, failures_told, sums_over_ranks
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
@@ -40,22 +41,32 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     refuse_capture(step.spec.name, step.groups)
     context = step.stepping.context
     context.acquire()
+    exchange = due_exchange(step)
+    with failures_told(step, exchange):
+        known = _validated(step)
+        context.slices = slices = [ParamSlice(part.group, part.params) for part in known.slices]
+        grads = known.take_gradients()
+        if step.needs_gradients():
+            refuse_unmeasurable(step)
+            for part, own in zip(slices, grads, strict=True):
+                part.gradients = measure_gradients(own)
+    sums = None if exchange is None else sums_over_ranks(step, exchange, slices)
+    if step.needs_gradients() and (slices or sums) and not clip_or_skip(step, slices, sums):
+        return []
+    rows = _rows(step, known, slices, grads)
+    known.watch(step)
+    step.stepping.validated = known
+    return _counted(rows)
+
+
+def _validated(step: StepInput) -> "_Validated":
+    """Return the parameters that are stepped, as the last step has found them fit or newly checked."""
     known, step.stepping.validated = step.stepping.validated, None
     if known is None or not known.holds(step):
         known = _Validated(step)
         if not all(step.state.get(param) for part in known.slices for param in part.params):
             refuse_new_buckets(step.spec.name)
-    context.slices = slices = [ParamSlice(part.group, part.params) for part in known.slices]
-    grads = known.take_gradients()
-    if step.needs_gradients():
-        for part in slices:
-            part.gradients = measure_gradients(part.params)
-        if slices and not clip_or_skip(step, slices):
-            return []
-    rows = _rows(step, known, slices, grads)
-    known.watch(step)
-    step.stepping.validated = known
-    return _counted(rows)
+    return known  # type: ignore[no-any-return]
 
 
 def _rows(

@@ -57,9 +57,3 @@ def layout_of(tensor: Any) -> str:
         return "a plain tensor"
     placements = ", ".join(map(str, tensor.placements))
     return f"a DTensor of placements ({placements}) on a mesh of shape {tuple(tensor.device_mesh.shape)}"
-
-
-def over_all_shards(number: Any) -> Tensor:
-    """Return a 0-d tensor that a sharded computation gave, with what the other ranks have added, in float64."""
-    whole: Tensor = number.full_tensor() if is_sharded(number) else number
-    return whole.double()

@@ -1,0 +1,127 @@
+"""What ranks tell one another before a step of sharded parameters changes anything, in one all-reduce.
+
+They tell what their gradients add up to, whether a GradScaler has found infinities, and whether a rank fails.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from surefoot.distributed import Exchange, make_exchange, refuse_flattened
+from surefoot.step.inputs import StepInput
+from surefoot.step.types import ParamSlice
+from surefoot.tensors.shards import is_sharded, to_local
+
+
+class RankSums(NamedTuple):
+    """What all ranks know together.
+
+    Attributes:
+        rows: of each parameter of the groups the sum of squares of its gradient, and how many ranks found inf or NaN:
+            float64 of shape (parameters, 2).
+        divided: the same of the plain parameters of each group, where `process_group` divides them over ranks; else
+            zeros: float64 of shape (groups, 2).
+        found_inf: how many ranks have found infinities, None if no GradScaler looks for them.
+    """
+
+    rows: Tensor
+    divided: Tensor
+    found_inf: Tensor | None
+
+
+def due_exchange(step: StepInput) -> Exchange | None:
+    """Return what ranks tell one another by in this step, None if there is nothing to tell."""
+    asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
+    if not asked:
+        return None
+    exchange = exchange_of(step)
+    if exchange is None and step.needs_gradients():
+        refuse_flattened([param for group in step.groups for param in group["params"]], step.spec.name)
+    return exchange
+
+
+def exchange_of(step: StepInput) -> Exchange | None:
+    """Return what puts numbers of the parameters together over ranks; kept for steps of the same parameters."""
+    params = [param for group in step.groups for param in group["params"]]
+    known, process_group = step.stepping.exchange, step.stepping.options.process_group
+    if known is not None and known.process_group is process_group and known.is_of(params):
+        return known  # type: ignore[no-any-return]
+    step.stepping.exchange = made = make_exchange(params, process_group)
+    return made
+
+
+@contextmanager
+def failures_told(step: StepInput, exchange: Exchange | None) -> Iterator[None]:
+    """Tell the other ranks, which wait in the same exchange, when this one fails inside of the `with` block."""
+    try:
+        yield
+    except Exception:
+        if exchange is not None:
+            _told(step, exchange, (), failed=True)
+        raise
+
+
+def sums_over_ranks(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice]) -> RankSums:
+    """Return what all ranks know together; each tells what stands in `gradients` of its slices.
+
+    Raises:
+        RuntimeError: another rank has failed in this step, so that this one must not make it either.
+    """
+    return _told(step, exchange, slices, failed=False)
+
+
+def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, failed: bool) -> RankSums:
+    place = next((to_local(p).device for p in exchange.params if is_sharded(p)), torch.device("cpu"))
+    if exchange.process_group is not None and exchange.params:
+        place = exchange.params[0].device
+    rows = torch.zeros(len(exchange.params), 2, dtype=torch.float64, device=place)
+    divided = torch.zeros(len(step.groups), 2, dtype=torch.float64, device=place)
+    position = {param: row for row, param in enumerate(exchange.params)}
+    for part in slices:
+        if part.gradients is not None:
+            known = torch.stack([part.gradients[:, 0], (~part.gradients[:, 1].isfinite()).double()], dim=1)
+            rows[torch.tensor([position[param] for param in part.params], device=place)] = known.to(place)
+    if exchange.process_group is not None:
+        first = 0
+        for index, group in enumerate(step.groups):
+            plain = [first + i for i, param in enumerate(group["params"]) if not is_sharded(param)]
+            divided[index], first = rows[plain].sum(dim=0), first + len(group["params"])
+            rows[plain] = 0.0
+    found = 0.0 if step.found_inf is None else to_local(step.found_inf).to(place).double().reshape(())
+    flags = torch.zeros(2, dtype=torch.float64, device=place)
+    flags[0], flags[1] = float(failed), found
+    rows, shared = exchange.sum(rows, torch.cat([flags, divided.flatten()]))
+    # On an accelerator this would wait; there a rank that fails ends its own step only.
+    if place.type == "cpu" and not failed and shared[0]:
+        raise RuntimeError(
+            f"{step.spec.name}'s step was refused on another rank, which tells why; nothing was changed on this one"
+        )
+    found_inf = None if step.found_inf is None else shared[1].float()
+    return RankSums(rows, shared[2:].view_as(divided), found_inf)
+
+
+def metrics_over_ranks(step: StepInput, slices: Sequence[ParamSlice], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Return what was measured of the parameters of slices, put together over ranks.
+
+    Args:
+        step: the step.
+        slices: the slices.
+        blocks: for each of them what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 5).
+    """
+    exchange = exchange_of(step)
+    if exchange is None:
+        return list(blocks)
+    place = blocks[0].device if blocks else torch.device("cpu")
+    rows = torch.zeros(len(exchange.params), 5, dtype=torch.float64, device=place)
+    position = {param: row for row, param in enumerate(exchange.params)}
+    indices = [torch.tensor([position[param] for param in part.params], device=place) for part in slices]
+    for index, block in zip(indices, blocks, strict=True):
+        rows[index] = block.to(place)
+    rows = exchange.combine(rows, largest=(_LARGEST,))
+    return [rows[index] for index in indices]
+
+
+_LARGEST = 3
