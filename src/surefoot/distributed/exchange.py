@@ -144,6 +144,7 @@ def _gathered(numbers: Tensor, group: Any) -> Tensor:
     """Return the tensors of all ranks of a group, along a first dimension."""
     from torch import distributed  # noqa: PLC0415
 
-    every = numbers.new_empty((distributed.get_world_size(group), *numbers.shape))
-    distributed.all_gather_into_tensor(every, numbers.contiguous(), group=group)
-    return every
+    size = distributed.get_world_size(group)
+    every = numbers.new_empty(size * numbers.numel())
+    distributed.all_gather_into_tensor(every, numbers.flatten(), group=group)
+    return every.view(size, *numbers.shape)
