@@ -1,6 +1,7 @@
 """Steps of sharded parameters beside those of plain ones, in all layouts and with all options."""
 
 import functools
+import itertools
 from collections import Counter
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ def layouts(world):
     yield "columns", line, (COLUMNS, COLUMNS, COLUMNS, ROWS, COLUMNS)
     yield "copies", line, (COPIES,) * 5
     yield "mixed", line, (None, ROWS, ROWS, None, COLUMNS)
-    if world == 4:  # noqa: PLR2004 (2 by 2)
+    if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         yield "hybrid", square, ((Replicate(), Shard(0)),) * 5
         yield "fsdp and tp", square, ((Shard(0), Shard(1)),) * 3 + ((Shard(0), Replicate()), (Shard(1), Shard(0)))
@@ -129,13 +130,13 @@ def compared(cls, options, mesh, placements, **more):
     }
 
 
-def nan_at(rank_row):
-    """Spoil one element of the first parameter's gradient at step 1: in a row of one rank."""
+def nan_in(row):
+    """Spoil an element of the first parameter's gradient at step 1, in a row that one rank has."""
 
     def spoil(step, index, grad):
         if (step, index) == (1, 0):
             grad = grad.clone()
-            grad[rank_row, 0] = torch.nan
+            grad[row, 0] = torch.nan
         return grad
 
     return spoil
@@ -156,21 +157,18 @@ OPTIONS = {
 
 def cases(world):
     for name, mesh, placements in layouts(world):
+        of = functools.partial(compared, mesh=mesh, placements=placements)
         for row in ELEMENTWISE:
-            yield f"{name} / {row.ours.__name__} / nothing", functools.partial(compared, row.ours, {}, mesh, placements)
+            yield f"{name} / {row.ours.__name__} / nothing", functools.partial(of, row.ours, {})
         for option, options in OPTIONS.items():
-            for cls in (surefoot.SGD, surefoot.AdamW):
-                more = {"momentum": 0.9} if cls is surefoot.SGD else {}
-                yield f"{name} / {cls.__name__} / {option}", functools.partial(compared, cls, options | more, mesh, placements)
-        yield f"{name} / groups", functools.partial(
-            compared, surefoot.AdamW, {"max_grad_norm": 1.0}, mesh, placements, groups=2
-        )
-        for rank in range(2):
-            for option in ("skip", "raise"):
-                options = {"nonfinite": option, "max_grad_norm": 1.0}
-                yield f"{name} / nan of row {3 * rank} / {option}", functools.partial(
-                    compared, surefoot.AdamW, options, mesh, placements, spoil=nan_at(3 * rank)
-                )
-        yield f"{name} / bfloat16", functools.partial(
-            compared, surefoot.AdamW, {"state_dtype": torch.float32, "max_grad_norm": 1.0}, mesh, placements, dtype=torch.bfloat16
-        )
+            yield f"{name} / SGD / {option}", functools.partial(of, surefoot.SGD, options | {"momentum": 0.9})
+            yield f"{name} / AdamW / {option}", functools.partial(of, surefoot.AdamW, options)
+        yield f"{name} / AdamW / groups", functools.partial(of, surefoot.AdamW, {"max_grad_norm": 1.0}, groups=2)
+        for row, option in itertools.product((0, 3), ("skip", "raise")):
+            options = {"nonfinite": option, "max_grad_norm": 1.0}
+            yield (
+                f"{name} / nan in row {row} / {option}",
+                functools.partial(of, surefoot.AdamW, options, spoil=nan_in(row)),
+            )
+        wide = {"state_dtype": torch.float32, "max_grad_norm": 1.0}
+        yield f"{name} / AdamW / bfloat16", functools.partial(of, surefoot.AdamW, wide, dtype=torch.bfloat16)

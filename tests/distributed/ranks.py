@@ -1,7 +1,7 @@
 """Runs the cases of a module on several processes; also the script that each of them runs.
 
-A module of cases has functions `case_...(mesh)`, or generators of such by name in `CASES(world)`.  Every rank runs all of
-them in order; what one returns, or the error that it raises, is kept under its name.
+A module of cases has a generator `cases(world)` of names and functions.  Every rank runs all of them in order; what one
+returns, or the error that it raises, is kept under its name.
 """
 
 import importlib
@@ -23,7 +23,10 @@ LIMIT = timedelta(seconds=30)
 
 def run_ranks(module, world, folder, timeout=240):
     """Run all cases of a module; return for each rank a dict of what they have returned."""
-    environment = os.environ | {"PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}{os.pathsep}{HERE.parent}", "MALLOC_PERTURB_": "165"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}{os.pathsep}{HERE.parent}",
+        "MALLOC_PERTURB_": "165",
+    }
     command = [sys.executable, "-u", str(HERE / "ranks.py"), module, str(world), str(folder)]
     processes = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603

@@ -27,7 +27,7 @@ def refuse_flattened(params: Sequence[Tensor], name: str) -> None:
     """
     if "torch.distributed.fsdp" in sys.modules and any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise RuntimeError(
-            f"{name} is to look at all gradients, but its parameters are flattened by FSDP1, so that each rank has only "
+            f"{name} is to look at all gradients, but its parameters are flattened by FSDP1, so that a rank has only "
             f"its part of them and does not know it; pass `process_group=` (FSDP's own), or use "
             f"`torch.distributed.fsdp.fully_shard`"
         )

@@ -26,7 +26,7 @@ from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounters
-from surefoot.tensors.shards import to_local
+from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
 _CONSTANT = (int, float, bool, str, type(None))
@@ -40,8 +40,17 @@ class BucketGuard:
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
         names = [*held, *slots]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
-        columns, busy = (run.params, *entries.values()), run.engine is cpu and needs_threads(run.params)
-        self.tensors = make_guard(columns, run.entries, names, gradients=not run.sparse, threads=busy)
+        self._shards: ShardGuard | None = None
+        busy = run.engine is cpu and needs_threads(run.bucket.params)
+        if is_sharded(run.params[0]):
+            others = chain.from_iterable(entries[name] for name in slots)
+            self._shards, self._items = ShardGuard(run.params, others), make_dict_guard(run.entries)
+            columns = (run.bucket.params, *(entries[name] for name in held), *run.bucket.slots)
+            self.tensors = make_guard(columns, given=self._shards.local_grads(), threads=busy)
+            self._wrappers = VersionCounters([*run.params, *chain.from_iterable(entries[name] for name in slots)])
+        else:
+            columns = (run.params, *entries.values())
+            self.tensors = make_guard(columns, run.entries, names, gradients=not run.sparse, threads=busy)
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
@@ -54,11 +63,20 @@ class BucketGuard:
             return False
         if run.sparse:
             return not self.tensors.changed() and self._revalidate_rows(run)
+        if self._shards is not None:
+            return self._revalidate_shards(run, self._shards)
         plan = run.bucket.plan
         grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self.tensors.changed() or not all(type(grad) in PLAIN for grad in grads):
             return False
         run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, list(map(to_local, grads))
+        return True
+
+    def _revalidate_shards(self, run: BucketRun, shards: ShardGuard) -> bool:
+        grads = None if self._items.changed() else shards.local_grads()
+        if grads is None or self.tensors.changed(grads) or not all(type(grad) is Tensor for grad in grads):
+            return False
+        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, grads
         return True
 
     def _revalidate_rows(self, run: BucketRun) -> bool:
@@ -69,12 +87,17 @@ class BucketGuard:
             run.bucket.grads = list(map(admit_rows, grads, names))
         return same
 
+    def count_versions(self) -> None:
+        """Tell autograd that sharded tensors have been written; the engine tells it of their shards."""
+        if self._shards is not None:
+            self._wrappers.count()
+
     def is_compiled(self) -> bool:
         """Return whether compiled code guards the tensors and reads and writes the scalars."""
         compiled = (
             type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO and self.versions.launch is not None
         )
-        return compiled and self._replaced is None
+        return compiled and self._replaced is None and self._shards is None
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
@@ -247,7 +270,9 @@ def _reusable(run: BucketRun) -> bool:
         return False  # their real views, if kept, would keep them from being swapped
     if run.sparse and (run.engine is gpu or run.group.get("ema")):
         return False  # averages are none of a sparse update's slots
-    stored = run.params if run.sparse else (*run.params, *run.grads())
+    sharded = is_sharded(run.params[0])
+    params, grads = (run.bucket.params, run.bucket.grads) if sharded else (run.params, run.grads())
+    stored = params if run.sparse else (*params, *grads)
     return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
 
 

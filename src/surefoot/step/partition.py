@@ -15,7 +15,7 @@ from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.memory import has_address, shared_memory
-from surefoot.tensors.shards import to_local
+from surefoot.tensors.shards import is_sharded, to_local
 
 
 def all_flags(step: StepInput, group: Mapping[str, Any]) -> Flags:
@@ -68,7 +68,7 @@ def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]
         held = [entry.get(slot.name) for slot in spec.all_slots]
         dtypes = tuple(None if slot is None else slot.dtype for slot in held)
         turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
-        key = (param.device, param.dtype, grad.dtype, grad.layout, dtypes, turn)
+        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), dtypes, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}

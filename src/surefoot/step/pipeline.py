@@ -24,7 +24,7 @@ from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.types import BucketRun, ParamSlice
-from surefoot.tensors.shards import to_local
+from surefoot.tensors.shards import is_sharded, to_local
 
 
 def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
@@ -141,8 +141,19 @@ def _update(run: BucketRun) -> None:
         if made:
             _run_engine(run)
         store_device_scalars(run, run.device_scalars, made=made)
+    _count_versions(run)
     run.slice.sums, run.bucket.measured = run.bucket.measured, None
     run.made, run.scalars = [], None
+
+
+def _count_versions(run: BucketRun) -> None:
+    """Tell autograd that sharded tensors have been written, of which the engine has seen the shards only."""
+    if run.guard:
+        run.guard.count_versions()
+    elif is_sharded(run.params[0]):
+        slots = [entry[slot.name] for slot in run.bucket.rule.slots for entry in run.entries]
+        written = [tensor for tensor in (*run.params, *slots) if not tensor.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
 
 def _run_engine(run: BucketRun) -> None:

@@ -26,14 +26,15 @@ def make_guard(
     names: Sequence[str] = (),
     *,
     gradients: bool = False,
+    given: Sequence[Tensor] | None = None,
     threads: bool = False,
 ) -> Any:
     """Return a guard of tensors: a `TensorGuard`, or a plain one."""
     if native.available():
-        guard = native.TensorGuard(columns, states, names, gradients=gradients, threads=threads)
-        if guard.sound and not guard.changed():
+        guard = native.TensorGuard(columns, states, names, gradients=gradients, given=given, threads=threads)
+        if guard.sound and not guard.changed(given or ()):
             return guard
-    return PlainTensorGuard(columns, states, names, gradients=gradients)
+    return PlainTensorGuard(columns, states, names, gradients=gradients, given=given)
 
 
 def make_dict_guard(dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> Any:
@@ -63,10 +64,16 @@ class PlainTensorGuard:
     """See `tensors.native.guards.TensorGuard`."""
 
     def __init__(
-        self, columns: Sequence[Sequence[Tensor]], states: Dicts, names: Sequence[str], *, gradients: bool
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        states: Dicts,
+        names: Sequence[str],
+        *,
+        gradients: bool,
+        given: Sequence[Tensor] | None = None,
     ) -> None:
         self._tensors, self._gradients = list(chain.from_iterable(columns)), gradients
-        self._owners = columns[0]
+        self._owners, self._takes = columns[0], given is not None
         self._entries = [
             (state, name, tensor)
             for name, tensors in zip(names, columns[1:], strict=False)
@@ -75,12 +82,12 @@ class PlainTensorGuard:
         self.gradients = np.zeros(len(columns[0]), dtype=np.int64)
         self._held: list[Tensor | None] = []
         self._written = {_base(tensor) for tensor in self._tensors}
-        self._seen = self._see()
+        self._seen = self._see(given or ())
 
-    def _see(self) -> list[tuple[object, ...]]:
+    def _see(self, given: Sequence[Tensor]) -> list[tuple[object, ...]]:
         seen = list(map(_facts, self._tensors))
-        if self._gradients:
-            self._held = [owner.grad for owner in self._owners]
+        if self._gradients or self._takes:
+            self._held = list(given) if self._takes else [owner.grad for owner in self._owners]
             grads = list(map(_facts, self._held))
             self.gradients = np.array([facts[0] for facts in grads], dtype=np.int64)
             # They may move, but not to where the step writes.
@@ -88,11 +95,11 @@ class PlainTensorGuard:
             seen += [(*facts[1:], facts[0] and _base(grad) in self._written and facts[0]) for facts, grad in moved]
         return seen
 
-    def changed(self) -> bool:
+    def changed(self, given: Sequence[Tensor] = ()) -> bool:
         """Return whether something has changed; once it has, for good."""
         if self._seen:
             entries_stay = all(state.get(name) is tensor for state, name, tensor in self._entries)
-            if not entries_stay or self._seen != self._see():
+            if not entries_stay or self._seen != self._see(given):
                 self._seen = []
                 self.release_grads()
         return not self._seen

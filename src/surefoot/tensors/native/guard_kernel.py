@@ -58,7 +58,7 @@ COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WO
 GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
     n * WORD for n in range(11, 23)
 )
-WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM = (n * WORD for n in range(23, 27))
+WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM, GIVEN = (n * WORD for n in range(23, 28))
 
 
 @njit
@@ -175,12 +175,16 @@ def changes(launch, start, end):
             record += RECORD
             facts += FACTS
             if column == 0:
-                if load(launch + HELD):
-                    metadata = load(load(tensor) + A_AUTOGRAD)
-                    gradient, held = metadata + A_GRAD, load(launch + HELD) + index
-                    if metadata == 0 or load(gradient) == load(launch + UNDEFINED):
-                        return True
-                    call_assign(load(launch + ASSIGN), gradient, held)
+                if load(launch + HELD) or load(launch + GIVEN):
+                    if load(launch + GIVEN):
+                        gradient = load(load(launch + GIVEN) + index) + A_TENSOR
+                        held = gradient
+                    else:
+                        metadata = load(load(tensor) + A_AUTOGRAD)
+                        gradient, held = metadata + A_GRAD, load(launch + HELD) + index
+                        if metadata == 0 or load(gradient) == load(launch + UNDEFINED):
+                            return True
+                        call_assign(load(launch + ASSIGN), gradient, held)
                     base, address = load(record + MEMORY), load(record)
                     changed |= differs(launch, held, record, facts)
                     if load(record + MEMORY) != base or load(record) != address:

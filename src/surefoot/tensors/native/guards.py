@@ -26,7 +26,7 @@ from surefoot.tensors.native.layout import tensor_layout
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
 _SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
-_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM = 23, 24, 25, 26
+_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM, _GIVEN = 23, 24, 25, 26, 27
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _RELEASE_GRADS, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
 _READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT = 8, 9, 10, 11
 _FEW = 2000
@@ -86,7 +86,7 @@ class _Launch:
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
-        self.slots = array("q", [task, 0, *given, *[0] * (_LIST_ITEM - 1 - len(given))])
+        self.slots = array("q", [task, 0, *given, *[0] * (_GIVEN - 1 - len(given))])
         if (known := tensor_layout()) is not None:
             self.slots[_UNDEFINED] = known.undefined
             self.slots[_FUNCTIONS:_THREAD] = array(
@@ -134,6 +134,8 @@ class TensorGuard:
         names: under which names they stand there.
         gradients: whether the first column has gradients that must stay of one kind, but may move.  A guard that
             finds nothing changed holds them until `release_grads` or the next time, whatever other threads do.
+        given: gradients that are not the first column's own, one for each of its tensors; the caller holds them, and
+            gives those of now to `changed`.
         threads: whether torch's threads may help, where they are needed soon: waking them takes longer than it saves.
 
     Attributes:
@@ -150,8 +152,10 @@ class TensorGuard:
         names: Sequence[str] = (),
         *,
         gradients: bool = False,
+        given: Sequence[Tensor] | None = None,
         threads: bool = False,
     ) -> None:
+        self._given: np.ndarray | None = None if given is None else _ids(given)
         self._held: np.ndarray | None = None
         self._holds = False
         self._kept = (columns, states, names)  # what the kernel knows by its id must live
@@ -166,25 +170,29 @@ class TensorGuard:
         self.gradients = self._records[:, 1, 0]
         self._tensors, self._over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
-        grads = [param.grad for param in columns[0]] if gradients else [torch.empty(0)] * count
+        if self._given is not None:
+            self._launch.slots[_GIVEN] = self._given.ctypes.data
+        grads = [param.grad for param in columns[0]] if gradients else given or [torch.empty(0)] * count
         rows = list(zip(columns[0], grads, *columns[1:], strict=True))
         self._records[:, :, _SPANNED] = [list(map(bytes_spanned, row)) for row in rows]
         seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._launch.run()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
-        if gradients:
+        if gradients or given is not None:
             written = np.unique(np.delete(self._records[:, :, _BASE], 1, axis=1))
             self._written, self._launch.slots[_SHIFT] = _hash_table(written[written != 0])
             self._launch.slots[_WRITTEN] = self._written.ctypes.data
         self.release_grads()
 
-    def changed(self) -> bool:
+    def changed(self, given: Sequence[Tensor] = ()) -> bool:
         """Return whether something has changed, or cannot be known not to have; once it has, for good.
 
         What was made from the tensors as they were must not be used again, whatever they are like now.
         """
         if not self._over:
             self.release_grads()
+            if self._given is not None:
+                self._given[:] = _ids(given)
             self._holds = self._held is not None
             self._over = self._launch.run(self._tensors)
             if self._over:
