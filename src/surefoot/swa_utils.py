@@ -46,7 +46,7 @@ def _checked_decay(decay: float) -> float:
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
-    """Give the function that updates exponential moving averages of many tensors in place.
+    """Return the function that updates exponential moving averages of many tensors in place.
 
     `average = decay * average + (1 - decay) * current`
 
@@ -61,7 +61,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
 
 
 def get_swa_multi_avg_fn() -> AverageAll:
-    """Give the function that updates equally weighted averages of many tensors in place.
+    """Return the function that updates equally weighted averages of many tensors in place.
 
     `average += (current - average) / (n_averaged + 1)`
     """
@@ -69,7 +69,7 @@ def get_swa_multi_avg_fn() -> AverageAll:
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
-    """Give the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
+    """Return the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
     _checked_decay(decay)
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
 
 
 def get_swa_avg_fn() -> AverageOne:
-    """Give the function that returns the new equally weighted average of one tensor; see `get_swa_multi_avg_fn`."""
+    """Return the function that returns the new equally weighted average of one tensor; see `get_swa_multi_avg_fn`."""
 
     @torch.no_grad()
     def swa_update(average: Tensor, current: Tensor, num_averaged: Count) -> Tensor:
@@ -253,7 +253,7 @@ def _copy(pairs: Pairs) -> None:
 
 
 def _lazy_buffers(model: Module) -> dict[int, Any]:
-    """Give what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
+    """Return what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
     new: Any = UninitializedBuffer  # torch's stub has no signature for it
     lazy = [buffer for buffer in model.buffers() if is_lazy(buffer)]
     return {id(buffer): new(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
@@ -335,7 +335,7 @@ def update_bn(loader: Iterable[Any], model: Module, device: int | torch.device |
 
 
 def _share(strategy: str, fraction: float) -> float:
-    """Give how much of the way has been gone after a fraction of the time."""
+    """Return how much of the way has been gone after a fraction of the time."""
     fraction = max(0.0, min(1.0, fraction))
     return (1 - math.cos(math.pi * fraction)) / 2 if strategy == "cos" else fraction
 

@@ -9,7 +9,7 @@ from surefoot.lr_scheduler.composite import ChainedScheduler, SequentialLR
 from surefoot.lr_scheduler.curves import Curve
 from surefoot.lr_scheduler.cycles import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
 from surefoot.lr_scheduler.plateau import ReduceLROnPlateau
-from surefoot.lr_scheduler.runner import Schedule
+from surefoot.lr_scheduler.schedule_runner import Schedule
 from surefoot.lr_scheduler.simple import (
     ConstantLR,
     CosineAnnealingLR,

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 Rate = float | Tensor
 
-EPOCH_WARNING = (
+EPOCH_DEPRECATION_WARNING = (
     "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. It selects "
     "the closed form of the schedule, where there is one; call `step()` without it, or use "
     "`surefoot.lr_scheduler.Schedule`, whose `set_step(n)` jumps to any step"
@@ -35,7 +35,7 @@ GET_LR_WARNING = "To get the last learning rate computed by the scheduler, pleas
 
 
 def copied(value: Any) -> Any:
-    """Give a number as it is and a tensor as a clone."""
+    """Return a number as it is and a tensor as a clone."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -59,14 +59,14 @@ def put_momentum(group: dict[str, Any], value: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Give the optimizer back, or raise TypeError if it is none."""
+    """Return the optimizer back, or raise TypeError if it is none."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
     return optimizer
 
 
 def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
-    """Give one value for each group: those of a list or tuple, or the same for all.
+    """Return one value for each group: those of a list or tuple, or the same for all.
 
     Raises:
         ValueError: the list has another length than `param_groups`.
@@ -82,13 +82,13 @@ def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[A
 
 
 def function_state(function: Callable[..., Any] | None) -> dict[str, Any] | None:
-    """Give what a state dict keeps of a callable: the attributes of an object, nothing of a function."""
+    """Return what a state dict keeps of a callable: the attributes of an object, nothing of a function."""
     attributes = getattr(function, "__dict__", None)
     return None if attributes is None or isinstance(function, FunctionType) else dict(attributes)
 
 
 def restore_function(function: Callable[..., Any] | None, attributes: Mapping[str, Any] | None) -> None:
-    """Give a callable object the attributes that `function_state` took."""
+    """Return a callable object the attributes that `function_state` took."""
     if function is not None and attributes is not None:
         vars(function).update(attributes)
 
@@ -169,7 +169,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
     # What a subclass says
 
     def get_lr(self) -> list[Rate]:
-        """Give each group's learning rate at `last_epoch`; meant to be called by `step` only.
+        """Return each group's learning rate at `last_epoch`; meant to be called by `step` only.
 
         To read the present rates use `get_last_lr`.
         """
@@ -181,7 +181,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         raise NotImplementedError(f"{type(self).__name__} defines no `get_lr`")
 
     def _get_closed_form_lr(self) -> list[Rate]:
-        """Give the rates at `last_epoch` from the initial ones, whatever the present ones are."""
+        """Return the rates at `last_epoch` from the initial ones, whatever the present ones are."""
         return self.get_lr()
 
     # Moving on
@@ -196,7 +196,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
             self._warn_about_order()
         self._step_count += 1
         if epoch is not None:
-            warnings.warn(EPOCH_WARNING, UserWarning, stacklevel=2)
+            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
         self._update_lr(epoch)
 
     def _warn_about_order(self) -> None:
@@ -236,13 +236,13 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return [copied(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_last_lr(self) -> list[Rate]:
-        """Give each group's learning rate as this scheduler last set it, tensors as copies."""
+        """Return each group's learning rate as this scheduler last set it, tensors as copies."""
         return self._last_lr
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all attributes but the optimizer."""
+        """Return all attributes but the optimizer."""
         return {name: value for name, value in self.__dict__.items() if name != "optimizer"}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -300,11 +300,11 @@ class Recursive(LRScheduler):
     """
 
     def _next_lr(self, epoch: int, lr: Rate, index: int) -> Rate:
-        """Give group `index`'s rate at `epoch` from the one at `epoch - 1`, or, at 0, from the initial one."""
+        """Return group `index`'s rate at `epoch` from the one at `epoch - 1`, or, at 0, from the initial one."""
         raise NotImplementedError
 
     def _factor(self) -> float:
-        """Give the rate at `last_epoch` in units of the initial one."""
+        """Return the rate at `last_epoch` in units of the initial one."""
         raise NotImplementedError
 
     def _new_lrs(self) -> list[Rate]:
@@ -317,7 +317,7 @@ class Recursive(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def _resumed_lr(self, index: int, lr: Rate) -> Rate:
-        """Give the rate for a constructor's `last_epoch`.
+        """Return the rate for a constructor's `last_epoch`.
 
         A rate other than the initial one comes from a loaded optimizer and is right as it is; the initial one is
         taken through all epochs, so that the bits are those of a run that was not interrupted.

@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from surefoot.lr_scheduler.base import LRScheduler, as_if_stepped, put
-from surefoot.lr_scheduler.runner import Schedule
+from surefoot.lr_scheduler.schedule_runner import Schedule
 
 
 class Composite(LRScheduler):
@@ -64,7 +64,7 @@ class Composite(LRScheduler):
         self._update_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all attributes but the optimizer, and the state dicts of the schedulers."""
+        """Return all attributes but the optimizer, and the state dicts of the schedulers."""
         return {
             **super().state_dict(),
             "_schedulers": [scheduler.state_dict() for scheduler in self._schedulers],

@@ -25,12 +25,12 @@ Number = float | int
 
 
 def cos(angles: Array) -> Array:
-    """Give cosines with the bits of `math.cos`."""
+    """Return cosines with the bits of `math.cos`."""
     return np.array([math.cos(angle) for angle in angles.tolist()])
 
 
 def power(bases: Array | float, exponents: Array | float) -> Array:
-    """Give powers with the bits of `math.pow`."""
+    """Return powers with the bits of `math.pow`."""
     pairs = zip(*(side.tolist() for side in np.broadcast_arrays(bases, exponents)), strict=True)
     return np.array([math.pow(base, exponent) for base, exponent in pairs])
 
@@ -91,11 +91,11 @@ class Curve:
             _check(self, field, plain)
 
     def at(self, steps: Array) -> Array:
-        """Give the factors at the steps, a 1-d array of float64 numbers >= 0."""
+        """Return the factors at the steps, a 1-d array of float64 numbers >= 0."""
         raise NotImplementedError
 
     def horizon(self) -> float:
-        """Give the step after which nothing new happens; 0 if there is none."""
+        """Return the step after which nothing new happens; 0 if there is none."""
         return 0.0
 
     @overload
@@ -103,7 +103,7 @@ class Curve:
     @overload
     def __call__(self, step: ArrayLike) -> Array: ...
     def __call__(self, step: Any) -> Any:
-        """Give the factor at a step, or those at an array of steps.
+        """Return the factor at a step, or those at an array of steps.
 
         Args:
             step: steps counted from 0; fractions are allowed.
@@ -124,7 +124,7 @@ class Curve:
         return float(factors[0]) if steps.ndim == 0 else factors.reshape(steps.shape)
 
     def __mul__(self, other: Union["Curve", Number]) -> "Curve":
-        """Give the product with a curve or with a number."""
+        """Return the product with a curve or with a number."""
         return Product((self, other)) if isinstance(other, Curve) else Scale(self, other)
 
     __rmul__ = __mul__
@@ -134,11 +134,11 @@ class Curve:
         return f"{self.name}({', '.join(f'{field}={value!r}' for field, value in _fields(self))})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain data: the curve's name under `schedule`, and its fields."""
+        """Return plain data: the curve's name under `schedule`, and its fields."""
         return {"schedule": self.name, **{field: _encode(value) for field, value in _fields(self)}}
 
     def to_json(self, indent: int | None = None) -> str:
-        """Give `to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
     @staticmethod
@@ -189,7 +189,7 @@ class Curve:
 
 
 def registry() -> Mapping[str, type[Curve]]:
-    """Give all curves by name, a user's own included."""
+    """Return all curves by name, a user's own included."""
     return _REGISTRY
 
 
@@ -198,7 +198,7 @@ def _fields(curve: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Give lists as tuples and numpy's numbers as Python's."""
+    """Return lists as tuples and numpy's numbers as Python's."""
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)
     if isinstance(value, np.generic):
@@ -262,7 +262,7 @@ class Ramp(Curve, abstract=True):
         return self.between(np.minimum(steps, self.steps))
 
     def between(self, steps: Array) -> Array:
-        """Give the factors at steps from 0 to `self.steps`, which is > 0."""
+        """Return the factors at steps from 0 to `self.steps`, which is > 0."""
         raise NotImplementedError
 
     def horizon(self) -> float:
@@ -502,7 +502,7 @@ class Restarts(Curve):
         return self.curve.at(within) * power(self.decay, cycle)
 
     def _cycles(self, steps: Array) -> tuple[Array, Array, Array]:
-        """Give the number, the beginning and the length of each step's cycle."""
+        """Return the number, the beginning and the length of each step's cycle."""
         if self.mult == 1:
             cycle = np.floor_divide(steps, self.period)
             return cycle, cycle * self.period, np.full_like(steps, self.period)

@@ -121,7 +121,7 @@ class CyclingMomentum(LRScheduler):
         return base, top
 
     def _momenta(self) -> list[Rate]:
-        """Give each group's momentum at `last_epoch`."""
+        """Return each group's momentum at `last_epoch`."""
         raise NotImplementedError
 
     def _write(self, lrs: Sequence[Rate]) -> None:
@@ -215,11 +215,11 @@ class CyclicLR(CyclingMomentum):
         self.base_lrs = base_lrs
 
     def scale_fn(self, x: float) -> float:
-        """Give the height's factor for a cycle or, with `scale_mode="iterations"`, for a step."""
+        """Return the height's factor for a cycle or, with `scale_mode="iterations"`, for a step."""
         return self._scale_fn_custom(x) if self._scale_fn_custom is not None else _MODES[self.mode][0](self.gamma, x)
 
     def _heights(self, low: Sequence[Rate], high: Sequence[Rate]) -> list[Rate]:
-        """Give each group's height above `low`."""
+        """Return each group's height above `low`."""
         cycle = math.floor(1 + self.last_epoch / self.total_size)
         position = 1.0 + self.last_epoch / self.total_size - cycle
         rising = position <= self.step_ratio
@@ -236,7 +236,7 @@ class CyclicLR(CyclingMomentum):
         return [top - height for top, height in zip(self.max_momentums, heights, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
+        """Return all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
         return {**super().state_dict(), "_scale_fn_custom": function_state(self._scale_fn_custom)}
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -333,7 +333,7 @@ class OneCycleLR(CyclingMomentum):
         super().__init__(optimizer, last_epoch)
 
     def _between(self, start: str, end: str) -> list[Rate]:
-        """Give each group's value between the corners that the present phase has under these keys."""
+        """Return each group's value between the corners that the present phase has under these keys."""
         begin = 0.0
         for phase in self._schedule_phases[:-1]:
             if self.last_epoch <= phase["end_step"]:
@@ -359,7 +359,7 @@ class OneCycleLR(CyclingMomentum):
 
 
 def _phases(total: int, pct_start: float, *, three_phase: bool) -> list[dict[str, Any]]:
-    """Give the phases: their last steps, and the groups' keys for what they start from and end at."""
+    """Return the phases: their last steps, and the groups' keys for what they start from and end at."""
     peak = float(pct_start * total) - 1
     corners: list[tuple[float, str, str]] = [
         (0.0, "initial_lr", "max_momentum"),

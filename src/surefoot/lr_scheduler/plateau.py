@@ -8,7 +8,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from surefoot.lr_scheduler.base import EPOCH_WARNING, LRScheduler, check_optimizer, put
+from surefoot.lr_scheduler.base import EPOCH_DEPRECATION_WARNING, LRScheduler, check_optimizer, put
 
 
 class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
@@ -84,7 +84,7 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
             epoch: deprecated: the number of the epoch.
         """
         if epoch is not None:
-            warnings.warn(EPOCH_WARNING, UserWarning, stacklevel=2)
+            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         current = float(metrics)
         better = self._is_better(current, self.best)

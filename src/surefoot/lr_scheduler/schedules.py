@@ -55,7 +55,7 @@ def _ramp(shape: str, start: float, end: float, steps: float) -> Curve:
 
 
 def join(*curves: Curve, at: Sequence[float] = ()) -> Curve:
-    """Give one curve after the other.
+    """Return one curve after the other.
 
     Args:
         curves: each counts its steps from its own beginning.
@@ -65,7 +65,7 @@ def join(*curves: Curve, at: Sequence[float] = ()) -> Curve:
 
 
 def product(*curves: Curve) -> Curve:
-    """Give the product of curves, as `*` does."""
+    """Return the product of curves, as `*` does."""
     return Product(curves)
 
 

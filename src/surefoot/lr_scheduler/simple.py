@@ -31,7 +31,7 @@ class PerGroupFunctions(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
+        """Return all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
         return {
             **super().state_dict(),
             "lr_lambdas": [function_state(function) for function in self.lr_lambdas],

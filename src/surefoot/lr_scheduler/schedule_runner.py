@@ -1,4 +1,4 @@
-"""`Schedule`: the scheduler that runs schedule values, for any hyperparameter."""
+"""`Schedule`: the scheduler that runs schedules given as values, for any hyperparameter."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,11 +48,13 @@ class Schedule(LRScheduler):
         self.optimizer = check_optimizer(optimizer)
         if not schedules:
             raise ValueError("Schedule needs a schedule for at least one hyperparameter, such as lr=cosine(1, 0, 1000)")
-        self._dials = [dial for name, setting in schedules.items() for dial in _dials(optimizer, name, setting)]
+        self._scheduled = [
+            value for name, setting in schedules.items() for value in _scheduled(optimizer, name, setting)
+        ]
         self.last_epoch = last_epoch
         count_steps(optimizer)
-        for dial in self._dials:
-            dial.start()
+        for value in self._scheduled:
+            value.start()
         self._initial_step()
 
     def set_step(self, step: int) -> None:
@@ -68,19 +70,19 @@ class Schedule(LRScheduler):
     def _update_lr(self, epoch: int | None = None) -> None:
         target = self.last_epoch + 1 if epoch is None else epoch
         # Groups share schedules, and a schedule takes longer than all else.
-        schedules = {id(dial.schedule): dial.schedule for dial in self._dials}
+        schedules = {id(value.schedule): value.schedule for value in self._scheduled}
         factors = {key: float(schedule(target)) for key, schedule in schedules.items()}
-        for dial in self._dials:
-            dial.turn(self.last_epoch, factors[id(dial.schedule)])
+        for value in self._scheduled:
+            value.turn(self.last_epoch, factors[id(value.schedule)])
         self.last_epoch = target
         self._last_lr = self._read()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position, the initial values, and the schedules for reading; all of it fits into JSON."""
+        """Return the position, the initial values, and the schedules for reading; all of it fits into JSON."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
-            "dials": [dial.state() for dial in self._dials],
+            "scheduled": [value.state() for value in self._scheduled],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -93,21 +95,21 @@ class Schedule(LRScheduler):
         Raises:
             ValueError: it schedules other hyperparameters or groups; this schedule is as it was.
         """
-        saved = [(dial["name"], dial["group"], dial["item"]) for dial in state_dict["dials"]]
-        present = [(dial.name, dial.index, dial.item) for dial in self._dials]
+        saved = [(value["name"], value["group"], value["item"]) for value in state_dict["scheduled"]]
+        present = [(value.name, value.index, value.item) for value in self._scheduled]
         if saved != present:
             raise ValueError(
                 f"the state dict schedules {_listed(saved)}, but this Schedule has {_listed(present)}; make it with "
                 "the same hyperparameters, for the same param groups"
             )
-        for dial, state in zip(self._dials, state_dict["dials"], strict=True):
-            dial.load(state)
+        for value, state in zip(self._scheduled, state_dict["scheduled"], strict=True):
+            value.load(state)
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["_step_count"]
         self._last_lr = self._read()
 
 
-class Dial:
+class ScheduledValue:
     """One number of one param group and its schedule.
 
     Args:
@@ -140,7 +142,7 @@ class Dial:
         self.base = float(initial if self.item is None else initial[self.item])
 
     def read(self) -> float:
-        """Give the present value."""
+        """Return the present value."""
         value = self.group[self.name]
         return float(value if self.item is None else value[self.item])
 
@@ -170,7 +172,7 @@ class Dial:
         self.last = self.read()
 
     def state(self) -> dict[str, Any]:
-        """Give what is saved."""
+        """Return what is saved."""
         schedule = self.schedule.to_dict() if isinstance(self.schedule, Curve) else None
         own = {
             "name": self.name,
@@ -192,28 +194,30 @@ def _copied(value: Any) -> Any:
     return tuple(copied(item) for item in value) if isinstance(value, tuple) else copied(value)
 
 
-def _listed(dials: list[tuple[str, int, int | None]]) -> str:
-    names = [name if item is None else f"{name}[{item}]" for name, _, item in dials]
-    return ", ".join(f"{name} of group {group}" for name, (_, group, _) in zip(names, dials, strict=True))
+def _listed(scheduled: list[tuple[str, int, int | None]]) -> str:
+    names = [name if item is None else f"{name}[{item}]" for name, _, item in scheduled]
+    return ", ".join(f"{name} of group {group}" for name, (_, group, _) in zip(names, scheduled, strict=True))
 
 
-def _dials(optimizer: torch.optim.Optimizer, name: str, setting: Setting) -> list[Dial]:
-    """Make the dials of one hyperparameter for all groups."""
+def _scheduled(optimizer: torch.optim.Optimizer, name: str, setting: Setting) -> list[ScheduledValue]:
+    """Make the scheduled values of one hyperparameter for all groups."""
     groups = optimizer.param_groups
     settings = setting if isinstance(setting, list) else [setting] * len(groups)
     if len(settings) != len(groups):
         raise ValueError(f"{name} has {len(settings)} schedules, but the optimizer has {len(groups)} param groups")
-    dials: list[Dial] = []
+    scheduled: list[ScheduledValue] = []
     for index, (group, one) in enumerate(zip(groups, settings, strict=True)):
         if name not in group:
             known = ", ".join(key for key in group if key != "params")
             raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
-        dials += [Dial(optimizer, index, name, item, part) for item, part in _parts(name, group[name], one)]
-    return dials
+        scheduled += [
+            ScheduledValue(optimizer, index, name, item, part) for item, part in _parts(name, group[name], one)
+        ]
+    return scheduled
 
 
 def _parts(name: str, value: Any, setting: Any) -> list[tuple[int | None, Function]]:
-    """Give the numbers of a hyperparameter that have a schedule: their places and their schedules."""
+    """Return the numbers of a hyperparameter that have a schedule: their places and their schedules."""
     several = isinstance(value, tuple)
     needed = f"a tuple of {len(value)} schedules, None for what stays" if several else "one schedule"
     parts = setting if isinstance(setting, tuple) else (setting,)
