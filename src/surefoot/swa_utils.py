@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from surefoot.averages import Averager, Averaging, watch_modules
-from surefoot.lr_scheduler.base import Rate, Recursive, per_group
+from surefoot.lr_scheduler.base import Rate, Recursive, check_optimizer, copied
+from surefoot.lr_scheduler.ranges import ANNEAL, LAST_EPOCH, RATE, between
 
 __all__ = [
     "SWALR",
@@ -340,13 +341,16 @@ def _share(strategy: str, fraction: float) -> float:
     return (1 - math.cos(math.pi * fraction)) / 2 if strategy == "cos" else fraction
 
 
+_ANNEAL_EPOCHS = between(whole=True, words="anneal_epochs must be equal or greater than 0, got ")
+
+
 class SWALR(Recursive):
     """Go from the present rate to `swa_lr` in `anneal_epochs`, and stay there.
 
     Args:
         optimizer: any optimizer; its groups get a key `swa_lr`.
-        swa_lr: the last rate, or a list with one per param group.
-        anneal_epochs: how many epochs it takes, an integer >= 0.
+        swa_lr: the last rate, >= 0, or a list with one per param group.
+        anneal_epochs: how many epochs it takes, a whole number >= 0.
         anneal_strategy: `"cos"` or `"linear"`.
         last_epoch: see `LRScheduler`.
 
@@ -357,20 +361,25 @@ class SWALR(Recursive):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        swa_lr: float | Sequence[float],
-        anneal_epochs: int = 10,
-        anneal_strategy: str = "cos",
-        last_epoch: int = -1,
+        swa_lr: Annotated[float | Sequence[float], RATE],
+        anneal_epochs: Annotated[int, _ANNEAL_EPOCHS] = 10,
+        anneal_strategy: Annotated[str, ANNEAL] = "cos",
+        last_epoch: Annotated[int, LAST_EPOCH] = -1,
     ) -> None:
-        if anneal_strategy not in ("cos", "linear"):
-            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
-        if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
-            raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
-        for group, lr in zip(optimizer.param_groups, per_group("swa_lr", optimizer, swa_lr), strict=True):
+        self.optimizer = check_optimizer(optimizer)
+        self._check_values(locals())
+        for group, lr in zip(optimizer.param_groups, self._spread("swa_lr", swa_lr), strict=True):
             group["swa_lr"] = lr
         self._anneal_strategy = anneal_strategy
         self.anneal_epochs = anneal_epochs
         super().__init__(optimizer, last_epoch)
+
+    has_closed_form = False
+
+    def _extend(self, count: int) -> None:
+        super()._extend(count)
+        for group in self.optimizer.param_groups:
+            group.setdefault("swa_lr", copied(self._given["swa_lr"]))
 
     def _next_lr(self, epoch: int, lr: Rate, index: int) -> Rate:
         last = self.optimizer.param_groups[index]["swa_lr"]

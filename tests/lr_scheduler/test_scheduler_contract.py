@@ -125,9 +125,10 @@ def test_added_groups_and_a_list_of_min_lr():
     optimizer = sgd()
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.0, 0.0])
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-    scheduler.step(1.0)
+    before = copy.deepcopy(scheduler.state_dict())
     with pytest.raises(RuntimeError, match=r"The number of param groups in the `optimizer` \(3\) differs"):
         scheduler.step(2.0)
+    assert scheduler.state_dict() == before
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     before = rates(optimizer)

@@ -1,13 +1,21 @@
 """`Schedule`: the scheduler that runs schedules given as values, for any hyperparameter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from surefoot.lr_scheduler.base import LRScheduler, check_optimizer, copied, count_steps, put
+from surefoot.lr_scheduler.base import (
+    LRScheduler,
+    check_optimizer,
+    copied,
+    count_steps,
+    put,
+    put_item,
+    separate,
+)
 from surefoot.lr_scheduler.curves import Absolute, Curve
+from surefoot.lr_scheduler.ranges import ANY
 
 Function = Callable[[int], float]
 Setting = Function | Sequence[Function | None] | None
@@ -31,7 +39,8 @@ class Schedule(LRScheduler):
 
     Raises:
         TypeError: `optimizer` is no optimizer, or a schedule is no function.
-        ValueError: no schedule is given, a group has no such hyperparameter, or a list or tuple has a wrong length.
+        ValueError: no schedule is given, a group has no such hyperparameter, or a list or tuple has a wrong length;
+            later, `step` finds groups that were added beside a list of schedules.
 
     Example:
         >>> import torch, surefoot
@@ -48,11 +57,13 @@ class Schedule(LRScheduler):
         self.optimizer = check_optimizer(optimizer)
         if not schedules:
             raise ValueError("Schedule needs a schedule for at least one hyperparameter, such as lr=cosine(1, 0, 1000)")
-        self._scheduled = [
-            value for name, setting in schedules.items() for value in _scheduled(optimizer, name, setting)
-        ]
+        self._check_values({"last_epoch": last_epoch})
+        self._given = schedules
+        self._scheduled = list(_scheduled(optimizer, schedules, range(len(optimizer.param_groups))))
         self.last_epoch = last_epoch
         count_steps(optimizer)
+        for name in schedules:
+            separate(optimizer, name)
         for value in self._scheduled:
             value.start()
         self._initial_step()
@@ -67,7 +78,26 @@ class Schedule(LRScheduler):
             raise ValueError(f"set_step takes a whole number >= 0, but got {step!r}")
         self._update_lr(step)
 
+    def _why_not(self, new: Sequence[int]) -> str | None:
+        lists = [name for name, setting in self._given.items() if isinstance(setting, list)]
+        if lists:
+            return f"has a list of schedules for {' and '.join(lists)}, without one for them; give one for all groups"
+        for _ in _scheduled(self.optimizer, self._given, new):
+            pass  # it raises where a group has no such hyperparameter
+        return None
+
+    def _extend(self, count: int) -> None:
+        added = list(_scheduled(self.optimizer, self._given, range(self._known_groups(), count)))
+        for name in self._given:
+            separate(self.optimizer, name)
+        for value in added:
+            value.start()
+        order = list(self._given)
+        self._scheduled = sorted([*self._scheduled, *added], key=lambda value: order.index(value.name))
+        self._last_lr = self._read()
+
     def _update_lr(self, epoch: int | None = None) -> None:
+        self._take_up_groups()
         target = self.last_epoch + 1 if epoch is None else epoch
         # Groups share schedules, and a schedule takes longer than all else.
         schedules = {id(value.schedule): value.schedule for value in self._scheduled}
@@ -93,8 +123,11 @@ class Schedule(LRScheduler):
         before, stay.
 
         Raises:
-            ValueError: it schedules other hyperparameters or groups; this schedule is as it was.
+            ValueError: it schedules other hyperparameters or groups, or holds what is no number; this schedule is as it
+                was.
         """
+        if self._known_groups() != len(self.optimizer.param_groups):
+            self._adopt_groups()
         saved = [(value["name"], value["group"], value["item"]) for value in state_dict["scheduled"]]
         present = [(value.name, value.index, value.item) for value in self._scheduled]
         if saved != present:
@@ -102,6 +135,9 @@ class Schedule(LRScheduler):
                 f"the state dict schedules {_listed(saved)}, but this Schedule has {_listed(present)}; make it with "
                 "the same hyperparameters, for the same param groups"
             )
+        for value, state in zip(self._scheduled, state_dict["scheduled"], strict=True):
+            for name in ("base", "last"):
+                ANY(f"{name} of {value.name}", state[name])
         for value, state in zip(self._scheduled, state_dict["scheduled"], strict=True):
             value.load(state)
         self.last_epoch = state_dict["last_epoch"]
@@ -151,12 +187,7 @@ class ScheduledValue:
         if self.item is None:
             put(self.group, self.name, value)
             return
-        values = list(self.group[self.name])
-        if isinstance(values[self.item], Tensor):
-            values[self.item].fill_(value)
-        else:
-            values[self.item] = value
-            self.group[self.name] = tuple(values)
+        put_item(self.group, self.name, self.item, value)
 
     def turn(self, present: int, factor: float) -> None:
         """Set the value for a factor; one changed at step `present` by someone else becomes the measure."""
@@ -199,21 +230,21 @@ def _listed(scheduled: list[tuple[str, int, int | None]]) -> str:
     return ", ".join(f"{name} of group {group}" for name, (_, group, _) in zip(names, scheduled, strict=True))
 
 
-def _scheduled(optimizer: torch.optim.Optimizer, name: str, setting: Setting) -> list[ScheduledValue]:
-    """Make the scheduled values of one hyperparameter for all groups."""
+def _scheduled(
+    optimizer: torch.optim.Optimizer, schedules: Mapping[str, Setting], indices: Sequence[int]
+) -> Iterator[ScheduledValue]:
+    """Yield the scheduled values of some param groups."""
     groups = optimizer.param_groups
-    settings = setting if isinstance(setting, list) else [setting] * len(groups)
-    if len(settings) != len(groups):
-        raise ValueError(f"{name} has {len(settings)} schedules, but the optimizer has {len(groups)} param groups")
-    scheduled: list[ScheduledValue] = []
-    for index, (group, one) in enumerate(zip(groups, settings, strict=True)):
-        if name not in group:
-            known = ", ".join(key for key in group if key != "params")
-            raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
-        scheduled += [
-            ScheduledValue(optimizer, index, name, item, part) for item, part in _parts(name, group[name], one)
-        ]
-    return scheduled
+    for name, setting in schedules.items():
+        settings = setting if isinstance(setting, list) else [setting] * len(groups)
+        if len(settings) != len(groups):
+            raise ValueError(f"{name} has {len(settings)} schedules, but the optimizer has {len(groups)} param groups")
+        for index in indices:
+            if name not in groups[index]:
+                known = ", ".join(key for key in groups[index] if key != "params")
+                raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
+            for item, part in _parts(name, groups[index][name], settings[index]):
+                yield ScheduledValue(optimizer, index, name, item, part)
 
 
 def _parts(name: str, value: Any, setting: Any) -> list[tuple[int | None, Function]]:
