@@ -179,9 +179,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
     _unsaved: ClassVar[frozenset[str]] = frozenset({"optimizer", "_given"})
     """Attributes that are no part of a state dict."""
 
-    _given: dict[str, Any]
+    _given: Mapping[str, Any] = {}
     """Arguments that may be lists with one value per param group."""
 
+    base_lrs: list[Rate]
+    _last_lr: list[Rate]
     _get_lr_called_within_step: bool = False
     _is_initial: bool = False
 
@@ -204,10 +206,14 @@ class LRScheduler(torch_schedulers.LRScheduler):
                     "or make the scheduler with last_epoch=-1 and use its load_state_dict"
                 )
         separate(optimizer, "lr")
-        self.base_lrs = [copied(group["initial_lr"]) for group in optimizer.param_groups]
+        self.base_lrs = self._initial_lrs()
         self.last_epoch = last_epoch
         count_steps(optimizer)
         self._initial_step()
+
+    def _initial_lrs(self) -> list[Rate]:
+        """Return what the schedule starts from, for each group."""
+        return [copied(group["initial_lr"]) for group in self.optimizer.param_groups]
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError when a hyperparameter is out of range; the values may be a constructor's `locals()`."""
@@ -233,7 +239,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _note_given(self, name: str, value: Any) -> None:
         """Remember an argument that may be a list with one value per param group, for groups that are added later."""
-        self.__dict__.setdefault("_given", {})[name] = value
+        self._given = {**self._given, name: value}
 
     # What a subclass says
 
@@ -339,7 +345,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         Raises:
             ValueError: there is none, or groups are gone; nothing has changed.
         """
-        if hasattr(self, "_last_lr") and self._known_groups() != len(self.optimizer.param_groups):
+        if not self._is_initial and self._known_groups() != len(self.optimizer.param_groups):
             for index in self._adopt_groups():
                 group = self.optimizer.param_groups[index]
                 put(group, "lr", self._rate_now(index, copied(group["lr"])))
@@ -371,7 +377,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _why_not(self, new: Sequence[int]) -> str | None:  # noqa: ARG002 (parts of a composite look at them)
         """Return why new groups have no value, and what to do, if so it is."""
-        lists = [name for name, value in getattr(self, "_given", {}).items() if isinstance(value, list | tuple)]
+        lists = [name for name, value in self._given.items() if isinstance(value, list | tuple)]
         return (
             f"has a list for {' and '.join(lists)}, without a value for them; give one for all groups"
             if lists
@@ -384,8 +390,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         for group in groups:
             group.setdefault("initial_lr", copied(group["lr"]))
         separate(self.optimizer, "lr")
-        if hasattr(self, "base_lrs"):
-            self.base_lrs = [*self.base_lrs, *(copied(group["initial_lr"]) for group in groups[len(self.base_lrs) :])]
+        self.base_lrs = [*self.base_lrs, *self._initial_lrs()[len(self.base_lrs) : count]]
         self._last_lr = [*self._last_lr, *self._read()[len(self._last_lr) : count]]
 
     def _rate_now(self, index: int, lr: Rate) -> Rate:  # noqa: ARG002 (what a recursion needs)

@@ -80,10 +80,10 @@ class Composite(LRScheduler):
         return None
 
     def _extend(self, count: int) -> None:
-        super()._extend(count)
         for scheduler in self._schedulers:
             if isinstance(scheduler, LRScheduler) and scheduler._known_groups() < count:
                 scheduler._extend(count)
+        self._last_lr = self._read()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all attributes but the optimizer, and the state dicts of the schedulers."""

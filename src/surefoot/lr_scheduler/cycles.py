@@ -231,7 +231,7 @@ class CyclicLR(CyclingMomentum):
         self.optimizer = check_optimizer(optimizer)
         self._scale_fn_custom = scale_fn
         self._check_values(locals())
-        base_lrs = self._spread("base_lr", base_lr)
+        self.base_lrs = self._spread("base_lr", base_lr)
         self.max_lrs = self._spread("max_lr", max_lr)
         up = float(step_size_up)
         self.total_size = up + (up if step_size_down is None else float(step_size_down))
@@ -245,10 +245,12 @@ class CyclicLR(CyclingMomentum):
             self.base_momentums, self.max_momentums = momenta
         if fresh:
             separate(optimizer, "lr")
-            for lr, group in zip(base_lrs, optimizer.param_groups, strict=True):
+            for lr, group in zip(self.base_lrs, optimizer.param_groups, strict=True):
                 put(group, "lr", lr)
         super().__init__(optimizer, last_epoch)
-        self.base_lrs = base_lrs
+
+    def _initial_lrs(self) -> list[Rate]:
+        return self.base_lrs
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         # What a function scales needs no mode.
@@ -259,7 +261,7 @@ class CyclicLR(CyclingMomentum):
         known = len(self.base_lrs)
         super()._extend(count)
         missing = range(known, count)
-        self.base_lrs = [*self.base_lrs[:known], *(copied(self._given["base_lr"]) for _ in missing)]
+        self.base_lrs = [*self.base_lrs, *(copied(self._given["base_lr"]) for _ in missing)]
         self.max_lrs = [*self.max_lrs[:known], *(copied(self._given["max_lr"]) for _ in missing)]
         if self.cycle_momentum:
             groups = self.optimizer.param_groups

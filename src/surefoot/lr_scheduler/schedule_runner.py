@@ -249,6 +249,8 @@ def _scheduled(
 
 def _parts(name: str, value: Any, setting: Any) -> list[tuple[int | None, Function]]:
     """Return the numbers of a hyperparameter that have a schedule: their places and their schedules."""
+    if setting is None:
+        return []
     several = isinstance(value, tuple)
     needed = f"a tuple of {len(value)} schedules, None for what stays" if several else "one schedule"
     parts = setting if isinstance(setting, tuple) else (setting,)
