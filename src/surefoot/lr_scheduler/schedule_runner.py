@@ -127,7 +127,10 @@ class Schedule(LRScheduler):
                 was.
         """
         if self._known_groups() != len(self.optimizer.param_groups):
-            self._adopt_groups()
+            fresh = self._adopt_groups()
+            for value in self._scheduled:
+                if value.index in fresh:
+                    value.last = value.read()
         saved = [(value["name"], value["group"], value["item"]) for value in state_dict["scheduled"]]
         present = [(value.name, value.index, value.item) for value in self._scheduled]
         if saved != present:
