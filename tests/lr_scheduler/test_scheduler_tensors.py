@@ -76,7 +76,7 @@ def tensors_in(value, seen):
 @pytest.mark.parametrize("group", [False, True], ids=["numbers in groups", "tensors in groups"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_arguments_that_are_tensors_mean_what_their_numbers_mean(name, group, initial):
-    """torch's CyclicLR goes wrong with tensor rates and a group of numbers, its OneCycleLR stops with tensor momenta."""
+    """torch's CyclicLR goes wrong with tensor rates and a group of numbers; OneCycleLR's momentum stood still."""
     expected = followed(MAKERS[name](sgd(momentum=0.9), float))
     scheduler = MAKERS[name](sgd_of(group=group, initial=initial), tensor)
     for seen, right in zip(followed(scheduler), expected, strict=True):

@@ -270,11 +270,12 @@ class LRScheduler(torch_schedulers.LRScheduler):
         Raises:
             ValueError: param groups were added or removed for which there is no value; nothing has changed then.
         """
+        if epoch is not None:
+            ANY("epoch", epoch)
         self._take_up_groups()
         if self._step_count == 1:
             self._warn_about_order()
         if epoch is not None:
-            ANY("epoch", epoch)
             warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
         self._step_count += 1
         try:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Union, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from surefoot.rule.hyperparameters import Check, Interval
+from surefoot.lr_scheduler.ranges import ANY, NOT_NEGATIVE, POSITIVE, between
+from surefoot.rule.hyperparameters import Check
 
 Array = NDArray[np.float64]
 Number = float | int
@@ -35,20 +36,14 @@ def power(bases: Array | float, exponents: Array | float) -> Array:
     return np.array([math.pow(base, exponent) for base, exponent in pairs])
 
 
-def _interval(low: float, high: float = math.inf, *, low_open: bool = False, optional: bool = False) -> Interval:
-    return Interval("got ", low=low, high=high, low_open=low_open, high_open=high == math.inf, optional=optional)
-
-
-_ANY = _interval(-math.inf, low_open=True)
-_POSITIVE = _interval(0.0, low_open=True)
-_NOT_NEGATIVE = _interval(0.0)
-_CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("factor", "start", "end", "low", "high", "gamma"), _ANY),
-    **dict.fromkeys(("steps", "power", "decay"), _NOT_NEGATIVE),
-    **dict.fromkeys(("every", "period", "timescale", "up"), _POSITIVE),
-    "down": _interval(0.0, low_open=True, optional=True),
-    "mult": _interval(1.0),
+RANGES: dict[str, Check] = {
+    **dict.fromkeys(("factor", "start", "end", "low", "high", "gamma"), ANY),
+    **dict.fromkeys(("steps", "power", "decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("every", "period", "timescale", "up"), POSITIVE),
+    "down": between(low_open=True, optional=True),
+    "mult": between(1.0),
 }
+"""Ranges of the curves' fields, which are of the same kind wherever they have the same name."""
 
 
 def _pass(name: str, value: Any) -> None:
@@ -212,7 +207,7 @@ def _check(curve: Curve, field: str, value: Any) -> None:
     if field == "curve" and not isinstance(value, Curve):
         raise TypeError(f"{curve.name}: `curve` must be a curve, but got {value!r}")
     try:
-        _CHECKS.get(field, _pass)(field, value)
+        RANGES.get(field, _pass)(field, value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{curve.name}: {error}") from None
 

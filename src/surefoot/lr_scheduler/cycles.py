@@ -254,8 +254,8 @@ class CyclicLR(CyclingMomentum):
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         # What a function scales needs no mode.
-        without = ("mode",) if self._scale_fn_custom is not None else ("scale_mode",)
-        super()._check_values({name: value for name, value in values.items() if name not in without})
+        free = self._scale_fn_custom is not None
+        super()._check_values({name: value for name, value in values.items() if not (free and name == "mode")})
 
     def _extend(self, count: int) -> None:
         known = len(self.base_lrs)
