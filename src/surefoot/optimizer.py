@@ -686,9 +686,9 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                     self.zero_grad()
         return result
 
-    result: Any = functools.wraps(step)(opaque(hooked_step))
-    result.hooked = True
-    return result
+    hooked: Callable[..., Any] = functools.wraps(step)(opaque(hooked_step))
+    hooked.hooked = True  # type: ignore[attr-defined]
+    return hooked
 
 
 def _put_back(param: Tensor, value: Tensor) -> bool:

@@ -178,6 +178,36 @@ def test_get_lr_warns():
         assert scheduler.get_lr() == rates(scheduler.optimizer)
 
 
+def test_the_text_of_the_warning_is_to_be_had_as_in_torch():
+    assert torchs.EPOCH_DEPRECATION_WARNING.startswith(ours.EPOCH_DEPRECATION_WARNING[:90])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: ours.OneCycleLR(o, 0.1, 30),
+        lambda o: ours.SequentialLR(o, [ours.LinearLR(o), ours.StepLR(o, 2)], [2]),
+        lambda o: ours.Schedule(o, lr=ours.schedules.linear(1, 0, 30)),
+    ],
+)
+def test_schedulers_step_inside_compiled_functions(make):
+    runs = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        scheduler = make(sgd(tensor=True, momentum=0.9))
+
+        def train(scheduler=scheduler):
+            scheduler.optimizer.step()
+            scheduler.step()
+
+        function = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(12):
+            function()
+        runs.append((rates(scheduler.optimizer), scheduler.last_epoch))
+    assert runs[0] == runs[1]
+
+
 def test_step_with_an_epoch_warns():
     for scheduler in (ours.StepLR(sgd(), 3), ours.ReduceLROnPlateau(sgd())):
         scheduler.optimizer.step()

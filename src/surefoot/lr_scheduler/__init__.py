@@ -4,7 +4,7 @@
 """
 
 from surefoot.lr_scheduler import schedules
-from surefoot.lr_scheduler.base import LRScheduler, Recursive, _LRScheduler
+from surefoot.lr_scheduler.base import EPOCH_DEPRECATION_WARNING, LRScheduler, Recursive, _LRScheduler
 from surefoot.lr_scheduler.composite import ChainedScheduler, SequentialLR
 from surefoot.lr_scheduler.curves import Curve
 from surefoot.lr_scheduler.cycles import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
@@ -23,6 +23,7 @@ from surefoot.lr_scheduler.simple import (
 )
 
 __all__ = [
+    "EPOCH_DEPRECATION_WARNING",
     "ChainedScheduler",
     "ConstantLR",
     "CosineAnnealingLR",

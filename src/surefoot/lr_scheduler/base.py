@@ -5,6 +5,7 @@ A scheduler is its arguments and a formula; nothing here knows any of them.  The
 """
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
+from surefoot.dynamo import opaque
 from surefoot.lr_scheduler.ranges import ANY, LAST_EPOCH, between, ranges_of
 from surefoot.rule.hyperparameters import Check
 
@@ -35,6 +37,17 @@ REPLACED_WARNING = (
     "precedes `lr_scheduler.step()` cannot be told; replace it before the scheduler is made"
 )
 GET_LR_WARNING = "To get the last learning rate computed by the scheduler, please use `get_last_lr()`."
+
+
+_NOT_THE_USERS = ("surefoot.", "torch._dynamo.", "torch._compile")
+
+
+def warn(message: str) -> None:
+    """Warn the user, whose frame is the first one outside of this package and of torch.compile."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def copied(value: Any) -> Any:
@@ -249,7 +262,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         To read the present rates use `get_last_lr`.
         """
         if not self._get_lr_called_within_step:
-            warnings.warn(GET_LR_WARNING, UserWarning, stacklevel=2)
+            warn(GET_LR_WARNING)
         return self._new_lrs()
 
     def _new_lrs(self) -> list[Rate]:
@@ -261,6 +274,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     # Moving on
 
+    @opaque
     def step(self, epoch: int | None = None) -> None:
         """Move on by one; call it after `optimizer.step()`.
 
@@ -276,7 +290,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if self._step_count == 1:
             self._warn_about_order()
         if epoch is not None:
-            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
+            warn(EPOCH_DEPRECATION_WARNING)
         self._step_count += 1
         try:
             self._update_lr(epoch)
@@ -286,9 +300,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _warn_about_order(self) -> None:
         if not getattr(self.optimizer.step, "_wrapped_by_lr_sched", False):
-            warnings.warn(REPLACED_WARNING, UserWarning, stacklevel=3)
+            warn(REPLACED_WARNING)
         elif not getattr(self.optimizer, "_opt_called", False):
-            warnings.warn(ORDER_WARNING, UserWarning, stacklevel=3)
+            warn(ORDER_WARNING)
 
     def _initial_step(self) -> None:
         self._step_count = 0

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
+from surefoot.dynamo import opaque
 from surefoot.lr_scheduler.base import LRScheduler, Rate, Recursive, as_if_stepped, put
 from surefoot.lr_scheduler.ranges import LAST_EPOCH, Steps
 from surefoot.lr_scheduler.schedule_runner import Schedule
@@ -60,6 +61,7 @@ class Composite(LRScheduler):
             else:
                 scheduler.last_epoch = -1
 
+    @opaque
     def step(self) -> None:  # type: ignore[override]
         """Move on by one; call it after `optimizer.step()`.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 
+from surefoot.dynamo import opaque
 from surefoot.lr_scheduler.base import (
     LRScheduler,
     Rate,
@@ -81,6 +82,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         height = 1 + math.cos(math.pi * self.T_cur / self.T_i)
         return [self.eta_min + (base - self.eta_min) * height / 2 for base in self.base_lrs]
 
+    @opaque
     def step(self, epoch: float | None = None) -> None:
         """Move on by one, or to `epoch`, which may be a fraction: `step(epoch + batch / batches)`.
 

@@ -1,14 +1,22 @@
 """The scheduler that follows a metric instead of the epoch."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, SupportsFloat
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from surefoot.lr_scheduler.base import EPOCH_DEPRECATION_WARNING, LRScheduler, check_optimizer, copied, put, separate
+from surefoot.dynamo import opaque
+from surefoot.lr_scheduler.base import (
+    EPOCH_DEPRECATION_WARNING,
+    LRScheduler,
+    check_optimizer,
+    copied,
+    put,
+    separate,
+    warn,
+)
 from surefoot.lr_scheduler.ranges import ANY, NOT_NEGATIVE, PATIENCE, RATE, OneOf, between
 
 _FACTOR = between(0, 1, high_open=True, words="Factor should be < 1.0, but got factor=")
@@ -77,6 +85,7 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
         self.cooldown_counter = 0
         self.num_bad_epochs = 0
 
+    @opaque
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take an epoch's metric into account.
 
@@ -91,7 +100,7 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
         self._match_min_lrs()
         if epoch is not None:
             ANY("epoch", epoch)
-            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
+            warn(EPOCH_DEPRECATION_WARNING)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         better = self._is_better(current, self.best)
         self.best = current if better else self.best

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from surefoot.dynamo import opaque
 from surefoot.lr_scheduler.base import (
     LRScheduler,
     check_optimizer,
@@ -68,6 +69,7 @@ class Schedule(LRScheduler):
             value.start()
         self._initial_step()
 
+    @opaque
     def set_step(self, step: int) -> None:
         """Go to a step: as if the schedule had begun anew and `step()` had been called so many times.
 
