@@ -21,9 +21,10 @@ SCHEDULERS = {
 }
 INTRODUCTION = """# Ranges of hyperparameters
 
-What optimizers accept in a constructor, in a param group and in `load_state_dict`, and schedulers in a constructor and in
-`load_state_dict`. NaN is in no range. Everything else is refused by a message that names the hyperparameter, shows what came
-and says what is allowed. Words and flags of optimizers are in their docstrings. This page is made from the code.
+What optimizers accept in a constructor, in a param group and in `load_state_dict`, and schedulers in a constructor
+and in `load_state_dict`. NaN is in no range. Everything else is refused by a message that names the hyperparameter,
+shows what came and says what is allowed. Words and flags of optimizers are in their docstrings. This page is made
+from the code.
 """
 BETWEEN_NUMBERS = {("Rprop", "etas"): "(a, b) with 0 < a < 1 < b"}
 """Ranges that the numbers of a tuple have together."""
@@ -65,9 +66,9 @@ def page():
     }
     notes = {
         "Optimizers": "",
-        "Schedulers": "A whole number may be of any type, 10.0 or a tensor too. Where an argument may be a list with one\n"
-        "value per param group, each of them is in the range; a momentum is below 1 where it is `betas[0]`. `last_epoch`\n"
-        "is a whole number >= -1 everywhere.\n\n",
+        "Schedulers": "A whole number may be of any type, 10.0 or a tensor too. Where an argument may be a list with\n"
+        "one value per param group, each of them is in the range; a momentum is below 1 where it is `betas[0]`.\n"
+        "`last_epoch` is a whole number >= -1 everywhere.\n\n",
         "Schedules as values": "By the name of the field, wherever it occurs.\n\n",
     }
     parts = [f"## {title}\n\n{notes[title]}{table(entries)}\n" for title, entries in sections.items()]

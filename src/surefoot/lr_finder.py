@@ -170,8 +170,8 @@ def find_lr(
 def _check_range(lowest: float, highest: float, steps: int, smoothing: float, stop_at: float) -> None:
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"rates must be 0 < lowest < highest, but got lowest={lowest}, highest={highest}")
-    if steps < _FEWEST:
-        raise ValueError(f"`steps` must be at least {_FEWEST}, but got {steps}")
+    if not steps >= _FEWEST or steps % 1:
+        raise ValueError(f"`steps` must be at least {_FEWEST} and a whole number, but got {steps}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"`smoothing` must be in [0, 1), but got {smoothing}")
     if not stop_at > 1:

@@ -91,7 +91,8 @@ def separate(optimizer: torch.optim.Optimizer, name: str) -> None:
     The first group keeps it; one that takes gradients stays shared.
     """
     seen: set[int] = set()
-    for owner in (*optimizer.param_groups, optimizer.defaults):
+    # A wrapper of an optimizer may have no defaults.
+    for owner in (*optimizer.param_groups, getattr(optimizer, "defaults", {})):
         if name in owner:
             owner[name] = _own(owner[name], seen)
 
@@ -184,6 +185,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
     Note:
         The constructor sets the learning rates, as in torch; so load an optimizer's state after it, or give
         `last_epoch`.
+
+        A param group that is added to the optimizer later starts from its own rate and follows the same curve: at the
+        next step it is where it would be from the beginning.  Where that is not defined, `step` refuses it.
     """
 
     ranges: ClassVar[Mapping[str, Check]] = {"last_epoch": LAST_EPOCH}
