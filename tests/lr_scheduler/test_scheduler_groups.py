@@ -96,6 +96,17 @@ def test_two_schedulers_of_one_optimizer_take_a_group_up_one_after_the_other():
     assert go_on(schedulers, 7) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_a_group_may_come_between_the_parts_and_their_composite(sequence):
+    def make(optimizer, added):
+        parts = [ours.LinearLR(optimizer, 0.25, 1.0, 8), ours.MultiplicativeLR(optimizer, lambda epoch: 0.9)]
+        if added:
+            optimizer.add_param_group(another())
+        return ours.SequentialLR(optimizer, parts, [4]) if sequence else ours.ChainedScheduler(parts)
+
+    assert run(make(sgd(), added=True), 9) == run(make(three(), added=False), 9)
+
+
 def test_a_group_that_says_where_it_began_keeps_its_rate():
     scheduler = ours.ExponentialLR(sgd(), 0.5)
     run(scheduler, 2)

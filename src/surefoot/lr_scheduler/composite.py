@@ -24,6 +24,9 @@ class Composite(LRScheduler):
     def _adopt(self, optimizer: torch.optim.Optimizer, schedulers: Sequence[torch_schedulers.LRScheduler]) -> None:
         for index, scheduler in enumerate(schedulers):
             self._check_part(optimizer, scheduler, index)
+        for scheduler in schedulers:
+            if isinstance(scheduler, LRScheduler):
+                scheduler._take_up_groups()
         self._schedulers = schedulers
         self.optimizer = optimizer
 
