@@ -1,6 +1,7 @@
 """The learning-rate range test: what it finds, and that nothing is left of it."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -188,7 +189,9 @@ def test_zero_rates_are_replaced():
     [
         ({"lowest": 0.0}, "rates must be 0 < lowest < highest, but got lowest=0.0, highest=10.0"),
         ({"highest": 1e-9}, "rates must be 0 < lowest < highest"),
-        ({"steps": 4}, "`steps` must be at least 5, but got 4"),
+        ({"steps": 4}, "`steps` must be at least 5 and a whole number, but got 4"),
+        ({"steps": math.nan}, "`steps` must be at least 5 and a whole number, but got nan"),
+        ({"steps": 5.5}, "`steps` must be at least 5 and a whole number, but got 5.5"),
         ({"smoothing": 1.0}, r"`smoothing` must be in \[0, 1\), but got 1.0"),
         ({"stop_at": 1.0}, "`stop_at` must be > 1, but got 1.0"),
     ],

@@ -235,6 +235,32 @@ def test_update_bn_puts_everything_back_after_an_exception():
     assert [module.training for module in model.modules()] == modes
 
 
+def test_update_bn_puts_statistics_back_after_an_exception():
+    model = network()
+    model(torch.randn(8, 4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="out of data"):
+        ours.update_bn((torch.randn(8, 4) if number < 2 else fail() for number in range(3)), model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def fail():
+    raise ValueError("out of data")
+
+
+def test_update_bn_without_a_batch_is_refused():
+    """torch resets the statistics without a word, which an iterator that was used up comes to as well."""
+    model = ours.AveragedModel(network())
+    model.module(torch.randn(8, 4))
+    before = copy.deepcopy(model.state_dict())
+    for loader in ([], iter(())):
+        with pytest.raises(ValueError, match=r"the loader gave no batch to compute statistics of: .*; give one that"):
+            ours.update_bn(loader, model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_update_bn_without_batch_norm_reads_no_data():
     ours.update_bn(iter([1 / 1, None]), nn.Linear(1, 1))
 
@@ -314,3 +340,122 @@ def test_an_average_is_freed_at_once_and_keeps_no_model():
     gone = weakref.ref(average)
     del average
     assert gone() is None
+
+
+# Which tensor belongs to which
+
+
+def reordered(module, *names):
+    """Register tensors anew, so that they come last, as tools do that replace parameters."""
+    for name in names:
+        tensor = getattr(module, name)
+        delattr(module, name)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_tensors_are_matched_by_name(kind):
+    """fairchem#2098: weight and bias, of the same shape, were swapped."""
+    model = nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(1), model.bias.fill_(2), model.running_mean.fill_(3), model.running_var.fill_(4)
+    average = ours.AveragedModel(model, **FUNCTIONS[kind](ours))
+    for count in range(4):
+        average.update_parameters(model)
+        reordered(model, "weight", "running_mean") if count < 2 else reordered(average.module, "bias")
+        seen = {name: tensor.float().mean().item() for name, tensor in average.module.state_dict().items()}
+        assert seen == {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4, "num_batches_tracked": 0}
+
+
+@pytest.mark.parametrize("compiled", ["model", "average", "both", "layer"])
+def test_the_names_of_compiled_modules_are_those_of_what_they_wrap(compiled):
+    model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+    average = ours.AveragedModel(torch.compile(model, backend="eager") if compiled in ("average", "both") else model)
+    with torch.no_grad():
+        for index, param in enumerate(model.parameters()):
+            param.fill_(index)
+    expected = {name: param.detach().clone() for name, param in model.named_parameters()}
+    reordered(model[0], "weight")
+    if compiled == "layer":
+        model[0] = torch.compile(model[0], backend="eager")
+    average.update_parameters(torch.compile(model, backend="eager") if compiled in ("model", "both") else model)
+    for name, param in average.module.named_parameters():
+        assert torch.equal(param, expected[name.replace("_orig_mod.", "")])
+
+
+def test_a_shared_tensor_has_several_names():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    average = ours.AveragedModel(model)
+    with torch.no_grad():
+        for index, param in enumerate(model.parameters()):
+            param.fill_(index)
+    expected = {name: param.detach().clone() for name, param in model.named_parameters()}
+    first = model.pop("a")
+    model["a"] = first  # the shared weight is b's now
+    average.update_parameters(model)
+    for name, param in average.module.named_parameters():
+        assert torch.equal(param, expected[name]), name
+
+
+def test_other_names_are_matched_by_their_order():
+    """A wrapper, such as that of data parallelism, puts its own name before all."""
+    model = nn.Linear(2, 3)
+    average = ours.AveragedModel(model)
+    wrapper = nn.Module()
+    wrapper.module = model
+    nn.init.constant_(model.weight, 5.0)
+    average.update_parameters(wrapper)
+    assert torch.equal(average.module.weight, model.weight)
+    with pytest.raises(
+        ValueError, match=r"weight: the model has a tensor of shape \(2, 2\) where the average has \(3, 2\)"
+    ):
+        average.update_parameters(nn.Linear(2, 2))
+
+
+# Inside compiled functions
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_an_average_is_updated_inside_a_compiled_function(kind):
+    def averaged(*, compiled, made_inside):
+        torch._dynamo.reset()
+        model, averages = network(), []
+
+        def train(inputs):
+            if made_inside and not averages:
+                averages.append(ours.AveragedModel(model, use_buffers=True, **FUNCTIONS[kind](ours)))
+            outputs = model(inputs)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.add_(0.5)
+            averages[0].update_parameters(model)
+            return outputs.sum()
+
+        if not made_inside:
+            averages.append(ours.AveragedModel(model, use_buffers=True, **FUNCTIONS[kind](ours)))
+        function = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(4):
+            function(torch.ones(3, 4))
+        return averages[0].state_dict()
+
+    for made_inside in (False, True):
+        seen, expected = (averaged(compiled=compiled, made_inside=made_inside) for compiled in (True, False))
+        for name, value in expected.items():
+            assert torch.equal(seen[name], value), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_functions_for_averages_work_inside_a_compiled_function():
+    for make in (ours.get_swa_multi_avg_fn, ours.get_ema_multi_avg_fn):
+        function = make()
+        seen, expected = ([torch.zeros(3), torch.zeros(2)] for _ in range(2))
+        values = [torch.ones(3), torch.ones(2)]
+        torch.compile(lambda f=function, s=seen, v=values: f(s, v, 1), backend="eager")()
+        function(expected, values, 1)
+        for a, b in zip(seen, expected, strict=True):
+            assert torch.equal(a, b)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surefoot.dynamo import opaque
 from surefoot.engines import Bucket, Engine, choose, cpu, gpu
 from surefoot.rule import AlgorithmSpec, bind
 from surefoot.tensors.fit import unfit, unfit_memory
@@ -34,12 +35,13 @@ class Averager:
     """Averages many tensors in place: `averager(averages, values, updates)`.
 
     Args:
-        weight: gives from the number of updates so far the weight of the present values, in [0, 1].
+        weight: returns the weight of the present values, in [0, 1], for the number of updates so far.
     """
 
     def __init__(self, weight: Callable[[Any], float]) -> None:
         self.weight = weight
 
+    @opaque
     def __call__(self, averages: Tensors, values: Tensors, updates: Any) -> None:
         """Move averages towards values; see `Averaging`."""
         Averaging(averages, values).move(self.weight(updates))
@@ -114,7 +116,7 @@ def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:
 
 
 def watch_modules(*modules: nn.Module) -> Any:
-    """Watch which tensors and submodules modules have: what it gives tells whether they have `changed`."""
+    """Watch which tensors and submodules modules have: what is returned tells whether they have `changed`."""
     owners = [(part, name) for module in modules for part in module.modules() for name in _CONTENTS]
     return make_dict_guard([getattr(part, name) for part, name in owners], owners)
 

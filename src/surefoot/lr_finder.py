@@ -100,7 +100,7 @@ class LRCurve:
         return save(figure, path)
 
     def _shown(self) -> tuple[float, float]:
-        """Give the range of losses to show: the end of a divergence would flatten all the rest."""
+        """Return the range of losses to show: the end of a divergence would flatten all the rest."""
         seen = [self.smoothed[index] for index in self._finite()] or [0.0, 1.0]
         fall = (seen[0] - min(seen)) or 1.0
         return min(seen) - 0.2 * fall, seen[0] + 0.5 * fall
@@ -170,8 +170,8 @@ def find_lr(
 def _check_range(lowest: float, highest: float, steps: int, smoothing: float, stop_at: float) -> None:
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"rates must be 0 < lowest < highest, but got lowest={lowest}, highest={highest}")
-    if steps < _FEWEST:
-        raise ValueError(f"`steps` must be at least {_FEWEST}, but got {steps}")
+    if not steps >= _FEWEST or steps % 1:
+        raise ValueError(f"`steps` must be at least {_FEWEST} and a whole number, but got {steps}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"`smoothing` must be in [0, 1), but got {smoothing}")
     if not stop_at > 1:
@@ -198,7 +198,7 @@ def _train(
 def _until_divergence(
     points: Iterator[tuple[float, float, float]], stop_at: float
 ) -> Iterator[tuple[float, float, float]]:
-    """Give points up to the first that is far above the best."""
+    """Return points up to the first that is far above the best."""
     first = best = math.inf
     for point in points:
         yield point
@@ -236,7 +236,7 @@ def unchanged(models: Sequence[Module], optimizer: torch.optim.Optimizer) -> Ite
 
 
 def _remember(value: Any, *, keep: frozenset[str] = frozenset({"params"})) -> Callable[[], Any]:
-    """Give a function that puts a value's contents back, in place where it can be, and returns it."""
+    """Return a function that puts a value's contents back, in place where it can be, and returns it."""
     if isinstance(value, Tensor):
         return _remember_tensor(value)
     if isinstance(value, dict):

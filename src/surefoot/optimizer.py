@@ -6,7 +6,6 @@ is ours.  What an algorithm computes stands in `optimizers`, how it is run in `e
 
 import functools
 import inspect
-import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,12 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_hooks
 from torch.utils.hooks import RemovableHandle
 
 from surefoot.constructor import complete_constructor
+from surefoot.dynamo import opaque
 from surefoot.errors import NotRestoredError
 from surefoot.rule import EMA, ENGINE_OPTIONS, STEP, AlgorithmSpec, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, storage, truth
@@ -687,19 +686,9 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                     self.zero_grad()
         return result
 
-    opaque = functools.wraps(step)(_opaque(hooked_step))
-    opaque.hooked = True  # type: ignore[attr-defined]
-    return opaque
-
-
-def _opaque(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
-    closed = _disable_dynamo(method)  # imports torch._dynamo, which takes seconds, only when it is called
-
-    def open_or_closed(*args: Any, **kwargs: Any) -> Any:
-        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
-
-    return open_or_closed
+    hooked: Callable[..., Any] = functools.wraps(step)(opaque(hooked_step))
+    hooked.hooked = True  # type: ignore[attr-defined]
+    return hooked
 
 
 def _put_back(param: Tensor, value: Tensor) -> bool:

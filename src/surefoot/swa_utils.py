@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from surefoot.averages import Averager, Averaging, watch_modules
-from surefoot.lr_scheduler.base import Rate, Recursive, per_group
+from surefoot.dynamo import opaque
+from surefoot.lr_scheduler.base import Rate, Recursive, check_optimizer, copied
+from surefoot.lr_scheduler.ranges import ANNEAL, LAST_EPOCH, RATE, between
 
 __all__ = [
     "SWALR",
@@ -46,7 +48,7 @@ def _checked_decay(decay: float) -> float:
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
-    """Give the function that updates exponential moving averages of many tensors in place.
+    """Return the function that updates exponential moving averages of many tensors in place.
 
     `average = decay * average + (1 - decay) * current`
 
@@ -61,7 +63,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> AverageAll:
 
 
 def get_swa_multi_avg_fn() -> AverageAll:
-    """Give the function that updates equally weighted averages of many tensors in place.
+    """Return the function that updates equally weighted averages of many tensors in place.
 
     `average += (current - average) / (n_averaged + 1)`
     """
@@ -69,7 +71,7 @@ def get_swa_multi_avg_fn() -> AverageAll:
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
-    """Give the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
+    """Return the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
     _checked_decay(decay)
 
     @torch.no_grad()
@@ -80,7 +82,7 @@ def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
 
 
 def get_swa_avg_fn() -> AverageOne:
-    """Give the function that returns the new equally weighted average of one tensor; see `get_swa_multi_avg_fn`."""
+    """Return the function that returns the new equally weighted average of one tensor; see `get_swa_multi_avg_fn`."""
 
     @torch.no_grad()
     def swa_update(average: Tensor, current: Tensor, num_averaged: Count) -> Tensor:
@@ -156,9 +158,13 @@ class AveragedModel(Module):
 
     _update: "_Update | None" = None
 
+    @opaque
     @torch.no_grad()
     def update_parameters(self, model: Module) -> None:
         """Take the model's present parameters into the average.
+
+        Tensors are matched by their names where both modules have the same, apart from what torch.compile puts before
+        them, and by their order otherwise.
 
         Raises:
             ValueError: the model has other tensors than the one that was copied; the average is as it was.
@@ -202,14 +208,14 @@ class _Update:
         self.averaged, self.copied = ([*pairs, *buffers], []) if use_buffers else (pairs, buffers)
         self._use_buffers = use_buffers
         self._averaging: Averaging | None = None
-        release_grads = weakref.WeakMethod(self._let_go)  # not the update itself, which would then be part of a cycle
-        self._modules = (averaged, weakref.ref(model, lambda gone: (found := release_grads()) and found(gone)))
+        release = weakref.WeakMethod(self._release_model)  # not the update itself, which would then be part of a cycle
+        self._modules = (averaged, weakref.ref(model, lambda gone: (found := release()) and found(gone)))
         tensors = list(chain(averaged.parameters(), averaged.buffers(), model.parameters(), model.buffers()))
         own = set(map(id, tensors))
         direct = all(id(current) in own for _, current in (*self.averaged, *self.copied))
         self._items = None if any(map(is_lazy, tensors)) or not direct else watch_modules(averaged, model)
 
-    def _let_go(self, _: Any) -> None:
+    def _release_model(self, _: Any) -> None:
         """Keep nothing of a model that is gone."""
         self.averaged, self.copied, self._averaging, self._items = [], [], None, None
 
@@ -253,7 +259,7 @@ def _copy(pairs: Pairs) -> None:
 
 
 def _lazy_buffers(model: Module) -> dict[int, Any]:
-    """Give what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
+    """Return what `deepcopy` needs as memo: torch cannot copy buffers that have no shape yet."""
     new: Any = UninitializedBuffer  # torch's stub has no signature for it
     lazy = [buffer for buffer in model.buffers() if is_lazy(buffer)]
     return {id(buffer): new(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
@@ -261,24 +267,43 @@ def _lazy_buffers(model: Module) -> dict[int, Any]:
 
 def _pairs(averaged: Module, model: Module, kind: str) -> list[tuple[Tensor, Tensor]]:
     """Pair the tensors of both modules, those of the model brought to the average's device."""
-    ours, theirs = (list(getattr(module, kind)()) for module in (averaged, model))
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"the model has {len(theirs)} {kind}, but the average was made of {len(ours)}; make a new AveragedModel "
-            "when you add or remove modules"
-        )
-    pairs = [(_made_like(average, current), current) for average, current in zip(ours, theirs, strict=True)]
-    if any(is_lazy(current) for current in theirs):
+    matched = _matched(averaged, model, kind)
+    pairs = [(_made_like(average, current), current) for _, average, current in matched]
+    if any(is_lazy(current) for _, current in pairs):
         pairs = [(average, current) for average, current in pairs if not is_lazy(current)]
-    for average, current in pairs:
-        if average.shape != current.shape:
+    for name, average, current in matched:
+        if not is_lazy(current) and average.shape != current.shape:
             raise ValueError(
-                f"the model has a tensor of shape {tuple(current.shape)} where the average has "
+                f"{name}: the model has a tensor of shape {tuple(current.shape)} where the average has "
                 f"{tuple(average.shape)}; give the model that was averaged"
             )
     if any(average.device != current.device for average, current in pairs):
         pairs = [(average, current.to(average.device)) for average, current in pairs]
     return pairs
+
+
+def _matched(averaged: Module, model: Module, kind: str) -> list[tuple[str, Tensor, Tensor]]:
+    """Return the average's names and tensors, each with the model's."""
+    ours, theirs = (_named(module, kind) for module in (averaged, model))
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"the model has {len(theirs)} {kind}, but the average was made of {len(ours)}; make a new AveragedModel "
+            "when you add or remove modules"
+        )
+    if ours.keys() != theirs.keys():
+        # A tensor that modules share has the name of whichever comes first.
+        everywhere = _named(model, kind, remove_duplicate=False)
+        known = ours.keys() <= everywhere.keys()
+        if not known or not theirs.keys() <= _named(averaged, kind, remove_duplicate=False).keys():
+            return [(*item, current) for item, current in zip(ours.items(), theirs.values(), strict=True)]
+        theirs = everywhere
+    return [(name, average, theirs[name]) for name, average in ours.items()]
+
+
+def _named(module: Module, kind: str, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
+    """Return a module's tensors by name, without what torch.compile puts before the names in a module that it wraps."""
+    named = getattr(module, f"named_{kind}")(remove_duplicate=remove_duplicate)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
 
 
 def _made_like(average: Tensor, current: Tensor) -> Tensor:
@@ -300,15 +325,23 @@ def _by_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[Any, tuple[list[Ten
 
 @contextmanager
 def _cumulative(model: Module) -> Iterator[bool]:
-    """Let batch normalisation take plain means over all batches; everything is put back at the end."""
+    """Let batch normalisation take plain means over all batches; momenta and modes are put back at the end.
+
+    After an exception the statistics are put back, too.
+    """
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [module.momentum for module in modules]
+    statistics = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers() if not is_lazy(buffer)]
     training = {module: module.training for module in model.modules()} if modules else {}
     for normalisation in modules:
         normalisation.reset_running_stats()
         normalisation.momentum = None
     try:
         yield bool(modules)
+    except BaseException:
+        for buffer, value in statistics:
+            buffer.copy_(value)
+        raise
     finally:
         for normalisation, momentum in zip(modules, momenta, strict=True):
             normalisation.momentum = momentum
@@ -324,20 +357,33 @@ def update_bn(loader: Iterable[Any], model: Module, device: int | torch.device |
         loader: batches: tensors, or lists or tuples whose first item is the tensor to give to the model.
         model: the model, usually an `AveragedModel`.
         device: where to bring the batches.
+
+    Raises:
+        ValueError: there are no batches, and so no statistics; they are as they were then, as after any exception.
     """
     with _cumulative(model) as needed:
         if not needed:
             return
         model.train()
+        batches = 0
         for batch in loader:
             inputs = batch[0] if isinstance(batch, list | tuple) else batch
             model(inputs if device is None else inputs.to(device))
+            batches += 1
+        if not batches:
+            raise ValueError(
+                f"the loader gave no batch to compute statistics of: {loader!r}; give one that has data, not an "
+                "iterator that has been used up"
+            )
 
 
 def _share(strategy: str, fraction: float) -> float:
-    """Give how much of the way has been gone after a fraction of the time."""
+    """Return how much of the way has been gone after a fraction of the time."""
     fraction = max(0.0, min(1.0, fraction))
     return (1 - math.cos(math.pi * fraction)) / 2 if strategy == "cos" else fraction
+
+
+_ANNEAL_EPOCHS = between(whole=True, words="anneal_epochs must be equal or greater than 0, got ")
 
 
 class SWALR(Recursive):
@@ -345,8 +391,8 @@ class SWALR(Recursive):
 
     Args:
         optimizer: any optimizer; its groups get a key `swa_lr`.
-        swa_lr: the last rate, or a list with one per param group.
-        anneal_epochs: how many epochs it takes, an integer >= 0.
+        swa_lr: the last rate, >= 0, or a list with one per param group.
+        anneal_epochs: how many epochs it takes, a whole number >= 0.
         anneal_strategy: `"cos"` or `"linear"`.
         last_epoch: see `LRScheduler`.
 
@@ -357,20 +403,25 @@ class SWALR(Recursive):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        swa_lr: float | Sequence[float],
-        anneal_epochs: int = 10,
-        anneal_strategy: str = "cos",
-        last_epoch: int = -1,
+        swa_lr: Annotated[float | Sequence[float], RATE],
+        anneal_epochs: Annotated[int, _ANNEAL_EPOCHS] = 10,
+        anneal_strategy: Annotated[str, ANNEAL] = "cos",
+        last_epoch: Annotated[int, LAST_EPOCH] = -1,
     ) -> None:
-        if anneal_strategy not in ("cos", "linear"):
-            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
-        if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
-            raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
-        for group, lr in zip(optimizer.param_groups, per_group("swa_lr", optimizer, swa_lr), strict=True):
+        self.optimizer = check_optimizer(optimizer)
+        self._check_values(locals())
+        for group, lr in zip(optimizer.param_groups, self._spread("swa_lr", swa_lr), strict=True):
             group["swa_lr"] = lr
         self._anneal_strategy = anneal_strategy
         self.anneal_epochs = anneal_epochs
         super().__init__(optimizer, last_epoch)
+
+    has_closed_form = False
+
+    def _extend(self, count: int) -> None:
+        super()._extend(count)
+        for group in self.optimizer.param_groups:
+            group.setdefault("swa_lr", copied(self._given["swa_lr"]))
 
     def _next_lr(self, epoch: int, lr: Rate, index: int) -> Rate:
         last = self.optimizer.param_groups[index]["swa_lr"]

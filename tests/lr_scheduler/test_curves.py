@@ -241,7 +241,11 @@ BAD = {
         ValueError,
         r"linear: got -5; `steps` must be a number in \[0, inf\)",
     ),
-    "no number": (lambda: cosine(0, "1", 5), TypeError, r"cosine: `end` must be a number, but got '1' \(str\)"),
+    "no number": (
+        lambda: cosine(0, "1", 5),
+        ValueError,
+        "cosine: got 1 of type <class 'str'>; `end` must be a number in",
+    ),
     "infinite": (lambda: constant(math.inf), ValueError, "constant: got inf; `factor` must be a number in"),
     "nan": (lambda: constant(math.nan), ValueError, "constant: got nan"),
     "no period": (

@@ -142,7 +142,7 @@ def test_functions_and_none_are_schedules_too():
     schedule = Schedule(sgd(), lr=[lambda now: 1 / (now + 1), None])
     run(schedule, 4)
     assert rates(schedule.optimizer) == [0.1 * (1 / 5), 0.1 / 3]
-    assert schedule.state_dict()["dials"][0]["schedule"] is None
+    assert schedule.state_dict()["scheduled"][0]["schedule"] is None
 
 
 def test_a_longer_schedule_prolongs_a_run():

@@ -125,9 +125,10 @@ def test_added_groups_and_a_list_of_min_lr():
     optimizer = sgd()
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.0, 0.0])
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
-    scheduler.step(1.0)
+    before = copy.deepcopy(scheduler.state_dict())
     with pytest.raises(RuntimeError, match=r"The number of param groups in the `optimizer` \(3\) differs"):
         scheduler.step(2.0)
+    assert scheduler.state_dict() == before
     scheduler = ours.ReduceLROnPlateau(optimizer, patience=0)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     before = rates(optimizer)
@@ -175,6 +176,36 @@ def test_get_lr_warns():
     scheduler = ours.StepLR(sgd(), 3)
     with pytest.warns(UserWarning, match=r"please use `get_last_lr\(\)`"):
         assert scheduler.get_lr() == rates(scheduler.optimizer)
+
+
+def test_the_text_of_the_warning_is_to_be_had_as_in_torch():
+    assert torchs.EPOCH_DEPRECATION_WARNING.startswith(ours.EPOCH_DEPRECATION_WARNING[:90])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: ours.OneCycleLR(o, 0.1, 30),
+        lambda o: ours.SequentialLR(o, [ours.LinearLR(o), ours.StepLR(o, 2)], [2]),
+        lambda o: ours.Schedule(o, lr=ours.schedules.linear(1, 0, 30)),
+    ],
+)
+def test_schedulers_step_inside_compiled_functions(make):
+    runs = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        scheduler = make(sgd(tensor=True, momentum=0.9))
+
+        def train(scheduler=scheduler):
+            scheduler.optimizer.step()
+            scheduler.step()
+
+        function = torch.compile(train, backend="eager") if compiled else train
+        for _ in range(12):
+            function()
+        runs.append((rates(scheduler.optimizer), scheduler.last_epoch))
+    assert runs[0] == runs[1]
 
 
 def test_step_with_an_epoch_warns():

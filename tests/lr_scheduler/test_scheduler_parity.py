@@ -48,7 +48,7 @@ CLOSED = {
     ),
     "OneCycleLR": options(
         max_lr=rate,
-        total_steps=st.integers(STEPS, 2 * STEPS),
+        total_steps=st.integers(STEPS + 1, 2 * STEPS),
         pct_start=st.floats(0.1, 0.45),
         anneal_strategy=st.sampled_from(["cos", "linear"]),
         cycle_momentum=st.booleans(),

@@ -4,12 +4,12 @@
 """
 
 from surefoot.lr_scheduler import schedules
-from surefoot.lr_scheduler.base import LRScheduler, Recursive, _LRScheduler
+from surefoot.lr_scheduler.base import EPOCH_DEPRECATION_WARNING, LRScheduler, Recursive, _LRScheduler
 from surefoot.lr_scheduler.composite import ChainedScheduler, SequentialLR
 from surefoot.lr_scheduler.curves import Curve
 from surefoot.lr_scheduler.cycles import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
 from surefoot.lr_scheduler.plateau import ReduceLROnPlateau
-from surefoot.lr_scheduler.runner import Schedule
+from surefoot.lr_scheduler.schedule_runner import Schedule
 from surefoot.lr_scheduler.simple import (
     ConstantLR,
     CosineAnnealingLR,
@@ -23,6 +23,7 @@ from surefoot.lr_scheduler.simple import (
 )
 
 __all__ = [
+    "EPOCH_DEPRECATION_WARNING",
     "ChainedScheduler",
     "ConstantLR",
     "CosineAnnealingLR",

@@ -18,37 +18,32 @@ from typing import Any, ClassVar, Union, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from surefoot.rule.hyperparameters import Check, Interval
+from surefoot.lr_scheduler.ranges import ANY, NOT_NEGATIVE, POSITIVE, between
+from surefoot.rule.hyperparameters import Check
 
 Array = NDArray[np.float64]
 Number = float | int
 
 
 def cos(angles: Array) -> Array:
-    """Give cosines with the bits of `math.cos`."""
+    """Return cosines with the bits of `math.cos`."""
     return np.array([math.cos(angle) for angle in angles.tolist()])
 
 
 def power(bases: Array | float, exponents: Array | float) -> Array:
-    """Give powers with the bits of `math.pow`."""
+    """Return powers with the bits of `math.pow`."""
     pairs = zip(*(side.tolist() for side in np.broadcast_arrays(bases, exponents)), strict=True)
     return np.array([math.pow(base, exponent) for base, exponent in pairs])
 
 
-def _interval(low: float, high: float = math.inf, *, low_open: bool = False, optional: bool = False) -> Interval:
-    return Interval("got ", low=low, high=high, low_open=low_open, high_open=high == math.inf, optional=optional)
-
-
-_ANY = _interval(-math.inf, low_open=True)
-_POSITIVE = _interval(0.0, low_open=True)
-_NOT_NEGATIVE = _interval(0.0)
-_CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("factor", "start", "end", "low", "high", "gamma"), _ANY),
-    **dict.fromkeys(("steps", "power", "decay"), _NOT_NEGATIVE),
-    **dict.fromkeys(("every", "period", "timescale", "up"), _POSITIVE),
-    "down": _interval(0.0, low_open=True, optional=True),
-    "mult": _interval(1.0),
+RANGES: dict[str, Check] = {
+    **dict.fromkeys(("factor", "start", "end", "low", "high", "gamma"), ANY),
+    **dict.fromkeys(("steps", "power", "decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("every", "period", "timescale", "up"), POSITIVE),
+    "down": between(low_open=True, optional=True),
+    "mult": between(1.0),
 }
+"""Ranges of the curves' fields, which are of the same kind wherever they have the same name."""
 
 
 def _pass(name: str, value: Any) -> None:
@@ -91,11 +86,11 @@ class Curve:
             _check(self, field, plain)
 
     def at(self, steps: Array) -> Array:
-        """Give the factors at the steps, a 1-d array of float64 numbers >= 0."""
+        """Return the factors at the steps, a 1-d array of float64 numbers >= 0."""
         raise NotImplementedError
 
     def horizon(self) -> float:
-        """Give the step after which nothing new happens; 0 if there is none."""
+        """Return the step after which nothing new happens; 0 if there is none."""
         return 0.0
 
     @overload
@@ -103,7 +98,7 @@ class Curve:
     @overload
     def __call__(self, step: ArrayLike) -> Array: ...
     def __call__(self, step: Any) -> Any:
-        """Give the factor at a step, or those at an array of steps.
+        """Return the factor at a step, or those at an array of steps.
 
         Args:
             step: steps counted from 0; fractions are allowed.
@@ -124,7 +119,7 @@ class Curve:
         return float(factors[0]) if steps.ndim == 0 else factors.reshape(steps.shape)
 
     def __mul__(self, other: Union["Curve", Number]) -> "Curve":
-        """Give the product with a curve or with a number."""
+        """Return the product with a curve or with a number."""
         return Product((self, other)) if isinstance(other, Curve) else Scale(self, other)
 
     __rmul__ = __mul__
@@ -134,11 +129,11 @@ class Curve:
         return f"{self.name}({', '.join(f'{field}={value!r}' for field, value in _fields(self))})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain data: the curve's name under `schedule`, and its fields."""
+        """Return plain data: the curve's name under `schedule`, and its fields."""
         return {"schedule": self.name, **{field: _encode(value) for field, value in _fields(self)}}
 
     def to_json(self, indent: int | None = None) -> str:
-        """Give `to_dict` as JSON text."""
+        """Return `to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
     @staticmethod
@@ -189,7 +184,7 @@ class Curve:
 
 
 def registry() -> Mapping[str, type[Curve]]:
-    """Give all curves by name, a user's own included."""
+    """Return all curves by name, a user's own included."""
     return _REGISTRY
 
 
@@ -198,7 +193,7 @@ def _fields(curve: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Give lists as tuples and numpy's numbers as Python's."""
+    """Return lists as tuples and numpy's numbers as Python's."""
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)
     if isinstance(value, np.generic):
@@ -212,7 +207,7 @@ def _check(curve: Curve, field: str, value: Any) -> None:
     if field == "curve" and not isinstance(value, Curve):
         raise TypeError(f"{curve.name}: `curve` must be a curve, but got {value!r}")
     try:
-        _CHECKS.get(field, _pass)(field, value)
+        RANGES.get(field, _pass)(field, value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{curve.name}: {error}") from None
 
@@ -262,7 +257,7 @@ class Ramp(Curve, abstract=True):
         return self.between(np.minimum(steps, self.steps))
 
     def between(self, steps: Array) -> Array:
-        """Give the factors at steps from 0 to `self.steps`, which is > 0."""
+        """Return the factors at steps from 0 to `self.steps`, which is > 0."""
         raise NotImplementedError
 
     def horizon(self) -> float:
@@ -502,7 +497,7 @@ class Restarts(Curve):
         return self.curve.at(within) * power(self.decay, cycle)
 
     def _cycles(self, steps: Array) -> tuple[Array, Array, Array]:
-        """Give the number, the beginning and the length of each step's cycle."""
+        """Return the number, the beginning and the length of each step's cycle."""
         if self.mult == 1:
             cycle = np.floor_divide(steps, self.period)
             return cycle, cycle * self.period, np.full_like(steps, self.period)

@@ -1,24 +1,49 @@
 """The schedulers of torch that cycle; their rates follow from the epoch alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from surefoot.dynamo import opaque
 from surefoot.lr_scheduler.base import (
     LRScheduler,
     Rate,
     check_optimizer,
+    copied,
     function_state,
-    per_group,
     put,
     put_momentum,
     restore_function,
+    separate,
 )
+from surefoot.lr_scheduler.ranges import (
+    ANNEAL,
+    GAMMA,
+    LAST_EPOCH,
+    MOMENTUM,
+    PERIOD,
+    RATE,
+    OneOf,
+    between,
+)
+from surefoot.rule.hyperparameters import BETAS
 
 Values = float | Sequence[float]
+_Rates = Annotated[Values, RATE]
+_Momenta = Annotated[Values, MOMENTUM]
+_LastEpoch = Annotated[int, LAST_EPOCH]
+
+
+def _positive_integer(name: str, *, optional: bool = False) -> Any:
+    return between(1, whole=True, optional=optional, words=f"Expected positive integer {name}, but got ")
+
+
+_T_MULT = between(1, whole=True, words="Expected integer T_mult >= 1, but got ")
+_ETA_MIN = between(words="Expected float or int eta_min, but got ")
+_EPOCH = between(words="Expected non-negative epoch, but got ")
 
 
 class CosineAnnealingWarmRestarts(LRScheduler):
@@ -28,33 +53,28 @@ class CosineAnnealingWarmRestarts(LRScheduler):
 
     Args:
         optimizer: any optimizer.
-        T_0: epochs of the first cycle, an integer > 0.
-        T_mult: each cycle is this much longer than the one before, an integer >= 1.
-        eta_min: the lowest rate.
+        T_0: epochs of the first cycle, a whole number >= 1.
+        T_mult: each cycle is this much longer than the one before, a whole number >= 1.
+        eta_min: the lowest rate, >= 0.
         last_epoch: see `LRScheduler`.
 
     Raises:
-        ValueError: `T_0`, `T_mult` or `eta_min` is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        T_0: int,  # noqa: N803 (torch's name)
-        T_mult: int = 1,  # noqa: N803
-        eta_min: float = 0.0,
-        last_epoch: int = -1,
+        T_0: Annotated[int, _positive_integer("T_0")],  # noqa: N803 (torch's name)
+        T_mult: Annotated[int, _T_MULT] = 1,  # noqa: N803
+        eta_min: Annotated[float, _ETA_MIN] = 0.0,
+        last_epoch: _LastEpoch = -1,
     ) -> None:
-        if not isinstance(T_0, int) or T_0 <= 0:
-            raise ValueError(f"Expected positive integer T_0, but got {T_0}")
-        if not isinstance(T_mult, int) or T_mult < 1:
-            raise ValueError(f"Expected integer T_mult >= 1, but got {T_mult}")
-        if not isinstance(eta_min, float | int):
-            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}")  # noqa: TRY004
-        self.T_0 = T_0
-        self.T_mult = T_mult
+        self._check_values(locals())
+        self.T_0 = int(T_0)
+        self.T_mult = int(T_mult)
         self.eta_min = eta_min
-        self.T_i: int = T_0
+        self.T_i: int = self.T_0
         self.T_cur: float = last_epoch
         super().__init__(optimizer, last_epoch)
 
@@ -62,17 +82,19 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         height = 1 + math.cos(math.pi * self.T_cur / self.T_i)
         return [self.eta_min + (base - self.eta_min) * height / 2 for base in self.base_lrs]
 
+    @opaque
     def step(self, epoch: float | None = None) -> None:
         """Move on by one, or to `epoch`, which may be a fraction: `step(epoch + batch / batches)`.
 
         Raises:
-            ValueError: `epoch` is negative.
+            ValueError: `epoch` is negative or not finite.
         """
-        if epoch is not None and epoch < 0:
-            raise ValueError(f"Expected non-negative epoch, but got {epoch}")
+        if epoch is not None:
+            _EPOCH("epoch", epoch)
         self._update_lr(epoch)
 
     def _update_lr(self, epoch: float | None = None) -> None:
+        self._take_up_groups()
         if epoch is None and not self._is_initial:
             self.T_cur += 1
             if self.T_cur >= self.T_i:
@@ -112,16 +134,30 @@ class CyclingMomentum(LRScheduler):
                 f"{type(self.optimizer).__name__} has neither; give cycle_momentum=False"
             )
         self.use_beta1 = "betas" in self.optimizer.defaults
-        base = per_group("base_momentum", self.optimizer, base_momentum)
-        top = per_group("max_momentum", self.optimizer, max_momentum)
+        base = self._spread("base_momentum", base_momentum)
+        top = self._spread("max_momentum", max_momentum)
+        if self.use_beta1:
+            for name, bounds in (("base_momentum", base), ("max_momentum", top)):
+                for bound in bounds:
+                    BETAS.checks[0](name, bound)
+        separate(self.optimizer, "betas" if self.use_beta1 else "momentum")
         if fresh:
             for group, low, high in zip(self.optimizer.param_groups, base, top, strict=True):
                 put_momentum(group, high)
-                group.update(max_momentum=high, base_momentum=low)
+                group.update(max_momentum=copied(high), base_momentum=copied(low))
         return base, top
 
+    def _extend(self, count: int) -> None:
+        known = self._known_groups()
+        super()._extend(count)
+        if self.cycle_momentum:
+            separate(self.optimizer, "betas" if self.use_beta1 else "momentum")
+            for group in self.optimizer.param_groups[known:count]:
+                for name in ("max_momentum", "base_momentum"):
+                    group.setdefault(name, copied(self._given[name]))
+
     def _momenta(self) -> list[Rate]:
-        """Give each group's momentum at `last_epoch`."""
+        """Return each group's momentum at `last_epoch`."""
         raise NotImplementedError
 
     def _write(self, lrs: Sequence[Rate]) -> None:
@@ -147,6 +183,11 @@ _MODES: dict[str, tuple[Callable[[float, float], float], str]] = {
 }
 
 
+_MODE = OneOf("mode is invalid and scale_fn is None: got {!r}", tuple(_MODES))
+_SCALE_MODE = OneOf("scale_mode is invalid: got {!r}", ("cycle", "iterations"))
+_DOWN = between(optional=True)
+
+
 class CyclicLR(CyclingMomentum):
     """Rates up and down between `base_lr` and `max_lr` in straight lines (Smith 2017).
 
@@ -156,11 +197,11 @@ class CyclicLR(CyclingMomentum):
         optimizer: any optimizer.
         base_lr: the lower rate, or a list with one per param group.
         max_lr: the upper rate, or a list.
-        step_size_up: steps from the lower to the upper rate.
-        step_size_down: steps back; as many by default.
+        step_size_up: steps from the lower to the upper rate, > 0.
+        step_size_down: steps back, >= 0; as many by default.
         mode: `"triangular"`; `"triangular2"`, whose height halves from cycle to cycle; `"exp_range"`, whose height is
             `gamma ** steps`.
-        gamma: for `"exp_range"`.
+        gamma: for `"exp_range"`, >= 0.
         scale_fn: the height's factor, instead of `mode`.
         scale_mode: whether `scale_fn` is given the `"cycle"`, from 1 on, or the `"iterations"`.
         cycle_momentum: let momentum, or betas[0], fall from `max_momentum` to `base_momentum` while the rate rises.
@@ -169,57 +210,74 @@ class CyclicLR(CyclingMomentum):
         last_epoch: see `LRScheduler`.
 
     Raises:
-        ValueError: a list has another length than the param groups, `mode` is unknown, or the optimizer has no
-            momentum.
+        ValueError: an argument is out of range, a list has another length than the param groups, or the optimizer has
+            no momentum.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        base_lr: Values,
-        max_lr: Values,
-        step_size_up: int = 2000,
-        step_size_down: int | None = None,
-        mode: str = "triangular",
-        gamma: float = 1.0,
+        base_lr: _Rates,
+        max_lr: _Rates,
+        step_size_up: Annotated[int, PERIOD] = 2000,
+        step_size_down: Annotated[int | None, _DOWN] = None,
+        mode: Annotated[str, _MODE] = "triangular",
+        gamma: Annotated[float, GAMMA] = 1.0,
         scale_fn: Callable[[float], float] | None = None,
-        scale_mode: str = "cycle",
+        scale_mode: Annotated[str, _SCALE_MODE] = "cycle",
         cycle_momentum: bool = True,
-        base_momentum: Values = 0.8,
-        max_momentum: Values = 0.9,
-        last_epoch: int = -1,
+        base_momentum: _Momenta = 0.8,
+        max_momentum: _Momenta = 0.9,
+        last_epoch: _LastEpoch = -1,
     ) -> None:
         self.optimizer = check_optimizer(optimizer)
-        if mode not in _MODES and scale_fn is None:
-            raise ValueError(
-                f"mode is invalid and scale_fn is None: got mode={mode!r}; give one of {', '.join(map(repr, _MODES))}, "
-                "or a function as scale_fn"
-            )
-        base_lrs = per_group("base_lr", optimizer, base_lr)
-        self.max_lrs = per_group("max_lr", optimizer, max_lr)
+        self._scale_fn_custom = scale_fn
+        self._check_values(locals())
+        self.base_lrs = self._spread("base_lr", base_lr)
+        self.max_lrs = self._spread("max_lr", max_lr)
         up = float(step_size_up)
         self.total_size = up + (up if step_size_down is None else float(step_size_down))
         self.step_ratio = up / self.total_size
         self.mode = mode
         self.gamma = gamma
-        self._scale_fn_custom = scale_fn
         self.scale_mode = scale_mode if scale_fn is not None else _MODES[mode][1]
         fresh = last_epoch == -1
         momenta = self._start_momentum(cycle_momentum, base_momentum, max_momentum, fresh=fresh)
         if cycle_momentum:
             self.base_momentums, self.max_momentums = momenta
         if fresh:
-            for lr, group in zip(base_lrs, optimizer.param_groups, strict=True):
+            separate(optimizer, "lr")
+            for lr, group in zip(self.base_lrs, optimizer.param_groups, strict=True):
                 put(group, "lr", lr)
         super().__init__(optimizer, last_epoch)
-        self.base_lrs = base_lrs
+
+    def _initial_lrs(self) -> list[Rate]:
+        return self.base_lrs
+
+    def _check_values(self, values: Mapping[str, Any]) -> None:
+        # What a function scales needs no mode.
+        free = self._scale_fn_custom is not None
+        super()._check_values({name: value for name, value in values.items() if not (free and name == "mode")})
+
+    def _extend(self, count: int) -> None:
+        known = len(self.base_lrs)
+        super()._extend(count)
+        missing = range(known, count)
+        self.base_lrs = [*self.base_lrs, *(copied(self._given["base_lr"]) for _ in missing)]
+        self.max_lrs = [*self.max_lrs[:known], *(copied(self._given["max_lr"]) for _ in missing)]
+        if self.cycle_momentum:
+            groups = self.optimizer.param_groups
+            self.base_momentums, self.max_momentums = (
+                [*bounds[:known], *(copied(groups[index][name]) for index in missing)]
+                for name, bounds in (("base_momentum", self.base_momentums), ("max_momentum", self.max_momentums))
+            )
 
     def scale_fn(self, x: float) -> float:
-        """Give the height's factor for a cycle or, with `scale_mode="iterations"`, for a step."""
+        """Return the height's factor for a cycle or, with `scale_mode="iterations"`, for a step."""
         return self._scale_fn_custom(x) if self._scale_fn_custom is not None else _MODES[self.mode][0](self.gamma, x)
 
     def _heights(self, low: Sequence[Rate], high: Sequence[Rate]) -> list[Rate]:
-        """Give each group's height above `low`."""
+        """Return each group's height above `low`."""
         cycle = math.floor(1 + self.last_epoch / self.total_size)
         position = 1.0 + self.last_epoch / self.total_size - cycle
         rising = position <= self.step_ratio
@@ -236,7 +294,7 @@ class CyclicLR(CyclingMomentum):
         return [top - height for top, height in zip(self.max_momentums, heights, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
+        """Return all attributes but the optimizer; of a function nothing, of a callable object its attributes."""
         return {**super().state_dict(), "_scale_fn_custom": function_state(self._scale_fn_custom)}
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -244,21 +302,15 @@ class CyclicLR(CyclingMomentum):
         super()._take(state)
 
 
-def _positive_int(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"Expected positive integer {name}, but got {value}")
-    return value
-
-
 def _total_steps(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:
     if total_steps is not None:
-        return _positive_int("total_steps", total_steps)
+        return int(total_steps)
     if epochs is None or steps_per_epoch is None:
         raise ValueError(
             "You must define either total_steps OR (epochs AND steps_per_epoch), but got total_steps=None, "
             f"epochs={epochs}, steps_per_epoch={steps_per_epoch}"
         )
-    return _positive_int("epochs", epochs) * _positive_int("steps_per_epoch", steps_per_epoch)
+    return int(epochs) * int(steps_per_epoch)
 
 
 def _cosine_anneal(start: Rate, end: Rate, fraction: float) -> Rate:
@@ -272,6 +324,10 @@ def _linear_anneal(start: Rate, end: Rate, fraction: float) -> Rate:
 _ANNEAL = {"cos": _cosine_anneal, "linear": _linear_anneal}
 
 
+_PCT_START = between(0, 1, words="Expected float between 0 and 1 pct_start, but got ")
+_DIVISOR = between(low_open=True, infinite=True)
+
+
 class OneCycleLR(CyclingMomentum):
     """One rise to `max_lr` and one fall far below the beginning (Smith and Topin 2018).
 
@@ -281,17 +337,17 @@ class OneCycleLR(CyclingMomentum):
     Args:
         optimizer: any optimizer.
         max_lr: the upper rate, or a list with one per param group.
-        total_steps: length of the cycle; or give the two following.
-        epochs: number of epochs.
-        steps_per_epoch: number of steps in each.
-        pct_start: the fraction of the steps that rises, a float in [0, 1].
+        total_steps: length of the cycle, a whole number >= 1; or give the two following.
+        epochs: number of epochs, a whole number >= 1.
+        steps_per_epoch: number of steps in each, a whole number >= 1.
+        pct_start: the fraction of the steps that rises, in [0, 1].
         anneal_strategy: `"cos"` or `"linear"`.
         cycle_momentum: let momentum, or betas[0], fall from `max_momentum` to `base_momentum` while the rate rises.
         base_momentum: the lower momentum, or a list.
         max_momentum: the upper momentum, or a list.
-        div_factor: the first rate is `max_lr / div_factor`.
-        final_div_factor: the last is the first divided by this.
-        three_phase: fall to the first rate as fast as it rose, then to the last.
+        div_factor: the first rate is `max_lr / div_factor`; > 0.
+        final_div_factor: the last is the first divided by this; > 0.
+        three_phase: fall to the first rate as fast as it rose, then to the last; at most half of the steps may rise.
         last_epoch: see `LRScheduler`.
 
     Raises:
@@ -301,39 +357,49 @@ class OneCycleLR(CyclingMomentum):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        max_lr: Values,
-        total_steps: int | None = None,
-        epochs: int | None = None,
-        steps_per_epoch: int | None = None,
-        pct_start: float = 0.3,
-        anneal_strategy: str = "cos",
+        max_lr: _Rates,
+        total_steps: Annotated[int | None, _positive_integer("total_steps", optional=True)] = None,
+        epochs: Annotated[int | None, _positive_integer("epochs", optional=True)] = None,
+        steps_per_epoch: Annotated[int | None, _positive_integer("steps_per_epoch", optional=True)] = None,
+        pct_start: Annotated[float, _PCT_START] = 0.3,
+        anneal_strategy: Annotated[str, ANNEAL] = "cos",
         cycle_momentum: bool = True,
-        base_momentum: Values = 0.85,
-        max_momentum: Values = 0.95,
-        div_factor: float = 25.0,
-        final_div_factor: float = 1e4,
+        base_momentum: _Momenta = 0.85,
+        max_momentum: _Momenta = 0.95,
+        div_factor: Annotated[float, _DIVISOR] = 25.0,
+        final_div_factor: Annotated[float, _DIVISOR] = 1e4,
         three_phase: bool = False,
-        last_epoch: int = -1,
+        last_epoch: _LastEpoch = -1,
     ) -> None:
         self.optimizer = check_optimizer(optimizer)
+        self._check_values(locals())
         self.total_steps = _total_steps(total_steps, epochs, steps_per_epoch)
-        if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
-            raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
-        if anneal_strategy not in _ANNEAL:
-            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
         self._anneal_func_type = anneal_strategy
         self._schedule_phases = _phases(self.total_steps, pct_start, three_phase=three_phase)
         fresh = last_epoch == -1
-        max_lrs = per_group("max_lr", optimizer, max_lr)
+        max_lrs = self._spread("max_lr", max_lr)
         self._start_momentum(cycle_momentum, base_momentum, max_momentum, fresh=fresh)
+        self._divisors = div_factor, final_div_factor
         if fresh:
             for group, top in zip(optimizer.param_groups, max_lrs, strict=True):
-                first = top / div_factor
-                group.update(initial_lr=first, max_lr=top, min_lr=first / final_div_factor)
+                self._put_corners(group, top)
         super().__init__(optimizer, last_epoch)
 
+    _unsaved = CyclingMomentum._unsaved | {"_divisors"}
+
+    def _put_corners(self, group: dict[str, Any], top: Rate) -> None:
+        """Put the rates into a group between which its own moves."""
+        first = top / self._divisors[0]
+        group.update(initial_lr=first, max_lr=top, min_lr=first / self._divisors[1])
+
+    def _extend(self, count: int) -> None:
+        for group in self.optimizer.param_groups[self._known_groups() : count]:
+            if "max_lr" not in group:
+                self._put_corners(group, copied(self._given["max_lr"]))
+        super()._extend(count)
+
     def _between(self, start: str, end: str) -> list[Rate]:
-        """Give each group's value between the corners that the present phase has under these keys."""
+        """Return each group's value between the corners that the present phase has under these keys."""
         begin = 0.0
         for phase in self._schedule_phases[:-1]:
             if self.last_epoch <= phase["end_step"]:
@@ -342,7 +408,8 @@ class OneCycleLR(CyclingMomentum):
         else:
             phase = self._schedule_phases[-1]
         length = phase["end_step"] - begin
-        fraction = (self.last_epoch - begin) / length if length else 1.0
+        # The last step is total_steps - 1; what comes after it stays there, or a line would go on below 0.
+        fraction = min((self.last_epoch - begin) / length, 1.0) if length else 1.0
         anneal = _ANNEAL[self._anneal_func_type]
         return [anneal(group[phase[start]], group[phase[end]], fraction) for group in self.optimizer.param_groups]
 
@@ -359,8 +426,13 @@ class OneCycleLR(CyclingMomentum):
 
 
 def _phases(total: int, pct_start: float, *, three_phase: bool) -> list[dict[str, Any]]:
-    """Give the phases: their last steps, and the groups' keys for what they start from and end at."""
+    """Return the phases: their last steps, and the groups' keys for what they start from and end at."""
     peak = float(pct_start * total) - 1
+    if three_phase and 2 * peak > total - 1:
+        raise ValueError(
+            f"three_phase=True falls as long as it rises, but pct_start={pct_start} of {total} steps leaves no room "
+            "for that; give a pct_start of at most 0.5"
+        )
     corners: list[tuple[float, str, str]] = [
         (0.0, "initial_lr", "max_momentum"),
         (peak, "max_lr", "base_momentum"),

@@ -24,7 +24,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 def names() -> Mapping[str, Callable[..., Curve]]:
-    """Give all that an expression may call."""
+    """Return all that an expression may call."""
     return {**registry(), **BUILDERS}
 
 
@@ -67,7 +67,7 @@ class _Reader:
         self.names = names()
 
     def read(self, node: ast.expr) -> Any:
-        """Give what a node stands for."""
+        """Return what a node stands for."""
         match node:
             case ast.Constant(value=int() | float() | str() | None as value) if not isinstance(value, bool):
                 return value
@@ -84,7 +84,7 @@ class _Reader:
         raise self.mistake(node, "a schedule is made of calls, numbers, lists, `*`, and `+ - /` between numbers")
 
     def number(self, node: ast.expr) -> Any:
-        """Give a number."""
+        """Return a number."""
         value = self.read(node)
         if not isinstance(value, int | float):
             raise self.mistake(node, "expected a number")
@@ -114,5 +114,5 @@ class _Reader:
             raise self.mistake(node, str(error)) from None
 
     def mistake(self, node: ast.expr, what: str) -> ValueError:
-        """Give the error for a node, with a mark under it."""
+        """Return the error for a node, with a mark under it."""
         return ValueError(f"{what}\n  {self.text}\n  {' ' * node.col_offset}^")

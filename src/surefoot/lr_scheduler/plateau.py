@@ -1,14 +1,27 @@
 """The scheduler that follows a metric instead of the epoch."""
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any, SupportsFloat
+from typing import Annotated, Any, SupportsFloat
 
 import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
-from surefoot.lr_scheduler.base import EPOCH_WARNING, LRScheduler, check_optimizer, put
+from surefoot.dynamo import opaque
+from surefoot.lr_scheduler.base import (
+    EPOCH_DEPRECATION_WARNING,
+    LRScheduler,
+    check_optimizer,
+    copied,
+    put,
+    separate,
+    warn,
+)
+from surefoot.lr_scheduler.ranges import ANY, NOT_NEGATIVE, PATIENCE, RATE, OneOf, between
+
+_FACTOR = between(0, 1, high_open=True, words="Factor should be < 1.0, but got factor=")
+_MODE = OneOf("mode {} is unknown! It must be 'min' or 'max'", ("min", "max"))
+_THRESHOLD_MODE = OneOf("threshold mode {} is unknown! It must be 'rel' or 'abs'", ("rel", "abs"))
 
 
 class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
@@ -17,13 +30,13 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
     Args:
         optimizer: any optimizer.
         mode: `"min"` if less is better, `"max"` if more is.
-        factor: < 1.
-        patience: how many epochs without improvement are let pass.
+        factor: >= 0 and < 1.
+        patience: how many epochs without improvement are let pass, a whole number >= 0.
         threshold: how much better counts as better, >= 0.
         threshold_mode: `"rel"`: by this fraction of the best; `"abs"`: by this amount.
-        cooldown: epochs after a reduction in which nothing counts.
-        min_lr: the lowest rate, or a list with one per param group.
-        eps: a smaller reduction is not made.
+        cooldown: epochs after a reduction in which nothing counts, a whole number >= 0.
+        min_lr: the lowest rate, >= 0, or a list with one per param group.
+        eps: a smaller reduction is not made; >= 0.
 
     Raises:
         TypeError: `optimizer` is no optimizer.
@@ -33,21 +46,16 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        mode: str = "min",
-        factor: float = 0.1,
-        patience: int = 10,
-        threshold: float = 1e-4,
-        threshold_mode: str = "rel",
-        cooldown: int = 0,
-        min_lr: float | Sequence[float] = 0,
-        eps: float = 1e-8,
+        mode: Annotated[str, _MODE] = "min",
+        factor: Annotated[float, _FACTOR] = 0.1,
+        patience: Annotated[int, PATIENCE] = 10,
+        threshold: Annotated[float, NOT_NEGATIVE] = 1e-4,
+        threshold_mode: Annotated[str, _THRESHOLD_MODE] = "rel",
+        cooldown: Annotated[int, PATIENCE] = 0,
+        min_lr: Annotated[float | Sequence[float], RATE] = 0,
+        eps: Annotated[float, NOT_NEGATIVE] = 1e-8,
     ) -> None:
-        if factor >= 1.0:
-            raise ValueError(f"Factor should be < 1.0, but got factor={factor}")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode {mode} is unknown! It must be 'min' or 'max'")
-        if threshold_mode not in ("rel", "abs"):
-            raise ValueError(f"threshold mode {threshold_mode} is unknown! It must be 'rel' or 'abs'")
+        self._check_values(locals())
         self.optimizer = check_optimizer(optimizer)
         self.mode = mode
         self.factor = factor
@@ -59,14 +67,15 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
         self._set_min_lrs(min_lr)
         self.mode_worse = math.inf if mode == "min" else -math.inf
         self.last_epoch = 0
+        separate(optimizer, "lr")
         self._last_lr = self._read()
         self._reset()
 
     def _set_min_lrs(self, min_lr: float | Sequence[float]) -> None:
         count = len(self.optimizer.param_groups)
         several = isinstance(min_lr, list | tuple)
-        self.default_min_lr: Any = None if several else min_lr
-        self.min_lrs: list[Any] = list(min_lr) if isinstance(min_lr, list | tuple) else [min_lr] * count
+        self.default_min_lr: Any = None if several else copied(min_lr)
+        self.min_lrs: list[Any] = list(map(copied, min_lr if isinstance(min_lr, list | tuple) else [min_lr] * count))
         if len(self.min_lrs) != count:
             raise ValueError(f"expected {count} min_lrs, got {len(self.min_lrs)}; give one, or one per param group")
 
@@ -76,17 +85,23 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
         self.cooldown_counter = 0
         self.num_bad_epochs = 0
 
+    @opaque
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take an epoch's metric into account.
 
         Args:
             metrics: the metric, a number or a tensor of one element.
             epoch: deprecated: the number of the epoch.
+
+        Raises:
+            RuntimeError: `min_lr` was a list, and groups have been added; nothing has changed then.
         """
-        if epoch is not None:
-            warnings.warn(EPOCH_WARNING, UserWarning, stacklevel=2)
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         current = float(metrics)
+        self._match_min_lrs()
+        if epoch is not None:
+            ANY("epoch", epoch)
+            warn(EPOCH_DEPRECATION_WARNING)
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         better = self._is_better(current, self.best)
         self.best = current if better else self.best
         self.num_bad_epochs = 0 if better or self.in_cooldown else self.num_bad_epochs + 1
@@ -98,17 +113,22 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
             self.num_bad_epochs = 0
         self._last_lr = self._read()
 
-    def _reduce_lr(self, epoch: int) -> None:  # noqa: ARG002 (torch's signature)
+    def _match_min_lrs(self) -> None:
+        """Have a lowest rate for each group; those that were added start from their own rates."""
         groups = self.optimizer.param_groups
-        if len(groups) != len(self.min_lrs):
-            if self.default_min_lr is None:
-                raise RuntimeError(
-                    f"The number of param groups in the `optimizer` ({len(groups)}) differs from when "
-                    f"`ReduceLROnPlateau` was initialized ({len(self.min_lrs)}), and the list given as min_lr is "
-                    "for those; append to the scheduler's `min_lrs` when you add a param group"
-                )
-            self.min_lrs = [self.default_min_lr] * len(groups)
-        for group, least in zip(groups, self.min_lrs, strict=True):
+        if len(groups) == len(self.min_lrs):
+            return
+        if self.default_min_lr is None:
+            raise RuntimeError(
+                f"The number of param groups in the `optimizer` ({len(groups)}) differs from when "
+                f"`ReduceLROnPlateau` was initialized ({len(self.min_lrs)}), and the list given as min_lr is for "
+                "those; append to the scheduler's `min_lrs` when you add a param group"
+            )
+        self.min_lrs = [self.default_min_lr] * len(groups)
+        separate(self.optimizer, "lr")
+
+    def _reduce_lr(self, epoch: int) -> None:  # noqa: ARG002 (torch's signature)
+        for group, least in zip(self.optimizer.param_groups, self.min_lrs, strict=True):
             old = float(group["lr"])
             new = max(old * self.factor, least)
             if old - new > self.eps:
@@ -126,6 +146,9 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
 
     def _check_groups(self, state_dict: Any) -> None:
         """Nothing: the rates do not come from the state, and groups may be added at any time."""
+
+    def _known_groups(self) -> int:
+        return len(self.optimizer.param_groups)
 
     def _untouched(self) -> list[bool]:
         # A group added since the last step has no rate noted.

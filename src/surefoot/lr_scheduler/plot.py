@@ -29,7 +29,7 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
 def default_steps(curves: Sequence[Curve]) -> int:
-    """Give how many steps to draw: to the last horizon and a little on, or 1000 where nothing ends."""
+    """Return how many steps to draw: to the last horizon and a little on, or 1000 where nothing ends."""
     last = max(curve.horizon() for curve in curves)
     return math.ceil(last * 1.05) if last else DEFAULT_STEPS
 
@@ -48,7 +48,7 @@ def load_pyplot() -> Any:
 
 
 def style(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Give axes the looks that all of surefoot's figures share."""
+    """Return axes the looks that all of surefoot's figures share."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(visible=True, color="#e3e3e3", linewidth=0.8)

@@ -6,7 +6,7 @@ names here are also those of expressions such as `surefoot lr plot "warmup(100, 
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from surefoot.lr_scheduler.curves import (
     Absolute,
@@ -28,6 +28,8 @@ from surefoot.lr_scheduler.curves import (
     SqrtDecay,
     Step,
 )
+from surefoot.lr_scheduler.ranges import AT_LEAST_ONE_EPOCH, between
+from surefoot.rule.hyperparameters import Check
 
 absolute = Absolute
 constant = Constant
@@ -44,6 +46,7 @@ scale = Scale
 sqrt_decay = SqrtDecay
 step = Step
 
+_DIVISOR = between(low_open=True, infinite=True)
 Shape = Literal["linear", "cosine", "sqrt"]
 _SHAPES: dict[str, type[Ramp]] = {"linear": Linear, "cosine": Cosine, "sqrt": SqrtDecay}
 
@@ -54,8 +57,17 @@ def _ramp(shape: str, start: float, end: float, steps: float) -> Curve:
     return _SHAPES[shape](start, end, steps)
 
 
+def _check(builder: str, **values: tuple[Any, Check]) -> None:
+    """Raise ValueError when an argument is not in its range."""
+    for name, (value, check) in values.items():
+        try:
+            check(name, value)
+        except ValueError as error:
+            raise ValueError(f"{builder}: {error}") from None
+
+
 def join(*curves: Curve, at: Sequence[float] = ()) -> Curve:
-    """Give one curve after the other.
+    """Return one curve after the other.
 
     Args:
         curves: each counts its steps from its own beginning.
@@ -65,7 +77,7 @@ def join(*curves: Curve, at: Sequence[float] = ()) -> Curve:
 
 
 def product(*curves: Curve) -> Curve:
-    """Give the product of curves, as `*` does."""
+    """Return the product of curves, as `*` does."""
     return Product(curves)
 
 
@@ -109,16 +121,23 @@ def one_cycle(
     """Rise to 1 and fall far below the beginning (Smith and Topin 2018); `OneCycleLR` in units of its `max_lr`.
 
     Args:
-        steps: length of the cycle, of which the last step is `steps - 1`.
+        steps: length of the cycle, >= 1, of which the last step is `steps - 1`.
         pct_start: the fraction of the steps that rises, in [0, 1].
-        div_factor: the first factor is `1 / div_factor`.
-        final_div_factor: the last is `1 / div_factor / final_div_factor`.
+        div_factor: the first factor is `1 / div_factor`; > 0.
+        final_div_factor: the last is `1 / div_factor / final_div_factor`; > 0.
         shape: `"cosine"`, `"linear"` or `"sqrt"`.
-        three_phase: fall to the first factor as fast as it rose, then to the last.
+        three_phase: fall to the first factor as fast as it rose, then to the last; at most half of the steps may rise.
     """
+    divisors = {"div_factor": (div_factor, _DIVISOR), "final_div_factor": (final_div_factor, _DIVISOR)}
+    _check("one_cycle", steps=(steps, between(1)), pct_start=(pct_start, between(0, 1)), **divisors)
     first = 1.0 / div_factor
     last = first / final_div_factor
     peak = max(pct_start * steps - 1, 0.0)
+    if three_phase and 2 * peak > steps - 1:
+        raise ValueError(
+            f"one_cycle: three_phase=True falls as long as it rises, but pct_start={pct_start} of {steps} steps leaves "
+            "no room for that; give a pct_start of at most 0.5"
+        )
     corners = [(0.0, first), (peak, 1.0), (steps - 1, last)]
     if three_phase:
         corners.insert(2, (2 * peak, first))
@@ -133,16 +152,20 @@ def constant_with_warmup(warmup_steps: float) -> Curve:
 
 def linear_with_warmup(warmup_steps: float, total_steps: float, end: float = 0.0) -> Curve:
     """Rise linearly from 0 to 1 in `warmup_steps`, fall linearly to `end` at `total_steps`."""
+    _check("linear_with_warmup", total_steps=(total_steps, between(warmup_steps)))
     return warmup(warmup_steps, Linear(1.0, end, total_steps - warmup_steps))
 
 
 def cosine_with_warmup(warmup_steps: float, total_steps: float, end: float = 0.0) -> Curve:
     """Rise linearly from 0 to 1 in `warmup_steps`, fall as half a cosine to `end` at `total_steps`."""
+    _check("cosine_with_warmup", total_steps=(total_steps, between(warmup_steps)))
     return warmup(warmup_steps, Cosine(1.0, end, total_steps - warmup_steps))
 
 
 def cosine_with_restarts(warmup_steps: float, total_steps: float, cycles: int = 1, end: float = 0.0) -> Curve:
     """Rise linearly, then fall as a cosine `cycles` times, and stay at `end` from `total_steps` on."""
+    longer = between(warmup_steps, low_open=True)
+    _check("cosine_with_restarts", cycles=(cycles, AT_LEAST_ONE_EPOCH), total_steps=(total_steps, longer))
     period = (total_steps - warmup_steps) / cycles
     falls = Restarts(Cosine(1.0, end, period), period)
     return Join((Linear(0.0, 1.0, warmup_steps), falls, Constant(end)), (warmup_steps, total_steps))
@@ -150,6 +173,7 @@ def cosine_with_restarts(warmup_steps: float, total_steps: float, cycles: int = 
 
 def polynomial_with_warmup(warmup_steps: float, total_steps: float, power: float = 1.0, end: float = 0.0) -> Curve:
     """Rise linearly from 0 to 1 in `warmup_steps`, fall as a polynomial to `end` at `total_steps`."""
+    _check("polynomial_with_warmup", total_steps=(total_steps, between(warmup_steps)))
     return warmup(warmup_steps, Polynomial(1.0, end, total_steps - warmup_steps, power))
 
 

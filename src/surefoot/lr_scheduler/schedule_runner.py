@@ -1,13 +1,22 @@
-"""`Schedule`: the scheduler that runs schedule values, for any hyperparameter."""
+"""`Schedule`: the scheduler that runs schedules given as values, for any hyperparameter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from surefoot.lr_scheduler.base import LRScheduler, check_optimizer, copied, count_steps, put
+from surefoot.dynamo import opaque
+from surefoot.lr_scheduler.base import (
+    LRScheduler,
+    check_optimizer,
+    copied,
+    count_steps,
+    put,
+    put_item,
+    separate,
+)
 from surefoot.lr_scheduler.curves import Absolute, Curve
+from surefoot.lr_scheduler.ranges import ANY
 
 Function = Callable[[int], float]
 Setting = Function | Sequence[Function | None] | None
@@ -31,7 +40,8 @@ class Schedule(LRScheduler):
 
     Raises:
         TypeError: `optimizer` is no optimizer, or a schedule is no function.
-        ValueError: no schedule is given, a group has no such hyperparameter, or a list or tuple has a wrong length.
+        ValueError: no schedule is given, a group has no such hyperparameter, or a list or tuple has a wrong length;
+            later, `step` finds groups that were added beside a list of schedules.
 
     Example:
         >>> import torch, surefoot
@@ -48,13 +58,18 @@ class Schedule(LRScheduler):
         self.optimizer = check_optimizer(optimizer)
         if not schedules:
             raise ValueError("Schedule needs a schedule for at least one hyperparameter, such as lr=cosine(1, 0, 1000)")
-        self._dials = [dial for name, setting in schedules.items() for dial in _dials(optimizer, name, setting)]
+        self._check_values({"last_epoch": last_epoch})
+        self._given = schedules
+        self._scheduled = list(_scheduled(optimizer, schedules, range(len(optimizer.param_groups))))
         self.last_epoch = last_epoch
         count_steps(optimizer)
-        for dial in self._dials:
-            dial.start()
+        for name in schedules:
+            separate(optimizer, name)
+        for value in self._scheduled:
+            value.start()
         self._initial_step()
 
+    @opaque
     def set_step(self, step: int) -> None:
         """Go to a step: as if the schedule had begun anew and `step()` had been called so many times.
 
@@ -65,22 +80,41 @@ class Schedule(LRScheduler):
             raise ValueError(f"set_step takes a whole number >= 0, but got {step!r}")
         self._update_lr(step)
 
+    def _why_not(self, new: Sequence[int]) -> str | None:
+        lists = [name for name, setting in self._given.items() if isinstance(setting, list)]
+        if lists:
+            return f"has a list of schedules for {' and '.join(lists)}, without one for them; give one for all groups"
+        for _ in _scheduled(self.optimizer, self._given, new):
+            pass  # it raises where a group has no such hyperparameter
+        return None
+
+    def _extend(self, count: int) -> None:
+        added = list(_scheduled(self.optimizer, self._given, range(self._known_groups(), count)))
+        for name in self._given:
+            separate(self.optimizer, name)
+        for value in added:
+            value.start()
+        order = list(self._given)
+        self._scheduled = sorted([*self._scheduled, *added], key=lambda value: order.index(value.name))
+        self._last_lr = self._read()
+
     def _update_lr(self, epoch: int | None = None) -> None:
+        self._take_up_groups()
         target = self.last_epoch + 1 if epoch is None else epoch
         # Groups share schedules, and a schedule takes longer than all else.
-        schedules = {id(dial.schedule): dial.schedule for dial in self._dials}
+        schedules = {id(value.schedule): value.schedule for value in self._scheduled}
         factors = {key: float(schedule(target)) for key, schedule in schedules.items()}
-        for dial in self._dials:
-            dial.turn(self.last_epoch, factors[id(dial.schedule)])
+        for value in self._scheduled:
+            value.turn(self.last_epoch, factors[id(value.schedule)])
         self.last_epoch = target
         self._last_lr = self._read()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the position, the initial values, and the schedules for reading; all of it fits into JSON."""
+        """Return the position, the initial values, and the schedules for reading; all of it fits into JSON."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
-            "dials": [dial.state() for dial in self._dials],
+            "scheduled": [value.state() for value in self._scheduled],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -91,23 +125,32 @@ class Schedule(LRScheduler):
         before, stay.
 
         Raises:
-            ValueError: it schedules other hyperparameters or groups; this schedule is as it was.
+            ValueError: it schedules other hyperparameters or groups, or holds what is no number; this schedule is as it
+                was.
         """
-        saved = [(dial["name"], dial["group"], dial["item"]) for dial in state_dict["dials"]]
-        present = [(dial.name, dial.index, dial.item) for dial in self._dials]
+        if self._known_groups() != len(self.optimizer.param_groups):
+            fresh = self._adopt_groups()
+            for value in self._scheduled:
+                if value.index in fresh:
+                    value.last = value.read()
+        saved = [(value["name"], value["group"], value["item"]) for value in state_dict["scheduled"]]
+        present = [(value.name, value.index, value.item) for value in self._scheduled]
         if saved != present:
             raise ValueError(
                 f"the state dict schedules {_listed(saved)}, but this Schedule has {_listed(present)}; make it with "
                 "the same hyperparameters, for the same param groups"
             )
-        for dial, state in zip(self._dials, state_dict["dials"], strict=True):
-            dial.load(state)
+        for value, state in zip(self._scheduled, state_dict["scheduled"], strict=True):
+            for name in ("base", "last"):
+                ANY(f"{name} of {value.name}", state[name])
+        for value, state in zip(self._scheduled, state_dict["scheduled"], strict=True):
+            value.load(state)
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["_step_count"]
         self._last_lr = self._read()
 
 
-class Dial:
+class ScheduledValue:
     """One number of one param group and its schedule.
 
     Args:
@@ -140,7 +183,7 @@ class Dial:
         self.base = float(initial if self.item is None else initial[self.item])
 
     def read(self) -> float:
-        """Give the present value."""
+        """Return the present value."""
         value = self.group[self.name]
         return float(value if self.item is None else value[self.item])
 
@@ -149,12 +192,7 @@ class Dial:
         if self.item is None:
             put(self.group, self.name, value)
             return
-        values = list(self.group[self.name])
-        if isinstance(values[self.item], Tensor):
-            values[self.item].fill_(value)
-        else:
-            values[self.item] = value
-            self.group[self.name] = tuple(values)
+        put_item(self.group, self.name, self.item, value)
 
     def turn(self, present: int, factor: float) -> None:
         """Set the value for a factor; one changed at step `present` by someone else becomes the measure."""
@@ -170,7 +208,7 @@ class Dial:
         self.last = self.read()
 
     def state(self) -> dict[str, Any]:
-        """Give what is saved."""
+        """Return what is saved."""
         schedule = self.schedule.to_dict() if isinstance(self.schedule, Curve) else None
         own = {
             "name": self.name,
@@ -192,28 +230,32 @@ def _copied(value: Any) -> Any:
     return tuple(copied(item) for item in value) if isinstance(value, tuple) else copied(value)
 
 
-def _listed(dials: list[tuple[str, int, int | None]]) -> str:
-    names = [name if item is None else f"{name}[{item}]" for name, _, item in dials]
-    return ", ".join(f"{name} of group {group}" for name, (_, group, _) in zip(names, dials, strict=True))
+def _listed(scheduled: list[tuple[str, int, int | None]]) -> str:
+    names = [name if item is None else f"{name}[{item}]" for name, _, item in scheduled]
+    return ", ".join(f"{name} of group {group}" for name, (_, group, _) in zip(names, scheduled, strict=True))
 
 
-def _dials(optimizer: torch.optim.Optimizer, name: str, setting: Setting) -> list[Dial]:
-    """Make the dials of one hyperparameter for all groups."""
+def _scheduled(
+    optimizer: torch.optim.Optimizer, schedules: Mapping[str, Setting], indices: Sequence[int]
+) -> Iterator[ScheduledValue]:
+    """Yield the scheduled values of some param groups."""
     groups = optimizer.param_groups
-    settings = setting if isinstance(setting, list) else [setting] * len(groups)
-    if len(settings) != len(groups):
-        raise ValueError(f"{name} has {len(settings)} schedules, but the optimizer has {len(groups)} param groups")
-    dials: list[Dial] = []
-    for index, (group, one) in enumerate(zip(groups, settings, strict=True)):
-        if name not in group:
-            known = ", ".join(key for key in group if key != "params")
-            raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
-        dials += [Dial(optimizer, index, name, item, part) for item, part in _parts(name, group[name], one)]
-    return dials
+    for name, setting in schedules.items():
+        settings = setting if isinstance(setting, list) else [setting] * len(groups)
+        if len(settings) != len(groups):
+            raise ValueError(f"{name} has {len(settings)} schedules, but the optimizer has {len(groups)} param groups")
+        for index in indices:
+            if name not in groups[index]:
+                known = ", ".join(key for key in groups[index] if key != "params")
+                raise ValueError(f"param group {index} has no hyperparameter {name!r} to schedule; it has: {known}")
+            for item, part in _parts(name, groups[index][name], settings[index]):
+                yield ScheduledValue(optimizer, index, name, item, part)
 
 
 def _parts(name: str, value: Any, setting: Any) -> list[tuple[int | None, Function]]:
-    """Give the numbers of a hyperparameter that have a schedule: their places and their schedules."""
+    """Return the numbers of a hyperparameter that have a schedule: their places and their schedules."""
+    if setting is None:
+        return []
     several = isinstance(value, tuple)
     needed = f"a tuple of {len(value)} schedules, None for what stays" if several else "one schedule"
     parts = setting if isinstance(setting, tuple) else (setting,)

@@ -1,0 +1,22 @@
+"""torch.compile around what we do: methods that a compiled function calls as they are, without looking into them."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from torch._compile import _disable_dynamo
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
+    closed = _disable_dynamo(method)  # imports torch._dynamo, which takes seconds, only when it is called
+
+    @functools.wraps(method)
+    def open_or_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+
+    return open_or_closed
