@@ -40,6 +40,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
+from surefoot.step.ranks import due_exchange, failures_told
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -272,7 +273,7 @@ class Optimizer(torch.optim.Optimizer):
             group.setdefault(name, default)
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
-        self.check_group(group)
+        self._check_own(group)
         self._check_membership(group)
         self.check_params(group["params"])
         param_group.update(group)
@@ -405,12 +406,12 @@ class Optimizer(torch.optim.Optimizer):
         telemetry = stepping.options.telemetry
         context.wants_metrics = telemetry is not None and telemetry.wanted(context.step)
 
-    @staticmethod
-    def evaluate(closure: Callable[[], Any] | None) -> Any:
-        """Call the closure, if there is one, with gradients enabled."""
+    def evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """Call the closure, if there is one, with gradients enabled; other ranks are told when it fails here."""
         if closure is None:
             return None
-        with torch.enable_grad():
+        step = self._step_input()
+        with failures_told(step, due_exchange(step)), torch.enable_grad():
             return closure()
 
     @property
@@ -474,6 +475,9 @@ class Optimizer(torch.optim.Optimizer):
         # torch wraps classes whose step has no hooks yet, such as one assigned after the class was made.
         if not getattr(type(self).step, "hooked", False):
             type(self).step = with_hooks(type(self).step)  # type: ignore[method-assign]
+
+    def _check_own(self, group: Mapping[str, Any]) -> None:
+        self.check_group(self.step_options.own(group))
 
     def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
         """Return the hooks of a kind, in order, for the kinds that torch knows under the same names."""
@@ -568,7 +572,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        target = LoadTarget(self.spec, self.defaults, self.param_groups, self.state, self.check_group)
+        target = LoadTarget(self.spec, self.defaults, self.param_groups, self.state, self._check_own)
         loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
         try:

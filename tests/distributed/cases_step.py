@@ -109,7 +109,8 @@ def train(cls, options, mesh=None, placements=(None,) * 5, *, dtype=torch.float3
     }
     if optimizer.step_options.telemetry is not None:
         raw = optimizer.telemetry.latest().raw
-        found["telemetry"] = raw.sums, raw.clip
+        order = sorted(range(len(raw.names)), key=raw.names.__getitem__)
+        found["telemetry"] = raw.sums[order], raw.clip
     return found
 
 

@@ -404,7 +404,8 @@ class _Run:
         return result
 
     def _evaluate(self) -> Any:
-        result = Optimizer.evaluate(self.closure)
+        with torch.enable_grad():
+            result = self.closure()
         if result is None:
             raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
         self.loss = float(result.detach() if isinstance(result, Tensor) else result)

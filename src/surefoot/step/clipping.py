@@ -74,9 +74,8 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums |
         _warn(step, nonfinite)
         return False
     scale = 1.0 if step.grad_scale is None else step.grad_scale
-    own = {id(each.group) for each in measured if each.group.get("max_grad_norm")}
-    others = [each for each in measured if id(each.group) not in own]
-    clips = {id(e.group): _factor(e.group["max_grad_norm"], [e], scale) for e in measured if id(e.group) in own}
+    clips = {id(e.group): _factor(own, [e], scale) for e in measured if (own := step.own_norm(e.group))}
+    others = [each for each in measured if id(each.group) not in clips]
     if options.max_grad_norm and others:
         clips |= dict.fromkeys((id(e.group) for e in others), _factor(options.max_grad_norm, others, scale))
     for part in slices:

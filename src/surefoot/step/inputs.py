@@ -37,6 +37,10 @@ class StepInput(NamedTuple):
         """Return whether the gradients of a group are clipped by norm."""
         return bool(self.stepping.options.max_grad_norm or group.get("max_grad_norm"))
 
+    def own_norm(self, group: Mapping[str, Any]) -> float | None:
+        """Return the greatest norm of a group's own gradients, if it has one."""
+        return self.stepping.options.own(group).get("max_grad_norm")
+
     def needs_gradients(self) -> bool:
         """Return whether the gradients must be measured before the update."""
         guarded = self.stepping.options.nonfinite != "ignore"

@@ -59,13 +59,18 @@ _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "process_
 
 @dataclass(eq=False)
 class OptimizerOptions:
-    """The options of one optimizer that are not its groups'; see `StepOptions`."""
+    """The options of one optimizer that are not its groups'; see `StepOptions`.
+
+    Attributes:
+        repeated: whether its maker, a `ZeroRedundancyOptimizer`, puts them into every group as well.
+    """
 
     max_grad_norm: float | None = None
     nonfinite: str = "ignore"
     zero_grad_after_step: bool = False
     process_group: Any = field(default=None, repr=False)
     telemetry: Any = None
+    repeated: bool = False
 
     def check(self) -> None:
         """Raise when an option is out of its range; make a telemetry where True asks for one."""
@@ -78,6 +83,12 @@ class OptimizerOptions:
             raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
         self.telemetry = _telemetry(self.telemetry)
 
+    def own(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what of a group is its own: without options that are there as those of the whole optimizer."""
+        if not self.repeated:
+            return group
+        return {k: v for k, v in group.items() if k not in _OF_OPTIMIZER or v != getattr(self, k)}
+
     def requested(self) -> set[str]:
         """Return the names of the options that ask for something."""
         asking = (name for name in _OF_OPTIMIZER if name != "process_group")
@@ -87,7 +98,7 @@ class OptimizerOptions:
         return self.__dict__ | {"process_group": None}  # which is this process's only
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizerOptions":
-        return OptimizerOptions(**{name: self._copied(name, memo) for name in _OF_OPTIMIZER})
+        return OptimizerOptions(**{name: self._copied(name, memo) for name in (*_OF_OPTIMIZER, "repeated")})
 
     def _copied(self, name: str, memo: dict[int, Any]) -> Any:
         value = getattr(self, name)
@@ -140,9 +151,10 @@ class Stepping:
         for name in _PER_GROUP:
             if name in defaults and defaults[name] is None:
                 del defaults[name]
+        found = dividing_group()
         if given.get("process_group") is None:
-            given["process_group"] = dividing_group()
-        options = OptimizerOptions(**given)
+            given["process_group"] = found
+        options = OptimizerOptions(**given, repeated=found is not None)
         options.check()
         return cls(options)
 
@@ -196,7 +208,7 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
         return
     stepping.options.check()
     refuse_unsupported(spec, stepping.options.requested())
-    for group in groups:
+    for group in map(stepping.options.own, groups):
         check_group_options(spec, group)
         for option, check in GROUP_RANGES.items():
             check(option, group.get(option))

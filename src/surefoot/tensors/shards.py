@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -69,23 +70,19 @@ class ShardGuard:
     """
 
     def __init__(self, params: Sequence[Any], others: Iterable[Any]) -> None:
-        self._params, self._layouts = params, [(param.device_mesh, param.placements) for param in params]
-        self._tensors = [*params, *others]
+        self._params, self._tensors = params, [*params, *others]
         self._shards = [tensor._local_tensor for tensor in self._tensors]
+        self._kinds = [sharded_type()] * len(params)
+        self._meshes, self._placements = [p.device_mesh for p in params], [p.placements for p in params]
 
     def local_grads(self) -> list[Tensor] | None:
         """Return this process's shards of the gradients of now; None if a tensor, or a layout, is another."""
-        if not all(tensor._local_tensor is shard for tensor, shard in zip(self._tensors, self._shards, strict=True)):
+        if not all(map(is_, [tensor._local_tensor for tensor in self._tensors], self._shards)):
             return None
         with torch._C.DisableTorchFunctionSubclass():  # twice as fast
             grads: list[Any] = [param.grad for param in self._params]
-        kind = sharded_type()
-        found = []
-        for grad, (mesh, placements) in zip(grads, self._layouts, strict=True):
-            if type(grad) is not kind:
-                return None
-            spec = grad._spec
-            if spec.placements != placements or (spec.mesh is not mesh and spec.mesh != mesh):
-                return None
-            found.append(grad._local_tensor)
-        return found
+        if list(map(type, grads)) != self._kinds:
+            return None
+        specs = [grad._spec for grad in grads]
+        alike = [spec.placements for spec in specs] == self._placements and [s.mesh for s in specs] == self._meshes
+        return [grad._local_tensor for grad in grads] if alike else None
