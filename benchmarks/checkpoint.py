@@ -71,7 +71,7 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    """Reduction what is asked for, print and write it; or be the fresh process of a measurement."""
+    """Measure what is asked for, print and write it; or be the fresh process of a measurement."""
     parser = argparse.ArgumentParser(description="Reduction checkpoints against torch.save and torch.load.")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=["save", "load", "pause", "inspect"])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of model and state together")

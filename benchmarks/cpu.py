@@ -44,7 +44,7 @@ Line = tuple[Result, Result]
 
 
 def main() -> None:
-    """Reduction or read, then write the tables and the picture."""
+    """Measure or read, then write the tables and the picture."""
     options = _parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / f"{options.name}.csv"
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(selected: Sequence[Case], minutes: float, *, compiled: bool = False) -> Iterator[list[Result]]:
-    """Reduction one case after the other; time is shared out by what setting them up and a step of theirs take."""
+    """Measure one case after the other; time is shared out by what setting them up and a step of theirs take."""
     for case in selected:
         check_memory(case, compiled=compiled)
     deadline, left = perf_counter() + 60 * minutes, sum(map(_weight, selected))

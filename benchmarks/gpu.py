@@ -98,7 +98,7 @@ def _rule(variant: Variant) -> Any:
 
 
 def main() -> None:
-    """Reduction, write and print."""
+    """Measure, write and print."""
     options = _parser().parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device, and there is none: nothing was measured")
@@ -150,7 +150,7 @@ def shape_list(name: str) -> ShapeList:
 
 
 def copy_bandwidth() -> float:
-    """Reduction the bytes, read and written, that a copy on the device moves in a second."""
+    """Measure the bytes, read and written, that a copy on the device moves in a second."""
     source = torch.empty(COPY, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds, _ = timed(lambda: target.copy_(source), 0.5)

@@ -70,8 +70,8 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    """Reduction what is asked for, print and write it; or be the fresh process of a measurement."""
-    parser = argparse.ArgumentParser(description="Reduction what surefoot costs beside its steps.")
+    """Measure what is asked for, print and write it; or be the fresh process of a measurement."""
+    parser = argparse.ArgumentParser(description="Measure what surefoot costs beside its steps.")
     names = list(PARTS)
     parser.add_argument("--part", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--repeat", type=int, default=3, help="processes for each value")

@@ -67,7 +67,7 @@ Cells = Mapping[str, Line]
 
 
 def main() -> None:
-    """Reduction or read, then write the tables."""
+    """Measure or read, then write the tables."""
     options = _parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / f"{options.name}.csv"
@@ -111,7 +111,7 @@ def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def run(variants: Sequence[str], models: Sequence[str], rounds: int) -> Iterator[list[Line]]:
-    """Reduction one case after the other."""
+    """Measure one case after the other."""
     for variant, model in ((SMALL_VARIANTS[v], SMALL_MODELS[m]) for m in models for v in variants):
         if not has_work(variant, model):
             continue

@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 def run(parts: Parts, name: str, description: str) -> None:
-    """Reduction the parts that the command line asks for, print them, and write `NAME.csv`."""
+    """Measure the parts that the command line asks for, print them, and write `NAME.csv`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=15)

@@ -47,7 +47,7 @@ def overlap(bucket: "Bucket", stored: Sequence[Tensor]) -> str | None:
 
 
 def reduce(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> Tensor:
-    """Reduction tensors by torch's operations: a row of float64."""
+    """Measure tensors by torch's operations: a row of float64."""
     numbers = [_BY_TORCH[reduction.kind](tensor) for reduction, tensor in zip(reductions, tensors, strict=True)]
     return torch.stack([number.detach().double() for number in numbers])
 
