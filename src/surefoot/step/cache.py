@@ -70,11 +70,13 @@ class BucketGuard:
         return same
 
     def is_compiled(self) -> bool:
-        """Return whether compiled code guards the tensors and reads and writes the scalars."""
-        compiled = (
-            type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO and self.versions.launch is not None
-        )
-        return compiled and self._replaced is None
+        """Return whether compiled code guards the tensors, and can read and write scalars."""
+        return type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO and self.versions.launch is not None
+
+    @property
+    def reads(self) -> bool:
+        """Whether scalars stand in memory; else they are Python's numbers, replaced at every step."""
+        return self._replaced is None
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
