@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -391,7 +391,7 @@ class Optimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
         )
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if hooks or scaled or profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled():
+        if hooks or scaled or _is_profiled():
             return False
         made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
         return made
@@ -651,6 +651,19 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
 Optimizer.spec = _spec_of(Optimizer)
 
 
+def _is_profiled() -> bool:
+    """Return whether somebody asks how long things take."""
+    return bool(profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled())
+
+
+def _profiled(name: str) -> AbstractContextManager[Any]:
+    """Return a range of the profiler, where there is one."""
+    return torch.autograd.profiler.record_function(name) if _is_profiled() else _NO_RANGE
+
+
+_NO_RANGE: AbstractContextManager[None] = nullcontext()
+
+
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a `step` in its profiler range and in the global and the optimizer's own hooks, in torch's order."""
     if getattr(step, "hooked", False):
@@ -666,7 +679,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         # The hooks of a step that calls its base's have been run; what has not called our constructor has none.
         if context.inside or "_optimizer_step_pre_hooks" not in vars(self):
             return step(self, *args, **kwargs)
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+        with _profiled(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
@@ -674,16 +687,17 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             self._begin_step()
             with context:
                 result = step(*positional, **kwargs)
-                metrics = finish(self._step_input())
+                metrics = finish(context, self._step_input)
             try:
                 if metrics is not None:
                     self.telemetry.record(metrics)
                 self._optimizer_step_code()
                 post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
-                for hook in chain.from_iterable(hooks.values() for hooks in post):
-                    hook(self, positional, kwargs)
+                for hooks in post:
+                    for hook in tuple(hooks.values()) if hooks else ():
+                        hook(self, positional, kwargs)
             finally:
-                if self.step_options.zero_grad_after_step:
+                if self._stepping.options.zero_grad_after_step:
                     self.zero_grad()
         return result
 

@@ -118,7 +118,7 @@ class OptionsGuard:
     def _note(self, step: StepInput) -> None:
         self._seen = _options(step)
         lists = [group["params"] for group in step.groups]
-        self._constant = all(_is_constant(each) or any(each is params for params in lists) for each in self._seen)
+        self._constant = all(is_constant(each) or any(each is params for params in lists) for each in self._seen)
 
     @property
     def are_constant(self) -> bool:
@@ -149,8 +149,9 @@ def _options(step: StepInput) -> list[object]:
     return options
 
 
-def _is_constant(value: object) -> bool:
-    return type(value) in _CONSTANT or (type(value) is tuple and all(map(_is_constant, value)))
+def is_constant(value: object) -> bool:
+    """Return whether an option can change by being replaced only."""
+    return type(value) in _CONSTANT or (type(value) is tuple and all(map(is_constant, value)))
 
 
 @dataclass(eq=False)
