@@ -29,6 +29,7 @@ from surefoot.rule.hyperparameters import Check, storage, truth
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.clipping import listed
+from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import (
     GROUP_RANGES,
@@ -41,6 +42,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
+from surefoot.step.prepared import PreparedParam, prepare_again, prepare_params
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
@@ -379,11 +381,43 @@ class Optimizer(torch.optim.Optimizer):
 
     step.is_whole = True  # type: ignore[attr-defined]
 
+    def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
+        loss = self.evaluate(closure)
+        with torch.no_grad():
+            self._step_prepared(prepare_params(self._step_input()))
+        return loss
+
+    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
+
     def _take_fast_lane(self) -> bool:
         """Make a step by what the last one has left behind, if nothing is asked for beside the update."""
         cache = self.__dict__.get("_step_cache")
-        if cache is None or not cache.fast or self._stepping.context.inside:
+        if cache is None or not cache.fast or self._stepping.context.inside or self._is_observed():
             return False
+        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
+        return made
+
+    def _take_prepared_lane(self) -> bool:
+        """Do the same for a custom step of prepared parameters."""
+        stepping = self._stepping
+        if stepping.validated is None or stepping.context.inside or self._is_observed():
+            return False
+        with stepping.context.lock:
+            refuse_capture(self.spec.name, self.param_groups)
+            found = prepare_again(stepping, self.param_groups, self.state, self._step_input)
+            if found is None:
+                return False
+            with torch.no_grad():
+                self._step_prepared(found)
+        return True
+
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
+        """Step parameters for a step that is nothing else: `prepared(step)`."""
+        raise NotImplementedError
+
+    def _is_observed(self) -> bool:
+        """Return whether hooks, a GradScaler or a profiler have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
@@ -391,10 +425,7 @@ class Optimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
         )
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if hooks or scaled or _is_profiled():
-            return False
-        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
-        return made
+        return bool(hooks or scaled or _is_profiled())
 
     def _begin_step(self) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -669,11 +700,15 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
-    is_whole = getattr(step, "is_whole", False)
+    is_whole, is_prepared = (getattr(step, name, False) for name in ("is_whole", "is_prepared"))
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if is_whole and not args and not kwargs and self._take_fast_lane():
+        if (
+            not args
+            and not kwargs
+            and ((is_whole and self._take_fast_lane()) or (is_prepared and self._take_prepared_lane()))
+        ):
             return None
         context = self._stepping.context
         # The hooks of a step that calls its base's have been run; what has not called our constructor has none.

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
@@ -17,14 +17,14 @@ from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
 from surefoot.step.options import StepOptions
-from surefoot.step.prepared import PreparedParam, prepare_params
+from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.shards import is_sharded
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
 _WIDE = (torch.float32, torch.float64)
-_MANY = 48
-"""Tensors of which enough have one shape for stacks of them to be faster than lists."""
+_MANY = 16
+"""Small tensors of one shape of which a stack is faster than a list."""
 _JOINED, _MOST_JOINED = 1 << 18, 256
 """Elements, and tensors, that are at most put together."""
 
@@ -130,24 +130,19 @@ class Adafactor(Optimizer):
     complex_params = False
     prepares_params = True
 
-    def step(self, closure: Any = None) -> Any:
-        loss = self.evaluate(closure)
-        with torch.no_grad():
-            self._step_params()
-        return loss
+    step = Optimizer._prepared_step
 
-    def _step_params(self) -> None:
-        found = prepare_params(self._step_input())
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
         lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
-        others = []
+        others: list[PreparedParam] = []
         for row in found:
             kind = _list_kind(row)
             (others if kind is None else lists[kind]).append(row)
         for (*_, step), rows in lists.items():
-            if len(rows) >= _MANY:
-                others += rows
-            else:
-                _step_list(rows, step)
+            many = _many_of_a_shape(rows) if len(rows) >= _MANY else ()
+            others += [row for row in rows if row.param.shape in many]
+            if listed := [row for row in rows if row.param.shape not in many] if many else rows:
+                _step_list(listed, step)
         for batch in _batches(others) if others else ():
             self._step_batch(batch)
 
@@ -211,6 +206,11 @@ def _list_kind(row: PreparedParam) -> Any:
     return id(h), dtype, readable(h, state["step"])
 
 
+def _many_of_a_shape(rows: Sequence[PreparedParam]) -> set[torch.Size]:
+    counts = Counter(row.param.shape for row in rows)
+    return {shape for shape, count in counts.items() if count >= _MANY and shape.numel() * _MANY <= _JOINED}
+
+
 def _step_list(rows: Sequence[PreparedParam], step: float) -> None:
     """Step parameters of one dtype that have taken as many steps: `_step_param`, an operation for all of them."""
     h = rows[0].h
@@ -233,7 +233,7 @@ def _step_list(rows: Sequence[PreparedParam], step: float) -> None:
         param.add_(update, alpha=-size / max(1.0, norm.item() / root / d))
 
 
-def _second_moments(rows: Sequence[PreparedParam], grads: Sequence[Tensor], weight: float, eps1: float) -> list[Tensor]:
+def _second_moments(rows: Sequence[PreparedParam], grads: list[Tensor], weight: float, eps1: float) -> list[Tensor]:
     """Average squared gradients into the state and return their estimates, as new tensors."""
     squares = list(torch._foreach_mul(grads, grads))
     states = [row.state for row in rows]

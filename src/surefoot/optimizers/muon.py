@@ -14,7 +14,7 @@ from surefoot.optimizers.common import add_scaled_, batches, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
 from surefoot.step.options import StepOptions
-from surefoot.step.prepared import PreparedParam, prepare_params
+from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import PLAIN
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -135,7 +135,9 @@ class Muon(Optimizer):
             ),
             "number of iterations",
         ] = 5,
-        adjust_lr_fn: Annotated[str | None, '`"original"`, which None means too, `"match_rms_adamw"` or `"spectral_unclamped"`'] = None,
+        adjust_lr_fn: Annotated[
+            str | None, '`"original"`, which None means too, `"match_rms_adamw"` or `"spectral_unclamped"`'
+        ] = None,
         *,
         capturable: Annotated[bool, "allow steps to be captured in a graph; not on a CPU"] = False,
         **options: Unpack[StepOptions],
@@ -164,14 +166,10 @@ class Muon(Optimizer):
                     f"such parameters to another optimizer, AdamW for instance"
                 )
 
-    def step(self, closure: Any = None) -> Any:
-        loss = self.evaluate(closure)
-        with torch.no_grad():
-            self._step_params()
-        return loss
+    step = Optimizer._prepared_step
 
-    def _step_params(self) -> None:
-        for batch in _batches(prepare_params(self._step_input())):
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
+        for batch in _batches(found):
             self._step_batch(batch)
 
     def _step_batch(self, batch: list[PreparedParam]) -> None:

@@ -165,7 +165,7 @@ def _release_grads(run: BucketRun) -> None:
 
 def finish(context: StepContext, step_input: Callable[[], StepInput]) -> Any:
     """Average what the update has not averaged, and return what was measured, None if nothing was."""
-    if not context.reductions and all([part.fresh is None for part in context.slices]):
+    if not context.reductions and all(part.fresh is None for part in context.slices):
         context.slices = []
         return None
     step = step_input()

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -17,12 +17,12 @@ from surefoot.step.cache import is_constant
 from surefoot.step.clipping import clip_or_skip, measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
+from surefoot.step.options import Stepping, check_changed
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 from surefoot.tensors.shards import to_local
-
 
 _OPTIONS, _FIRST_OF_TENSORS = 1, 5
 
@@ -47,12 +47,7 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     context = step.stepping.context
     context.acquire()
     known, step.stepping.validated = step.stepping.validated, None
-    holds = known is not None and known.holds(step)
-    if holds and known.common is not None and not context.reductions:
-        found = known.prepared()
-        step.stepping.validated = known
-        return found
-    if known is None or not holds:
+    if known is None or not known.holds(step):
         known = _Validated(step)
         if not all(step.state.get(param) for part in known.slices for param in part.params):
             refuse_new_buckets(step.spec.name)
@@ -67,6 +62,25 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     known.watch(step)
     step.stepping.validated = known
     return _counted(rows, known)
+
+
+def prepare_again(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
+    """Return the parameters of a step before which nothing has changed, and that only counts; else None.
+
+    The fast lane of custom steps: what it cannot do it leaves to `prepare_params`, with nothing changed.  To be called
+    with the context's lock.
+
+    Args:
+        stepping: options and context.
+        groups: the param groups of now.
+        state: the state of now.
+        step: return all that the step is about.
+    """
+    known = stepping.validated
+    if known is None or known.common is None or not known.is_unchanged(groups, state, step):
+        return None
+    stepping.statistics.steps += 1
+    return known.prepared()
 
 
 def _rows(
@@ -94,7 +108,7 @@ def _rows(
 def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedParam]:
     """Count the step of every parameter; one that is there twice has a count of its own each time."""
     counts = [row.state["step"] for row in rows if "step" in row.state]
-    if not known.repeated and all([isinstance(count, Tensor) for count in counts]):
+    if not known.repeated and all(isinstance(count, Tensor) for count in counts):
         if counts:
             torch._foreach_add_(counts, 1)
         return rows
@@ -215,14 +229,20 @@ class _Validated:
         ]
         self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
         asked = any(group.get(name) for group in step.groups for name in ("maximize", "max_grad_value", "ema"))
-        if asked or step.needs_gradients() or self.repeated or not all(param.is_cpu for _, param, _ in rows):
+        if (
+            asked
+            or step.stepping.options.requested()
+            or step.needs_gradients()
+            or self.repeated
+            or not all(param.is_cpu for _, param, _ in rows)
+        ):
             return
         if all(isinstance(count, Tensor) for count in self._counts):
             self.common = rows
 
     def prepared(self) -> list[PreparedParam]:
         """Return the parameters of a step that only counts and takes gradients as they are."""
-        found = [PreparedParam(h, param, param.grad, entry, self.overlap) for h, param, entry in self.common or ()]  # type: ignore[arg-type]
+        found = [PreparedParam(h, param, param.grad, entry, self.overlap) for h, param, entry in self.common or ()]
         if self._counts:
             torch._foreach_add_(self._counts, 1)
         return found
@@ -236,18 +256,37 @@ class _Validated:
         if self._sequence is None or step.groups is not self._list or step.state is not self._state:
             self._options, self.common = [], None
             return self._hold(step)
-        found = self._sequence.run()
+        found = self._look()
         if found == _OPTIONS and self._guard_options(step):
-            found = self._sequence.run()
-        if not found:
-            return True  # and gradients are held no longer
-        for guard in (self.guards or ())[1:]:
-            guard.note(changed=found >= _FIRST_OF_TENSORS)
-        _release(self.guards or ())
+            found = self._look()
         if found == _OPTIONS:
             self._options, self.common = [], None
             return self._hold(step)
-        return False
+        return not found
+
+    def is_unchanged(self, groups: object, state: object, step: Callable[[], StepInput]) -> bool:
+        """Return whether a compiled call finds everything as it was, but for options that decide the same."""
+        if self._sequence is None or groups is not self._list or state is not self._state:
+            return False
+        found = self._look()
+        if found == _OPTIONS:
+            now = step()
+            refuse_capture(now.spec.name, now.groups)
+            check_changed(now.stepping, now.spec, now.groups)
+            return self._guard_options(now) and self.common is not None and not self._look()
+        return not found
+
+    def _look(self) -> int:
+        """Return the number of what has changed, from 1, or 0; gradients are held no longer."""
+        found = self._sequence.run() if self._sequence else _OPTIONS
+        if found:
+            for guard in (self.guards or ())[1:]:
+                guard.note(changed=found >= _FIRST_OF_TENSORS)
+            _release(self.guards or ())
+        if found >= _FIRST_OF_TENSORS:
+            # For good: a guard that looks again compares with what it has seen now.
+            self.guards, self._sequence, self.common = None, None, None
+        return found
 
     def _hold(self, step: StepInput) -> bool:
         """Return what `holds` does, whatever is compiled."""
@@ -290,7 +329,7 @@ def _prepared(
     if group.get("maximize") or group.get("max_grad_value") or step.is_clipped(group):
         grads = [_seen(step, part, grad) for grad in grads]
     rows = zip(part.params, grads, entries, strict=True)
-    if not group.get("capturable") and all([param.is_cpu for param in part.params]):
+    if not group.get("capturable") and all(param.is_cpu for param in part.params):
         return [PreparedParam(plain, *row, apart) for row in rows]
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
     on_host = not group.get("capturable")
