@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -28,6 +28,7 @@ from surefoot.rule.hyperparameters import Check, storage, truth
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.clipping import listed
+from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import (
     GROUP_RANGES,
@@ -40,6 +41,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
+from surefoot.step.prepared import PreparedParam, prepare_again, prepare_params
 from surefoot.step.ranks import due_exchange, failures_told
 
 if TYPE_CHECKING:
@@ -379,11 +381,43 @@ class Optimizer(torch.optim.Optimizer):
 
     step.is_whole = True  # type: ignore[attr-defined]
 
+    def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
+        loss = self.evaluate(closure)
+        with torch.no_grad():
+            self._step_prepared(prepare_params(self._step_input()))
+        return loss
+
+    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
+
     def _take_fast_lane(self) -> bool:
         """Make a step by what the last one has left behind, if nothing is asked for beside the update."""
         cache = self.__dict__.get("_step_cache")
-        if cache is None or not cache.fast or self._stepping.context.inside:
+        if cache is None or not cache.fast or self._stepping.context.inside or self._is_observed():
             return False
+        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
+        return made
+
+    def _take_prepared_lane(self) -> bool:
+        """Do the same for a custom step of prepared parameters."""
+        stepping = self._stepping
+        if stepping.validated is None or stepping.context.inside or self._is_observed():
+            return False
+        with stepping.context.lock:
+            refuse_capture(self.spec.name, self.param_groups)
+            found = prepare_again(stepping, self.param_groups, self.state, self._step_input)
+            if found is None:
+                return False
+            with torch.no_grad():
+                self._step_prepared(found)
+        return True
+
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
+        """Step parameters for a step that is nothing else: `prepared(step)`."""
+        raise NotImplementedError
+
+    def _is_observed(self) -> bool:
+        """Return whether hooks, a GradScaler or a profiler have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
@@ -391,10 +425,7 @@ class Optimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
         )
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if hooks or scaled or profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled():
-            return False
-        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
-        return made
+        return bool(hooks or scaled or _is_profiled())
 
     def _begin_step(self) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -654,22 +685,39 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
 Optimizer.spec = _spec_of(Optimizer)
 
 
+def _is_profiled() -> bool:
+    """Return whether somebody asks how long things take."""
+    return bool(profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled())
+
+
+def _profiled(name: str) -> AbstractContextManager[Any]:
+    """Return a range of the profiler, where there is one."""
+    return torch.autograd.profiler.record_function(name) if _is_profiled() else _NO_RANGE
+
+
+_NO_RANGE: AbstractContextManager[None] = nullcontext()
+
+
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a `step` in its profiler range and in the global and the optimizer's own hooks, in torch's order."""
     if getattr(step, "hooked", False):
         return step
 
-    is_whole = getattr(step, "is_whole", False)
+    is_whole, is_prepared = (getattr(step, name, False) for name in ("is_whole", "is_prepared"))
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if is_whole and not args and not kwargs and self._take_fast_lane():
+        if (
+            not args
+            and not kwargs
+            and ((is_whole and self._take_fast_lane()) or (is_prepared and self._take_prepared_lane()))
+        ):
             return None
         context = self._stepping.context
         # The hooks of a step that calls its base's have been run; what has not called our constructor has none.
         if context.inside or "_optimizer_step_pre_hooks" not in vars(self):
             return step(self, *args, **kwargs)
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+        with _profiled(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
@@ -677,16 +725,17 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             self._begin_step()
             with context:
                 result = step(*positional, **kwargs)
-                metrics = finish(self._step_input())
+                metrics = finish(context, self._step_input)
             try:
                 if metrics is not None:
                     self.telemetry.record(metrics)
                 self._optimizer_step_code()
                 post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
-                for hook in chain.from_iterable(hooks.values() for hooks in post):
-                    hook(self, positional, kwargs)
+                for hooks in post:
+                    for hook in tuple(hooks.values()) if hooks else ():
+                        hook(self, positional, kwargs)
             finally:
-                if self.step_options.zero_grad_after_step:
+                if self._stepping.options.zero_grad_after_step:
                     self.zero_grad()
         return result
 

@@ -44,9 +44,9 @@ def test_as_many_as_fit_are_put_together(monkeypatch):
         surefoot.Adafactor, "_step_batch", lambda self, batch: (sizes.append(len(batch)), step_batch(self, batch))
     )
     monkeypatch.setattr(adafactor, "_JOINED", 100)
-    params = [torch.ones(6, 5, requires_grad=True) for _ in range(7)]
+    params = [torch.ones(6, 5, dtype=torch.bfloat16, requires_grad=True) for _ in range(7)]
     for param in params:
-        param.grad = torch.ones(6, 5)
+        param.grad = torch.ones_like(param)
     surefoot.Adafactor(params).step()
     assert sizes == [3, 3, 1]
 

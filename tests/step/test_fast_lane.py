@@ -147,3 +147,130 @@ def test_moving_the_state_frees_what_was():
     optimizer, _ = started()
     optimizer.to("meta")
     assert "_step_cache" not in vars(optimizer)
+
+
+# Sparse gradients
+
+
+def sparse_started(cls, *, tables=2, dtype=torch.float32):
+    """An optimizer of sparse tables that has taken the fast lane, torch's of copies, and what gives both gradients."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(40, 6, generator=generator).to(dtype)) for _ in range(tables)]
+    theirs = [torch.nn.Parameter(table.detach().clone()) for table in ours]
+    pair = [getattr(module, cls)(tables, lr=0.1) for module, tables in ((surefoot, ours), (torch.optim, theirs))]
+
+    def give(rows=(3, 39, 3, 0, 3), **options):
+        index, values = torch.tensor([rows], dtype=torch.long), torch.randn(len(rows), 6, generator=generator).to(dtype)
+        for table in (*ours, *theirs):
+            table.grad = torch.sparse_coo_tensor(index, values.clone(), (40, 6), check_invariants=False, **options)
+
+    for _ in range(3):
+        give()
+        for optimizer in pair:
+            optimizer.step()
+    give()
+    return pair, ours, theirs, give
+
+
+SPARSE = pytest.mark.parametrize("cls", ["SGD", "Adagrad", "SparseAdam"])
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_of_sparse_gradients_take_it(cls, dtype):
+    (optimizer, other), ours, theirs, give = sparse_started(cls, dtype=dtype)
+    rough = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    for rows in ((3, 39, 3, 0, 3), (), (7,), tuple(range(40)), (5,) * 9, (1, 2, 4)):
+        give(rows)
+        assert takes_fast_lane(optimizer)
+        other.step()
+        torch.testing.assert_close(ours, theirs, **rough)
+    if cls == "SparseAdam":
+        assert optimizer.state[ours[0]]["step"] == other.state[theirs[0]]["step"] == 9
+        assert type(optimizer.state[ours[0]]["step"]) is int
+
+
+@SPARSE
+def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
+    (optimizer, other), ours, theirs, give = sparse_started(cls)
+    give((3, 3, 1), is_coalesced=True)
+    for table in theirs:
+        table.grad = torch.sparse_coo_tensor(table.grad._indices(), table.grad._values(), (40, 6))
+    assert takes_fast_lane(optimizer)
+    other.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@SPARSE
+@pytest.mark.parametrize("row", [-1, 40, 1 << 40])
+def test_rows_outside_are_refused_and_nothing_has_changed(cls, row):
+    (optimizer, _), ours, _, give = sparse_started(cls)
+    give((3, 4))
+    ours[1].grad = torch.sparse_coo_tensor([[2, row]], torch.ones(2, 6), (40, 6), check_invariants=False)
+    before = [table.detach().clone() for table in ours]
+    with pytest.raises(IndexError, match="has indices outside of it"):
+        optimizer.step()
+    assert all(map(torch.equal, ours, before))
+
+
+@SPARSE
+@pytest.mark.parametrize("change", ["dense", "double", "shape", "none", "no memory"])
+def test_sparse_gradients_of_another_kind_do_not_take_it(cls, change):
+    (optimizer, _), ours, _, _ = sparse_started(cls)
+    grad = ours[1].grad
+    if change == "dense":
+        ours[1].grad = grad.to_dense()
+    elif change == "double":
+        ours[1].data, ours[1].grad = ours[1].data.double(), None
+        ours[1].grad = grad.double()
+    elif change == "shape":
+        ours[1].data, ours[1].grad = torch.ones(40, 3), None
+        ours[1].grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (40, 3))
+    elif change == "none":
+        ours[1].grad = None
+    else:
+        grad._values().untyped_storage().resize_(4)
+    run, made = optimizer._step_cache.fast.run, []
+    optimizer._step_cache.fast.run = lambda *args: made.append(run(*args)) or made[-1]
+    try:
+        optimizer.step()
+    except RuntimeError:
+        assert change != "none"
+    assert made == [False]
+
+
+def test_values_of_a_sparse_gradient_that_are_the_parameter_are_read_before_it_is_written():
+    (optimizer, _), ours, _, _ = sparse_started("SGD", tables=1)
+    (table,) = ours
+    before = table.detach().clone()
+    table.grad = torch.sparse_coo_tensor([list(reversed(range(40)))], table.detach(), (40, 6))
+    assert table.grad._values().data_ptr() == table.data_ptr()
+    assert takes_fast_lane(optimizer)
+    torch.testing.assert_close(table.detach(), before - 0.1 * before.flip(0))
+
+
+def test_counts_of_sparse_steps_that_differ_count():
+    (optimizer, other), ours, theirs, give = sparse_started("SparseAdam")
+    optimizer.state[ours[1]]["step"] += 4
+    other.state[theirs[1]]["step"] += 4
+    for _ in range(3):
+        give()
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sparse_and_dense_parameters_take_it_together():
+    table, weight = torch.nn.Parameter(torch.ones(9, 3)), torch.nn.Parameter(torch.ones(4))
+    optimizer = surefoot.Adagrad([table, weight], lr=0.1)
+    for _ in range(4):
+        table.grad = torch.sparse_coo_tensor([[2, 2]], torch.ones(2, 3), (9, 3))
+        weight.grad = torch.ones(4)
+        if optimizer.__dict__.get("_step_cache") and optimizer._step_cache.fast:
+            assert takes_fast_lane(optimizer)
+        else:
+            optimizer.step()
+    assert optimizer._step_cache.fast
+    assert optimizer.state[table]["step"] == optimizer.state[weight]["step"] == 4
+    assert torch.equal(table[3], torch.ones(3))
+    assert len(set(table[2].tolist())) == 1

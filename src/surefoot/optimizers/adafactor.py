@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
@@ -16,11 +17,14 @@ from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
 from surefoot.step.options import StepOptions
-from surefoot.step.prepared import PreparedParam, prepare_params
-from surefoot.tensors.memory import is_plain
+from surefoot.step.prepared import PreparedParam
+from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.shards import is_sharded
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
+_WIDE = (torch.float32, torch.float64)
+_MANY = 16
+"""Small tensors of one shape of which a stack is faster than a list."""
 _JOINED, _MOST_JOINED = 1 << 18, 256
 """Elements, and tensors, that are at most put together."""
 
@@ -126,12 +130,21 @@ class Adafactor(Optimizer):
     complex_params = False
     prepares_params = True
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = self.evaluate(closure)
-        for batch in _batches(prepare_params(self._step_input())):
+    step = Optimizer._prepared_step
+
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
+        lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+        others: list[PreparedParam] = []
+        for row in found:
+            kind = _list_kind(row)
+            (others if kind is None else lists[kind]).append(row)
+        for (*_, step), rows in lists.items():
+            many = _many_of_a_shape(rows) if len(rows) >= _MANY else ()
+            others += [row for row in rows if row.param.shape in many]
+            if listed := [row for row in rows if row.param.shape not in many] if many else rows:
+                _step_list(listed, step)
+        for batch in _batches(others) if others else ():
             self._step_batch(batch)
-        return loss
 
     def _step_batch(self, batch: Sequence[PreparedParam]) -> None:
         """Step parameters of one shape as one tensor with a dimension more, or a single one as it is."""
@@ -177,6 +190,76 @@ class Adafactor(Optimizer):
         col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
         mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
         return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
+
+
+# On the CPU, where numbers can be read at once and the time of small tensors is in the calls
+
+
+def _list_kind(row: PreparedParam) -> Any:
+    """Return what rows share that are stepped as lists; None for others: short dtypes, devices, shards, subclasses."""
+    h, param, grad, state, apart = row
+    dtype, first = param.dtype, state.get("variance", state.get("row_var"))
+    if apart or dtype not in _WIDE or grad.dtype is not dtype or first is None or first.dtype is not dtype:
+        return None
+    if not param.is_cpu or type(param) not in PLAIN or type(grad) not in PLAIN or type(first) not in PLAIN:
+        return None
+    return id(h), dtype, readable(h, state["step"])
+
+
+def _many_of_a_shape(rows: Sequence[PreparedParam]) -> set[torch.Size]:
+    counts = Counter(row.param.shape for row in rows)
+    return {shape for shape, count in counts.items() if count >= _MANY and shape.numel() * _MANY <= _JOINED}
+
+
+def _step_list(rows: Sequence[PreparedParam], step: float) -> None:
+    """Step parameters of one dtype that have taken as many steps: `_step_param`, an operation for all of them."""
+    h = rows[0].h
+    params, grads = [row.param for row in rows], [row.grad for row in rows]
+    lr, (eps1, eps2), d = readable(h, h.lr), [readable(h, eps) for eps in h.eps], readable(h, h.d)
+    eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
+    roots = [math.sqrt(max(param.numel(), 1)) for param in params]
+    longest = min(lr, step**-0.5)
+    norms = [norm.item() for norm in torch._foreach_norm(params)]
+    sizes = [max(eps2, norm / root) * longest for norm, root in zip(norms, roots, strict=True)]
+    updates = _second_moments(rows, grads, step**h.beta2_decay, eps1)
+    torch._foreach_clamp_min_(updates, eps1 * eps1)
+    torch._foreach_rsqrt_(updates)
+    torch._foreach_mul_(updates, grads)
+    if isinstance(h.weight_decay, Tensor) or h.weight_decay:
+        torch._foreach_mul_(params, 1 - lr * h.weight_decay)
+    for param, update, norm, root, size in zip(
+        params, updates, torch._foreach_norm(updates), roots, sizes, strict=True
+    ):
+        param.add_(update, alpha=-size / max(1.0, norm.item() / root / d))
+
+
+def _second_moments(rows: Sequence[PreparedParam], grads: list[Tensor], weight: float, eps1: float) -> list[Tensor]:
+    """Average squared gradients into the state and return their estimates, as new tensors."""
+    squares = list(torch._foreach_mul(grads, grads))
+    states = [row.state for row in rows]
+    vectors = [i for i, state in enumerate(states) if state.get("variance") is not None]
+    if vectors:
+        averages, own = [states[i]["variance"] for i in vectors], [squares[i] for i in vectors]
+        torch._foreach_lerp_(averages, own, weight)
+        torch._foreach_copy_(own, averages)
+    if len(vectors) < len(rows):
+        matrices = [i for i, state in enumerate(states) if state.get("variance") is None]
+        row, col = ([states[i][name] for i in matrices] for name in ("row_var", "col_var"))
+        of_rows = [torch.linalg.vector_norm(grads[i], dim=-1, keepdim=True) for i in matrices]
+        torch._foreach_mul_(of_rows, of_rows)
+        torch._foreach_div_(of_rows, [float(grads[i].size(-1)) for i in matrices])
+        torch._foreach_lerp_(row, of_rows, weight)
+        torch._foreach_lerp_(col, [squares[i].mean(-2, keepdim=True) for i in matrices], weight)
+        means = [average.mean(dim=-2, keepdim=True) for average in row]
+        torch._foreach_clamp_min_(means, eps1)
+        products = [torch.matmul(*pair) for pair in zip(row, col, strict=True)]
+        torch._foreach_div_(products, means)
+        for i, product in zip(matrices, products, strict=True):
+            squares[i] = product
+    return squares
+
+
+# Elsewhere
 
 
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:

@@ -1,7 +1,7 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
@@ -14,10 +14,13 @@ from surefoot.optimizers.common import add_scaled_, batches, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
 from surefoot.step.options import StepOptions
-from surefoot.step.prepared import PreparedParam, prepare_params
+from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import PLAIN
 
+_ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 _MOST_NS_STEPS = 99
+_LARGEST_STACKED, _MOST_STACKED = 1 << 14, 256
+"""Elements of matrices that are stacked on the CPU, and how many are stacked at most."""
 
 
 def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
@@ -68,7 +71,8 @@ class Muon(Optimizer):
         param = (1 - lr * weight_decay) * param - lr * scale * orthogonal(u)
 
     For a matrix of A rows and B columns scale is sqrt(max(1, A / B)), or 0.2 * sqrt(max(A, B)) with
-    `adjust_lr_fn="match_rms_adamw"`, which lets a learning rate of AdamW serve.
+    `adjust_lr_fn="match_rms_adamw"`, which lets a learning rate of AdamW serve, or sqrt(A / B) with
+    `"spectral_unclamped"`, by which the spectral norm of a step follows the matrix's shape both ways.
 
     {arguments}
 
@@ -86,7 +90,8 @@ class Muon(Optimizer):
         [-1.0, 1.0]
 
     Papers: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, "Muon is
-    scalable for LLM training", section 2.2, for `"match_rms_adamw"`.
+    scalable for LLM training", section 2.2, for `"match_rms_adamw"`; Bernstein 2025, "Deriving Muon", for
+    `"spectral_unclamped"`.
 
     Other than in torch, parameters that are no matrices are refused in later groups too, and with bfloat16 parameters
     and nesterov=False the buffer keeps its norm.
@@ -130,7 +135,9 @@ class Muon(Optimizer):
             ),
             "number of iterations",
         ] = 5,
-        adjust_lr_fn: Annotated[str | None, '`"original"`, which None means too, or `"match_rms_adamw"`'] = None,
+        adjust_lr_fn: Annotated[
+            str | None, '`"original"`, which None means too, `"match_rms_adamw"` or `"spectral_unclamped"`'
+        ] = None,
         *,
         capturable: Annotated[bool, "allow steps to be captured in a graph; not on a CPU"] = False,
         **options: Unpack[StepOptions],
@@ -145,10 +152,10 @@ class Muon(Optimizer):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        if group["adjust_lr_fn"] not in _ADJUSTMENTS:
             raise ValueError(
-                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; `adjust_lr_fn` must be None, "
-                f"'original' or 'match_rms_adamw'"
+                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; `adjust_lr_fn` must be one "
+                f"of {', '.join(map(repr, _ADJUSTMENTS))}"
             )
 
     def check_params(self, params: list[Tensor]) -> None:
@@ -159,21 +166,28 @@ class Muon(Optimizer):
                     f"such parameters to another optimizer, AdamW for instance"
                 )
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = self.evaluate(closure)
-        for batch in batches(prepare_params(self._step_input()), _kind):
+    step = Optimizer._prepared_step
+
+    def _step_prepared(self, found: list[PreparedParam]) -> None:
+        for batch in _batches(found):
             self._step_batch(batch)
-        return loss
 
     def _step_batch(self, batch: list[PreparedParam]) -> None:
         """Step parameters whose directions are computed together."""
-        h, updates = batch[0].h, [_momentum(row) for row in batch]
-        stack = torch.stack(updates) if len(updates) > 1 else updates[0]
+        h, updates = batch[0].h, _momenta(batch)
+        params, together = [row.param for row in batch], len(batch) > 1
+        stack = torch.stack(updates) if together else updates[0]
         directions = newton_schulz(stack, h.ns_coefficients, h.ns_steps, h.eps)
-        for row, direction in zip(batch, directions if len(batch) > 1 else (directions,), strict=True):
-            row.param.mul_(1 - row.h.lr * row.h.weight_decay)
-            add_scaled_(row.param, direction, readable(row.h, -row.h.lr * self._scale(row.h, row.param)))
+        shrink, factor = 1 - h.lr * h.weight_decay, readable(h, -h.lr * self._scale(h, params[0]))
+        if not together:
+            add_scaled_(params[0].mul_(shrink), directions, factor)
+            return
+        torch._foreach_mul_(params, shrink)
+        if not isinstance(factor, Tensor):
+            torch._foreach_add_(params, list(directions.unbind()), alpha=factor)
+            return
+        for param, direction in zip(params, directions, strict=True):
+            add_scaled_(param, direction, factor)
 
     @staticmethod
     def _scale(h: SimpleNamespace, param: Tensor) -> float:
@@ -181,20 +195,30 @@ class Muon(Optimizer):
         height, width = param.shape
         if h.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(height, width))
+        if h.adjust_lr_fn == "spectral_unclamped":
+            return math.sqrt(height / max(width, 1))
         return math.sqrt(max(1.0, height / max(width, 1)))
 
 
 def _kind(row: PreparedParam) -> Any:
-    """What rows share whose directions are computed together; on the CPU, where a stack is no faster, nothing."""
-    if row.param.is_cpu or type(row.param) not in PLAIN:
+    """What rows share whose directions are computed together; on the CPU nothing where a stack is no faster."""
+    h, param, grad, state, _ = row
+    if type(param) not in PLAIN or (param.is_cpu and param.numel() > _LARGEST_STACKED):
         return None
-    iteration = (*row.h.ns_coefficients, row.h.ns_steps, row.h.eps)
-    return row.param.device, row.param.shape, row.state["momentum_buffer"].dtype, *iteration
+    return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
 
 
-def _momentum(row: PreparedParam) -> Tensor:
-    """Average the gradient into the buffer and give what is to be made orthogonal."""
-    buffer, momentum = row.state["momentum_buffer"], row.h.momentum
-    grad = row.grad.to(buffer.dtype)
-    buffer.lerp_(grad, 1 - momentum)
-    return torch.lerp(grad, buffer, momentum) if row.h.nesterov else buffer
+def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+    for alike in batches(found, _kind):
+        yield from (alike[start : start + _MOST_STACKED] for start in range(0, len(alike), _MOST_STACKED))
+
+
+def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
+    """Average gradients into the buffers and give what is to be made orthogonal."""
+    h, buffers = batch[0].h, [row.state["momentum_buffer"] for row in batch]
+    grads = [row.grad.to(buffer.dtype) for row, buffer in zip(batch, buffers, strict=True)]
+    if len(batch) == 1:
+        buffers[0].lerp_(grads[0], 1 - h.momentum)
+        return [torch.lerp(grads[0], buffers[0], h.momentum)] if h.nesterov else buffers
+    torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
+    return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers

@@ -27,11 +27,13 @@ def format_param(group: Mapping[str, Any], param: Tensor) -> str:
 
 def hyperparameters(group: Mapping[str, Any]) -> SimpleNamespace:
     """Return a group's options as attributes; tensors of one element as 0-d tensors."""
-    return SimpleNamespace(**{name: _zero_dim(value) for name, value in group.items() if _is_option(name)})
-
-
-def _is_option(name: Any) -> bool:
-    return isinstance(name, str) and name != "params"
+    return SimpleNamespace(
+        **{
+            name: _zero_dim(value) if isinstance(value, (Tensor, tuple)) else value
+            for name, value in group.items()
+            if isinstance(name, str) and name != "params"
+        }
+    )
 
 
 def _zero_dim(value: Any) -> Any:

@@ -93,11 +93,14 @@ class BucketGuard:
             self._wrappers.count()
 
     def is_compiled(self) -> bool:
-        """Return whether compiled code guards the tensors and reads and writes the scalars."""
-        compiled = (
-            type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO and self.versions.launch is not None
-        )
-        return compiled and self._replaced is None and self._shards is None
+        """Return whether compiled code guards the tensors, and can read and write scalars."""
+        native = type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO
+        return native and self.versions.launch is not None and self._shards is None
+
+    @property
+    def reads(self) -> bool:
+        """Whether scalars stand in memory; else they are Python's numbers, replaced at every step."""
+        return self._replaced is None
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
@@ -139,7 +142,7 @@ class OptionsGuard:
     def _note(self, step: StepInput) -> None:
         self._seen = _options(step)
         lists = [group["params"] for group in step.groups]
-        self._constant = all(_is_constant(each) or any(each is params for params in lists) for each in self._seen)
+        self._constant = all(is_constant(each) or any(each is params for params in lists) for each in self._seen)
 
     @property
     def are_constant(self) -> bool:
@@ -170,8 +173,9 @@ def _options(step: StepInput) -> list[object]:
     return options
 
 
-def _is_constant(value: object) -> bool:
-    return type(value) in _CONSTANT or (type(value) is tuple and all(map(_is_constant, value)))
+def is_constant(value: object) -> bool:
+    """Return whether an option can change by being replaced only."""
+    return type(value) in _CONSTANT or (type(value) is tuple and all(map(is_constant, value)))
 
 
 @dataclass(eq=False)

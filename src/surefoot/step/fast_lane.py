@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
+from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
@@ -36,8 +39,12 @@ class _Lane:
         self.guarding, self.releasing = self.tensors.launches()
         self.scalar_names = [scalar.name for scalar in run.spec.scalars]
         self.count = len(run.params)
-        self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
-        self.values = memoryview(values)
+        values: Any = np.zeros(len(self.scalar_names) * self.count)
+        self.reading: Any = None
+        self.writing: Any = None
+        if guard.reads:
+            self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
+        self.values: Any = memoryview(values)
         self.coefficients = self.launch.coefficients
         self.table = memoryview(self.coefficients.reshape(-1))
         self.settle()
@@ -74,11 +81,56 @@ class _Lane:
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
 
+    def launches_before(self) -> list[Any]:
+        """Return what guards the bucket and reads its scalars."""
+        return [each for each in (self.guarding, self.reading) if each]
+
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
         kernel = [(self.kernel.address, self.launch.address)] if with_kernel and self.launch.work_items else []
-        scalars = [self.writing, self.run.guard.versions.launch] if self.scalar_names else []
-        return [*kernel, self.plan.versions.launch, *scalars, self.releasing]
+        scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
+        return [each for each in (*kernel, self.plan.versions.launch, *scalars, self.releasing) if each]
+
+    @property
+    def is_small(self) -> bool:
+        """Return whether its kernel always runs on one thread, so that it can be one of the compiled calls."""
+        return not self.run.sparse and self.launch.size < ONE_THREAD
+
+    def take(self) -> bool:
+        """Take what compiled code has not guarded: rows of sparse gradients, scalars that are Python's numbers.
+
+        Returns:
+            Whether they are such as before.
+        """
+        if not self.run.sparse:
+            self.launch.pointers[1] = self.tensors.gradients
+            return True
+        if self.scalar_names and not self.writing and not self._read_numbers():
+            return False
+        return bool(self.plan.take(self.run.grads()))
+
+    def _read_numbers(self) -> bool:
+        """Read scalars that are Python's numbers; return whether all parameters share them."""
+        entries = self.run.entries
+        for number, name in enumerate(self.scalar_names):
+            found = [entry.get(name) for entry in entries]
+            if type(found[0]) not in (int, float) or found.count(found[0]) < self.count:
+                return False
+            self.values[number * self.count] = found[0]
+        return True
+
+    def finish(self) -> None:
+        """Write scalars that are Python's numbers, and hold sparse gradients no longer."""
+        if self.run.sparse:
+            if self.scalar_names and not self.writing:
+                write_scalars(self.run.entries, self.run.spec.scalars, np.asarray(self.values)[:: self.count, None])
+            self.plan.release()
+
+    def release_grads(self) -> None:
+        """Hold gradients no longer."""
+        self.tensors.release_grads()
+        if self.run.sparse:
+            self.plan.release()
 
 
 class FastLane:
@@ -94,9 +146,9 @@ class FastLane:
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
         for lane in self._lanes:
-            self._guarded += [lane.guarding, *([lane.reading] if lane.scalar_names else [])]
+            self._guarded += lane.launches_before()
         self._guard_options()
-        small = all(lane.launch.size < ONE_THREAD for lane in self._lanes)
+        small = all(lane.is_small for lane in self._lanes)
         self._after = LaunchSequence(
             [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=small)]
         )
@@ -135,6 +187,9 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
+                if not all(lane.take() for lane in self._lanes):
+                    self._release()
+                    return False
                 self._update(coefficients)
             except BaseException:
                 self._release()
@@ -158,7 +213,6 @@ class FastLane:
 
     def _update(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         for lane in self._lanes:
-            lane.launch.pointers[1] = lane.tensors.gradients
             lane.compute(coefficients)
         for lane in self._by_itself:
             lane.launch.start(
@@ -167,6 +221,8 @@ class FastLane:
         if self._after.run():
             for lane in self._lanes:
                 lane.launch.raise_if_stopped(lane.kernel)
+        for lane in self._lanes:
+            lane.finish()
 
     def _leave(self, found: int) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
@@ -182,7 +238,7 @@ class FastLane:
 
     def _release_held(self) -> None:
         for lane in self._lanes:
-            lane.tensors.release_grads()
+            lane.release_grads()
 
     def _release(self) -> None:
         self._note(changed=False)
@@ -206,10 +262,12 @@ def _tensor_count(run: BucketRun) -> int:
 def _is_fit(runs: Sequence[BucketRun]) -> bool:
     return all(
         run.engine is cpu
-        and not (run.sparse or run.repeats)
+        and not run.repeats
         and run.guard.is_compiled()
+        and (run.guard.reads or run.sparse)
         and run.slice.fresh is None
-        and not (run.bucket.plan.irregular or run.bucket.plan.checked or run.bucket.rule.reductions)
+        and run.bucket.plan.is_regular
+        and not (run.bucket.plan.checked or run.bucket.rule.reductions)
         and run.bucket.plan.versions.launch is not None
         and run.bucket.plan.row is run.shared_row
         for run in runs

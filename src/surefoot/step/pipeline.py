@@ -3,7 +3,7 @@
 Everything that can be refused is refused while buckets are made, before any state exists or changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
+from surefoot.step.context import StepContext
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
@@ -191,9 +192,12 @@ def _release_grads(run: BucketRun) -> None:
 # After the update
 
 
-def finish(step: StepInput) -> Any:
+def finish(context: StepContext, step_input: Callable[[], StepInput]) -> Any:
     """Average what the update has not averaged, and return what was measured, None if nothing was."""
-    context = step.stepping.context
+    if not context.wants_metrics and all(part.fresh is None for part in context.slices):
+        context.slices = []
+        return None
+    step = step_input()
     if not context.skips:
         for part in context.slices:
             if part.fresh is not None:

@@ -2,24 +2,30 @@
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from surefoot.rule import EMA
 from surefoot.state.check import hyperparameters, validated_gradient
-from surefoot.state.make import discard_state, ensure_state, is_on_device
+from surefoot.state.make import discard_state, ensure_state
+from surefoot.step.cache import is_constant
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
+from surefoot.step.options import Stepping, check_changed
 from surefoot.step.ranks import due_exchange, failures_told, sums_over_ranks
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
+from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 from surefoot.tensors.shards import to_local
+
+_OPTIONS, _FIRST_OF_TENSORS = 1, 5
 
 
 class PreparedParam(NamedTuple):
@@ -56,7 +62,7 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     rows = _rows(step, known, slices, grads)
     known.watch(step)
     step.stepping.validated = known
-    return _counted(rows)
+    return _counted(rows, known)
 
 
 def _validated(step: StepInput) -> "_Validated":
@@ -67,6 +73,25 @@ def _validated(step: StepInput) -> "_Validated":
         if not all(step.state.get(param) for part in known.slices for param in part.params):
             refuse_new_buckets(step.spec.name)
     return known  # type: ignore[no-any-return]
+
+
+def prepare_again(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
+    """Return the parameters of a step before which nothing has changed, and that only counts; else None.
+
+    The fast lane of custom steps: what it cannot do it leaves to `prepare_params`, with nothing changed.  To be called
+    with the context's lock.
+
+    Args:
+        stepping: options and context.
+        groups: the param groups of now.
+        state: the state of now.
+        step: return all that the step is about.
+    """
+    known = stepping.validated
+    if known is None or known.common is None or not known.is_unchanged(groups, state, step):
+        return None
+    stepping.statistics.steps += 1
+    return known.prepared()
 
 
 def _rows(
@@ -80,22 +105,29 @@ def _rows(
             for param in part.params:
                 names = ensure_state(step.spec, part.group, param, step.state, slots)
                 made.append((param, names))
-        new = {param for param, names in made if EMA.name in names}
-        return [row for part, own in zip(slices, grads, strict=True) for row in _prepared(step, known, part, own, new)]
+        if made:
+            known.entries = [[step.state.get(param, {}) for param in part.params] for part in slices]
+        new = {param for param, names in made if EMA.name in names} if made else set()
+        parts = zip(slices, grads, known.entries, known.options(step), strict=True)
+        return [row for part in parts for row in _prepared(step, *part, new, apart=known.overlap)]
     except BaseException:
         for param, names in made:
             discard_state(step.state, param, names)
         raise
 
 
-def _counted(rows: Sequence[PreparedParam]) -> list[PreparedParam]:
+def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedParam]:
     """Count the step of every parameter; one that is there twice has a count of its own each time."""
-    repeated = {param for param, count in Counter(row.param for row in rows).items() if count > 1}
+    counts = [row.state["step"] for row in rows if "step" in row.state]
+    if not known.repeated and all(isinstance(count, Tensor) for count in counts):
+        if counts:
+            torch._foreach_add_(counts, 1)
+        return rows
     found = []
     for row in rows:
         if "step" in row.state:
             row.state["step"] += 1
-            if row.param in repeated:
+            if row.param in known.repeated:
                 found.append(row._replace(state={**row.state, "step": deepcopy(row.state["step"])}))
                 continue
         found.append(row)
@@ -109,6 +141,9 @@ class _Validated:
         slices: the parameters of each group that has some.
         guards: what tells whether their tensors are as they were; None where that cannot be told.
         overlap: whether parameters or their state share memory.
+        repeated: parameters that are there twice.
+        entries: the state of the parameters of each group.
+        common: hyperparameters, parameter and state of each, where a step only counts and takes gradients as they are.
     """
 
     def __init__(self, step: StepInput) -> None:
@@ -121,6 +156,12 @@ class _Validated:
                 self._grads.append(grads)
         self.guards: list[Any] | None = None
         self._flags: list[Any] = []
+        self._sequence: LaunchSequence | None = None
+        self._options: list[SimpleNamespace] = []
+        self.common: list[tuple[Any, ...]] | None = None
+        self.entries = [[step.state.get(param, {}) for param in part.params] for part in self.slices]
+        met = Counter(param for part in self.slices for param in part.params)
+        self.repeated = {param for param, count in met.items() if count > 1}
         entries = [(p, step.state.get(p, {})) for part in self.slices for p in part.params]
         stored = [p for p, _ in entries]
         stored += [e[slot.name] for _, e in entries for slot in step.spec.slots if e.get(slot.name) is not None]
@@ -159,11 +200,107 @@ class _Validated:
         self._flags = [step.spec.settle_flags(group) for group in step.groups]
         self._params = [list(group["params"]) for group in step.groups]
         self._idle = [param for params in self._params for param in params if param.grad is None]
-        self._groups, self._state = list(step.groups), step.state
+        self._groups, self._list, self._state = list(step.groups), step.groups, step.state
         _release(self.guards)
+        self._compile(step)
+
+    def _compile(self, step: StepInput) -> None:
+        """Let one compiled call tell from now on, where that can be."""
+        guards: list[Any] = self.guards or []
+        if type(guards[0]) is not DictGuard or any(type(guard) is not TensorGuard for guard in guards[1:]):
+            return
+        lists, lists_kept = lists_launch([step.groups, *(group["params"] for group in step.groups)])
+        idle, idle_kept = gradients_launch(self._idle)
+        looks, releases = zip(*(guard.launches() for guard in guards[1:]), strict=True)
+        self._kept, self._launches = (lists_kept, idle_kept), [lists, guards[0].launch, idle, *looks, *releases]
+        self._guard_options(step)
+
+    def _guard_options(self, step: StepInput) -> bool:
+        """Take over the options; return whether they decide the same, and can change by being replaced only."""
+        self._sequence, self._options, self.common = None, [], None
+        named = (pair for group in step.groups for pair in group.items())
+        if not all(name == "params" or is_constant(value) for name, value in named):
+            return False
+        if self._flags != [step.spec.settle_flags(group) for group in step.groups]:
+            return False
+        self._options = [hyperparameters(part.group) for part in self.slices]
+        self._guard = DictGuard([*step.groups, vars(step.stepping.options)])
+        self._sequence = LaunchSequence([self._guard.launch, *self._launches])
+        if any(group.get("capturable") for group in step.groups):
+            return False
+        self._find_common(step)
+        return True
+
+    def _find_common(self, step: StepInput) -> None:
+        """Note what a step takes that only counts."""
+        rows = [
+            (h, param, entry)
+            for h, part, entries in zip(self._options, self.slices, self.entries, strict=True)
+            for param, entry in zip(part.params, entries, strict=True)
+        ]
+        self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
+        asked = any(group.get(name) for group in step.groups for name in ("maximize", "max_grad_value", "ema"))
+        if (
+            asked
+            or step.stepping.options.requested()
+            or step.needs_gradients()
+            or self.repeated
+            or not all(param.is_cpu for _, param, _ in rows)
+        ):
+            return
+        if all(isinstance(count, Tensor) for count in self._counts):
+            self.common = rows
+
+    def prepared(self) -> list[PreparedParam]:
+        """Return the parameters of a step that only counts and takes gradients as they are."""
+        found = [PreparedParam(h, param, param.grad, entry, self.overlap) for h, param, entry in self.common or ()]
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)
+        return found
+
+    def options(self, step: StepInput) -> list[SimpleNamespace]:  # noqa: ARG002
+        """Return the hyperparameters of each group."""
+        return self._options or [hyperparameters(part.group) for part in self.slices]
 
     def holds(self, step: StepInput) -> bool:
         """Return whether everything is as it was but for values."""
+        if self._sequence is None or step.groups is not self._list or step.state is not self._state:
+            self._options, self.common = [], None
+            return self._hold(step)
+        found = self._look()
+        if found == _OPTIONS and self._guard_options(step):
+            found = self._look()
+        if found == _OPTIONS:
+            self._options, self.common = [], None
+            return self._hold(step)
+        return not found
+
+    def is_unchanged(self, groups: object, state: object, step: Callable[[], StepInput]) -> bool:
+        """Return whether a compiled call finds everything as it was, but for options that decide the same."""
+        if self._sequence is None or groups is not self._list or state is not self._state:
+            return False
+        found = self._look()
+        if found == _OPTIONS:
+            now = step()
+            refuse_capture(now.spec.name, now.groups)
+            check_changed(now.stepping, now.spec, now.groups)
+            return self._guard_options(now) and self.common is not None and not self._look()
+        return not found
+
+    def _look(self) -> int:
+        """Return the number of what has changed, from 1, or 0; gradients are held no longer."""
+        found = self._sequence.run() if self._sequence else _OPTIONS
+        if found:
+            for guard in (self.guards or ())[1:]:
+                guard.note(changed=found >= _FIRST_OF_TENSORS)
+            _release(self.guards or ())
+        if found >= _FIRST_OF_TENSORS:
+            # For good: a guard that looks again compares with what it has seen now.
+            self.guards, self._sequence, self.common = None, None, None
+        return found
+
+    def _hold(self, step: StepInput) -> bool:
+        """Return what `holds` does, whatever is compiled."""
         if self.guards is None or self._state is not step.state or not same_objects(self._groups, step.groups):
             return False
         same = all(same_objects(own, group["params"]) for own, group in zip(self._params, step.groups, strict=True))
@@ -187,17 +324,27 @@ def _release(guards: Sequence[Any]) -> None:
 
 
 def _prepared(
-    step: StepInput, known: _Validated, part: ParamSlice, grads: Sequence[Tensor], new: set[Tensor]
-) -> Iterator[PreparedParam]:
-    """Yield the parameters of a group; `new` are those whose average is newly initialized."""
+    step: StepInput,
+    part: ParamSlice,
+    grads: Sequence[Tensor],
+    entries: Sequence[dict[str, Any]],
+    plain: SimpleNamespace,
+    new: set[Tensor],
+    *,
+    apart: bool,
+) -> list[PreparedParam]:
+    """Return the parameters of a group; `new` are those whose average is newly initialized."""
     group = part.group
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
-    plain = hyperparameters(group)
+    if group.get("maximize") or group.get("max_grad_value") or step.is_clipped(group):
+        grads = [_seen(step, part, grad) for grad in grads]
+    rows = zip(part.params, grads, entries, strict=True)
+    if not group.get("capturable") and all(param.is_cpu for param in part.params):
+        return [PreparedParam(plain, *row, apart) for row in rows]
     moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
-    for param, grad in zip(part.params, grads, strict=True):
-        h = moved(param.device) if is_on_device(group, param) or not param.is_cpu else plain
-        yield PreparedParam(h, param, _seen(step, part, grad), step.state.get(param, {}), known.overlap)
+    on_host = not group.get("capturable")
+    return [PreparedParam(plain if on_host and row[0].is_cpu else moved(row[0].device), *row, apart) for row in rows]
 
 
 def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.tensors.memory import bytes_available, bytes_spanned, has_memory, is_plain, same_dense_layout
+from surefoot.tensors.memory import PLAIN, bytes_available, bytes_spanned, has_memory, is_plain, same_dense_layout
 
 
 class Arrays(NamedTuple):
@@ -94,7 +94,7 @@ def admit_rows(grad: Tensor, name: Callable[[], str]) -> Tensor:
         IndexError: an index is outside of the gradient's shape, as far as that is known without waiting for a device.
         RuntimeError: the storage of its indices or values has been resized to less than they take.
     """
-    if type(grad) is Tensor:
+    if type(grad) in PLAIN:
         what, indices = f"a sparse gradient of shape {tuple(grad.shape)}", grad._indices()
         if not (has_memory(indices) and has_memory(grad._values())):
             raise RuntimeError(f"{name()}: {what} has no memory for its values any more")

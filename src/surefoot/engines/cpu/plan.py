@@ -25,7 +25,7 @@ from surefoot.tensors.native.guards import VersionCounters
 
 CHUNK = 16384
 """Elements of one tensor that a kernel works on at a time."""
-_LARGEST_ITEM, _FEWEST_ITEMS = 262144, 64
+LARGEST_ITEM, FEWEST_ITEMS = 262144, 64
 TILE = 32768
 """Elements of an irregular tensor that are copied at a time."""
 _NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS = map(
@@ -35,38 +35,31 @@ _VIOLATION = slice(LAUNCH.index(VIOLATION[0]), None)
 
 
 class Launch:
-    """A table of tensors, cut into work items, as kernels take it.
+    """Tables of tensors, cut into work items, as kernels take them.
 
     Attributes:
+        words: the slots of `source.LAUNCH`.
         pointers: addresses of the tensors' arrays: int64 of shape (arrays, tensors).
         limits: for checked kernels the bytes of live storage behind each pointer, of the same shape.
         rows: for each tensor its row of coefficients.
+        size: elements of all tensors.
+        work_items: how many there are.
+        segment_tensor: for each segment the number of its tensor.
+        uncut: whether each tensor is one segment.
     """
 
-    def __init__(self, arrays: int, sizes: np.ndarray) -> None:
-        self.pointers, self.limits = np.zeros((2, arrays, len(sizes)), dtype=np.int64)
-        self.rows = np.zeros(len(sizes), dtype=np.int64)
-        self.size = int(sizes.sum())
-        self._tensor, start, size = _segments(sizes)
-        self._uncut = len(self._tensor) == len(sizes) and bool((sizes > 0).all())
-        first = _work_items(size)
-        self.work_items = len(first) - 1
-        self._parts = (first, self._tensor, start, size)
-        firsts, tensors, starts, lengths, pointers = (part.ctypes.data for part in (*self._parts, self.pointers))
-        given = {
-            "work_items": self.work_items,
-            "first_segment": firsts,
-            "segment_tensor": tensors,
-            "segment_start": starts,
-            "segment_size": lengths,
-            "pointers": pointers,
-            "coefficient_row": self.rows.ctypes.data,
-            "tensors": len(sizes),
-            "segments": len(self._tensor),
-        }
-        self._launch = np.array([given.get(slot, 0) for slot in LAUNCH], dtype=np.int64)
-        self.address = self._launch.ctypes.data
-        self._status = memoryview(self._launch)[STATUS : STATUS + 1]  # type: ignore[arg-type]
+    pointers: np.ndarray
+    limits: np.ndarray
+    rows: np.ndarray
+    size: int
+    work_items: int
+    segment_tensor: np.ndarray
+    uncut: bool
+
+    def __init__(self) -> None:
+        self.words = np.zeros(len(LAUNCH), dtype=np.int64)
+        self.address = self.words.ctypes.data
+        self._status = memoryview(self.words)[STATUS : STATUS + 1]  # type: ignore[arg-type]
         self.coefficients = np.zeros((0, 0))
 
     def run(
@@ -83,16 +76,16 @@ class Launch:
         """
         if self.coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
             self.coefficients = np.zeros(shape)
-            self._launch[_COEFFICIENTS], self._launch[_ROWS] = self.coefficients.ctypes.data, shape[0]
+            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, shape[0]
         self.coefficients[:] = coefficients
-        measured = np.zeros((len(self._tensor), len(reductions)))
+        measured = np.zeros((len(self.segment_tensor), len(reductions)))
         if self.work_items:
-            self._launch[_MEASURED] = measured.ctypes.data if reductions else 0
+            self.words[_MEASURED] = measured.ctypes.data if reductions else 0
             if kernel.checked:
                 self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
             self.start(kernel, threads)
-        return measured if self._uncut else combined(reductions, measured, self._tensor, len(self.rows))
+        return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))
 
     def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
         """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
@@ -101,11 +94,11 @@ class Launch:
 
     def _check(self, kernel: Kernel) -> None:
         """Let a checked kernel verify all work items and compute none."""
-        self._launch[_LIMITS], self._launch[_ONLY_CHECKS] = self.limits.ctypes.data, 1
+        self.words[_LIMITS], self.words[_ONLY_CHECKS] = self.limits.ctypes.data, 1
         try:
             self.start(kernel, 1)
         finally:
-            self._launch[_ONLY_CHECKS] = 0
+            self.words[_ONLY_CHECKS] = 0
 
     def start(self, kernel: Kernel, threads: int) -> None:
         """Run a kernel on all work items with the coefficients that are there.
@@ -113,7 +106,7 @@ class Launch:
         Raises:
             KernelError: an error has stopped it.
         """
-        self._launch[_NEXT_WORK_ITEM] = 0
+        self.words[_NEXT_WORK_ITEM] = 0
         run_on_threads(kernel.address, self.address, threads)
         self.raise_if_stopped(kernel)
 
@@ -124,16 +117,44 @@ class Launch:
 
     def _error(self, kernel: Kernel) -> KernelError:
         """Return what to raise for a kernel that was stopped, and be ready for another."""
-        status, only_checked = self._launch[STATUS], self._launch[_ONLY_CHECKS]
-        violation = self._launch[_VIOLATION].tolist()
+        status, only_checked = self.words[STATUS], self.words[_ONLY_CHECKS]
+        violation = self.words[_VIOLATION].tolist()
         reason = explain_violation(violation, LAUNCH, kernel.arrays) if violation[0] else f"an error (status {status})"
         written = "none of its tensors is changed" if only_checked else "its tensors may be updated in part"
-        self._launch[STATUS] = self._launch[_VIOLATION] = 0
+        self.words[STATUS] = self.words[_VIOLATION] = 0
         help_ = "" if kernel.checked else f"; with {VARIABLE}=1 kernels tell more"
         return KernelError(
             f"kernel {kernel.name} was stopped by {reason}; {written}, those that were updated before are, and those "
             f"that were to come are not; this is a fault of surefoot{help_}"
         )
+
+
+class TensorLaunch(Launch):
+    """A launch of tensors, with as many arrays each, of these sizes."""
+
+    def __init__(self, arrays: int, sizes: np.ndarray) -> None:
+        super().__init__()
+        self.pointers, self.limits = np.zeros((2, arrays, len(sizes)), dtype=np.int64)
+        self.rows = np.zeros(len(sizes), dtype=np.int64)
+        self.size = int(sizes.sum())
+        self.segment_tensor, start, size = _segments(sizes)
+        self.uncut = len(self.segment_tensor) == len(sizes) and bool((sizes > 0).all())
+        first = _work_items(size)
+        self.work_items = len(first) - 1
+        self._parts = (first, self.segment_tensor, start, size)
+        firsts, tensors, starts, lengths, pointers = (part.ctypes.data for part in (*self._parts, self.pointers))
+        given = {
+            "work_items": self.work_items,
+            "first_segment": firsts,
+            "segment_tensor": tensors,
+            "segment_start": starts,
+            "segment_size": lengths,
+            "pointers": pointers,
+            "coefficient_row": self.rows.ctypes.data,
+            "tensors": len(sizes),
+            "segments": len(self.segment_tensor),
+        }
+        self.words[:] = [given.get(slot, 0) for slot in LAUNCH]
 
 
 def combined(reductions: Sequence[Reduction], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
@@ -174,7 +195,7 @@ def _work_items(sizes: np.ndarray) -> np.ndarray:
     total = int(sizes.sum())
     if total <= CHUNK:
         return np.array([0, len(sizes)] if len(sizes) else [0], dtype=np.int64)
-    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, total // _FEWEST_ITEMS), _LARGEST_ITEM)
+    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, total // FEWEST_ITEMS), LARGEST_ITEM)
     return np.concatenate([[0], np.flatnonzero(item[1:] != item[:-1]) + 1, [len(sizes)]])
 
 
@@ -185,7 +206,7 @@ class Plan:
         arrays = bucket.arrays()
         self._compute, self._stored = bucket.compute_dtype, tuple(map(format_of, arrays.dtypes))
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
-        self.launch = Launch(len(arrays.addresses), arrays.sizes[self.regular])
+        self.launch = TensorLaunch(len(arrays.addresses), arrays.sizes[self.regular])
         self.launch.pointers[:] = arrays.addresses[:, self.regular]
         self._kernels: dict[Rule, Kernel] = {}
         self.row: np.ndarray | None = None
@@ -196,6 +217,11 @@ class Plan:
         """Return the kernel of a rule."""
         self.prepare(rule)
         return self._kernels[rule]
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether all tensors are flat memory."""
+        return not self.irregular
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
@@ -249,7 +275,7 @@ def _run_tile(
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
     arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
-    launch = Launch(len(copies), arrays.sizes)
+    launch = TensorLaunch(len(copies), arrays.sizes)
     launch.pointers[:] = arrays.addresses
     if kernel.checked:
         launch.set_limits(arrays.addresses, arrays.available)

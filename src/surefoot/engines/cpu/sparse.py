@@ -1,23 +1,188 @@
 """Sparse gradients: a kernel that sees the rows at which there are values, each as a tensor of its own."""
 
+import functools
 import math
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.codegen.compile import Kernel
+from surefoot.codegen.compile import STATUS, Kernel, build_kernel
+from surefoot.codegen.threads import locked_function
 from surefoot.engines.bucket import Bucket
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.plan import Launch, combined, numbers_of
-from surefoot.engines.cpu.source import Layout
+from surefoot.engines.cpu.plan import CHUNK, FEWEST_ITEMS, LARGEST_ITEM, Launch, combined, numbers_of
+from surefoot.engines.cpu.source import LAUNCH, Layout
+from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import Arrays, admit
-from surefoot.tensors.memory import bytes_available
+from surefoot.tensors.memory import PLAIN, bytes_available, has_memory
 from surefoot.tensors.native.guards import VersionCounters
-from surefoot.tensors.shards import to_local
+
+# What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
+_OURS = ("", "status", "result", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
+         "sums", "kind", "owner", "size")  # fmt: skip
+_TABLE = ("number", "coefficient_row", "count", "dimensions", "indices", "values", "elements", "bytes", "keys",
+          "places", "sizes")  # fmt: skip
+_WRITTEN = ("work_items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
+            "coefficient_row", "tensors", "segments")  # fmt: skip
+_RESULT, _LAUNCH_ADDRESS, _SCRATCH, _SUMS, _OWNER, _SIZE = map(
+    _OURS.index, ("result", "launch", "scratch", "sums", "owner", "size")
+)
+_COEFFICIENT_ROW, _COUNT, _INDICES, _VALUES = map(_TABLE.index, ("coefficient_row", "count", "indices", "values"))
+_WORK_ITEMS, _SEGMENTS, _TENSORS = map(LAUNCH.index, ("work_items", "segments", "tensors"))
+_KINDS = {torch.float32: 1, torch.float64: 2}
+"""Values that the rows kernel adds up where a row is there several times; torch does so with all others."""
+_OUTSIDE, _REPEATED = 1, 2
+_DIGITS, _KEPT = 256, 1 << 20
+"""Counters that sorting needs, and words of working memory that are kept between steps."""
+
+
+@functools.cache
+def _rows_kernel() -> int:
+    """Return the address of the compiled rows kernel."""
+    places = {
+        "OURS": [8 * _OURS.index(name) for name in _OURS[2:]],
+        "TABLE": [8 * position for position in range(len(_TABLE))],
+        "LAUNCH": [8 * LAUNCH.index(name) for name in _WRITTEN],
+        "CUTS": [CHUNK, LARGEST_ITEM, FEWEST_ITEMS],
+    }
+    constants = "".join(f"{name} = {tuple(values)}\n" for name, values in places.items())
+    return build_kernel(constants + Path(__file__).with_name("rows_kernel.py").read_text(), "rows").address
+
+
+class RowsLaunch(Launch):
+    """A launch of the rows of tables, which the rows kernel writes.
+
+    Args:
+        arrays: addresses of the arrays of each table, the gradient left out: of shape (arrays, tables).
+        strides: for each of these the bytes from an index of a leading dimension to the next one.
+        shapes: of each table.
+        values: dtype of the gradients.
+    """
+
+    def __init__(
+        self,
+        arrays: np.ndarray,
+        strides: Sequence[Sequence[Sequence[int]]],
+        shapes: Sequence[Sequence[int]],
+        values: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._arrays, self._memory, self._capacity = len(arrays), np.zeros(0, dtype=np.int64), (-1, -1, -1)
+        dimensions = max(len(each) for each in strides[0])
+        self._table_size = _TABLE.index("sizes") + dimensions + len(arrays) * (1 + dimensions)
+        self._tables = array("q", bytes(8 * self._table_size * len(shapes)))
+        self._elements = []
+        for number, shape in enumerate(shapes):
+            leading = len(strides[0][number])
+            elements = math.prod(shape[leading:])
+            self._elements.append(elements)
+            described = {"number": number, "dimensions": leading, "elements": elements}
+            described["bytes"] = elements * values.itemsize
+            words = [described.get(name, 0) for name in _TABLE[:-1]]
+            words += [*shape[:leading], *[0] * (dimensions - leading)]
+            for starts, steps in zip(arrays, strides, strict=True):
+                words += [int(starts[number]), *steps[number], *[0] * (dimensions - leading)]
+            place = number * self._table_size
+            self._tables[place : place + self._table_size] = array("q", words)
+        self._counts = np.zeros(_DIGITS, dtype=np.int64)
+        given = {
+            "count": len(shapes),
+            "launch": self.address,
+            "tables": self._tables.buffer_info()[0],
+            "table_size": 8 * self._table_size,
+            "arrays": len(arrays),
+            "dimensions": dimensions,
+            "counts": self._counts.ctypes.data,
+            "kind": _KINDS.get(values, 0),
+        }
+        self._ours = array("q", [given.get(name, 0) for name in _OURS])
+        self._address, self._call = self._ours.buffer_info()[0], locked_function(_rows_kernel())
+
+    def set_coefficient_rows(self, rows: np.ndarray) -> None:
+        """Set for each table its row of coefficients."""
+        self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
+
+    def write(self, indices: Sequence[Tensor], values: Sequence[Tensor]) -> int:
+        """Write the launch of the rows that contiguous indices and values tell; return what the kernel has found."""
+        rows = segments = numbers = place = 0
+        for index, value, elements in zip(indices, values, self._elements, strict=True):
+            count = value.shape[0]
+            self._tables[place + _COUNT] = count
+            self._tables[place + _INDICES], self._tables[place + _VALUES] = index.data_ptr(), value.data_ptr()
+            rows += count
+            segments += count * -(-elements // CHUNK)
+            numbers += value.numel() * value.element_size()
+            place += self._table_size
+        self._reserve(rows, segments, numbers // 8 + 1)
+        self._call(self._address)
+        if self._ours[STATUS]:
+            raise KernelError(f"the rows kernel was stopped by an error (status {self._ours[STATUS]})")
+        self.size, self.work_items = self._ours[_SIZE], int(self.words[_WORK_ITEMS])
+        return self._ours[_RESULT]
+
+    def _reserve(self, rows: int, segments: int, sums: int) -> None:
+        """Have working memory for so many rows, segments, and words of added values."""
+        if rows <= self._capacity[0] and segments <= self._capacity[1] and sums <= self._capacity[2]:
+            return
+        self._capacity = rows, segments, sums
+        arrays = 1 + self._arrays
+        lengths = [arrays * rows, rows, rows, 4 * rows, segments, segments, segments, segments + 1, sums]
+        ends = np.cumsum(lengths)
+        self._memory = np.empty(int(ends[-1]), dtype=np.int64)
+        starts = (self._memory.ctypes.data + 8 * (ends - lengths)).tolist()
+        self._ours[_OWNER], self._ours[_SCRATCH], self._ours[_SUMS] = starts[2], starts[3], starts[8]
+        names = ("pointers", "coefficient_row", "", "", "segment_tensor", "segment_start", "segment_size",
+                 "first_segment")  # fmt: skip
+        for name, start in zip(names, starts, strict=False):
+            if name:
+                self.words[LAUNCH.index(name)] = start
+
+    def release(self) -> None:
+        """Keep working memory for few rows only."""
+        if len(self._memory) > _KEPT:
+            self._memory, self._capacity = self._memory[:0], (-1, -1, -1)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """For each row the number of its table."""
+        rows = self._capacity[0]
+        start = (2 + self._arrays) * rows
+        return self._memory[start : start + len(self.rows)]
+
+    @property
+    def pointers(self) -> np.ndarray:  # type: ignore[override]
+        """Addresses of each row in each array."""
+        return self._memory[: (1 + self._arrays) * len(self.rows)].reshape(1 + self._arrays, -1)
+
+    @property
+    def rows(self) -> np.ndarray:  # type: ignore[override]
+        """For each row its row of coefficients."""
+        start = (1 + self._arrays) * self._capacity[0]
+        return self._memory[start : start + int(self.words[_TENSORS])]
+
+    @property
+    def segment_tensor(self) -> np.ndarray:  # type: ignore[override]
+        """For each segment the number of its row."""
+        start = (7 + self._arrays) * self._capacity[0]
+        return self._memory[start : start + int(self.words[_SEGMENTS])]
+
+    @property
+    def uncut(self) -> bool:  # type: ignore[override]
+        """Whether each row is one segment."""
+        return int(self.words[_SEGMENTS]) == int(self.words[_TENSORS])
+
+    def sums_from(self, address: np.ndarray) -> np.ndarray:
+        """Return the bytes from addresses on in which values are added up, not positive where they are others."""
+        first, end = self._ours[_SUMS], self._memory.ctypes.data + 8 * len(self._memory)
+        return np.where(address >= first, end - address, 0)
 
 
 class RowsPlan:
@@ -25,10 +190,11 @@ class RowsPlan:
 
     Attributes:
         dense: whether rows of parameters and slots are dense in memory.
+        row: for each parameter its row of coefficients, as it was last set.
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._kernel = Kernel("", 0)
+        self._kernels: dict[Rule, Kernel] = {}
         leading = [grad.sparse_dim() for grad in bucket.grads]
         self._arrays = (bucket.params, *bucket.slots)
         self.dense = all(
@@ -36,18 +202,24 @@ class RowsPlan:
             for tensors in self._arrays
             for tensor, dimensions in zip(tensors, leading, strict=True)
         )
-        self._checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
-        self._starts = self._admit().addresses
-        self._strides = [
+        self.checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
+        self.row: np.ndarray | None = None
+        arrays = self._admit()
+        self._held: tuple[list[Tensor], list[Tensor]] = [], []
+        strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
         ]
-        self._sizes = np.array(
-            [math.prod(param.shape[d:]) for param, d in zip(bucket.params, leading, strict=True)], dtype=np.int64
-        )
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
+        self._dtype, self._kept = grad, format_of(grad).dtype
+        self._kinds = [
+            (each.shape, dimensions, param.shape[dimensions:])
+            for each, param, dimensions in zip(bucket.grads, bucket.params, leading, strict=True)
+        ]
+        self.launch = RowsLaunch(arrays.addresses, strides, [param.shape for param in bucket.params], self._kept)
         self._layout = Layout(bucket.compute_dtype, tuple(map(format_of, (param, grad, *slots))))
-        self._versions = VersionCounters([tensor for tensors in self._arrays for tensor in tensors])
+        self._written = {tensor.untyped_storage().data_ptr() for tensors in self._arrays for tensor in tensors}
+        self.versions = VersionCounters([tensor for tensors in self._arrays for tensor in tensors])
 
     def _admit(self) -> Arrays:
         slots, row_name = self._names
@@ -55,32 +227,86 @@ class RowsPlan:
 
     def prepare(self, rule: Rule) -> None:
         """Compile the kernel of a rule."""
-        self._kernel = compiled_kernel(rule, self._layout, self._checked)
+        if rule not in self._kernels:
+            self._kernels[rule] = compiled_kernel(rule, self._layout, self.checked)
+
+    def kernel(self, rule: Rule) -> Kernel:
+        """Return the kernel of a rule."""
+        self.prepare(rule)
+        return self._kernels[rule]
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether rows of all tensors are flat memory."""
+        return self.dense
+
+    def take(self, grads: Sequence[Any]) -> bool:
+        """Take the rows of gradients, held until `release`; return False if one is not such as the plan is for."""
+        indices, values, kept = [], [], self._kept
+        for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
+            if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
+                return False
+            index, value = _contiguous(grad._indices()), _contiguous(grad._values())
+            if grad.shape != shape or index is None or value is None:
+                return False
+            if index.shape != (dimensions, value.shape[0]) or value.shape[1:] != dense or value.dtype is not kept:
+                return False
+            # What the step writes is read before: one row's values might stand in another row.
+            aliased = value.untyped_storage().data_ptr() in self._written
+            indices.append(index)
+            values.append(value.clone() if aliased else value)
+        self._held = indices, values
+        found = self.launch.write(indices, values)
+        if found == _REPEATED:
+            return self.take([_coalesced(grad) for grad in grads])
+        return found != _OUTSIDE
+
+    def release(self) -> None:
+        """Hold the gradients no longer."""
+        self._held = [], []
+        self.launch.release()
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
-        rule, at = bucket.rule, [grad.indices().numpy() for grad in bucket.grads]
-        values = [to_local(grad.values()).contiguous() for grad in bucket.grads]
-        counts = [index.shape[1] for index in at]
-        owner = np.repeat(np.arange(len(counts)), counts)
-        launch = Launch(2 + len(bucket.slots), self._sizes[owner])
-        launch.rows[:] = bucket.row[owner]
-        for place, starts, strides in zip(
-            (0, *range(2, len(launch.pointers))), self._starts, self._strides, strict=True
-        ):
-            np.concatenate(
-                [start + stride @ index for start, stride, index in zip(starts, strides, at, strict=True)],
-                out=launch.pointers[place],
-            )
-        np.concatenate([_each_row(value) for value in values], out=launch.pointers[1])
-        if self._kernel.checked:
-            now, of_values = self._admit(), [[(value.data_ptr(), bytes_available(value)) for value in values]]
-            here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, owner]
-            launch.set_limits(here[..., 0], here[..., 1])
-        self._versions.count()
-        measured = launch.run(self._kernel, numbers_of(bucket), rule.reductions)
+        if self.row is not bucket.row:
+            self.row = bucket.row
+            self.launch.set_coefficient_rows(bucket.row)
+        if not self.take(bucket.grads):
+            raise InternalError("a kernel was to run on sparse gradients that were not validated")
+        rule, kernel = bucket.rule, self.kernel(bucket.rule)
+        if kernel.checked:
+            self._set_limits()
+        self.versions.count()
+        measured = self.launch.run(kernel, numbers_of(bucket), rule.reductions)
         if rule.reductions:
-            bucket.measured = torch.from_numpy(combined(rule.reductions, measured, owner, len(counts)))
+            bucket.measured = torch.from_numpy(
+                combined(rule.reductions, measured, self.launch.owner, len(bucket.params))
+            )
+        self.release()
+
+    def _set_limits(self) -> None:
+        """Note the live storages behind the launch's rows."""
+        now, launch = self._admit(), self.launch
+        of_values = [[(value.data_ptr(), bytes_available(value)) for value in self._held[1]]]
+        here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, launch.owner]
+        launch.limits = np.zeros_like(launch.pointers)
+        launch.set_limits(here[..., 0], here[..., 1])
+        launch.limits[1] = np.where((left := launch.sums_from(launch.pointers[1])) > 0, left, launch.limits[1])
+
+
+def _coalesced(grad: Tensor) -> Tensor:
+    """Return a gradient that has every row once, whatever it says itself; its indices have been verified."""
+    again = torch.sparse_coo_tensor(grad._indices(), grad._values(), grad.shape, check_invariants=False)
+    return again.coalesce()
+
+
+def _contiguous(tensor: Tensor) -> Tensor | None:
+    """Return indices or values as contiguous memory, None if they have lost theirs."""
+    if not has_memory(tensor) or tensor._is_zerotensor():
+        return None
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
@@ -88,11 +314,5 @@ def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
     return tensor.numel() == 0 or tensor[(0,) * leading].is_contiguous()
 
 
-def _bytes_between_rows(tensor: Tensor, leading: int) -> np.ndarray:
-    return tensor.element_size() * np.array(tensor.stride()[:leading], dtype=np.int64)
-
-
-def _each_row(values: Tensor) -> np.ndarray:
-    """Return the addresses of a contiguous tensor's rows."""
-    bytes_of_row = values.element_size() * math.prod(values.shape[1:])
-    return values.data_ptr() + bytes_of_row * np.arange(len(values))
+def _bytes_between_rows(tensor: Tensor, leading: int) -> list[int]:
+    return [tensor.element_size() * stride for stride in tensor.stride()[:leading]]

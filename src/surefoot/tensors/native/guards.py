@@ -199,9 +199,9 @@ class TensorGuard:
                 self.release_grads()
         return self._over
 
-    def launches(self) -> tuple["_Launch", "_Launch"]:
-        """Return the launches that look, and that release the gradients, for a `LaunchSequence`; see `note`."""
-        return self._launch, self._launch.copy(_RELEASE_GRADS)
+    def launches(self) -> tuple["_Launch", "_Launch | None"]:
+        """Return the launches that look, and that release the gradients if it has some; see `note`."""
+        return self._launch, None if self._held is None else self._launch.copy(_RELEASE_GRADS)
 
     @property
     def is_over(self) -> bool:
@@ -210,7 +210,7 @@ class TensorGuard:
 
     def note(self, *, changed: bool) -> None:
         """Take note of what a `LaunchSequence` has found: if nothing has changed, the gradients are held."""
-        self._holds = True
+        self._holds = self._held is not None
         if changed:
             self._over = True
             self.release_grads()

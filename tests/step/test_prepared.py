@@ -1,0 +1,145 @@
+"""Custom steps of prepared parameters: whatever is changed between two of them counts at the next one."""
+
+import pytest
+import torch
+
+import surefoot
+
+SHAPES = {"Adafactor": ((6, 4), (6, 4), (5,), (), (2, 3, 4)), "Muon": ((6, 4), (6, 4), (4, 6), (3, 3))}
+ALGORITHMS = pytest.mark.parametrize("name", list(SHAPES))
+
+
+def started(name, steps=3, **options):
+    """Ours and torch's optimizer of copies of some parameters, and what steps both with equal gradients."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES[name]]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    pair = [getattr(module, name)(own, lr=0.1, **options) for module, own in ((surefoot, ours), (torch.optim, theirs))]
+
+    def give():
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator).to(one.dtype)
+            other.grad = one.grad.clone()
+
+    def step(*, given=True):
+        if given:
+            give()
+        for optimizer in pair:
+            optimizer.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    for _ in range(steps):
+        step()
+    assert pair[0]._stepping.validated.common, "nothing was kept"
+    return pair, (ours, theirs), give, step
+
+
+def changed(change, optimizer, params):
+    group, state = optimizer.param_groups[0], optimizer.state[params[0]]
+    slot = next(name for name in ("row_var", "momentum_buffer") if name in state)
+    if change == "rate":
+        group["lr"] = 0.03
+    elif change == "rate as a tensor":
+        group["lr"] = torch.tensor(0.03)
+    elif change == "maximize":
+        group["maximize"] = True
+    elif change == "data":
+        params[0].data = torch.ones(4, 6).t()
+    elif change == "state in place":
+        state[slot].mul_(2)
+    elif change == "state replaced":
+        state[slot] = state[slot] * 3
+    elif change == "count" and "step" in state:
+        state["step"] += 5
+    elif change == "cleared":
+        optimizer.state.clear()
+    elif change == "double":
+        params[0].data = params[0].data.double()
+        state.update({name: value.double() for name, value in state.items() if name != "step"})
+    elif change == "another parameter":
+        group["params"][1] = torch.nn.Parameter(torch.ones(2, 2))
+        group["params"][1].grad = torch.ones(2, 2)
+    elif change == "a group":
+        late = torch.nn.Parameter(torch.ones(2, 2))
+        late.grad = torch.ones(2, 2)
+        optimizer.add_param_group({"params": [late], "lr": 0.5})
+
+
+@ALGORITHMS
+@pytest.mark.parametrize(
+    "change",
+    ["rate", "rate as a tensor", "maximize", "data", "state in place", "state replaced", "count", "cleared", "double",
+     "another parameter", "a group"],
+)  # fmt: skip
+def test_what_changes_between_steps_counts(name, change):
+    if (name, change) == ("Muon", "maximize"):
+        pytest.skip("Muon has no maximize")
+    pair, sides, _, step = started(name)
+    for optimizer, params in zip(pair, sides, strict=True):
+        changed(change, optimizer, params)
+    step()
+    step()
+    own, others = ([p for group in each.param_groups for p in group["params"]] for each in pair)
+    for one, other in zip(own, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@ALGORITHMS
+def test_missing_gradients_count(name):
+    _, sides, give, step = started(name)
+    give()
+    for params in sides:
+        params[0].grad = None
+    step(given=False)
+    step()
+
+
+@ALGORITHMS
+def test_hooks_telemetry_and_options_that_come_later_count(name):
+    (optimizer, _), (params, _), give, step = started(name)
+    called = []
+    handle = optimizer.register_step_post_hook(lambda *_: called.append(1))
+    step()
+    handle.remove()
+    assert called == [1]
+    optimizer.step_options.zero_grad_after_step = True
+    give()
+    optimizer.step()
+    assert all(param.grad is None for param in params)
+    optimizer.step_options.zero_grad_after_step = False
+    optimizer.step_options.nonfinite = "skip"
+    give()
+    params[0].grad.fill_(torch.nan)
+    before = [param.detach().clone() for param in params]
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert optimizer.step_statistics.skipped == 1
+    optimizer.step_options.nonfinite = "perhaps"
+    with pytest.raises(ValueError, match="`nonfinite` must be one of"):
+        optimizer.step()
+
+
+@ALGORITHMS
+def test_a_state_that_has_lost_its_memory_is_refused(name):
+    (optimizer, _), (params, _), give, _ = started(name)
+    give()
+    slot = next(value for key, value in optimizer.state[params[0]].items() if key != "step")
+    slot.untyped_storage().resize_(4)
+    before = params[1].detach().clone()
+    with pytest.raises(RuntimeError, match="has lost memory"):
+        optimizer.step()
+    assert torch.equal(params[1], before)
+
+
+def test_many_small_matrices_of_muon_are_orthogonalised_together():
+    params = [[torch.nn.Parameter(torch.eye(3, 5) * (i + 1)) for i in range(9)] for _ in range(2)]
+    for library, own in zip((surefoot, torch.optim), params, strict=True):
+        optimizer = library.Muon(own, lr=0.1)
+        for turn in range(3):
+            for i, param in enumerate(own):
+                param.grad = torch.arange(15.0).view(3, 5) * (i - 4) + turn
+            optimizer.step()
+    for one, other in zip(*params, strict=True):
+        torch.testing.assert_close(one, other)
