@@ -539,8 +539,8 @@ def _refuse_overflow(move: float) -> None:
     """Raise RuntimeError when a move of float16 parameters leaves their range."""
     if not move <= torch.finfo(torch.float16).max:
         raise RuntimeError(
-            f"the line search of LBFGS would move a float16 parameter by {move}, an overflow; nothing was changed. Scale "
-            f"the loss, give a smaller `lr`, or use float32 parameters"
+            f"the line search of LBFGS would move a float16 parameter by {move}, an overflow; nothing was changed. "
+            f"Scale the loss, give a smaller `lr`, or use float32 parameters"
         )
 
 
