@@ -145,8 +145,9 @@ class Optimizer(torch.optim.Optimizer):
             )
         if isinstance(params, set | frozenset):
             warnings.warn(
-                "optimizer parameters need to be organized in ordered collections, but the order of a set changes between "
-                "runs, and with it what a state dict belongs to; give a list. This will be an error in a future release.",
+                "optimizer parameters need to be organized in ordered collections, but the order of a set changes from "
+                "run to run, and with it what a state dict belongs to; give a list. This will be an error in a future "
+                "release.",
                 FutureWarning,
                 stacklevel=3,
             )
