@@ -118,6 +118,9 @@ class Optimizer(torch.optim.Optimizer):
 
     prepares_params: ClassVar[bool] = False
     """Return whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    whole_tensors: ClassVar[bool] = False
+    """Return whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
+    parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
     spec: ClassVar[AlgorithmSpec]
     """All of this, as everything below the optimizer is handed it."""
 
@@ -685,6 +688,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         sparse=cls.sparse,
         instead_of_sparse=cls.instead_of_sparse,
         complex_params=cls.complex_params,
+        whole_tensors=cls.whole_tensors,
         step_options=frozenset(cls.supported_step_options()),
         constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
     )

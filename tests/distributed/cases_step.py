@@ -78,11 +78,25 @@ def counted(calls):
             setattr(module, name, function)
 
 
-def train(cls, options, mesh=None, placements=(None,) * 5, *, dtype=torch.float32, spoil=None, groups=1, scaler=None):
-    """Return what becomes of parameters and state; `spoil(step, index, grad)` may change a whole gradient."""
+def train(
+    cls,
+    options,
+    mesh=None,
+    placements=(None,) * 5,
+    *,
+    shapes=SHAPES,
+    dtype=torch.float32,
+    spoil=None,
+    groups=1,
+    reload=None,
+):
+    """Return what becomes of parameters and state.
+
+    `spoil(step, index, grad)` may change a whole gradient; before step `reload` state goes through a state dict.
+    """
     params = [
         torch.nn.Parameter(spread(tensor(shape, i, dtype), mesh, p))
-        for i, (shape, p) in enumerate(zip(SHAPES, placements, strict=True))
+        for i, (shape, p) in enumerate(zip(shapes, placements, strict=True))
     ]
     named = [(f"p{i}", param) for i, param in enumerate(params)]
     if groups > 1:
@@ -90,8 +104,11 @@ def train(cls, options, mesh=None, placements=(None,) * 5, *, dtype=torch.float3
     optimizer = cls(named, **options)
     calls, refused = Counter(), []
     for step in range(STEPS):
+        if step == reload:
+            saved, optimizer = optimizer.state_dict(), cls(named, **options)
+            optimizer.load_state_dict(saved)
         for i, (param, p) in enumerate(zip(params, placements, strict=True)):
-            grad = tensor(SHAPES[i], 100 * (step + 1) + i, dtype)
+            grad = tensor(shapes[i], 100 * (step + 1) + i, dtype)
             if spoil is not None:
                 grad = spoil(step, i, grad)
             param.grad = None if grad is None else spread(grad, mesh, p)

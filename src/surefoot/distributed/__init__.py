@@ -1,6 +1,17 @@
-"""What a step needs from other ranks: numbers of parameters, put together in one collective per process group."""
+"""What a step needs from other ranks, in few collectives: numbers of parameters, sums of tensors, whole matrices."""
 
 from surefoot.distributed.divided import dividing_group, refuse_flattened
 from surefoot.distributed.exchange import Exchange, make_exchange
+from surefoot.distributed.matrices import MatrixExchange, irregular_shard
+from surefoot.distributed.partials import PartialSum, sum_over_shards
 
-__all__ = ["Exchange", "dividing_group", "make_exchange", "refuse_flattened"]
+__all__ = [
+    "Exchange",
+    "MatrixExchange",
+    "PartialSum",
+    "dividing_group",
+    "irregular_shard",
+    "make_exchange",
+    "refuse_flattened",
+    "sum_over_shards",
+]

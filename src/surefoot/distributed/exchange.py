@@ -72,6 +72,17 @@ class Exchange:
         weights = [1.0 / torch.Size(sizes).numel() for sizes in alike]
         return _Ranks(groups, torch.tensor(rows), torch.tensor(weights, dtype=torch.float64))
 
+    @property
+    def shards(self) -> Tensor:
+        """How many parts of each parameter there are on different ranks, 1 where all have all of it: float64."""
+        found = torch.ones(len(self.params), dtype=torch.float64)
+        for position, param in enumerate(self.params):
+            if is_sharded(param):
+                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+                sizes = [mesh.size(dim) for dim, each in enumerate(placements) if not each.is_replicate()]
+                found[position] = torch.Size(sizes).numel()
+        return found
+
     def is_of(self, params: Sequence[Tensor]) -> bool:
         """Return whether this was made for these parameters, sharded as they are."""
         return (

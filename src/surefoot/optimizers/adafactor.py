@@ -5,14 +5,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from surefoot.constructor import arguments
+from surefoot.distributed import PartialSum, sum_over_shards
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import add_scaled_, batches, larger, readable, smaller
+from surefoot.optimizers.common import add_scaled_, batches, in_turns, larger, local_row, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
@@ -129,13 +130,17 @@ class Adafactor(Optimizer):
     )
     complex_params = False
     prepares_params = True
+    whole_tensors = True
 
     step = Optimizer._prepared_step
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
         others: list[PreparedParam] = []
-        for row in found:
+        sharded = [row for row in found if is_sharded(row.param)]
+        for rows in in_turns(sharded):
+            _step_sharded(rows)
+        for row in [row for row in found if not is_sharded(row.param)] if sharded else found:
             kind = _list_kind(row)
             (others if kind is None else lists[kind]).append(row)
         for (*_, step), rows in lists.items():
@@ -172,14 +177,7 @@ class Adafactor(Optimizer):
         update = _direction(variance, grad, eps1)
         size = size / larger(1.0, rms(update) / h.d)
         size = size.to(compute) if together else size
-        kept = 1 - lr * h.weight_decay if isinstance(h.weight_decay, Tensor) or h.weight_decay else None
-        if param.dtype == compute and _knows_in_place(param):
-            if kept is not None:
-                param.mul_(kept)
-            add_scaled_(param, update, -size)
-            return
-        decayed = param.to(compute) if kept is None else param.to(compute) * kept
-        param.copy_(BY_NAME["add_scaled"](decayed, update, -size))
+        _apply(h, param, update, size)
 
     @staticmethod
     def _second_moment(grad: Tensor, state: dict[str, Tensor], weight: Any, eps1: float) -> Tensor:
@@ -189,7 +187,112 @@ class Adafactor(Optimizer):
         row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
         col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
         mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
-        return (row @ col).div_(mean) if _knows_in_place(grad) else (row @ col) / mean
+        return (row @ col).div_(mean)
+
+
+def _apply(h: SimpleNamespace, param: Tensor, update: Tensor, size: Any) -> None:
+    """Shrink a parameter by its weight decay and subtract `size * update`."""
+    kept = 1 - readable(h, h.lr) * h.weight_decay if isinstance(h.weight_decay, Tensor) or h.weight_decay else None
+    if param.dtype == update.dtype:
+        if kept is not None:
+            param.mul_(kept)
+        add_scaled_(param, update, -size)
+        return
+    decayed = param.to(update.dtype) if kept is None else param.to(update.dtype) * kept
+    param.copy_(BY_NAME["add_scaled"](decayed, update, -size))
+
+
+# Sharded parameters: each rank computes with its shards, and what is a mean over more goes round twice for all together
+
+
+def _step_sharded(rows: Sequence[PreparedParam]) -> None:
+    """Step sharded parameters, none of them twice: `_step_param` with sums over ranks."""
+    wholes, shards = [row.param for row in rows], [_wide_gradient(local_row(row)) for row in rows]
+    means: list[_Means] = []
+    partials: list[PartialSum] = []
+    for whole, shard in zip(wholes, shards, strict=True):
+        means.append(_Means.of(whole, shard, partials))
+    known = sum_over_shards(partials)
+    partials = []
+    updates = []
+    for whole, shard, own in zip(wholes, shards, means, strict=True):
+        updates.append(own.direction(shard, known))
+        partials.append(_square_sum(updates[-1], whole))
+    for whole, shard, own, update, squares in zip(
+        wholes, shards, means, updates, sum_over_shards(partials), strict=True
+    ):
+        h = shard.h
+        longest = smaller(readable(h, h.lr), readable(h, shard.state["step"]) ** -0.5)
+        size = larger(h.eps[1], _root(h, known[own.param], whole)) * longest
+        size = size / larger(1.0, _root(h, squares, whole) / h.d)
+        _apply(h, shard.param, update, size.to(update.dtype) if isinstance(size, Tensor) else size)
+
+
+def _wide_gradient(row: PreparedParam) -> PreparedParam:
+    return row._replace(grad=row.grad.to(torch.promote_types(row.param.dtype, torch.float32)))
+
+
+class _Means(NamedTuple):
+    """Where among partial sums those of a parameter stand, and what is needed to make them means.
+
+    Attributes:
+        param: the sum of its squares.
+        rows, cols: the sums of its gradient's squares over columns, and over rows; None for vectors.
+        total: their sum over both.
+        row_var: the sum of the row averages before the step.
+        height, width: of its matrices.
+    """
+
+    param: int
+    rows: int | None = None
+    cols: int = 0
+    total: int = 0
+    row_var: int = 0
+    height: int = 1
+    width: int = 1
+
+    @classmethod
+    def of(cls, whole: Tensor, shard: PreparedParam, partials: list[PartialSum]) -> "_Means":
+        """Return where the sums stand that are appended to `partials`."""
+        first, (_, param, grad, state, _) = len(partials), shard
+        partials.append(_square_sum(param.to(grad.dtype), whole))
+        if state.get("variance") is not None:
+            return cls(first)
+        height, width = whole.dim() - 2, whole.dim() - 1
+        squares = grad.square()
+        rows = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).double().square()
+        partials += (
+            PartialSum(rows, whole, (width,)),
+            PartialSum(squares.sum(-2, keepdim=True), whole, (height,)),
+            PartialSum(rows.sum(-2, keepdim=True), whole, (height, width)),
+            PartialSum(state["row_var"].sum(-2, keepdim=True, dtype=torch.float64), whole, (height,)),
+        )
+        sizes = (max(whole.size(height), 1), max(whole.size(width), 1))
+        return cls(first, first + 1, first + 2, first + 3, first + 4, *sizes)
+
+    def direction(self, shard: PreparedParam, sums: Sequence[Tensor]) -> Tensor:
+        """Average the squared gradient into the state and return grad / sqrt(its estimate)."""
+        h, param, grad, state, _ = shard
+        weight, eps1 = readable(h, state["step"]) ** h.beta2_decay, readable(h, h.eps[0])
+        eps1 = torch.finfo(param.dtype).eps if eps1 is None else eps1
+        if self.rows is None:
+            return _direction(_averaged(state["variance"], grad * grad, weight).clone(), grad, eps1)
+        row, col = (
+            _averaged(state[name], (sums[number] / size).to(grad.dtype), weight)
+            for name, number, size in (("row_var", self.rows, self.width), ("col_var", self.cols, self.height))
+        )
+        now = sums[self.total] / (self.height * self.width)
+        mean = BY_NAME["lerp"](sums[self.row_var] / self.height, now, weight).clamp(min=eps1).to(grad.dtype)
+        return _direction((row * col).div_(mean), grad, eps1)
+
+
+def _square_sum(shard: Tensor, whole: Tensor) -> PartialSum:
+    return PartialSum(torch.linalg.vector_norm(shard).double().square(), whole, range(whole.dim()))
+
+
+def _root(h: SimpleNamespace, squares: Tensor, whole: Tensor) -> Any:
+    """Return the root mean square of a tensor from the sum of its squares."""
+    return readable(h, (squares / max(whole.numel(), 1)).sqrt())
 
 
 # On the CPU, where numbers can be read at once and the time of small tensors is in the calls
@@ -286,28 +389,21 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _knows_in_place(tensor: Tensor) -> bool:
-    """Return whether operations may work in place: a sharded tensor's know fewer such forms."""
-    return not is_sharded(tensor)
-
-
 def _direction(variance: Tensor, grad: Tensor, eps1: float) -> Tensor:
-    """Return grad / sqrt(variance), in the memory of `variance` where that is possible."""
-    if _knows_in_place(variance):
-        return variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
-    return variance.clamp(min=eps1 * eps1).rsqrt() * grad
+    """Return grad / sqrt(variance), in the memory of `variance`."""
+    return variance.clamp_(min=eps1 * eps1).rsqrt_().mul_(grad)
 
 
 def _mean_square(grad: Tensor, dim: int) -> Tensor:
     if dim != -1:  # norms of columns take torch ten times as long as those of rows
         return grad.square().mean(dim, keepdim=True)
     norm: Tensor = torch.linalg.vector_norm(grad, dim=dim, keepdim=True)
-    return norm.square_().div_(grad.size(dim)) if _knows_in_place(norm) else norm.square() / grad.size(dim)
+    return norm.square_().div_(grad.size(dim))
 
 
 def _averaged(average: Tensor, value: Tensor, weight: Any) -> Tensor:
     """Move a stored average towards `value` and give it in the dtype of `value`, before it is rounded; for reading."""
-    if average.dtype == value.dtype and _knows_in_place(average) and not isinstance(weight, Tensor):
+    if average.dtype == value.dtype and not isinstance(weight, Tensor):
         return average.lerp_(value, weight)
     new: Tensor = BY_NAME["lerp"](average.to(value.dtype), value, weight)
     average.copy_(new)

@@ -1,7 +1,7 @@
 """Phrases that several rules share, so that each is written once."""
 
 import importlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from surefoot.rule import AlgorithmSpec
 from surefoot.rule.spec import add_catalog
 from surefoot.step.prepared import PreparedParam
+from surefoot.tensors.shards import to_local
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,24 @@ def batches(found: Iterable[PreparedParam], kind: Callable[[PreparedParam], Any]
         met.add(id(row.param))
         together[position if known is None else (known,)].append(row)
     return together.values()
+
+
+def in_turns(found: Iterable[PreparedParam]) -> list[list[PreparedParam]]:
+    """Return rows in lists of which none has a parameter twice, in order."""
+    turns: list[list[PreparedParam]] = []
+    met: Counter[Tensor] = Counter()
+    for row in found:
+        if met[row.param] == len(turns):
+            turns.append([])
+        turns[met[row.param]].append(row)
+        met[row.param] += 1
+    return turns
+
+
+def local_row(row: PreparedParam) -> PreparedParam:
+    """Return a sharded parameter's row as one of this process's shards; numbers of state stay as they are."""
+    state = {name: to_local(value) if isinstance(value, Tensor) else value for name, value in row.state.items()}
+    return row._replace(param=to_local(row.param), grad=to_local(row.grad), state=state)
 
 
 def add_scaled_(tensor: Tensor, other: Tensor, factor: Any) -> None:

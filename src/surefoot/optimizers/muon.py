@@ -1,6 +1,7 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from surefoot.constructor import arguments
+from surefoot.distributed import MatrixExchange
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import add_scaled_, batches, readable
+from surefoot.optimizers.common import add_scaled_, batches, in_turns, local_row, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
 from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import PLAIN
+from surefoot.tensors.shards import is_sharded
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 _MOST_NS_STEPS = 99
@@ -148,6 +151,7 @@ class Muon(Optimizer):
     scalars = ()
     complex_params = False
     prepares_params = True
+    whole_tensors = True
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -169,16 +173,20 @@ class Muon(Optimizer):
     step = Optimizer._prepared_step
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        for batch in _batches(found):
+        for batch in _batches([row for row in found if not is_sharded(row.param)]):
             self._step_batch(batch)
+        for rows in in_turns(row for row in found if is_sharded(row.param)):
+            by_mesh: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+            for row in rows:
+                by_mesh[row.param.device_mesh].append(row)  # type: ignore[attr-defined]
+            for alike in by_mesh.values():
+                self._step_sharded(alike)
 
     def _step_batch(self, batch: list[PreparedParam]) -> None:
         """Step parameters whose directions are computed together."""
-        h, updates = batch[0].h, _momenta(batch)
-        params, together = [row.param for row in batch], len(batch) > 1
-        stack = torch.stack(updates) if together else updates[0]
-        directions = newton_schulz(stack, h.ns_coefficients, h.ns_steps, h.eps)
-        shrink, factor = 1 - h.lr * h.weight_decay, readable(h, -h.lr * self._scale(h, params[0]))
+        h, params, together = batch[0].h, [row.param for row in batch], len(batch) > 1
+        directions = _orthogonal(h, _momenta(batch))
+        shrink, factor = 1 - h.lr * h.weight_decay, self._factor(h, params[0])
         if not together:
             add_scaled_(params[0].mul_(shrink), directions, factor)
             return
@@ -188,6 +196,26 @@ class Muon(Optimizer):
             return
         for param, direction in zip(params, directions, strict=True):
             add_scaled_(param, direction, factor)
+
+    def _step_sharded(self, rows: list[PreparedParam]) -> None:
+        """Step sharded parameters of one mesh: each direction is computed on one rank, all else on the shards."""
+        exchange, shards = MatrixExchange([row.param for row in rows]), list(map(local_row, rows))
+        updates: dict[int, Tensor] = {}
+        numbers = {id(row): number for number, row in enumerate(shards)}
+        for batch in batches(shards, _dtypes):
+            # What is made orthogonal is rounded to bfloat16 first.
+            updates |= {numbers[id(row)]: u.bfloat16() for row, u in zip(batch, _momenta(batch), strict=True)}
+        wholes = exchange.collect([updates[number] for number in range(len(rows))])
+        directions: dict[int, Tensor] = {}
+        for alike in _stacks(rows, wholes):
+            found = _orthogonal(rows[alike[0]].h, [wholes[number] for number in alike])
+            directions |= zip(alike, found.unbind() if len(alike) > 1 else [found], strict=True)
+        for row, (h, param, *_), direction in zip(rows, shards, exchange.divide(directions, updates[0]), strict=True):
+            add_scaled_(param.mul_(1 - h.lr * h.weight_decay), direction, self._factor(h, row.param))
+
+    def _factor(self, h: SimpleNamespace, param: Tensor) -> Any:
+        """Return what a direction is multiplied with before it is added."""
+        return readable(h, -h.lr * self._scale(h, param))
 
     @staticmethod
     def _scale(h: SimpleNamespace, param: Tensor) -> float:
@@ -206,6 +234,27 @@ def _kind(row: PreparedParam) -> Any:
     if type(param) not in PLAIN or (param.is_cpu and param.numel() > _LARGEST_STACKED):
         return None
     return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
+
+
+def _dtypes(row: PreparedParam) -> Any:
+    h, param, grad, state, _ = row
+    return id(h), param.device, grad.dtype, state["momentum_buffer"].dtype
+
+
+def _stacks(rows: Sequence[PreparedParam], wholes: Mapping[int, Tensor]) -> Iterator[list[int]]:
+    """Yield numbers of matrices whose directions are computed together."""
+    found: defaultdict[Any, list[int]] = defaultdict(list)
+    for place, matrix in wholes.items():
+        apart = matrix.is_cpu and matrix.numel() > _LARGEST_STACKED
+        found[place if apart else (id(rows[place].h), matrix.shape)].append(place)
+    for numbers in found.values():
+        yield from (numbers[start : start + _MOST_STACKED] for start in range(0, len(numbers), _MOST_STACKED))
+
+
+def _orthogonal(h: SimpleNamespace, matrices: Sequence[Tensor]) -> Tensor:
+    """Return the direction of a matrix, or of several of one shape as a stack."""
+    stack = torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0]
+    return newton_schulz(stack, h.ns_coefficients, h.ns_steps, h.eps)
 
 
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:

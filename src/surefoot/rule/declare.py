@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surefoot.tensors.shards import full_for, is_sharded
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -43,7 +45,11 @@ class Slot:
         dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         if self.shape is None:
             return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        return param.new_full(self.shape(param) or (), value, dtype=dtype, requires_grad=False)
+        shape = self.shape(param) or torch.Size()
+        if is_sharded(param):
+            made: Tensor = full_for(shape, param, value, dtype)
+            return made
+        return param.new_full(shape, value, dtype=dtype, requires_grad=False)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class AlgorithmSpec:
         sparse: what becomes of sparse gradients.
         instead_of_sparse: what the refusal of a sparse gradient recommends.
         complex_params: whether complex parameters are taken.
+        whole_tensors: whether a step needs to know more of a tensor than a shard of it.
         step_options: the options of `StepOptions` that it takes.
         constructor: the constructor's arguments that have a default, with it.
     """
@@ -40,6 +41,7 @@ class AlgorithmSpec:
     sparse: Sparse = Sparse.REFUSED
     instead_of_sparse: str = ""
     complex_params: bool = True
+    whole_tensors: bool = False
     step_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
 

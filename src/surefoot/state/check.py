@@ -111,7 +111,7 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
     for slot in spec.all_slots:
         if (value := entry.get(slot.name)) is None:
             continue
-        reason = unfit_state(value, param, slot.shape_for(param), like_param=slot.shape is None)
+        reason = unfit_state(value, param, slot.shape_for(param))
         if reason is not None:
             raise RuntimeError(
                 f"state `{slot.name}` of {format_param(group, param)} on {param.device} {reason}; after replacing or "

@@ -320,7 +320,7 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
         )
     elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
-    elif (reason := sharding_mismatch(value, param, placements=slot.shape is None)) is not None:
+    elif (reason := sharding_mismatch(value, param)) is not None:
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` {reason}")
     else:
         dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()

@@ -18,7 +18,7 @@ from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmea
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
-from surefoot.step.ranks import due_exchange, failures_told, sums_over_ranks
+from surefoot.step.ranks import due_exchange, failures_told, refuse_irregular, sums_over_ranks
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
@@ -49,6 +49,7 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     context.acquire()
     exchange = due_exchange(step)
     with failures_told(step, exchange):
+        refuse_irregular(step)
         known = _validated(step)
         context.slices = slices = [ParamSlice(part.group, part.params) for part in known.slices]
         grads = known.take_gradients()

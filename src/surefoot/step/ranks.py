@@ -1,6 +1,7 @@
 """What ranks tell one another before a step of sharded parameters changes anything, in one all-reduce.
 
-They tell what their gradients add up to, whether a GradScaler has found infinities, and whether a rank fails.
+They tell what their gradients add up to, whether a GradScaler has found infinities, and whether a rank fails; where an
+algorithm needs more of a tensor than a shard, also which parameters have a gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,20 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.distributed import Exchange, make_exchange, refuse_flattened
+from surefoot.distributed import Exchange, irregular_shard, make_exchange, refuse_flattened
+from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
-from surefoot.tensors.shards import is_sharded, to_local
+from surefoot.tensors.shards import is_sharded, sharded_type, to_local
 
 
 class RankSums(NamedTuple):
     """What all ranks know together.
 
     Attributes:
-        rows: of each parameter of the groups the sum of squares of its gradient, and how many ranks found inf or NaN:
-            float64 of shape (parameters, 2).
+        rows: of each parameter of the groups the sum of squares of its gradient, how many ranks found inf or NaN, and
+            on how many it has a gradient, of those that hold different shards of it: float64 of shape (parameters, 3).
         divided: the same of the plain parameters of each group, where `process_group` divides them over ranks; else
-            zeros: float64 of shape (groups, 2).
+            zeros: float64 of shape (groups, 3).
         found_inf: how many ranks have found infinities, None if no GradScaler looks for them.
     """
 
@@ -35,12 +37,16 @@ class RankSums(NamedTuple):
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
     asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
-    if not asked:
+    if not asked and not (step.spec.whole_tensors and _any_sharded(step)):
         return None
     exchange = exchange_of(step)
     if exchange is None and step.needs_gradients():
         refuse_flattened([param for group in step.groups for param in group["params"]], step.spec.name)
     return exchange
+
+
+def _any_sharded(step: StepInput) -> bool:
+    return sharded_type() is not None and any(is_sharded(param) for group in step.groups for param in group["params"])
 
 
 def exchange_of(step: StepInput) -> Exchange | None:
@@ -64,11 +70,26 @@ def failures_told(step: StepInput, exchange: Exchange | None) -> Iterator[None]:
         raise
 
 
+def refuse_irregular(step: StepInput) -> None:
+    """Refuse parameters whose shards are not what their placements say, where an algorithm needs whole tensors.
+
+    Raises:
+        RuntimeError: there is one; the message names it.
+    """
+    if not step.spec.whole_tensors or not _any_sharded(step):
+        return
+    for group in step.groups:
+        for param in group["params"]:
+            if is_sharded(param) and (reason := irregular_shard(param)) is not None:
+                raise RuntimeError(f"{format_param(group, param)} {reason}; lay it out with `distribute_tensor`")
+
+
 def sums_over_ranks(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice]) -> RankSums:
     """Return what all ranks know together; each tells what stands in `gradients` of its slices.
 
     Raises:
-        RuntimeError: another rank has failed in this step, so that this one must not make it either.
+        RuntimeError: another rank has failed in this step, so that this one must not make it either; or the algorithm
+            needs whole tensors, and some ranks have no gradient of a parameter of which others have one.
     """
     return _told(step, exchange, slices, failed=False)
 
@@ -77,13 +98,15 @@ def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, 
     place = next((to_local(p).device for p in exchange.params if is_sharded(p)), torch.device("cpu"))
     if exchange.process_group is not None and exchange.params:
         place = exchange.params[0].device
-    rows = torch.zeros(len(exchange.params), 2, dtype=torch.float64, device=place)
-    divided = torch.zeros(len(step.groups), 2, dtype=torch.float64, device=place)
+    rows = torch.zeros(len(exchange.params), _COLUMNS, dtype=torch.float64, device=place)
+    divided = torch.zeros(len(step.groups), _COLUMNS, dtype=torch.float64, device=place)
     position = {param: row for row, param in enumerate(exchange.params)}
     for part in slices:
+        own = torch.tensor([position[param] for param in part.params], device=place)
         if part.gradients is not None:
             known = torch.stack([part.gradients[:, 0], (~part.gradients[:, 1].isfinite()).double()], dim=1)
-            rows[torch.tensor([position[param] for param in part.params], device=place)] = known.to(place)
+            rows[own, :_WITH_GRADIENT] = known.to(place)
+        rows[own, _WITH_GRADIENT] = 1.0
     if exchange.process_group is not None:
         first = 0
         for index, group in enumerate(step.groups):
@@ -94,13 +117,34 @@ def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, 
     flags = torch.zeros(2, dtype=torch.float64, device=place)
     flags[0], flags[1] = float(failed), found
     rows, shared = exchange.sum(rows, torch.cat([flags, divided.flatten()]))
-    # On an accelerator this would wait; there a rank that fails ends its own step only.
-    if place.type == "cpu" and not failed and shared[0]:
+    captured = any(group.get("capturable") for group in step.groups)
+    # On an accelerator this waits, so that there a rank that fails ends its own step only, unless others wait for it.
+    if (place.type == "cpu" or (step.spec.whole_tensors and not captured)) and not failed and shared[0]:
         raise RuntimeError(
             f"{step.spec.name}'s step was refused on another rank, which tells why; nothing was changed on this one"
         )
+    if step.spec.whole_tensors and not failed and not captured:
+        _refuse_missing(step, exchange, rows[:, _WITH_GRADIENT])
     found_inf = None if step.found_inf is None else shared[1].float()
     return RankSums(rows, shared[2:].view_as(divided), found_inf)
+
+
+def _refuse_missing(step: StepInput, exchange: Exchange, present: Tensor) -> None:
+    """Refuse a step of whole tensors for which some ranks lack a gradient, on all ranks alike.
+
+    Args:
+        step: the step.
+        exchange: what ranks tell one another by.
+        present: on how many ranks each parameter has a gradient.
+    """
+    shards = exchange.shards.to(present.device)
+    missing = (present > _ALMOST) & (present < shards - _ALMOST)
+    for row in missing.nonzero().flatten().tolist():
+        if is_sharded(param := exchange.params[row]):
+            raise RuntimeError(
+                f"{step.spec.name} needs the gradient of `{step.names()[param]}` on every rank that holds a shard of "
+                f"it, and some have none; give them one of zeros"
+            )
 
 
 def metrics_over_ranks(step: StepInput, slices: Sequence[ParamSlice], blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -125,3 +169,5 @@ def metrics_over_ranks(step: StepInput, slices: Sequence[ParamSlice], blocks: Se
 
 
 _LARGEST = 3
+_COLUMNS, _WITH_GRADIENT = 3, 2
+_ALMOST = 1e-6

@@ -34,31 +34,74 @@ def match_layout(param: Any, grad: Any) -> Any:
     return grad.redistribute(param.device_mesh, param.placements)
 
 
+def sharded_dim(placement: Any) -> int | None:
+    """Return the dimension of a tensor that a placement divides over ranks, None if it divides none."""
+    dim = getattr(placement, "dim", None)
+    return None if placement.is_replicate() else dim
+
+
+def placements_for(shape: torch.Size, param: Any) -> tuple[Any, ...]:
+    """Return how a tensor that belongs to a sharded parameter is laid out: each part of it where its elements are.
+
+    A dimension that both have alike is divided as the parameter's is; over ranks that divide another one the tensor is
+    replicated.
+    """
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 (there is a sharded tensor)
+
+    if shape == param.shape:
+        return tuple(param.placements)
+    dims = map(sharded_dim, param.placements)
+    kept = [dim is not None and len(shape) == param.dim() and shape[dim] == param.shape[dim] for dim in dims]
+    return tuple(each if keep else Replicate() for each, keep in zip(param.placements, kept, strict=True))
+
+
+def local_shape_for(shape: torch.Size, param: Any) -> torch.Size:
+    """Return the shape of this process's shard of a tensor that is laid out by `placements_for`."""
+    local = to_local(param.detach()).shape[: param.dim()]
+    divided = set(map(sharded_dim, placements_for(shape, param)))
+    return torch.Size(local[dim] if dim in divided else size for dim, size in enumerate(shape))
+
+
+def full_for(shape: torch.Size, param: Any, value: Any, dtype: torch.dtype) -> Any:
+    """Return a new sharded tensor of one value that belongs to a sharded parameter, laid out by `placements_for`."""
+    local = to_local(param.detach()).new_full(local_shape_for(shape, param), value, dtype=dtype)
+    whole = torch.empty(shape, device="meta")
+    return sharded_type().from_local(
+        local, param.device_mesh, placements_for(shape, param), run_check=False, shape=shape, stride=whole.stride()
+    )
+
+
 def sharding_mismatch(tensor: Any, param: Any, *, placements: bool = True) -> str | None:
-    """Return how a tensor is laid out over ranks unlike a parameter, None if it is laid out alike.
+    """Return how a tensor is laid out over ranks unlike a parameter, None if each part of it is where it belongs.
 
     Args:
         tensor: state or gradient of the parameter.
         param: the parameter.
-        placements: whether placements, and the shapes of shards, must agree beside the mesh.
+        placements: whether placements, and the shapes of shards, must agree beside the mesh; those of a tensor of
+            another shape are to be by `placements_for`.
     """
-    if is_sharded(tensor) != is_sharded(param):
-        return f"is {layout_of(tensor)}, must be {layout_of(param)}"
     if not is_sharded(param):
-        return None
-    if tensor.device_mesh != param.device_mesh or (placements and tensor.placements != param.placements):
-        return f"is {layout_of(tensor)}, must be {layout_of(param)}"
-    if placements and (ours := to_local(tensor).shape) != (shard := to_local(param).shape):
+        return f"is {layout_of(tensor)}, must be a plain tensor" if is_sharded(tensor) else None
+    expected = placements_for(tensor.shape, param) if placements else param.placements
+    known = is_sharded(tensor) and tensor.device_mesh == param.device_mesh
+    if not known or (placements and tensor.placements != expected):
+        return f"is {layout_of(tensor)}, must be {_layout(expected, param.device_mesh)}"
+    ours, shard = to_local(tensor).shape, to_local(param).shape
+    if tensor.shape != param.shape:
+        shard = local_shape_for(tensor.shape, param)
+    if placements and ours != shard:
         return f"has a shard of shape {tuple(ours)} on this rank, the parameter's is {tuple(shard)}"
     return None
 
 
 def layout_of(tensor: Any) -> str:
     """Return how a tensor is laid out over ranks, for a message."""
-    if not is_sharded(tensor):
-        return "a plain tensor"
-    placements = ", ".join(map(str, tensor.placements))
-    return f"a DTensor of placements ({placements}) on a mesh of shape {tuple(tensor.device_mesh.shape)}"
+    return _layout(tensor.placements, tensor.device_mesh) if is_sharded(tensor) else "a plain tensor"
+
+
+def _layout(placements: Sequence[Any], mesh: Any) -> str:
+    shown = ", ".join(map(str, placements))
+    return f"a DTensor of placements ({shown}) on a mesh of shape {tuple(mesh.shape)}"
 
 
 class ShardGuard:

@@ -1,0 +1,151 @@
+"""Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon."""
+
+import functools
+
+import torch
+from cases_step import COLUMNS, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import surefoot
+from surefoot.distributed.matrices import exchange_pairwise, exchange_together
+
+MATRICES = ((4, 6), (7, 3), (1, 5), (33, 40), (6, 4))
+ALGORITHMS = {
+    "Adafactor": (surefoot.Adafactor, {"weight_decay": 0.01}, {}),
+    "Muon": (surefoot.Muon, {"lr": 0.02}, {"shapes": MATRICES}),
+}
+ASKED = ("nothing", "norm", "value", "ema", "guarded", "telemetry", "all")
+
+
+def reloaded(cls, options, mesh, placements, **more):
+    """Return whether a training whose state went through a state dict goes on as one whose state did not."""
+    kept, loaded = (train(cls, options, mesh, placements, reload=step, **more) for step in (None, 2))
+    pairs = zip(kept["params"], loaded["params"], strict=True)
+    return {"same": all(torch.equal(*pair) for pair in pairs), "state": str(kept["state"]) == str(loaded["state"])}
+
+
+def collectives(cls, options, mesh, count):
+    """Return how many collectives a step of `count` matrices makes."""
+    params = [torch.nn.Parameter(distribute_tensor(tensor((6, 4), i), mesh, ROWS)) for i in range(count)]
+    optimizer = cls(params, **options)
+    calls = {}
+    for step in range(2):
+        from collections import Counter  # noqa: PLC0415
+
+        calls = Counter()
+        for i, param in enumerate(params):
+            param.grad = distribute_tensor(tensor((6, 4), 100 * step + i), mesh, ROWS)
+        with counted(calls):
+            optimizer.step()
+    return {"calls": dict(calls)}
+
+
+def refused(cls, options, mesh, case, failing):
+    """Return how a step ends that one rank cannot make, whether it has changed something, and how the next one does."""
+    params = [torch.nn.Parameter(distribute_tensor(tensor((6, 4), i), mesh, ROWS)) for i in range(3)]
+    optimizer = cls([(f"p{i}", param) for i, param in enumerate(params)], **options)
+
+    def give_gradients(seed):
+        for i, param in enumerate(params):
+            param.grad = distribute_tensor(tensor((6, 4), seed + i), mesh, ROWS)
+
+    def closure():
+        return 1 / (case != "closure" or mesh.get_rank() != failing)
+
+    give_gradients(10)
+    optimizer.step()
+    give_gradients(20)
+    fails, slot = mesh.get_rank() == failing, next(k for k, v in optimizer.state[params[1]].items() if v.dim())
+    kept = optimizer.state[params[1]][slot]
+    if fails and case == "state":
+        optimizer.state[params[1]][slot] = torch.zeros(2, 2)
+    if fails and case == "gradient":
+        params[1].grad = None
+    before, error = [param.to_local().detach().clone() for param in params], None
+    try:
+        optimizer.step(closure)
+    except (RuntimeError, ZeroDivisionError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    unchanged = all(torch.equal(a, b.to_local()) for a, b in zip(before, params, strict=True))
+    optimizer.state[params[1]][slot] = kept
+    give_gradients(30)
+    optimizer.step()
+    return {"error": error, "unchanged": unchanged, "after": all(p.full_tensor().isfinite().all() for p in params)}
+
+
+def irregular(cls, options, mesh):
+    """Return how a step ends of a parameter whose shards are not what its placements say."""
+    rows = 1 if mesh.get_rank() == 0 else 3
+    shape = (3 * mesh.size() - 2, 4)
+
+    def made(value):
+        local = torch.full((rows, 4), value)
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(4, 1))
+
+    param = torch.nn.Parameter(made(1.0))
+    param.grad = made(0.5)
+    try:
+        cls([("p", param)], **options).step()
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    return {}
+
+
+def layout_of_state(mesh):
+    """Return the placements of Adafactor's state of a matrix in each layout, and how another layout is refused."""
+    found = {}
+    for name, placements in (("rows", ROWS), ("columns", COLUMNS)):
+        param = torch.nn.Parameter(spread(tensor((7, 6), 0), mesh, placements))
+        param.grad = spread(tensor((7, 6), 1), mesh, placements)
+        optimizer = surefoot.Adafactor([("weight", param)])
+        optimizer.step()
+        state = optimizer.state[param]
+        found[name] = {key: str(state[key].placements) for key in ("row_var", "col_var")}
+        state["row_var"], other = spread(tensor((7, 1), 2).abs(), mesh, COLUMNS if name == "rows" else ROWS), None
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            other = str(error)
+        found[name]["refused"] = other
+    return found
+
+
+def transports(mesh):
+    """Return whether both ways to send each rank something give the same."""
+    rank, world = mesh.get_rank(), mesh.size()
+    sent = [torch.arange(3.0 * rank + i).bfloat16() + 10 * rank for i in range(world)]
+    sizes = [3 * source + rank for source in range(world)]
+    together = exchange_together(sent, sizes, mesh.get_group())
+    pairwise = exchange_pairwise(sent, sizes, list(range(world)), rank)
+    expected = [torch.arange(3.0 * source + rank).bfloat16() + 10 * source for source in range(world)]
+    return {
+        "together": all(map(torch.equal, together, expected)),
+        "pairwise": all(map(torch.equal, pairwise, expected)),
+    }
+
+
+def cases(world):
+    line = init_device_mesh("cpu", (world,))
+    for algorithm, (cls, own, more) in ALGORITHMS.items():
+        for name, mesh, placements in layouts(world):
+            of = functools.partial(compared, cls, mesh=mesh, placements=placements, **more)
+            for option in ASKED:
+                yield f"{name} / {algorithm} / {option}", functools.partial(of, own | OPTIONS[option])
+            for row in (0, 3):
+                spoiled = own | {"nonfinite": "skip"}
+                yield f"{name} / {algorithm} / nan in row {row}", functools.partial(of, spoiled, spoil=nan_in(row))
+            yield f"{name} / {algorithm} / bfloat16", functools.partial(of, own, dtype=torch.bfloat16)
+            yield f"{name} / {algorithm} / float64", functools.partial(of, own, dtype=torch.float64)
+            yield f"reloaded / {algorithm} / {name}", functools.partial(reloaded, cls, own, mesh, placements, **more)
+        for count in (2, 9):
+            yield f"collectives / {algorithm} / {count}", functools.partial(collectives, cls, own, line, count)
+        for case in ("state", "gradient", "closure"):
+            for failing in (0, world - 1):
+                yield (
+                    f"refused / {algorithm} / {case} / {failing}",
+                    functools.partial(refused, cls, own, line, case, failing),
+                )
+        yield f"irregular / {algorithm}", functools.partial(irregular, cls, own, line)
+    yield "state", functools.partial(layout_of_state, line)
+    yield "transports", functools.partial(transports, line)
