@@ -11,6 +11,7 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,16 +139,7 @@ class LBFGS(Optimizer):
 
     scalars = ()
     sparse = Sparse.ROWS
-    _fit: tuple[list[Tensor], Any] | None = None
-    """Parameters that were found fit, and what tells whether they are as they were."""
-
-    def has_fit_params(self, params: list[Tensor]) -> bool:
-        """Return whether these are the parameters that were found fit, as they were."""
-        return self._fit is not None and same_objects(self._fit[0], params) and not self._fit[1].changed()
-
-    def note_fit_params(self, params: list[Tensor]) -> None:
-        """Note that parameters were found fit."""
-        self._fit = (params, make_guard([params])) if params and all(map(is_plain, params)) else None
+    _guard: "_Guard | None" = None
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -234,6 +226,7 @@ class LBFGS(Optimizer):
                 variables.restore(before)
                 raise
         self.state[variables.params[0]].update(memory.entry())
+        variables.keep_guard()
         return result
 
     def _recall(self, variables: "_Variables") -> "_Memory":
@@ -277,8 +270,8 @@ class _Memory:
     def follow(self, grad: Tensor) -> None:
         """Move to the device and dtype of the gradients, which change with the model's; the step length to the host."""
         vectors = [self.d, self.prev_flat_grad, self.H_diag, *self.old_dirs, *self.old_stps, *self.ro]
-        dtype, device = grad.dtype, grad.device
-        if all(not isinstance(v, Tensor) or (v.dtype is dtype and v.device == device) for v in vectors):
+        places = {(vector.dtype, vector.device) for vector in vectors if isinstance(vector, Tensor)}
+        if not places - {(grad.dtype, grad.device)}:
             self.t = _on_host(self.t)
             return
         for name in ("d", "prev_flat_grad", "H_diag"):
@@ -299,16 +292,37 @@ class _Memory:
 
     def newton(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
         """Return -H grad by the two loops of algorithm 7.4."""
+        if grad.is_cpu:
+            return self._newton_on_host(grad, weighted, history_size)
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
         direction = grad.neg()
         parts: list[Tensor] = []
         for change, step, rho in reversed(pairs):
             parts.insert(0, step.dot(direction) * rho)
-            _add_multiple(direction, change, -parts[0])
+            direction.addcmul_(change, -parts[0])
         direction = weighted(direction.mul(self.H_diag))
         for (change, step, rho), part in zip(pairs, parts, strict=True):
-            _add_multiple(direction, step, part - change.dot(direction) * rho)
+            direction.addcmul_(step, part - change.dot(direction) * rho)
         self.al = [*parts, *[None] * (history_size - len(parts))]
+        return direction
+
+    def _newton_on_host(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
+        """Do the same where numbers are read at once: by Python's, rounded as tensors of the gradient's dtype are."""
+        kind: Any = np.float32 if grad.dtype is torch.float32 else float
+        rhos = [kind(rho.item() if isinstance(rho, Tensor) else rho) for rho in self.ro]
+        pairs = list(zip(self.old_dirs, self.old_stps, rhos, strict=True))
+        direction, parts = grad.neg(), []
+        with np.errstate(all="ignore"):
+            for change, step, rho in reversed(pairs):
+                part = kind(step.dot(direction).item()) * rho
+                direction.add_(change, alpha=-float(part))
+                parts.append(part)
+            parts.reverse()
+            direction = weighted(direction.mul(self.H_diag))
+            for (change, step, rho), part in zip(pairs, parts, strict=True):
+                direction.add_(step, alpha=float(part - kind(change.dot(direction).item()) * rho))
+        al = torch.tensor([float(part) for part in parts], dtype=grad.dtype).unbind()
+        self.al = [*al, *[None] * (history_size - len(parts))]
         return direction
 
     def entry(self) -> dict[str, Any]:
@@ -316,6 +330,26 @@ class _Memory:
         if self.d is None:
             return {"func_evals": self.func_evals, "n_iter": self.n_iter}
         return {name: value for name, value in vars(self).items() if name != "al" or value is not None}
+
+
+class _Guard:
+    """Tells whether real parameters and their gradients, once found fit, are as they were but for values."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params, self._guard = params, make_guard([params], gradients=True)
+
+    @classmethod
+    def of(cls, params: list[Tensor]) -> "_Guard | None":
+        """Return the guard of parameters, None where it could not tell."""
+        tensors = [tensor for param in params for tensor in (param, param.grad)]
+        fit = all(tensor is not None and is_plain(tensor) and not tensor.is_complex() for tensor in tensors)
+        return cls(params) if fit else None
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Return whether these are the parameters, and they and their gradients are as they were."""
+        holds = same_objects(self._params, params) and not self._guard.changed()
+        self._guard.release_grads()
+        return holds
 
 
 _REMEMBERED = frozenset(each.name for each in fields(_Memory))
@@ -328,12 +362,13 @@ class _Variables:
         self.optimizer = optimizer
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
-        if not optimizer.has_fit_params(self.params):
+        known = optimizer.__dict__.pop("_guard", None)
+        self._guard: _Guard | None = known if known is not None and known.holds(self.params) else None
+        if self._guard is None:
             for group, param in self.owners:
                 if (reason := unfit_param(param)) is not None:
                     raise RuntimeError(f"{format_param(group, param)} {reason}")
                 check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
-            optimizer.note_fit_params(self.params)
         self._complex = any(map(torch.is_complex, self.params))
         self._plain = all(type(param) in PLAIN and not param.is_neg() for param in self.params)
         self.sizes = [value.numel() for value in self.values()]
@@ -354,7 +389,11 @@ class _Variables:
 
     def gradient(self) -> Tensor:
         """Collect the gradients on the first parameter's device, negated where the loss is to grow."""
-        grads = [self._gradient_of(group, param) for group, param in self.owners]
+        if self._guard is not None and self._guard.holds(self.params):
+            grads = [param.grad.reshape(-1) for param in self.params]
+        else:
+            grads = [self._gradient_of(group, param) for group, param in self.owners]
+            self._guard = _Guard.of(self.params)
         flat = torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
         flat = flat if flat.dtype in _WIDE else flat.to(torch.promote_types(flat.dtype, torch.float32))
         return flat.neg() if self.maximize else flat
@@ -375,6 +414,10 @@ class _Variables:
         if self.scattered or not self._plain:
             return [value.clone() for value in values]
         return torch.cat([value.reshape(-1) for value in values])
+
+    def keep_guard(self) -> None:
+        """Let the next step know what this one has found fit."""
+        self.optimizer._guard = self._guard
 
     def restore(self, copy: Any) -> None:
         """Return the parameters the values of a copy."""
@@ -562,7 +605,7 @@ def _is_sound(state: Mapping[str, Any], size: int) -> bool:
         return False
     flat, single = torch.Size((size,)), torch.Size(())
     vectors = [v for v in (state.get("d"), state.get("prev_flat_grad"), *lists[0], *lists[1]) if v is not None]
-    numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2], *(state.get("al") or ())) if n is not None]
+    numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None]
     return all(_is_flat(vector, flat) for vector in vectors) and all(
         type(value) in (int, float) or _is_flat(value, single) for value in numbers
     )
@@ -588,14 +631,6 @@ def _on_host(value: Any) -> Any:
 
 def _as(value: Any, like: Tensor) -> Any:
     return value.to(like) if isinstance(value, Tensor) else value
-
-
-def _add_multiple(total: Tensor, vector: Tensor, factor: Tensor) -> None:
-    """Add in place; the factor is read on the host only where that is for nothing."""
-    if total.is_cpu:
-        total.add_(vector, alpha=factor.item())
-    else:
-        total.addcmul_(vector, factor)
 
 
 def _refuse_disagreement(groups: Sequence[Mapping[str, Any]]) -> None:
