@@ -1,6 +1,7 @@
 """Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon."""
 
 import functools
+from collections import Counter
 
 import torch
 from cases_step import COLUMNS, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train
@@ -15,7 +16,7 @@ ALGORITHMS = {
     "Adafactor": (surefoot.Adafactor, {"weight_decay": 0.01}, {}),
     "Muon": (surefoot.Muon, {"lr": 0.02}, {"shapes": MATRICES}),
 }
-ASKED = ("nothing", "norm", "value", "ema", "guarded", "telemetry", "all")
+ASKED = ("nothing", "norm", "ema", "telemetry", "all")
 
 
 def reloaded(cls, options, mesh, placements, **more):
@@ -29,10 +30,7 @@ def collectives(cls, options, mesh, count):
     """Return how many collectives a step of `count` matrices makes."""
     params = [torch.nn.Parameter(distribute_tensor(tensor((6, 4), i), mesh, ROWS)) for i in range(count)]
     optimizer = cls(params, **options)
-    calls = {}
     for step in range(2):
-        from collections import Counter  # noqa: PLC0415
-
         calls = Counter()
         for i, param in enumerate(params):
             param.grad = distribute_tensor(tensor((6, 4), 100 * step + i), mesh, ROWS)

@@ -123,7 +123,7 @@ class Exchange:
             weights[:, largest] = 1.0
             known = rows[ranks.rows] * weights
             for group in ranks.groups:
-                every = _gathered(known, group)
+                every = gathered(known, group)
                 known = every.sum(dim=0)
                 known[:, largest] = every[:, :, largest].amax(dim=0)
             rows[ranks.rows] = known
@@ -151,7 +151,7 @@ def _all_reduced(numbers: Tensor, groups: Sequence[Any]) -> Tensor:
     return numbers
 
 
-def _gathered(numbers: Tensor, group: Any) -> Tensor:
+def gathered(numbers: Tensor, group: Any) -> Tensor:
     """Return the tensors of all ranks of a group, along a first dimension."""
     from torch import distributed  # noqa: PLC0415
 

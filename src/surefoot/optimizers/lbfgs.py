@@ -6,6 +6,7 @@ one flat vector of real numbers, made anew whenever it is needed, so that nothin
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import product
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surefoot.constructor import arguments
+from surefoot.distributed import Totals, make_totals
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
@@ -26,6 +28,7 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
+from surefoot.tensors.shards import to_local
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
@@ -68,7 +71,8 @@ class LBFGS(Optimizer):
     A parameter without gradient counts as one whose gradient is zero; sparse gradients are made dense; a complex number
     counts as two real ones.  State stands with the first parameter, on its device, in the gradients' dtype; where they
     have 16 bits all is computed in float32, and rounded when a parameter moves.  When the closure raises, or the step
-    is interrupted, parameters and state are as before the step.
+    is interrupted, parameters and state are as before the step.  Of sharded parameters each rank keeps its own elements
+    of all vectors, and all ranks decide by the mean of their losses.
 
     {arguments}
 
@@ -213,10 +217,14 @@ class LBFGS(Optimizer):
         if closure is None:
             raise TypeError("LBFGS evaluates the model several times in a step: call step(closure), not step()")
         _refuse_disagreement(self.param_groups)
-        variables = _Variables(self)
-        if not variables.params:
+        totals = make_totals([param for group in self.param_groups for param in group["params"]])
+        with _failures_told(totals, numbers=(0, 1)):
+            variables = _Variables(self, totals)
+            memory = self._recall(variables) if variables.params else None
+        if totals is not None:  # before closures, in which the model's own collectives wait for all ranks
+            _refuse_failed(totals.combine(means=[0.0]).means[0])
+        if memory is None:
             return self.evaluate(closure)
-        memory = self._recall(variables)
         with torch.no_grad():
             before = variables.copy()
             try:
@@ -232,14 +240,15 @@ class LBFGS(Optimizer):
     def _recall(self, variables: "_Variables") -> "_Memory":
         """Take over the state, which stands with the first parameter, without handing out its lists."""
         state = self.state.get(variables.params[0], {})
-        size = sum(variables.sizes)
-        if not _is_sound(state, size) and (misfits := list(_vector_misfits(state, size))):
+        size, layout = sum(variables.sizes), variables.totals.layout if variables.totals else None
+        sound = _is_sound(state, size) and state.get("layout") == layout
+        if not sound and (misfits := list(_vector_misfits(state, size, layout))):
             raise RuntimeError(
                 f"{misfits[0]}; after changing a parameter's shape start afresh with `optimizer.state.clear()`"
             )
         known = {name: value for name, value in state.items() if name in _REMEMBERED and value is not None}
         copy: dict[str, Any] = {n: [*value] if isinstance(value, list | tuple) else value for n, value in known.items()}
-        return _Memory(**copy)
+        return _Memory(**copy | {"layout": layout})
 
 
 @dataclass
@@ -266,6 +275,8 @@ class _Memory:
     """The loss there."""
     al: list[Tensor | None] | None = None
     """The coefficients of the pairs in the last direction; torch keeps them."""
+    layout: str | None = None
+    """Which elements of sharded parameters the vectors have."""
 
     def follow(self, grad: Tensor) -> None:
         """Move to the device and dtype of the gradients, which change with the model's; the step length to the host."""
@@ -280,20 +291,21 @@ class _Memory:
             past[:] = [_as(item, grad) for item in past]
         self.t = _on_host(self.t)
 
-    def learn(self, step: Tensor, change: Tensor, weighted: Weight, history_size: int) -> None:
+    def learn(self, step: Tensor, change: Tensor, variables: "_Variables", history_size: int) -> None:
         """Remember a pair, unless the curvature along it is not positive; forget what is too old."""
-        curvature = change.dot(step)
+        curvature, square = variables.dots((change, step), (change, variables.weighted(change)))
         if not curvature > SMALLEST_CURVATURE:
             return
         for past, new in ((self.old_dirs, change), (self.old_stps, step), (self.ro, 1.0 / curvature)):
             past.append(new)
             del past[:-history_size]
-        self.H_diag = curvature / change.dot(weighted(change))
+        self.H_diag = curvature / square
 
-    def newton(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
+    def newton(self, grad: Tensor, variables: "_Variables", history_size: int) -> Tensor:
         """Return -H grad by the two loops of algorithm 7.4."""
-        if grad.is_cpu:
-            return self._newton_on_host(grad, weighted, history_size)
+        weighted = variables.weighted
+        if grad.is_cpu or variables.totals is not None:
+            return self._newton_on_host(grad, weighted, history_size, variables.dot_on_host)
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
         direction = grad.neg()
         parts: list[Tensor] = []
@@ -306,7 +318,9 @@ class _Memory:
         self.al = [*parts, *[None] * (history_size - len(parts))]
         return direction
 
-    def _newton_on_host(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
+    def _newton_on_host(
+        self, grad: Tensor, weighted: Weight, history_size: int, dot: Callable[[Tensor, Tensor], float]
+    ) -> Tensor:
         """Do the same where numbers are read at once: by Python's, rounded as tensors of the gradient's dtype are."""
         kind: Any = np.float32 if grad.dtype is torch.float32 else float
         rhos = [kind(rho.item() if isinstance(rho, Tensor) else rho) for rho in self.ro]
@@ -314,13 +328,13 @@ class _Memory:
         direction, parts = grad.neg(), []
         with np.errstate(all="ignore"):
             for change, step, rho in reversed(pairs):
-                part = kind(step.dot(direction).item()) * rho
+                part = kind(dot(step, direction)) * rho
                 direction.add_(change, alpha=-float(part))
                 parts.append(part)
             parts.reverse()
             direction = weighted(direction.mul(self.H_diag))
             for (change, step, rho), part in zip(pairs, parts, strict=True):
-                direction.add_(step, alpha=float(part - kind(change.dot(direction).item()) * rho))
+                direction.add_(step, alpha=float(part - kind(dot(change, direction)) * rho))
         al = torch.tensor([float(part) for part in parts], dtype=grad.dtype).unbind()
         self.al = [*al, *[None] * (history_size - len(parts))]
         return direction
@@ -329,7 +343,7 @@ class _Memory:
         """Return the state; before the first iteration it is the counters only."""
         if self.d is None:
             return {"func_evals": self.func_evals, "n_iter": self.n_iter}
-        return {name: value for name, value in vars(self).items() if name != "al" or value is not None}
+        return {name: value for name, value in vars(self).items() if name not in ("al", "layout") or value is not None}
 
 
 class _Guard:
@@ -358,8 +372,8 @@ _REMEMBERED = frozenset(each.name for each in fields(_Memory))
 class _Variables:
     """The parameters of all groups as one vector of real numbers, of float32 at least."""
 
-    def __init__(self, optimizer: LBFGS) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: LBFGS, totals: Totals | None = None) -> None:
+        self.optimizer, self.totals = optimizer, totals
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
         known = optimizer.__dict__.pop("_guard", None)
@@ -384,7 +398,9 @@ class _Variables:
         self.maximize = bool(optimizer.param_groups[0].get("maximize"))
 
     def values(self) -> list[Tensor]:
-        """Return the parameters as real numbers."""
+        """Return the parameters, or this process's shards of them, as real numbers."""
+        if self.totals is not None:
+            return [to_local(param) for param in self.params]
         return [_real(param) for param in self.params] if self._complex else self.params
 
     def gradient(self) -> Tensor:
@@ -401,12 +417,12 @@ class _Variables:
     def _gradient_of(self, group: Mapping[str, Any], param: Tensor) -> Tensor:
         grad = param.grad
         if grad is None:
-            return _real(param).new_zeros(_real(param).numel())
+            return to_local(param.detach()).new_zeros(to_local(param.detach()).numel())
         if not _is_flat(grad, param.shape) and (
             not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
         ):
             grad = validated_gradient(self.optimizer.spec, group, param, {})
-        return _real(grad).reshape(-1)
+        return to_local(grad).reshape(-1)
 
     def copy(self) -> Any:
         """Copy the values of the parameters."""
@@ -428,9 +444,27 @@ class _Variables:
         for param, value in zip(values, copy, strict=True):
             param.copy_(value)
 
-    @staticmethod
-    def _parts(vector: Tensor, values: list[Tensor]) -> list[Tensor]:
+    def dots(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Return dot products, of vectors over all ranks, in the dtype of the first of them."""
+        if self.totals is None:
+            return [a.dot(b) for a, b in pairs]
+        return [pairs[0][0].new_tensor(dot) for dot in self.totals.combine(dots=pairs).dots]
+
+    def dot_on_host(self, a: Tensor, b: Tensor) -> float:
+        """Return a dot product as a Python number."""
+        return a.dot(b).item() if self.totals is None else self.totals.combine(dots=[(a, b)]).dots[0]
+
+    def largest(self, vector: Tensor) -> Tensor:
+        """Return the greatest absolute value."""
+        if self.totals is None:
+            return vector.abs().max() if vector.numel() else vector.new_zeros(())
+        return vector.new_tensor(self.totals.combine(largest=[vector]).largest[0])
+
+    def _parts(self, vector: Tensor, values: list[Tensor]) -> list[Tensor]:
         """Return a vector cut into parts of the shapes of values."""
+        if self.totals is not None:  # shards may be empty
+            sizes = [value.numel() for value in values]
+            return [part.view(v.shape) for part, v in zip(torch.split(vector, sizes), values, strict=True)]
         if len(values) == 1:
             return [vector.view(values[0].shape)]
         return list(torch._utils._unflatten_dense_tensors(vector, values))  # type: ignore[no-untyped-call]
@@ -476,6 +510,8 @@ class _Run:
 
     loss: float
     grad: Tensor
+    largest: Tensor
+    """The greatest element of the gradient, where parameters are sharded."""
 
     def __init__(
         self, closure: Callable[[], Any], variables: _Variables, memory: _Memory, options: SimpleNamespace
@@ -501,17 +537,27 @@ class _Run:
         return result
 
     def _evaluate(self) -> Any:
-        with torch.enable_grad():
-            result = self.closure()
-        if result is None:
-            raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
-        self.loss = float(result.detach() if isinstance(result, Tensor) else result)
+        with _failures_told(self.variables.totals, numbers=(1, 2)):
+            with torch.enable_grad():
+                result = self.closure()
+            if result is None:
+                raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
+            self.loss = float(result.detach() if isinstance(result, Tensor) else result)
+            self.grad = self.variables.gradient()
+        if self.variables.totals is not None:
+            self._agree(self.variables.totals)
         if self.variables.maximize:
             self.loss = -self.loss
-        self.grad = self.variables.gradient()
         self.evaluations += 1
         self.memory.func_evals += 1
         return result
+
+    def _agree(self, totals: Totals) -> None:
+        """Take the mean loss of all ranks, which each have theirs, and learn whether one has failed."""
+        moving = self.variables.moving(self.grad)
+        _, (largest,), (failed, self.loss) = totals.combine(largest=[moving], means=[0.0, self.loss])
+        self.largest = moving.new_tensor(largest)
+        _refuse_failed(failed)
 
     def _iterate(self, *, last: bool) -> bool:
         """Move once; tell whether to go on."""
@@ -537,45 +583,68 @@ class _Run:
         grad = variables.moving(self.grad)
         if memory.d is None or memory.prev_flat_grad is None:
             direction = variables.weighted(grad.neg())
-            memory.t = min(1.0, 1.0 / grad.abs().sum().cpu()) * variables.rate
+            size = grad.abs().sum() if variables.totals is None else variables.dots((grad, grad.sign()))[0]
+            memory.t = min(1.0, 1.0 / size.cpu()) * variables.rate
         else:
             change = variables.moving(self.grad.sub(memory.prev_flat_grad))
-            memory.learn(memory.d.mul(memory.t), change, variables.weighted, history_size)
-            direction = variables.moving(memory.newton(grad, variables.weighted, history_size))
+            memory.learn(memory.d.mul(memory.t), change, variables, history_size)
+            direction = variables.moving(memory.newton(grad, variables, history_size))
             memory.t = variables.rate
-        return direction, grad.dot(direction).cpu()
+        return direction, variables.dots((grad, direction))[0].cpu()
 
     def _search(self, direction: Tensor, slope: Tensor) -> None:
         """Find the step length, and leave the parameters where they are."""
         origin, memory, options = self.variables.copy(), self.memory, self.options
 
-        longest = float(_largest(direction)) if self.variables.is_half else 0.0
+        longest = float(self.variables.largest(direction)) if self.variables.is_half else 0.0
 
         def evaluate(step: Step) -> Trial:
             _refuse_overflow(abs(float(step)) * longest)
             self.variables.advance(step, direction)
             self._evaluate()
             self.variables.restore(origin)
-            slope = self.grad.dot(direction).cpu()
+            slope = self.variables.dots((self.grad, direction))[0].cpu()
             exists = not (math.isnan(self.loss) or slope.isnan())
             return Trial(step, self.loss if exists else math.inf, slope, self.grad)
 
         _refuse_overflow(longest)
         start = Trial(0, self.loss, slope, self.grad)
         budget = max(options.max_eval - self.evaluations, 1)  # else nothing would ever move
-        wolfe = StrongWolfe(evaluate, start, lambda: _largest(direction).cpu(), budget)
+        wolfe = StrongWolfe(evaluate, start, lambda: self.variables.largest(direction).cpu(), budget)
         memory.t, self.loss, _, self.grad = wolfe.search(memory.t)
+        if self.variables.totals is not None:
+            self.largest = self.variables.largest(self.variables.moving(self.grad))
 
     def _is_stationary(self) -> bool:
-        return bool(_largest(self.variables.moving(self.grad)) <= self.options.tolerance_grad)
+        known = self.variables.totals is not None
+        largest = self.largest if known else self.variables.largest(self.variables.moving(self.grad))
+        return bool(largest <= self.options.tolerance_grad)
 
     def _is_done(self, direction: Tensor) -> bool:
         options, memory = self.options, self.memory
         return (
             self.evaluations >= options.max_eval
             or self._is_stationary()
-            or bool(_largest(direction.mul(memory.t)) <= options.tolerance_change)
+            or bool(self.variables.largest(direction.mul(memory.t)) <= options.tolerance_change)
             or abs(self.loss - memory.prev_loss) < options.tolerance_change
+        )
+
+
+@contextmanager
+def _failures_told(totals: Totals | None, numbers: tuple[int, int]) -> Iterator[None]:
+    """Tell the other ranks, which wait for as many largest values and means, when this one fails inside of it."""
+    try:
+        yield
+    except Exception:
+        if totals is not None:
+            totals.fail(*numbers)
+        raise
+
+
+def _refuse_failed(failed: float) -> None:
+    if failed:
+        raise RuntimeError(
+            "LBFGS's step was refused on another rank, which tells why; parameters and state are as before the step"
         )
 
 
@@ -620,10 +689,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _largest(vector: Tensor) -> Tensor:
-    return vector.abs().max() if vector.numel() else vector.new_zeros(())
-
-
 def _on_host(value: Any) -> Any:
     """Copy a learning rate that is a tensor: schedulers change such a one in place, and the state keeps it."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
@@ -660,8 +725,10 @@ def _misfits(groups: list[dict[str, Any]], incoming: Any) -> list[str]:
     names, saved_names = ([n for group in side for n in group.get("param_names", ())] for side in (groups, saved))
     if names != saved_names and set(names) == set(saved_names):
         lines.append("the parameters have the same names in another order, and flat vectors follow the order")
-    size = sum(_real(param).numel() for group in groups for param in group["params"])
-    return [*lines, *_vector_misfits(state.get(keys[0], {}) if keys else {}, size)]
+    params = [param for group in groups for param in group["params"]]
+    size, totals = sum(to_local(param.detach()).numel() for param in params), make_totals(params)
+    layout = totals.layout if totals else None
+    return [*lines, *_vector_misfits(state.get(keys[0], {}) if keys else {}, size, layout)]
 
 
 def _well_formed(incoming: Any) -> bool:
@@ -683,8 +750,18 @@ def _unfit_numbers(tensor: Tensor) -> str | None:
     return unfit_memory(tensor)
 
 
-def _vector_misfits(state: Mapping[str, Any], size: int) -> Iterator[str]:
-    """Say which flat vectors do not have `size` elements, and whether there are as many of each kind."""
+def _layout(layout: Any) -> str:
+    return "plain tensors" if layout is None else f"shards {layout}"
+
+
+def _vector_misfits(state: Mapping[str, Any], size: int, layout: str | None) -> Iterator[str]:
+    """Say which flat vectors do not have `size` elements, whether there are as many of each kind, and of what."""
+    if state.get("d") is not None and state.get("layout") != layout:
+        yield (
+            f"state of LBFGS is of {_layout(state.get('layout'))}, but the parameters here are {_layout(layout)}; "
+            f"flat vectors belong to one rank of one layout"
+        )
+        return
     lists = {name: state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")}
     for name, items in lists.items():
         if not isinstance(items, list | tuple):

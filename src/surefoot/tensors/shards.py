@@ -1,5 +1,6 @@
 """Sharded tensors (DTensor): the part of one that this process holds, and whether two are laid out alike."""
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from operator import is_
@@ -46,13 +47,17 @@ def placements_for(shape: torch.Size, param: Any) -> tuple[Any, ...]:
     A dimension that both have alike is divided as the parameter's is; over ranks that divide another one the tensor is
     replicated.
     """
+    placements: tuple[Any, ...] = param.placements
+    return placements if shape == param.shape else _placements_for(shape, param.shape, placements)
+
+
+@functools.lru_cache(maxsize=1024)
+def _placements_for(shape: torch.Size, whole: torch.Size, placements: tuple[Any, ...]) -> tuple[Any, ...]:
     from torch.distributed.tensor import Replicate  # noqa: PLC0415 (there is a sharded tensor)
 
-    if shape == param.shape:
-        return tuple(param.placements)
-    dims = map(sharded_dim, param.placements)
-    kept = [dim is not None and len(shape) == param.dim() and shape[dim] == param.shape[dim] for dim in dims]
-    return tuple(each if keep else Replicate() for each, keep in zip(param.placements, kept, strict=True))
+    dims = map(sharded_dim, placements)
+    kept = [dim is not None and len(shape) == len(whole) and shape[dim] == whole[dim] for dim in dims]
+    return tuple(each if keep else Replicate() for each, keep in zip(placements, kept, strict=True))
 
 
 def local_shape_for(shape: torch.Size, param: Any) -> torch.Size:
