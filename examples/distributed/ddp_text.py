@@ -1,4 +1,4 @@
-"""The next letter of a text, with DistributedDataParallel: torchrun --nproc-per-node 2 examples/distributed/ddp_text.py"""
+"""The next letter of a text, with DDP: torchrun --nproc-per-node 2 examples/distributed/ddp_text.py"""
 
 import pydoc_data.topics
 
@@ -18,9 +18,8 @@ def main():
     contexts, following = letters[:-1].unfold(0, 8, 1), letters[8:]
     own = slice(rank, None, world)  # every rank trains on its part of the data
 
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
-    )
+    layers = nn.Embedding(128, 16), nn.Flatten(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)
+    model = DistributedDataParallel(nn.Sequential(*layers))
     optimizer = optim.AdamW(model.parameters(), lr=3e-3, max_grad_norm=1.0, zero_grad_after_step=True)
     for step in range(40):
         loss = nn.functional.cross_entropy(model(contexts[own]), following[own])
