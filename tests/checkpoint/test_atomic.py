@@ -29,7 +29,7 @@ def saved(folder, step, **options):
 
 def loaded(folder):
     """Load what `saved` or `killed_writer` has saved; give the step, having checked that all values are it."""
-    found = surefoot.checkpoint.folder.newest(folder)[0]
+    found = surefoot.checkpoint.folder.open_newest_whole(folder)[0]
     values = torch.cat([found.tensor(name).view(-1) for name in found.places if name.startswith("model.")])
     assert (values == found.manifest["step"]).all()
     return found.manifest["step"]

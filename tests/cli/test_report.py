@@ -67,7 +67,7 @@ def test_the_page_can_be_elsewhere(tmp_path):
     ("content", "out", "code", "message"),
     [
         (None, "x.html", 1, "run.jsonl: No such file or directory"),
-        ("step 1 loss 2\n", "x.html", 1, "is no telemetry file: it must begin with a header that holds `names`"),
+        ("step 1 loss 2\n", "x.html", 1, "is not a telemetry file: it must begin with a header that holds `names`"),
         ("", "run.jsonl", 2, "is the run itself; name another file"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n', "x.html", 1, "has no step yet"),
     ],

@@ -135,10 +135,10 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path, place, messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no telemetry file: it must begin with a header that holds `names`"),
-        ("loss: 1\n", "is no telemetry file"),
-        ('{"loss": 1}\n{"loss": 2}\n', "is no telemetry file"),
-        ("\x00\xff\n", "is no telemetry file"),
+        ("", "is not a telemetry file: it must begin with a header that holds `names`"),
+        ("loss: 1\n", "is not a telemetry file"),
+        ('{"loss": 1}\n{"loss": 2}\n', "is not a telemetry file"),
+        ("\x00\xff\n", "is not a telemetry file"),
         ('{"names":["w"],"format":99,"surefoot":"9.0"}\n', "was written by surefoot 9.0, in a newer format (99)"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n{"step":\n{"step": 2}\n', "line 2 is broken (JSONDecodeError"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n{"step":1,"grad":[1,2]}\n{}\n', "2 numbers for 1 parameters"),

@@ -20,12 +20,12 @@ import torch
 
 from surefoot.checkpoint import folder
 from surefoot.checkpoint.background import BACKGROUND
+from surefoot.checkpoint.collect import Contents, collect_contents, objects_of
 from surefoot.checkpoint.folder import Skipped
-from surefoot.checkpoint.gather import Contents, gather, objects_of
-from surefoot.checkpoint.plain import decode
+from surefoot.checkpoint.json_codec import decode
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.renaming import Rename, Renaming
-from surefoot.checkpoint.restoring import restore
+from surefoot.checkpoint.rename import Rename, Renaming
+from surefoot.checkpoint.restore import restore_objects
 from surefoot.checkpoint.writer import remove_leftovers, sync_folder, write
 from surefoot.errors import CheckpointError
 
@@ -91,7 +91,7 @@ def save(
         The file.
 
     Raises:
-        TypeError: something is no plain data, or no model, optimizer and so on; the message names it.
+        TypeError: something is not plain data, or no model, optimizer and so on; the message names it.
         ValueError: `step` or `keep` is out of range.
         OSError: it could not be written; what was there stays.
         RuntimeError: an earlier write in the background has failed.
@@ -110,13 +110,13 @@ def save(
     path = Path(path)
     _check_numbers(path, step, keep)
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
-    contents = gather(objects, extra, rng=rng)
+    contents = collect_contents(objects, extra, rng=rng)
     target, number, sequence = _target(path, step)
     if not async_:
-        _write(target, contents, number, sequence, keep)
+        _write_and_rotate(target, contents, number, sequence, keep)
         return target
     copied = contents.copy()
-    BACKGROUND.start(target, lambda: _write(target, copied, number, sequence, keep))
+    BACKGROUND.start(target, lambda: _write_and_rotate(target, copied, number, sequence, keep))
     return target
 
 
@@ -129,13 +129,13 @@ def _check_numbers(path: Path, step: int | None, keep: int | None) -> None:
 
 
 def _target(path: Path, step: int | None) -> tuple[Path, int | None, int]:
-    """Give the file to write, its step and its sequence number."""
+    """Return the file to write, its step and its sequence number."""
     place = path.parent if folder.is_file_name(path) else path
     _make_folder(place)
     remove_leftovers(place)
     if folder.is_file_name(path):
         return path, step, 0
-    found, _ = folder.opened(place)
+    found, _ = folder.open_headers(place)
     newest = found[0].manifest if found else {"step": -1, "sequence": -1}
     number = (newest["step"] or 0) + 1 if step is None else step
     return folder.path_of(place, number), number, newest["sequence"] + 1
@@ -147,14 +147,14 @@ def _make_folder(place: Path) -> None:
         sync_folder(place.parent)
 
 
-def _write(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
+def _write_and_rotate(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
     write(target, contents.tensors, manifest_of(contents, step, sequence))
     if keep is not None:
         folder.rotate(target.parent, keep)
 
 
 def manifest_of(contents: Contents, step: int | None, sequence: int) -> dict[str, Any]:
-    """Give the manifest of contents that are saved now."""
+    """Return the manifest of contents that are saved now."""
     return {
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
@@ -211,11 +211,11 @@ def load(
     BACKGROUND.wait()
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
     renaming = Renaming(rename)
-    checkpoint, skipped = folder.newest(path)
+    checkpoint, skipped = folder.open_newest_whole(path)
     extra = _extra(checkpoint)
     with_rng = optimizer is not None if rng is None else rng
-    mismatched = restore(checkpoint, objects, renaming, rng=with_rng, strict=strict)
-    _tell(checkpoint, skipped)
+    mismatched = restore_objects(checkpoint, objects, renaming, rng=with_rng, strict=strict)
+    _log_and_warn(checkpoint, skipped)
     versions: Mapping[str, str] = checkpoint.manifest["versions"]
     return Loaded(checkpoint.path, checkpoint.manifest["step"], extra, skipped, mismatched, dict(versions))
 
@@ -225,7 +225,7 @@ def _extra(checkpoint: Checkpoint) -> Any:
     return None if part is None else decode(part["state"], checkpoint.copy)
 
 
-def _tell(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
+def _log_and_warn(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
     _log.info("loaded %s", checkpoint.path)
     if skipped:
         reasons = "\n  ".join(skip.reason for skip in skipped)

@@ -37,18 +37,18 @@ def is_file_name(path: Path) -> bool:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Give the file of a step."""
+    """Return the file of a step."""
     return folder / f"step-{step:08}{SUFFIX}"
 
 
 def step_of(path: Path) -> int | None:
-    """Give the step in a file's name, None if it has none."""
+    """Return the step in a file's name, None if it has none."""
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else None
 
 
-def opened(folder: Path) -> tuple[list[Checkpoint], list[Skipped]]:
-    """Open the headers of all checkpoints; give them from the newest on, and those that cannot be opened."""
+def open_headers(folder: Path) -> tuple[list[Checkpoint], list[Skipped]]:
+    """Open the headers of all checkpoints; return them from the newest on, and those that cannot be opened."""
     found, skipped = [], []
     for path in sorted(folder.glob(f"step-*{SUFFIX}")):
         if step_of(path) is None:
@@ -62,8 +62,8 @@ def opened(folder: Path) -> tuple[list[Checkpoint], list[Skipped]]:
     return sorted(found, key=lambda checkpoint: -checkpoint.manifest["sequence"]), skipped
 
 
-def newest(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
-    """Give the newest whole checkpoint of a folder, or the one in a file; every byte of it has been checked.
+def open_newest_whole(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
+    """Return the newest whole checkpoint of a folder, or the one in a file; every byte of it has been checked.
 
     Returns:
         The checkpoint, and those that would have been preferred but are damaged.
@@ -79,7 +79,7 @@ def newest(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
         return checkpoint, []
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    candidates, skipped = opened(path)
+    candidates, skipped = open_headers(path)
     for checkpoint in candidates:
         try:
             checkpoint.verify()
@@ -98,7 +98,7 @@ def _reasons(skipped: list[Skipped]) -> Iterator[str]:
 
 def rotate(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints; damaged ones are neither counted nor removed."""
-    for checkpoint in opened(folder)[0][keep:]:
+    for checkpoint in open_headers(folder)[0][keep:]:
         with contextlib.suppress(FileNotFoundError):
             checkpoint.path.unlink()
     sync_folder(folder)

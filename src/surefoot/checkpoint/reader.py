@@ -27,11 +27,11 @@ class Checkpoint:
     Attributes:
         path: the file.
         header: what it contains; see `Header`.
-        manifest: everything that is no tensor, in the present version of the format.
+        manifest: everything that is not a tensor, in the present version of the format.
 
     Raises:
         OSError: it cannot be opened.
-        CheckpointError: it is no checkpoint, its header is damaged, or its length is wrong.
+        CheckpointError: it is not a checkpoint, its header is damaged, or its length is wrong.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,7 +60,7 @@ class Checkpoint:
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=self.header.size)
 
     def tensor(self, name: str) -> Tensor:
-        """Give a tensor, as it is on disk: read-only by convention, a view of mapped memory unless it is permuted.
+        """Return a tensor, as it is on disk: read-only by convention, a view of mapped memory unless it is permuted.
 
         `verify` tells whether its bytes are right.
 
@@ -77,7 +77,7 @@ class Checkpoint:
         return permuted.permute(sorted(range(view.dim()), key=place.order.__getitem__))
 
     def copy(self, name: str) -> Tensor:
-        """Give a copy of a tensor in memory, in its memory format; see `tensor`."""
+        """Return a copy of a tensor in memory, in its memory format; see `tensor`."""
         return self.tensor(name).clone()
 
     def verify(self, names: Iterable[str] | None = None) -> None:
@@ -91,7 +91,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is corrupted: bytes of {shown} are not those written")
 
     def corrupted(self, names: Iterable[str] | None = None) -> list[str]:
-        """Give the names of the tensors whose bytes are not those written."""
+        """Return the names of the tensors whose bytes are not those written."""
         chosen = self.places if names is None else names
         chunks = [(name, index) for name in chosen for index in range(_chunks(self.places[name]))]
         data = self._data.numpy().data

@@ -63,7 +63,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int) -> Iterator[int]:
-    """Give a descriptor to write to; what was written takes the place of `path` at the end, unless something is raised.
+    """Yield a descriptor to write to; what was written replaces `path` at the end, unless something is raised.
 
     Args:
         path: the file.
@@ -167,7 +167,7 @@ def _begun(pool: Executor, chunk: Tensor) -> Future[Summary]:
 
 
 def summarize(chunk: Tensor) -> Summary:
-    """Give the checksum, the norm and the number of non-finite values of a vector on the CPU."""
+    """Return the checksum, the norm and the number of non-finite values of a vector on the CPU."""
     crc = zlib.crc32(as_bytes(chunk))
     if not is_number(chunk.dtype):
         return Summary((crc,))

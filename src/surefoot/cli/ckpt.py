@@ -40,7 +40,7 @@ def _print_json(value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Give numbers that JSON lacks as strings."""
+    """Return a value in which numbers that JSON lacks are strings."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -56,12 +56,12 @@ def _group() -> None:
 @app.command()
 def inspect(path: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
     """Show parts, groups, parameters, state, sizes, norms and non-finite values.  Reads the header only."""
-    from surefoot.checkpoint import facts  # noqa: PLC0415 (commands import when they run)
+    from surefoot.checkpoint import inspection  # noqa: PLC0415 (commands import when they run)
 
     with _errors():
-        checkpoint = facts.chosen(path)
+        checkpoint = inspection.open_chosen(path)
         if as_json:
-            _print_json(facts.as_json(checkpoint))
+            _print_json(inspection.as_json(checkpoint))
         else:
             _show(checkpoint, everything=everything)
 
@@ -110,13 +110,14 @@ def _damage(path: Path) -> str | None:
 @app.command()
 def diff(left: PathArgument, right: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
     """Compare two checkpoints: tensors by value, everything else by place; the status is 1 if they differ."""
-    from surefoot.checkpoint import comparing, facts  # noqa: PLC0415
+    from surefoot.checkpoint import inspection  # noqa: PLC0415
+    from surefoot.checkpoint.diff import differences  # noqa: PLC0415
 
     with _errors():
-        sides = [facts.chosen(path) for path in (left, right)]
+        sides = [inspection.open_chosen(path) for path in (left, right)]
         for side in sides:
             side.verify()
-        found = list(comparing.differences(*sides))
+        found = list(differences(*sides))
     if as_json:
         _print_json([one._asdict() for one in found])
     elif found:
@@ -159,10 +160,11 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 
 def _from_torch(source: Path, target: Path) -> None:
-    from surefoot.checkpoint import converting, manifest_of  # noqa: PLC0415
+    from surefoot.checkpoint import manifest_of  # noqa: PLC0415
+    from surefoot.checkpoint.convert import from_torch  # noqa: PLC0415
     from surefoot.checkpoint.writer import write  # noqa: PLC0415
 
-    contents, step, taken = converting.from_torch(source)
+    contents, step, taken = from_torch(source)
     write(target, contents.tensors, manifest_of(contents, step, 0))
     for one in taken:
         typer.echo(f"{one.key} -> {one.label}")
@@ -170,9 +172,10 @@ def _from_torch(source: Path, target: Path) -> None:
 
 
 def _to_torch(source: Path, target: Path) -> None:
-    from surefoot.checkpoint import converting, facts  # noqa: PLC0415
+    from surefoot.checkpoint import inspection  # noqa: PLC0415
+    from surefoot.checkpoint.convert import to_torch  # noqa: PLC0415
 
-    found = converting.to_torch(facts.chosen(source), target)
+    found = to_torch(inspection.open_chosen(source), target)
     typer.echo(f"wrote {target} with {', '.join(found)}; open it with torch.load(..., weights_only=True)")
 
 
@@ -181,8 +184,9 @@ def migrate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")],
 ) -> None:
     """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay."""
-    from surefoot.checkpoint import folder, migrating  # noqa: PLC0415
+    from surefoot.checkpoint import folder  # noqa: PLC0415
+    from surefoot.checkpoint.migrate import migrate_file  # noqa: PLC0415
 
     with _errors():
         for one in [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}")):
-            typer.echo(f"{one}: {migrating.migrate(one)}")
+            typer.echo(f"{one}: {migrate_file(one)}")

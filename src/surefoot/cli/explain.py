@@ -45,7 +45,7 @@ def explain(
         optimizer = _algorithm(name)(params, **options)
         console = Console(highlight=False)
         if not optimizer.is_rule():
-            console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run a step of its own.")
+            console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run its custom step.")
             return
         _show(console, optimizer, params[0].dtype, source=source, gpu=gpu)
     except (TypeError, ValueError, RuntimeError) as error:

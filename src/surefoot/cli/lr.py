@@ -82,7 +82,7 @@ def _read(text: str) -> "Curve":
 
 
 def _drawing(curves: "dict[str, Curve]", steps: int, lr: float, width: int, height: int) -> "Text":
-    """Give the curves in colours on common axes, and what they are."""
+    """Return the curves in colours on common axes, and what they are."""
     from rich.text import Text  # noqa: PLC0415
 
     from surefoot.lr_scheduler.plot import layers  # noqa: PLC0415
@@ -110,7 +110,7 @@ def _color(index: int) -> str:
 
 
 def _overlaid(layers: list[str]) -> "Text":
-    """Give one line of all curves; where two meet, the later one is seen."""
+    """Return one line of all curves; where two meet, the later one is seen."""
     from rich.text import Text  # noqa: PLC0415
 
     line = Text()

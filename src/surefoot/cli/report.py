@@ -32,18 +32,18 @@ def report(
         raise typer.BadParameter(f"{page} is the run itself; name another file", param_hint="--out")
     console = Console(highlight=False)
     try:
-        findings = _write(console, run, page)
+        findings = _write_page(console, run, page)
     except (OSError, ValueError) as error:
         typer.echo(f"surefoot report: {_reason(error)}", err=True)
         raise typer.Exit(1) from None
-    _tell(console, findings, page)
+    _print_findings(console, findings, page)
 
 
 def _reason(error: OSError | ValueError) -> str:
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def _write(console: "Console", run: Path, page: Path) -> list["Finding"]:
+def _write_page(console: "Console", run: Path, page: Path) -> list["Finding"]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     from surefoot.telemetry.report import write_report  # noqa: PLC0415
@@ -54,7 +54,7 @@ def _write(console: "Console", run: Path, page: Path) -> list["Finding"]:
         return write_report(run, page, lambda read, size: progress.update(task, completed=read, total=size))
 
 
-def _tell(console: "Console", findings: list["Finding"], page: Path) -> None:
+def _print_findings(console: "Console", findings: list["Finding"], page: Path) -> None:
     for finding in findings:
         console.print(f"[{_STYLES[finding.kind]}]●[/] [bold]{finding.title}[/]", soft_wrap=True)
         console.print(f"  {finding.text}", markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-class Curve(Protocol):
+class Drawable(Protocol):
     """What is drawn: `surefoot.lr_scheduler.curves.Curve`, of which no more is needed."""
 
     def horizon(self) -> float:
@@ -28,7 +28,7 @@ _FIRST_BRAILLE = 0x2800
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
-def default_steps(curves: Sequence[Curve]) -> int:
+def default_steps(curves: Sequence[Drawable]) -> int:
     """Return how many steps to draw: to the last horizon and a little on, or 1000 where nothing ends."""
     last = max(curve.horizon() for curve in curves)
     return math.ceil(last * 1.05) if last else DEFAULT_STEPS
@@ -56,15 +56,15 @@ def style(axes: Any, xlabel: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Any, path: str | Path | None) -> Any:
-    """Write a figure to a file, if there is one, and give it back."""
+def save_figure(figure: Any, path: str | Path | None) -> Any:
+    """Write a figure to a file, if there is one, and return it."""
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
 def figure(
-    curves: Mapping[str, Curve],
+    curves: Mapping[str, Drawable],
     steps: int | None = None,
     path: str | Path | None = None,
     *,
@@ -93,7 +93,7 @@ def figure(
     style(axes, "step", ylabel)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     pyplot.close(result)
-    return save(result, path)
+    return save_figure(result, path)
 
 
 def braille(values: Array, low: float, high: float, width: int, height: int) -> list[str]:
@@ -122,7 +122,7 @@ def braille(values: Array, low: float, high: float, width: int, height: int) -> 
 
 
 def layers(
-    curves: Sequence[Curve], steps: int, scale: float, width: int, height: int
+    curves: Sequence[Drawable], steps: int, scale: float, width: int, height: int
 ) -> tuple[list[list[str]], float, float]:
     """Draw each curve as text on the same axes.
 

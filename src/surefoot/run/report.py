@@ -29,14 +29,14 @@ def at_exit(settings: Settings, started: float) -> None:
     watch.stop()
     if not (settings.is_main or watch.found):
         return
-    swap.restore()
-    _publish(settings, facts(settings, seconds, watch.found, watch.total[0]))
+    swap.put_back()
+    _publish(settings, run_facts(settings, seconds, watch.found, watch.total[0]))
     _end_as_interrupted()
 
 
 def without_torch(settings: Settings, started: float) -> None:
     """Say that there was nothing to do."""
-    _publish(settings, facts(settings, perf_counter() - started, [], 0.0))
+    _publish(settings, run_facts(settings, perf_counter() - started, [], 0.0))
     _end_as_interrupted()
 
 
@@ -51,7 +51,7 @@ def _end_as_interrupted() -> None:
             exec("raise KeyboardInterrupt")  # noqa: S102
 
 
-def facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
+def run_facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
     """Gather what the report tells.
 
     Args:
@@ -92,7 +92,7 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
         "groups": watched.groups,
         "devices": sorted({device for _, _, device in watched.shapes}),
         "engines": [vars(choice) for choice in watched.engines],
-        "own_step": watched.own_step,
+        "custom_step": watched.custom_step,
         "steps": len(watched.seconds),
         "seconds": sum(watched.seconds),
         "first_step_seconds": watched.seconds[0],
@@ -122,15 +122,15 @@ def _publish(settings: Settings, content: dict[str, Any]) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         child = "" if settings.is_main else f" (process {content['process']})"
-        sys.stderr.write("\n".join(["", *(lines(content, child))]) + "\n")
+        sys.stderr.write("\n".join(["", *(report_lines(content, child))]) + "\n")
         sys.stderr.flush()
 
 
-def lines(content: dict[str, Any], which: str = "") -> Iterator[str]:
+def report_lines(content: dict[str, Any], which: str = "") -> Iterator[str]:
     """Write the report as text.
 
     Args:
-        content: what `facts` gave.
+        content: what `run_facts` gave.
         which: names the process, if it is not the script's own.
     """
     head = f"surefoot run: {content['script']}{which} took {_time(content['seconds'])}"
@@ -155,8 +155,8 @@ def _lines_of(optimizer: dict[str, Any]) -> Iterator[str]:
     host = " (of the host; devices work on)" if optimizer["devices"] != ["cpu"] else ""
     median, first = (_time(optimizer[f"{which}_step_seconds"]) for which in ("median", "first"))
     yield f"    time     {_time(optimizer['seconds'])}; a step {median}, the first {first}{host}"
-    if optimizer["own_step"]:
-        yield f"    engine   {optimizer['own_step']}"
+    if optimizer["custom_step"]:
+        yield f"    engine   {optimizer['custom_step']}"
     for choice in optimizer["engines"]:
         yield f"    engine   {choice['engine']} for {_several(choice['parameters'], 'parameter')} of {choice['kind']}"
         yield from (f"             not {refusal}" for refusal in choice["refusals"])

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
-from surefoot.telemetry.record import Record, Row, add
+from surefoot.telemetry.record import ParameterStats, Record, add_row
 from surefoot.telemetry.sinks import Sink
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Live(Sink):
         table = record.table(0)
         table.caption = None
         for name, row in largest[: self._rows]:
-            add(table, name, row)
+            add_row(table, name, row)
         return Group(Text(f"gradient norm  {sparkline(self._norms)}"), table)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Live(Sink):
         return f"Live(seconds={self._seconds}, rows={self._rows})"
 
 
-def _rank(row: Row) -> tuple[bool, float]:
+def _rank(row: ParameterStats) -> tuple[bool, float]:
     """Put what is broken first, then what moves most."""
     ratio = row.update_ratio
     return row.nonfinite > 0, ratio if ratio == ratio else float("inf")  # noqa: PLR0124 (NaN)

@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str], watch: Callable[[int, int], object] = lam
         raise ValueError(_NOT_OURS.format(path=path))
 
 
-_NOT_OURS = "{path} is no telemetry file: it must begin with a header that holds `names`, as JsonLines writes it"
+_NOT_OURS = "{path} is not a telemetry file: it must begin with a header that holds `names`, as JsonLines writes it"
 
 
 def _names(header: dict[str, Any], path: Any) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Sink(ABC):
             would write the same to the same place; with True give each a place of its own.
 
     Raises:
-        TypeError: `flush_every` is no whole number.
+        TypeError: `flush_every` is not a whole number.
         ValueError: it is less than 1.
     """
 

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from surefoot.checkpoint import Checkpoint
-from surefoot.checkpoint.comparing import Difference
-from surefoot.checkpoint.facts import Parameter, groups_of, parameters_of, places_of, total
+from surefoot.checkpoint.diff import Difference
 from surefoot.checkpoint.header import Place
+from surefoot.checkpoint.inspection import ParameterInfo, groups_of, parameters_of, places_of, total
 
 _PREFIXES = ("B", "kB", "MB", "GB", "TB")
 _THOUSAND = 1000
@@ -98,7 +98,7 @@ def parameters(checkpoint: Checkpoint, label: str, *, everything: bool) -> Table
     return result
 
 
-def _row(one: Parameter, slots: Iterable[str]) -> list[RenderableType]:
+def _row(one: ParameterInfo, slots: Iterable[str]) -> list[RenderableType]:
     shape = "" if one.shape is None else " x ".join(map(str, one.shape)) or "-"
     norm = Text(f"= {one.tied_to}", style="dim") if one.tied_to else _norm(one.values)
     return [one.name, shape, one.dtype or "", norm, *(_norm(one.state.get(slot)) for slot in slots)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from surefoot.telemetry.reading import read
 from surefoot.telemetry.report.condense import Curves, Heat
 from surefoot.telemetry.report.findings import Finding, Findings
-from surefoot.telemetry.report.page import page
+from surefoot.telemetry.report.page import render_page
 
 __all__ = ["Finding", "write_report"]
 
@@ -32,7 +32,7 @@ def write_report(
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: `source` is no file of telemetry, or has no step.
+        ValueError: `source` is not a file of telemetry, or has no step.
     """
     curves, heat, findings = Curves(), Heat(), Findings()
     for line in read(source, watch):
@@ -41,5 +41,5 @@ def write_report(
     if not curves.steps:
         raise ValueError(f"{source} has no step yet: it was written by a run that ended before its first flush")
     words = findings.words(curves)
-    Path(out).write_text(page(Path(source).name, words, curves, heat), encoding="utf-8")
+    Path(out).write_text(render_page(Path(source).name, words, curves, heat), encoding="utf-8")
     return words

@@ -7,7 +7,7 @@ from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.writer import write
 
 
-def migrate(path: Path) -> str:
+def migrate_file(path: Path) -> str:
     """Rewrite a file in the present version of the format, atomically, if it is of an earlier one.
 
     Returns:
