@@ -192,7 +192,8 @@ def test_the_newest_whole_one_is_loaded_and_the_damaged_are_named(tmp_path):
     (tmp_path / "step-00000004.safetensors").write_bytes(data[:100])
     model = nn.ParameterDict({"w": torch.zeros(100), "v": torch.zeros(7)})
     with pytest.warns(
-        UserWarning, match=r"loaded .*step-00000002.safetensors; damaged, and skipped:\n .*4.safetens.* trunc"
+        UserWarning,
+        match=r"loaded .*step-00000002.safetensors; skipped, since damaged or unreadable:\n .*4.safetens.* trunc",
     ):
         found = surefoot.load(tmp_path, model=model)
     assert found.path == tmp_path / "step-00000002.safetensors"

@@ -3,6 +3,7 @@
 `save` and `load` are the whole of it for a training loop; `Checkpoint` opens one file to look into it.
 """
 
+import errno
 import logging
 import os
 import platform
@@ -42,7 +43,7 @@ class Loaded(NamedTuple):
         path: the file.
         step: the step under which it was saved; None for a single file without one.
         extra: the plain data that was saved, tensors in it copied; None if there was none.
-        skipped: newer checkpoints that are damaged, and why.
+        skipped: newer checkpoints that are damaged or cannot be read, and why.
         mismatched: what did not match; empty when strict.
         versions: of Python and the libraries with which it was saved.
     """
@@ -134,11 +135,21 @@ def _target(path: Path, step: int | None) -> tuple[Path, int | None, int]:
     _make_folder(place)
     remove_leftovers(place)
     if folder.is_file_name(path):
+        _refuse_folder(path, f"`path` ends in {folder.SUFFIX} and so names a file, but it is a folder; name another")
         return path, step, 0
-    found, _ = folder.open_headers(place)
+    found, skipped = folder.open_headers(place)
     newest = found[0].manifest if found else {"step": -1, "sequence": -1}
-    number = (newest["step"] or 0) + 1 if step is None else step
-    return folder.path_of(place, number), number, newest["sequence"] + 1
+    # One that cannot be read now may be readable again: it is not overwritten, nor taken for newer than this one.
+    hidden = max((folder.step_of(skip.path) or 0 for skip in skipped), default=-1)
+    number = max(newest["step"] or 0, hidden) + 1 if step is None else step
+    target = folder.path_of(place, number)
+    _refuse_folder(target, f"`step` {number} cannot be saved: a folder has its name; move it away")
+    return target, number, max(newest["sequence"], hidden) + 1
+
+
+def _refuse_folder(target: Path, words: str) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, words, str(target))
 
 
 def _make_folder(place: Path) -> None:
@@ -205,6 +216,7 @@ def load(
     Raises:
         FileNotFoundError: there is no checkpoint.
         CheckpointError: there is no whole one.
+        OSError: the folder, or the one file, cannot be read.
         ValueError: it does not fit, with a list of where; nothing has changed.
         RuntimeError: an earlier write in the background has failed.
     """
@@ -229,7 +241,7 @@ def _log_and_warn(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
     _log.info("loaded %s", checkpoint.path)
     if skipped:
         reasons = "\n  ".join(skip.reason for skip in skipped)
-        warnings.warn(f"loaded {checkpoint.path}; damaged, and skipped:\n  {reasons}", stacklevel=3)
+        warnings.warn(f"loaded {checkpoint.path}; skipped, since damaged or unreadable:\n  {reasons}", stacklevel=3)
 
 
 def wait() -> None:

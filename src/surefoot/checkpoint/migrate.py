@@ -4,7 +4,7 @@ from pathlib import Path
 
 from surefoot.checkpoint.header import FORMAT
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.writer import write
+from surefoot.checkpoint.writer import replacing, write_into
 
 
 def migrate_file(path: Path) -> str:
@@ -22,5 +22,7 @@ def migrate_file(path: Path) -> str:
     if was == FORMAT:
         return f"has format {FORMAT} already"
     checkpoint.verify()
-    write(path, {name: checkpoint.tensor(name) for name in checkpoint.places}, checkpoint.manifest)
+    with replacing(path, checkpoint.header.file_size) as file:
+        write_into(file, {name: checkpoint.tensor(name) for name in checkpoint.places}, checkpoint.manifest)
+        checkpoint.release()
     return f"from format {was} to {FORMAT}"

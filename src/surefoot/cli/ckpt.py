@@ -81,19 +81,25 @@ def _show(checkpoint: "Checkpoint", *, everything: bool) -> None:
 @app.command()
 def verify(path: PathArgument, as_json: AsJson = False) -> None:
     """Check every byte of a checkpoint, or of all in a folder; the status is 1 if one is damaged."""
-    from surefoot.checkpoint import folder  # noqa: PLC0415
-
     with _errors():
-        paths = [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}"))
-        if not paths:
-            raise FileNotFoundError(f"there is no checkpoint in {path}")
-        found = {str(one): _damage(one) for one in paths}
+        found = {str(one): _damage(one) for one in _paths(path)}
     if as_json:
         _print_json([{"path": one, "whole": problem is None, "problem": problem} for one, problem in found.items()])
     else:
         for one, problem in found.items():
             typer.echo(f"{one}: whole" if problem is None else problem)
     raise typer.Exit(int(any(found.values())))
+
+
+def _paths(path: Path) -> list[Path]:
+    """Return a file, or all checkpoints of a folder."""
+    from surefoot.checkpoint import folder  # noqa: PLC0415
+
+    if folder.is_file_name(path):
+        return [path]
+    if not path.is_dir() or not (found := folder.entries(path)):
+        raise FileNotFoundError(f"there is no checkpoint in {path}")
+    return found
 
 
 def _damage(path: Path) -> str | None:
@@ -104,6 +110,8 @@ def _damage(path: Path) -> str | None:
         Checkpoint(path).verify()
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
     return None
 
 
@@ -183,10 +191,19 @@ def _to_torch(source: Path, target: Path) -> None:
 def migrate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")],
 ) -> None:
-    """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay."""
-    from surefoot.checkpoint import folder  # noqa: PLC0415
+    """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay.
+
+    The status is 2 if one could not be rewritten; the others are.
+    """
     from surefoot.checkpoint.migrate import migrate_file  # noqa: PLC0415
 
+    failed = False
     with _errors():
-        for one in [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}")):
+        paths = _paths(path)
+    for one in paths:
+        try:
             typer.echo(f"{one}: {migrate_file(one)}")
+        except (ValueError, OSError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            failed = True
+    raise typer.Exit(2 if failed else 0)
