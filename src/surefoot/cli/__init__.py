@@ -15,6 +15,7 @@ from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
 from surefoot.cli.report import report
 from surefoot.cli.run import run
+from surefoot.terminal import spell_out_the_rest
 
 __all__ = ["app", "main"]
 
@@ -68,6 +69,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it with status 130 and no traceback, whatever it was doing."""
+    spell_out_the_rest()
     try:
         app()
     except KeyboardInterrupt:

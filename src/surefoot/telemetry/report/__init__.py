@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from surefoot.files import write_whole
 from surefoot.telemetry.reading import read
 from surefoot.telemetry.report.condense import Curves, Heat
 from surefoot.telemetry.report.findings import Finding, Findings
@@ -17,7 +18,7 @@ def write_report(
     out: str | os.PathLike[str],
     watch: Callable[[int, int], object] = lambda *_: None,
 ) -> list[Finding]:
-    """Write one self-contained HTML page about a file that `JsonLines` has written.
+    """Write one self-contained HTML page about a file that `JsonLines` has written, as a whole or not at all.
 
     A run that went back to an earlier step, from a checkpoint, counts as it went on; what it had done after that
     checkpoint before is left out.
@@ -41,5 +42,7 @@ def write_report(
     if not curves.steps:
         raise ValueError(f"{source} has no step yet: it was written by a run that ended before its first flush")
     words = findings.words(curves)
-    Path(out).write_text(render_page(Path(source).name, words, curves, heat), encoding="utf-8")
+    # A name may hold what UTF-8 cannot, half of a pair of surrogates; a browser shows it as a question mark.
+    page = render_page(Path(source).name, words, curves, heat).encode(errors="xmlcharrefreplace")
+    write_whole(out, page)
     return words

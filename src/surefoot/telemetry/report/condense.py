@@ -61,7 +61,7 @@ class Curves:
         parts = [values[start:end] for start, end in pairwise(bounds)]
         finite = [part[np.isfinite(part)] for part in parts]
         many = len(parts) < len(values)
-        made: dict[str, Any] = {"mid": [_number(part.mean()) if len(part) else None for part in finite]}
+        made: dict[str, Any] = {"mid": [_number((part / len(part)).sum()) if len(part) else None for part in finite]}
         if many:
             made["low"] = [_number(part.min()) if len(part) else None for part in finite]
             made["high"] = [_number(part.max()) if len(part) else None for part in finite]
@@ -159,7 +159,7 @@ class Heat:
         cells = np.stack([_grown(each, count)[index] for each in self._cells], axis=1)
         size = -(-count // ROWS) if count else 1
         rows = [np.fmax.reduce(cells[start : start + size]) for start in range(0, count, size)]
-        codes, low, high = _coded(np.array(rows).reshape(len(rows), -1))
+        codes, low, high = _coded(np.array(rows).reshape(len(rows), len(self._cells)))
         return {"codes": base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii"), "low": low, "high": high}
 
 
