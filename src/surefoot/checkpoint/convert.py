@@ -16,6 +16,7 @@ from surefoot.checkpoint.collect import Contents, encoded_optimizer
 from surefoot.checkpoint.json_codec import decode, encode
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.writer import replacing
+from surefoot.files import open_regular
 
 _ROLES: dict[str, tuple[str, ...]] = {
     "model": ("model", "model_state_dict", "state_dict", "module", "net"),
@@ -74,6 +75,7 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
 
 
 def _load_torch_file(path: Path) -> Any:
+    open_regular(path).close()  # torch would wait for a named pipe
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -148,7 +148,11 @@ def _print_summary(console: "Console", done: Sequence["Measurement"], csv: Path 
     for line in notes(done):
         console.print(line, soft_wrap=True)
     if csv is not None:
-        benchmark.write_csv(csv, (line for measurement in done for line in benchmark.results(measurement)))
+        try:
+            benchmark.write_csv(csv, (line for measurement in done for line in benchmark.results(measurement)))
+        except OSError as error:
+            typer.echo(f"surefoot bench: {csv} was not written: {error.strerror}.", err=True)
+            raise typer.Exit(1) from None
         console.print(f"Written: {csv}", soft_wrap=True)
 
 

@@ -161,6 +161,8 @@ def convert(
 
 
 def _check_target(target: Path, *, force: bool) -> None:
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is a folder or a device; name a file")
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there already; name another, or give --force")
     if not target.parent.is_dir():

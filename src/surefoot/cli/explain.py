@@ -73,10 +73,11 @@ def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: boo
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):
         console.print(
-            f"  {choice.parameters} parameters ({choice.elements:,} elements) of {choice.kind}: {choice.engine}"
+            f"  {choice.parameters} parameters ({choice.elements:,} elements) of {choice.kind}: {choice.engine}",
+            markup=False,
         )
         for refusal in choice.refusals:
-            console.print(f"    not {refusal}", soft_wrap=True)
+            console.print(f"    not {refusal}", soft_wrap=True, markup=False)
 
 
 def _algorithm(name: str) -> "Callable[..., Optimizer]":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surefoot.terminal import can_encode, printable
+from surefoot.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,8 +59,7 @@ def _write_page(console: "Console", run: Path, page: Path) -> list["Finding"]:
 
 
 def _print_findings(console: "Console", findings: list["Finding"], page: Path) -> None:
-    dot = "●" if can_encode(console.encoding, "●") else "*"
     for finding in findings:
-        console.print(f"[{_STYLES[finding.kind]}]{dot}[/] [bold]{finding.title}[/]", soft_wrap=True)
+        console.print(f"[{_STYLES[finding.kind]}]●[/] [bold]{finding.title}[/]", soft_wrap=True)
         console.print(f"  {printable(finding.text)}", markup=False, soft_wrap=True)
     console.print(printable(f"\n{page}, {page.stat().st_size / 1e6:.2g} MB"), markup=False, soft_wrap=True)

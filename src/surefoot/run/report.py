@@ -11,7 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from surefoot.files import write_whole
 from surefoot.run.settings import Settings, suffix
+from surefoot.terminal import in_encoding
 
 _MOST = 8
 _reported: set[int] = set()
@@ -112,18 +114,38 @@ def _why_silent(algorithm: type) -> str:
 
 
 def _publish(settings: Settings, content: dict[str, Any]) -> None:
-    if settings.json is not None:
-        path = Path(settings.json)
-        path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if settings.quiet or content["rank"] or sys.stderr is None:
-        return
-    with contextlib.suppress(OSError, ValueError):  # closed, or nobody listens any more
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    problem = None if settings.json is None else _write_json(settings, settings.json, content)
+    if settings.quiet or content["rank"]:
+        told = [problem] if problem else []
+    else:
         child = "" if settings.is_main else f" (process {content['process']})"
-        sys.stderr.write("\n".join(["", *(report_lines(content, child))]) + "\n")
-        sys.stderr.flush()
+        told = ["", *report_lines(content, child), *([problem] if problem else [])]
+    if told:
+        _print("\n".join(told) + "\n")
+
+
+def _write_json(settings: Settings, file: str, content: dict[str, Any]) -> str | None:
+    """Write the report as JSON; say why it could not be written, which is no reason to keep back the other one."""
+    path = Path(file)
+    path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
+    try:
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        return f"surefoot run: the report was not written to {path}: {error.strerror}"
+    return None
+
+
+def _print(text: str) -> None:
+    """Print on standard error, whatever the script has done to its streams."""
+    with contextlib.suppress(Exception):  # closed, replaced by something else, or nobody reads it any more
+        sys.stdout.flush()
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is None:
+            continue
+        with contextlib.suppress(Exception):
+            stream.write(in_encoding(text, getattr(stream, "encoding", None) or "utf-8"))
+            stream.flush()
+            return
 
 
 def report_lines(content: dict[str, Any], which: str = "") -> Iterator[str]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.terminal import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -229,7 +231,10 @@ def _row(numbers: Sequence[Any], lr: float) -> ParameterStats:
 
 def add_row(table: "Table", name: str, row: ParameterStats) -> None:
     """Add a parameter's line to a table, in red if something is not finite."""
-    table.add_row(name, *_cells(row), style="red" if row.nonfinite else None)
+    from rich.text import Text  # noqa: PLC0415
+
+    # As text, since rich takes brackets for commands, and a terminal control characters.
+    table.add_row(Text(printable(name)), *_cells(row), style="red" if row.nonfinite else None)
 
 
 def _cells(row: ParameterStats) -> list[str]:
