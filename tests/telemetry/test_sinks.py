@@ -9,11 +9,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from telemetry_helpers import NAMES, raw
 
-from surefoot.telemetry import JsonLines, Telemetry, TensorBoard, read
+from surefoot.telemetry import JsonLines, RawStep, Telemetry, TensorBoard, read
 from surefoot.telemetry.record import Record
 from surefoot.telemetry.sinks import line_of
 
@@ -149,6 +150,14 @@ def test_what_is_no_telemetry_is_refused(tmp_path, content, message):
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=re.escape(message)):
         list(read(path))
+
+
+def test_names_that_utf_8_cannot_write_are_escaped(tmp_path):
+    names = ("\ud800", "ä")
+    telemetry = Telemetry(sinks=JsonLines(tmp_path / "run.jsonl"))
+    telemetry.record(RawStep(1, names, torch.zeros(2, 5).double(), (1.0,)))
+    telemetry.close()
+    assert [line.names for line in read(tmp_path / "run.jsonl")] == [names]
 
 
 def test_tensorboard_gets_scalars(tmp_path):

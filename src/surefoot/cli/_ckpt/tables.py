@@ -37,9 +37,10 @@ def number(value: Any) -> str:
 
 def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
     """Make an empty table; the columns named in `right` are flushed right."""
-    found = Table(box=None, header_style="bold", title=title, title_style="bold", title_justify="left", pad_edge=False)
+    shown = None if title is None else _text(title)
+    found = Table(box=None, header_style="bold", title=shown, title_style="bold", title_justify="left", pad_edge=False)
     for column in columns:
-        found.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        found.add_column(_text(column), justify="right" if column in right else "left", overflow="fold")
     return found
 
 
