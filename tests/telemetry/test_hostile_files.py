@@ -152,6 +152,13 @@ def test_a_run_without_parameters_has_a_page(tmp_path):
     assert "0 parameters" in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
+def test_times_that_are_not_finite(tmp_path):
+    path = written(tmp_path / "run.jsonl", HEADER, STEP | {"seconds": "inf"}, STEP | {"step": 2, "seconds": "nan"})
+    assert write_report(path, tmp_path / "run.html")[-1].text == "This cannot be told: no time is a finite number."
+    path = written(path, HEADER, STEP | {"seconds": 1e308}, STEP | {"step": 2, "seconds": 1e308})
+    assert "ms in the median" in write_report(path, tmp_path / "run.html")[-1].text
+
+
 def test_names_that_utf_8_cannot_write(tmp_path):
     """Half of a pair of surrogates is a string in JSON."""
     lines = (STEP | {"step": step, "grad": ["nan" if step == 2 else 1, 1]} for step in (1, 2, 3))

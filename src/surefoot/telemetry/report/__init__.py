@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from surefoot.files import write_whole
 from surefoot.telemetry.reading import read
 from surefoot.telemetry.report.condense import Curves, Heat
@@ -35,6 +37,14 @@ def write_report(
         OSError: a file cannot be read or written.
         ValueError: `source` is not a file of telemetry, or has no step.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # what numbers a file holds is not ours to choose
+        words, page = _condensed(source, watch)
+    # A name may hold what UTF-8 cannot, half of a pair of surrogates; a browser shows it as a question mark.
+    write_whole(out, page.encode(errors="xmlcharrefreplace"))
+    return words
+
+
+def _condensed(source: str | os.PathLike[str], watch: Callable[[int, int], object]) -> tuple[list[Finding], str]:
     curves, heat, findings = Curves(), Heat(), Findings()
     for line in read(source, watch):
         for part in (findings, curves, heat):
@@ -42,7 +52,4 @@ def write_report(
     if not curves.steps:
         raise ValueError(f"{source} has no step yet: it was written by a run that ended before its first flush")
     words = findings.words(curves)
-    # A name may hold what UTF-8 cannot, half of a pair of surrogates; a browser shows it as a question mark.
-    page = render_page(Path(source).name, words, curves, heat).encode(errors="xmlcharrefreplace")
-    write_whole(out, page)
-    return words
+    return words, render_page(Path(source).name, words, curves, heat)

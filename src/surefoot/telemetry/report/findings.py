@@ -290,6 +290,9 @@ def _skipping(skipped: np.ndarray, steps: np.ndarray) -> Iterator[Finding]:
 
 
 def _time(seconds: np.ndarray) -> Finding:
+    seconds = seconds[np.isfinite(seconds)]
+    if not len(seconds):
+        return Finding("note", "How long does a step take?", "This cannot be told: no time is a finite number.")
     median, late = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
     text = f"{median:.3g} ms in the median, {late:.3g} ms in the slowest hundredth; {seconds.sum():,.1f} s in all."
     return Finding("good", "How long does a step take?", text)
