@@ -95,7 +95,7 @@ class _Headline:
         self._text = text
 
     def __rich_console__(self, _: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """Give rich the line."""
+        """Yield the line, for rich."""
         from rich.text import Text  # noqa: PLC0415
 
         yield Text(in_encoding(self._text, options.encoding))
