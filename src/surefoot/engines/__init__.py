@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surefoot.engines import cpu, eager, foreach, gpu
 from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.tensors.modes import mode_is_active
 
 __all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu"]
 
@@ -48,7 +49,8 @@ def choose(bucket: Bucket) -> Engine:
     """Choose the engine for a bucket: the one asked for, or the first that can serve it.
 
     Asked for is what `$SUREFOOT_ENGINE` names (eager, foreach or fused), else what the group's `fused=True` or
-    `foreach=True` says; `foreach=False` or `fused=False` alone ask for eager, as in torch.
+    `foreach=True` says; `foreach=False` or `fused=False` alone ask for eager, as in torch.  While a mode is active that
+    must see torch's operations, kernels show none, and another engine stands in for them.
 
     Raises:
         RuntimeError: an engine was asked for and cannot serve the bucket.
@@ -84,4 +86,6 @@ def _candidates(wish: str | None, bucket: Bucket) -> tuple[Engine, ...]:
     kernels: Engine = gpu if bucket.device.type in gpu.DEVICES else cpu
     asked: dict[str, tuple[Engine, ...]] = {"eager": (eager,), "foreach": (foreach,), "fused": (kernels,)}
     lists = (foreach,) if bucket.device.type in _FOREACH_DEVICES else ()
+    if mode_is_active():
+        asked["fused"] = (kernels, *lists, eager)
     return asked[wish] if wish else (kernels, *lists, eager)

@@ -13,6 +13,7 @@ from surefoot.rule import Reduction, Rule, gradient_rule
 from surefoot.storage import Format, format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
+from surefoot.tensors.modes import mode_is_active
 
 Coefficients = Mapping[str, Any]
 
@@ -21,6 +22,8 @@ def unsupported_reasons(bucket: "Bucket", stores: Callable[[Format], bool]) -> I
     """Return the reasons why no engine that runs kernels can serve a bucket; `stores` tells which formats they know."""
     if bucket.options.get("differentiable"):
         yield "kernels carry no gradients through the step"
+    if mode_is_active():
+        yield "a mode or transform is active that must see torch's operations, which kernels do not show"
     if not stores(format_of(bucket.dtype)) or not stores(format_of(bucket.grads[0].dtype)):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
     stored = list(chain(bucket.params, *bucket.slots))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from surefoot.rule.declare import EMA, Scalar, Slot, Sparse
+from surefoot.tensors.modes import has_no_values
 
 Flags = tuple[tuple[str, bool], ...]
 COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
@@ -28,6 +29,7 @@ class AlgorithmSpec:
         instead_of_sparse: what the refusal of a sparse gradient recommends.
         complex_params: whether complex parameters are taken.
         step_options: the options of `StepOptions` that it takes.
+        own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
     """
 
@@ -41,6 +43,7 @@ class AlgorithmSpec:
     instead_of_sparse: str = ""
     complex_params: bool = True
     step_options: frozenset[str] = frozenset()
+    own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,8 +66,8 @@ class AlgorithmSpec:
 
 
 def _truth(group: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a flag is on; a tensor counts as on where reading it would wait for a device."""
-    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu)
+    """Return whether a flag is on; a tensor that cannot be read, or only by waiting for a device, counts as on."""
+    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu or has_no_values(value))
     return bool(unread or value)
 
 
