@@ -441,7 +441,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler, a profiler, or a mode that must see operations, have to do with a step."""
+        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
