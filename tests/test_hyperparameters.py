@@ -264,3 +264,51 @@ def test_an_optional_number_may_be_none():
     Interval("", optional=True)("x", None)
     with pytest.raises(TypeError, match="must be a number, but got None"):
         Interval("")("x", None)
+
+
+# What can only end in NaN
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (surefoot.ASGD, {"lambd": -1}),
+        (surefoot.ASGD, {"lambd": math.inf}),
+        (surefoot.ASGD, {"alpha": -0.5}),
+        (surefoot.Adagrad, {"lr_decay": math.inf}),
+        (surefoot.RMSprop, {"alpha": 1.5}),
+        (surefoot.SGD, {"momentum": math.inf}),
+        (surefoot.SGD, {"dampening": -math.inf}),
+        (surefoot.AdamW, {"lr": math.inf}),
+        (surefoot.Adam, {"weight_decay": math.inf}),
+        (surefoot.Muon, {"momentum": math.inf}),
+        (surefoot.Adafactor, {"weight_decay": math.inf}),
+        (surefoot.LBFGS, {"lr": math.inf}),
+        (surefoot.SparseAdam, {"lr": math.inf}),
+    ],
+    ids=str,
+)
+def test_what_can_only_end_in_nan_is_refused(cls, options):
+    ((name, _),) = options.items()
+    for params in ([torch.ones(2, 2)], [{"params": [torch.ones(2, 2)], **options}]):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number in"):
+            cls(params, **(options if isinstance(params[0], torch.Tensor) else {}))
+
+
+def test_a_set_of_parameters_is_refused_in_a_group_and_warned_of_at_the_top():
+    params = {torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)}
+    with pytest.warns(FutureWarning, match="ordered collections"):
+        optimizer = surefoot.SGD(params)
+    assert set(optimizer.param_groups[0]["params"]) == params
+    with pytest.raises(TypeError, match="ordered collections"):
+        surefoot.SGD([{"params": params}])
+
+
+def test_muon_follows_the_shape_of_a_matrix_both_ways():
+    steps = []
+    for way in ("original", "spectral_unclamped"):
+        weight = torch.nn.Parameter(torch.zeros(2, 8))
+        weight.grad = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+        surefoot.Muon([weight], lr=1.0, weight_decay=0, adjust_lr_fn=way).step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(steps[1], steps[0] * 0.5)

@@ -156,6 +156,14 @@ class Optimizer(torch.optim.Optimizer):
                 "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
                 f"{torch.typename(params)}; give a list: [tensor]"
             )
+        if isinstance(params, set | frozenset):
+            warnings.warn(
+                "optimizer parameters need to be organized in ordered collections, but the order of a set changes from "
+                "run to run, and with it what a state dict belongs to; give a list. This will be an error in a future "
+                "release.",
+                FutureWarning,
+                stacklevel=3,
+            )
         groups = list(params)
         if not groups:
             raise ValueError(

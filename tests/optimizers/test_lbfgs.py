@@ -23,7 +23,8 @@ Loss = Callable[[list[Tensor]], Tensor]
 WOLFE = {"line_search_fn": "strong_wolfe"}
 INFO = next(info for info in optim_db if info.optim_cls is Theirs)
 
-each_search = pytest.mark.parametrize("search", [{}, WOLFE], ids=["fixed", "strong_wolfe"])
+# With a budget that no search uses up: torch may evaluate once more than it allows.
+each_search = pytest.mark.parametrize("search", [{}, WOLFE | {"max_eval": 500}], ids=["fixed", "strong_wolfe"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -142,9 +143,85 @@ def test_max_iter_0_only_evaluates():
 
 
 @each_search
-def test_same_bits_in_bfloat16(search):
-    pair = [kind(start(rosenbrock, torch.bfloat16), lr=0.05, **search) for kind in (LBFGS, Theirs)]
-    assert_twins(*pair, rosenbrock)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_numbers_are_computed_in_float32(dtype, search):
+    """A quadratic whose products vanish in 16 bits."""
+    param = nn.Parameter(torch.tensor([-1.0, 3.0, 0.5], dtype=dtype))
+    optimizer = LBFGS([param], max_iter=10, tolerance_grad=0, tolerance_change=0, **search)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ((param.float() - 1) ** 2).mean() * 0.01
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.testing.assert_close(param.detach().float(), torch.ones(3), rtol=0.01, atol=0)
+    state = optimizer.state[param]
+    vectors = [state["d"], state["prev_flat_grad"], *state["old_dirs"], *state["old_stps"], *state["ro"]]
+    assert {vector.dtype for vector in vectors} == {torch.float32}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+@each_search
+def test_no_more_evaluations_than_allowed(most, search):
+    optimizer = LBFGS(start(rosenbrock), max_iter=20, **{**search, "max_eval": most})
+    for _ in range(3):
+        before = optimizer.state_dict()["state"].get(0, {}).get("func_evals", 0)
+        minimize(optimizer, rosenbrock, 1)
+        made = optimizer.state_dict()["state"][0]["func_evals"] - before
+        assert made <= max(most, 2 if search else 1)  # a search tries one point at least
+
+
+@each_search
+def test_tolerances_below_zero_never_stop(search):
+    param = nn.Parameter(torch.zeros(3))
+    optimizer = LBFGS([param], max_iter=4, tolerance_grad=-math.inf, tolerance_change=-math.inf, **search)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ((param - 1) ** 2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.state[param]["n_iter"] == 12
+
+
+@pytest.mark.parametrize("loss", [lambda x: -x.sum(), lambda x: (x**2).sum() * 1e38], ids=["no end", "infinite slope"])
+def test_a_search_that_leaves_the_range_of_float16_says_so_and_changes_nothing(loss):
+    param = nn.Parameter(torch.tensor([0.5, 3.0], dtype=torch.float16))
+    optimizer = LBFGS([param], **WOLFE)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(param)
+        value.backward()
+        return value
+
+    befores = []
+
+    def steps():
+        for _ in range(3):
+            befores.append(param.detach().clone())
+            optimizer.step(closure)
+
+    with pytest.raises(RuntimeError, match="overflow"):
+        steps()
+    assert torch.equal(param, befores[-1])
+
+
+@each_search
+def test_maximize_is_minimizing_the_negative(search):
+    params = [start(rosenbrock) for _ in range(2)]
+    upward, downward = LBFGS(params[0], max_iter=5, maximize=True, **search), LBFGS(params[1], max_iter=5, **search)
+    for _ in range(3):
+        found = upward.step(closure_of(upward, lambda params: -rosenbrock(params)))
+        expected = downward.step(closure_of(downward, rosenbrock))
+        assert torch.equal(found, -expected)
+        assert_same(params_of(upward), params_of(downward))
 
 
 @each_search
@@ -235,7 +312,11 @@ def test_state_crosses_to_torch_and_back(search):
         successor.load_state_dict(deepcopy(optimizer.state_dict()))
         optimizer = successor
         assert_same(minimize(optimizer, rosenbrock, 1), minimize(reference, rosenbrock, 1))
-    assert_same(optimizer.state_dict(), reference.state_dict())
+    found = optimizer.state_dict()
+    found["param_groups"][0].setdefault("maximize", False)
+    expected = reference.state_dict()
+    expected["param_groups"][0].setdefault("maximize", False)  # torch has it from 2.14 on
+    assert_same(found, expected)
 
 
 def test_closure_may_return_a_number_and_step_gives_it_back():
@@ -381,7 +462,7 @@ def test_line_search_never_ends_higher_than_it_began_however_small_the_budget(bu
     evaluate = line(lambda t: torch.cosh(30 * (t - 0.01)))
     wolfe = StrongWolfe(evaluate, evaluate(0), lambda: torch.tensor(1.0), budget)
     assert wolfe.search(1.0).loss <= evaluate(0).loss
-    assert wolfe.trials == max(budget, 0) + 1
+    assert wolfe.trials == max(budget, 1)
 
 
 @pytest.mark.parametrize(
@@ -575,7 +656,7 @@ class Interruption(BaseException):
 @each_search
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_closure_that_raises_leaves_everything_as_it_was(steps_before, search):
-    optimizer = LBFGS(start(network), lr=0.5, max_iter=4, max_eval=12, **search)
+    optimizer = LBFGS(start(network), lr=0.5, max_iter=4, **{**search, "max_eval": 12})
     minimize(optimizer, network, steps_before)
     before, undisturbed = snapshot(optimizer), minimize(deepcopy(optimizer), network, 1)
     for k in itertools.count(1):
@@ -709,10 +790,8 @@ def test_pre_hooks_may_make_a_state_dict_fit():
         ({"max_iter": -1}, ValueError, "Invalid max_iter value: -1; `max_iter` must be a number in [0, inf)"),
         ({"max_iter": "20"}, TypeError, "`max_iter` must be a number, but got '20' (str)"),
         ({"max_eval": math.nan}, ValueError, "Invalid max_eval value: nan"),
-        ({"tolerance_grad": -1e-9}, ValueError, "Invalid tolerance_grad value: -1e-09"),
         ({"tolerance_grad": math.nan}, ValueError, "Invalid tolerance_grad value: nan"),
         ({"tolerance_change": math.nan}, ValueError, "Invalid tolerance_change value: nan"),
-        ({"tolerance_change": -1}, ValueError, "Invalid tolerance_change value: -1"),
         ({"history_size": 0}, ValueError, "Invalid history_size value: 0; `history_size` must be a number in [1, inf)"),
         ({"history_size": 2.5}, TypeError, "`history_size` must be a whole number, but got 2.5"),
         (

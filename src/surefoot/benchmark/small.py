@@ -22,12 +22,14 @@ from torch.nn.functional import linear, mse_loss
 
 from surefoot import optimizers
 from surefoot.benchmark.cases import VARIANTS, Variant
-from surefoot.benchmark.contenders import FOR_LOOP, OURS, implementations_of
+from surefoot.benchmark.contenders import FOR_LOOP, FUSED, OURS, implementations_of
 from surefoot.benchmark.results import Quartiles, best_of_torch
 from surefoot.errors import InternalError
 
 WIDTH, BATCH, RANK = 64, 16, 4
 MATRIX = 2
+OF_ROWS = ("SGD", "Adagrad", "SparseAdam")
+"""Variants that step rows of sparse gradients."""
 _WARM_UP = 5
 _TOLERANCE = 1e-3
 
@@ -41,12 +43,26 @@ class SmallModel:
         title: how people read it.
         inputs: width of its inputs.
         make: makes it; it gives one number for each input.
+        rows: of how many rows, drawn anew each time, it looks up how many; None where inputs are numbers.
     """
 
     name: str
     title: str
     inputs: int
     make: Callable[[], nn.Module]
+    rows: tuple[int, int] | None = None
+
+
+class Tables(nn.Module):
+    """Embeddings with sparse gradients, of which each looks up the same rows."""
+
+    def __init__(self, tables: int, rows: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, WIDTH, sparse=True) for _ in range(tables))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return one number for each index."""
+        return torch.stack([table(index) for table in self.tables]).sum((0, 2)).unsqueeze(1)
 
 
 class LowRank(nn.Module):
@@ -96,6 +112,10 @@ SMALL_MODELS: Mapping[str, SmallModel] = MappingProxyType(
             SmallModel("mlp6", "MLP, 6 tensors", WIDTH, lambda: _mlp(3)),
             SmallModel("mlp16", "MLP, 16 tensors", WIDTH, lambda: _mlp(8)),
             SmallModel("lora64", "LoRA, 64 tensors", WIDTH, lambda: _lora(32)),
+            SmallModel("rows32", "32 of 1 k rows", WIDTH, lambda: Tables(1, 1000), (1000, 32)),
+            SmallModel("rows32x4", "32 of 1 k rows, 4 tables", WIDTH, lambda: Tables(4, 1000), (1000, 32)),
+            SmallModel("rows4k", "4 k of 100 k rows", WIDTH, lambda: Tables(1, 100_000), (100_000, 4000)),
+            SmallModel("rows4kx4", "4 k of 100 k rows, 4 tables", WIDTH, lambda: Tables(4, 100_000), (100_000, 4000)),
         )
     }
 )
@@ -160,7 +180,8 @@ class _Training:
         loss.backward()  # type: ignore[no-untyped-call]
         if self.variant.optimizer == "SparseAdam":
             for param in self.params:
-                param.grad = param.grad.to_sparse(1) if param.grad is not None else None
+                if param.grad is not None and not param.grad.is_sparse:
+                    param.grad = param.grad.to_sparse(1)
         return loss
 
     def step(self, batch: tuple[Tensor, Tensor]) -> float:
@@ -211,7 +232,9 @@ def trained(variant: Variant, model: nn.Module) -> list[Parameter]:
 
 
 def has_work(variant: Variant, model: SmallModel) -> bool:
-    """Return whether an optimizer takes any parameter of a model."""
+    """Return whether an optimizer takes any parameter of a model, and its gradients."""
+    if model.rows and variant.name not in OF_ROWS:
+        return False
     return bool(trained(variant, model.make()))
 
 
@@ -230,6 +253,8 @@ def measure_small(variant: Variant, model: SmallModel, rounds: int) -> SmallMeas
         torch.manual_seed(0)
         original = model.make()
     makers = implementations_of(variant)
+    if model.rows:
+        makers.pop(FUSED, None)  # takes no sparse gradients
     trainings = {name: _Training(variant, deepcopy(original), make) for name, make in makers.items()}
     batches = _batches(model)
     for batch, _ in zip(batches, range(_WARM_UP), strict=False):
@@ -245,6 +270,10 @@ def measure_small(variant: Variant, model: SmallModel, rounds: int) -> SmallMeas
 def _batches(model: SmallModel) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     while True:
+        if model.rows:
+            index = torch.randint(*model.rows[:1], (model.rows[1],), generator=generator)
+            yield index, torch.randn(len(index), 1, generator=generator)
+            continue
         yield torch.randn(BATCH, model.inputs, generator=generator), torch.randn(BATCH, 1, generator=generator)
 
 

@@ -108,7 +108,7 @@ class Adafactor(Optimizer):
         ] = 1.0,
         weight_decay: Annotated[
             Number,
-            Interval("weight_decay should be >= 0 but is: "),
+            Interval("weight_decay should be >= 0 but is: ", high_open=True),
             "shrinking of the parameter, in units of the learning rate",
         ] = 0.0,
         *,

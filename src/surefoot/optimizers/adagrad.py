@@ -10,7 +10,7 @@ from surefoot.constructor import ModeOptions, arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import decay_weights
 from surefoot.rule import Slot, Sparse
-from surefoot.rule.hyperparameters import WEIGHT_DECAY, Eps, LearningRate, Number, at_least_zero
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, Eps, LearningRate, Number, at_least_zero, finite
 
 
 class Adagrad(Optimizer):
@@ -44,7 +44,7 @@ class Adagrad(Optimizer):
         self,
         params: Params,
         lr: LearningRate = 1e-2,
-        lr_decay: Annotated[float, at_least_zero("lr_decay"), "decay of the learning rate, per step"] = 0,
+        lr_decay: Annotated[float, finite("lr_decay"), "decay of the learning rate, per step"] = 0,
         weight_decay: Annotated[Number, WEIGHT_DECAY, "L2 penalty, 0 with sparse gradients"] = 0,
         initial_accumulator_value: Annotated[
             float, at_least_zero("initial_accumulator_value"), "what `sum` starts from, in the units of g**2"

@@ -10,7 +10,7 @@ from surefoot.constructor import KernelOptions, arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import decay_weights, larger
 from surefoot.rule import STEP, Scalar, Slot
-from surefoot.rule.hyperparameters import L2Penalty, LearningRate, number
+from surefoot.rule.hyperparameters import L2Penalty, LearningRate, finite, number
 
 
 class ASGD(Optimizer):
@@ -44,8 +44,8 @@ class ASGD(Optimizer):
         self,
         params: Params,
         lr: LearningRate = 1e-2,
-        lambd: Annotated[float, number("lambd"), "decay of the parameter and of eta"] = 1e-4,
-        alpha: Annotated[float, number("alpha"), "power of the decay of eta"] = 0.75,
+        lambd: Annotated[float, finite("lambd"), "decay of the parameter and of eta"] = 1e-4,
+        alpha: Annotated[float, finite("alpha"), "power of the decay of eta"] = 0.75,
         t0: Annotated[float, number("t0"), "number of steps before the average begins"] = 1e6,
         weight_decay: L2Penalty = 0,
         foreach: bool | None = None,

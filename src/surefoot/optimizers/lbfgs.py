@@ -11,6 +11,7 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,21 +19,24 @@ from surefoot.constructor import arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
-from surefoot.rule.hyperparameters import LR, Interval, Number, at_least_zero
+from surefoot.rule.hyperparameters import LR, Interval, Number, at_least_zero, number
 from surefoot.state.check import check_state, format_param, hyperparameters, validated_gradient
 from surefoot.state.load import LoadReport
 from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
-from surefoot.tensors.memory import has_memory, is_plain
+from surefoot.tensors.guards import make_guard, same_objects
+from surefoot.tensors.memory import PLAIN, has_memory, is_plain
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
+
+_WIDE = (torch.float32, torch.float64)
 
 Weight = Callable[[Tensor], Tensor]
 """Multiplies a vector by C."""
 
 
-COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn")
+COMMON = ("max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "maximize")
 """What all groups must have alike."""
 
 
@@ -62,8 +66,9 @@ class LBFGS(Optimizer):
     the parts of one direction by different lr may lead uphill.)  A group of lr 0 counts as constant, unless all are 0.
 
     A parameter without gradient counts as one whose gradient is zero; sparse gradients are made dense; a complex number
-    counts as two real ones.  State stands with the first parameter, on its device, in the gradients' dtype.  When the
-    closure raises, or the step is interrupted, parameters and state are as before the step.
+    counts as two real ones.  State stands with the first parameter, on its device, in the gradients' dtype; where they
+    have 16 bits all is computed in float32, and rounded when a parameter moves.  When the closure raises, or the step
+    is interrupted, parameters and state are as before the step.
 
     {arguments}
 
@@ -90,8 +95,8 @@ class LBFGS(Optimizer):
     algorithms 7.4, 7.5 and, for the line search, 3.5 and 3.6.
 
     Other than in torch there may be groups, several devices and any strides; all hyperparameters are checked, and so is
-    the state that is loaded; a step that fails changes nothing; and the line search steps back from a point where loss
-    or slope is NaN or infinite.
+    the state that is loaded; a step that fails changes nothing; `max_eval` is kept by the line search too, which torch
+    lets evaluate once more; and it steps back from a point where loss or slope is NaN or infinite.
     """
 
     def __init__(
@@ -104,15 +109,18 @@ class LBFGS(Optimizer):
         max_eval: Annotated[
             int | None,
             at_least_zero("max_eval"),
-            "number of evaluations of the closure after which a step ends; by default 1.25 * `max_iter`",
+            "greatest number of evaluations of the closure in one step, of which there is one at least; by default "
+            "1.25 * `max_iter`",
         ] = None,
         tolerance_grad: Annotated[
-            float, at_least_zero("tolerance_grad"), "greatest element of a gradient that counts as zero"
+            float,
+            number("tolerance_grad"),
+            "greatest element of a gradient that counts as zero; below 0 none does",
         ] = 1e-7,
         tolerance_change: Annotated[
             float,
-            at_least_zero("tolerance_change"),
-            "change of the loss, or of any parameter, that counts as none",
+            number("tolerance_change"),
+            "change of the loss, or of any parameter, that counts as none; below 0 every one counts",
         ] = 1e-9,
         history_size: Annotated[
             int,
@@ -120,6 +128,8 @@ class LBFGS(Optimizer):
             "number of pairs remembered; each takes twice the memory of the parameters",
         ] = 100,
         line_search_fn: Annotated[str | None, '`"strong_wolfe"`, or None for steps of fixed length'] = None,
+        *,
+        maximize: bool = False,
         **options: Unpack[StepOptions],
     ) -> None:
         if max_eval is None:
@@ -129,6 +139,7 @@ class LBFGS(Optimizer):
 
     scalars = ()
     sparse = Sparse.ROWS
+    _guard: "_Guard | None" = None
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -215,17 +226,18 @@ class LBFGS(Optimizer):
                 variables.restore(before)
                 raise
         self.state[variables.params[0]].update(memory.entry())
+        variables.keep_guard()
         return result
 
     def _recall(self, variables: "_Variables") -> "_Memory":
         """Take over the state, which stands with the first parameter, without handing out its lists."""
         state = self.state.get(variables.params[0], {})
-        if misfits := list(_vector_misfits(state, sum(variables.sizes))):
+        size = sum(variables.sizes)
+        if not _is_sound(state, size) and (misfits := list(_vector_misfits(state, size))):
             raise RuntimeError(
                 f"{misfits[0]}; after changing a parameter's shape start afresh with `optimizer.state.clear()`"
             )
-        names = {each.name for each in fields(_Memory)}
-        known = {name: value for name, value in state.items() if name in names and value is not None}
+        known = {name: value for name, value in state.items() if name in _REMEMBERED and value is not None}
         copy: dict[str, Any] = {n: [*value] if isinstance(value, list | tuple) else value for n, value in known.items()}
         return _Memory(**copy)
 
@@ -257,6 +269,11 @@ class _Memory:
 
     def follow(self, grad: Tensor) -> None:
         """Move to the device and dtype of the gradients, which change with the model's; the step length to the host."""
+        vectors = [self.d, self.prev_flat_grad, self.H_diag, *self.old_dirs, *self.old_stps, *self.ro]
+        places = {(vector.dtype, vector.device) for vector in vectors if isinstance(vector, Tensor)}
+        if not places - {(grad.dtype, grad.device)}:
+            self.t = _on_host(self.t)
+            return
         for name in ("d", "prev_flat_grad", "H_diag"):
             setattr(self, name, _as(getattr(self, name), grad))
         for past in (self.old_dirs, self.old_stps, self.ro):
@@ -275,16 +292,37 @@ class _Memory:
 
     def newton(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
         """Return -H grad by the two loops of algorithm 7.4."""
+        if grad.is_cpu:
+            return self._newton_on_host(grad, weighted, history_size)
         pairs = list(zip(self.old_dirs, self.old_stps, self.ro, strict=True))
         direction = grad.neg()
         parts: list[Tensor] = []
         for change, step, rho in reversed(pairs):
             parts.insert(0, step.dot(direction) * rho)
-            _add_multiple(direction, change, -parts[0])
+            direction.addcmul_(change, -parts[0])
         direction = weighted(direction.mul(self.H_diag))
         for (change, step, rho), part in zip(pairs, parts, strict=True):
-            _add_multiple(direction, step, part - change.dot(direction) * rho)
+            direction.addcmul_(step, part - change.dot(direction) * rho)
         self.al = [*parts, *[None] * (history_size - len(parts))]
+        return direction
+
+    def _newton_on_host(self, grad: Tensor, weighted: Weight, history_size: int) -> Tensor:
+        """Do the same where numbers are read at once: by Python's, rounded as tensors of the gradient's dtype are."""
+        kind: Any = np.float32 if grad.dtype is torch.float32 else float
+        rhos = [kind(rho.item() if isinstance(rho, Tensor) else rho) for rho in self.ro]
+        pairs = list(zip(self.old_dirs, self.old_stps, rhos, strict=True))
+        direction, parts = grad.neg(), []
+        with np.errstate(all="ignore"):
+            for change, step, rho in reversed(pairs):
+                part = kind(step.dot(direction).item()) * rho
+                direction.add_(change, alpha=-float(part))
+                parts.append(part)
+            parts.reverse()
+            direction = weighted(direction.mul(self.H_diag))
+            for (change, step, rho), part in zip(pairs, parts, strict=True):
+                direction.add_(step, alpha=float(part - kind(change.dot(direction).item()) * rho))
+        al = torch.tensor([float(part) for part in parts], dtype=grad.dtype).unbind()
+        self.al = [*al, *[None] * (history_size - len(parts))]
         return direction
 
     def entry(self) -> dict[str, Any]:
@@ -294,59 +332,120 @@ class _Memory:
         return {name: value for name, value in vars(self).items() if name != "al" or value is not None}
 
 
+class _Guard:
+    """Tells whether real parameters and their gradients, once found fit, are as they were but for values."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params, self._guard = params, make_guard([params], gradients=True)
+
+    @classmethod
+    def of(cls, params: list[Tensor]) -> "_Guard | None":
+        """Return the guard of parameters, None where it could not tell."""
+        tensors = [tensor for param in params for tensor in (param, param.grad)]
+        fit = all(tensor is not None and is_plain(tensor) and not tensor.is_complex() for tensor in tensors)
+        return cls(params) if fit else None
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Return whether these are the parameters, and they and their gradients are as they were."""
+        holds = same_objects(self._params, params) and not self._guard.changed()
+        self._guard.release_grads()
+        return holds
+
+
+_REMEMBERED = frozenset(each.name for each in fields(_Memory))
+
+
 class _Variables:
-    """The parameters of all groups as one vector of real numbers."""
+    """The parameters of all groups as one vector of real numbers, of float32 at least."""
 
     def __init__(self, optimizer: LBFGS) -> None:
         self.optimizer = optimizer
         self.owners = [(group, param) for group in optimizer.param_groups for param in group["params"]]
         self.params = [param for _, param in self.owners]
-        for group, param in self.owners:
-            if (reason := unfit_param(param)) is not None:
-                raise RuntimeError(f"{format_param(group, param)} {reason}")
-            check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
-        self.sizes = [_real(param).numel() for param in self.params]
+        known = optimizer.__dict__.pop("_guard", None)
+        self._guard: _Guard | None = known if known is not None and known.holds(self.params) else None
+        if self._guard is None:
+            for group, param in self.owners:
+                if (reason := unfit_param(param)) is not None:
+                    raise RuntimeError(f"{format_param(group, param)} {reason}")
+                check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
+        self._complex = any(map(torch.is_complex, self.params))
+        self._plain = all(type(param) in PLAIN and not param.is_neg() for param in self.params)
+        self.sizes = [value.numel() for value in self.values()]
         self.scattered = len({param.device for param in self.params}) > 1
-        rates = [_on_host(hyperparameters(group).lr) for group in optimizer.param_groups]
+        rates = [_on_host(_rate(group["lr"])) for group in optimizer.param_groups]
         self.rate: Step = max(rates, key=float)
         shares = [1.0 if rate == self.rate else float(rate) / float(self.rate) for rate in rates]
         self.shares = [
             share for share, group in zip(shares, optimizer.param_groups, strict=True) for _ in group["params"]
         ]
+        self._alike, self._moving = set(self.shares) == {1.0}, all(self.shares)
+        self.is_half = all(param.dtype is torch.float16 for param in self.params)
+        self.maximize = bool(optimizer.param_groups[0].get("maximize"))
+
+    def values(self) -> list[Tensor]:
+        """Return the parameters as real numbers."""
+        return [_real(param) for param in self.params] if self._complex else self.params
 
     def gradient(self) -> Tensor:
-        """Collect the gradients on the first parameter's device."""
-        grads = [self._gradient_of(group, param) for group, param in self.owners]
-        return torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
+        """Collect the gradients on the first parameter's device, negated where the loss is to grow."""
+        if self._guard is not None and self._guard.holds(self.params):
+            grads = [param.grad.reshape(-1) for param in self.params]
+        else:
+            grads = [self._gradient_of(group, param) for group, param in self.owners]
+            self._guard = _Guard.of(self.params)
+        flat = torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
+        flat = flat if flat.dtype in _WIDE else flat.to(torch.promote_types(flat.dtype, torch.float32))
+        return flat.neg() if self.maximize else flat
 
     def _gradient_of(self, group: Mapping[str, Any], param: Tensor) -> Tensor:
         grad = param.grad
         if grad is None:
             return _real(param).new_zeros(_real(param).numel())
-        if not is_plain(grad) or grad.shape != param.shape or not has_memory(grad):
+        if not _is_flat(grad, param.shape) and (
+            not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
+        ):
             grad = validated_gradient(self.optimizer.spec, group, param, {})
         return _real(grad).reshape(-1)
 
-    def copy(self) -> list[Tensor]:
+    def copy(self) -> Any:
         """Copy the values of the parameters."""
-        return [_real(param).clone() for param in self.params]
+        values = self.values()
+        if self.scattered or not self._plain:
+            return [value.clone() for value in values]
+        return torch.cat([value.reshape(-1) for value in values])
 
-    def restore(self, values: list[Tensor]) -> None:
+    def keep_guard(self) -> None:
+        """Let the next step know what this one has found fit."""
+        self.optimizer._guard = self._guard
+
+    def restore(self, copy: Any) -> None:
         """Return the parameters the values of a copy."""
-        for param, value in zip(self.params, values, strict=True):
-            _real(param).copy_(value)
+        values = self.values()
+        if isinstance(copy, Tensor):
+            torch._foreach_copy_(values, self._parts(copy, values))
+            return
+        for param, value in zip(values, copy, strict=True):
+            param.copy_(value)
+
+    @staticmethod
+    def _parts(vector: Tensor, values: list[Tensor]) -> list[Tensor]:
+        """Return a vector cut into parts of the shapes of values."""
+        if len(values) == 1:
+            return [vector.view(values[0].shape)]
+        return list(torch._utils._unflatten_dense_tensors(vector, values))  # type: ignore[no-untyped-call]
 
     def advance(self, step: Step, direction: Tensor) -> None:
         """Add a multiple of the direction, except where the learning rate is 0."""
-        values = [_real(param) for param, share in zip(self.params, self.shares, strict=True) if share]
+        values = self.values()
+        if not self._moving:
+            values = [value for value, share in zip(values, self.shares, strict=True) if share]
         if not (factor := float(step)) or not values:
             return
-        parts: list[Tensor] = list(
-            torch._utils._unflatten_dense_tensors(self._shared(direction), values)  # type: ignore[no-untyped-call]
-        )
+        parts = self._parts(self._shared(direction), values)
         if self.scattered:
             parts = [part.to(value.device) for part, value in zip(parts, values, strict=True)]
-        if all(map(is_plain, values)):
+        if self._plain:
             torch._foreach_add_(values, parts, alpha=factor)
             return
         for value, part in zip(values, parts, strict=True):
@@ -354,22 +453,20 @@ class _Variables:
 
     def _shared(self, vector: Tensor) -> Tensor:
         """Return what of a vector belongs to parameters whose learning rate is not 0."""
-        if all(self.shares):
+        if self._moving:
             return vector
         parts = zip(torch.split(vector, self.sizes), self.shares, strict=True)
         return torch.cat([part for part, share in parts if share])
 
     def weighted(self, vector: Tensor) -> Tensor:
         """Return C times the vector."""
-        return self._times(vector, self.shares)
+        return vector if self._alike else self._times(vector, self.shares)
 
     def moving(self, vector: Tensor) -> Tensor:
         """Return the vector with zeros where the learning rate is 0."""
-        return self._times(vector, [1.0 if share else 0.0 for share in self.shares])
+        return vector if self._moving else self._times(vector, [1.0 if share else 0.0 for share in self.shares])
 
     def _times(self, vector: Tensor, factors: list[float]) -> Tensor:
-        if set(factors) == {1.0}:
-            return vector
         parts = zip(torch.split(vector, self.sizes), factors, strict=True)
         return torch.cat([part.mul(factor) if factor else torch.zeros_like(part) for part, factor in parts])
 
@@ -409,6 +506,8 @@ class _Run:
         if result is None:
             raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
         self.loss = float(result.detach() if isinstance(result, Tensor) else result)
+        if self.variables.maximize:
+            self.loss = -self.loss
         self.grad = self.variables.gradient()
         self.evaluations += 1
         self.memory.func_evals += 1
@@ -427,6 +526,7 @@ class _Run:
             self.variables.advance(memory.t, direction)
         else:
             self.variables.advance(memory.t, direction)
+            last = last or self.evaluations >= self.options.max_eval
             if not last:  # with stochastic closures one more evaluation would tell nothing
                 self._evaluate()
         return not (last or self._is_done(direction))
@@ -449,7 +549,10 @@ class _Run:
         """Find the step length, and leave the parameters where they are."""
         origin, memory, options = self.variables.copy(), self.memory, self.options
 
+        longest = float(_largest(direction)) if self.variables.is_half else 0.0
+
         def evaluate(step: Step) -> Trial:
+            _refuse_overflow(abs(float(step)) * longest)
             self.variables.advance(step, direction)
             self._evaluate()
             self.variables.restore(origin)
@@ -457,8 +560,9 @@ class _Run:
             exists = not (math.isnan(self.loss) or slope.isnan())
             return Trial(step, self.loss if exists else math.inf, slope, self.grad)
 
+        _refuse_overflow(longest)
         start = Trial(0, self.loss, slope, self.grad)
-        budget = options.max_eval - self.evaluations
+        budget = max(options.max_eval - self.evaluations, 1)  # else nothing would ever move
         wolfe = StrongWolfe(evaluate, start, lambda: _largest(direction).cpu(), budget)
         memory.t, self.loss, _, self.grad = wolfe.search(memory.t)
 
@@ -473,6 +577,43 @@ class _Run:
             or bool(_largest(direction.mul(memory.t)) <= options.tolerance_change)
             or abs(self.loss - memory.prev_loss) < options.tolerance_change
         )
+
+
+def _refuse_overflow(move: float) -> None:
+    """Raise RuntimeError when a move of float16 parameters leaves their range."""
+    if not move <= torch.finfo(torch.float16).max:
+        raise RuntimeError(
+            f"the line search of LBFGS would move a float16 parameter by {move}, an overflow; nothing was changed. "
+            f"Scale the loss, give a smaller `lr`, or use float32 parameters"
+        )
+
+
+def _is_flat(tensor: Any, shape: torch.Size) -> bool:
+    """Return whether a tensor is surely real, contiguous memory of its own, of a shape; False where one must look."""
+    if type(tensor) not in PLAIN or tensor.shape != shape or tensor.layout is not torch.strided:
+        return False
+    if not tensor.is_floating_point() or tensor._is_zerotensor() or not tensor.is_contiguous():
+        return False
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return bool(needed <= tensor.untyped_storage().nbytes())
+
+
+def _is_sound(state: Mapping[str, Any], size: int) -> bool:
+    """Return whether state surely has flat vectors of a size, in lists of one length; False where one must look."""
+    lists = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
+    if not all(type(each) is list and len(each) == len(lists[0]) for each in lists):
+        return False
+    flat, single = torch.Size((size,)), torch.Size(())
+    vectors = [v for v in (state.get("d"), state.get("prev_flat_grad"), *lists[0], *lists[1]) if v is not None]
+    numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None]
+    return all(_is_flat(vector, flat) for vector in vectors) and all(
+        type(value) in (int, float) or _is_flat(value, single) for value in numbers
+    )
+
+
+def _rate(lr: Any) -> Any:
+    """Return a learning rate; a tensor of one element as a 0-d one."""
+    return lr.squeeze() if isinstance(lr, Tensor) and lr.dim() else lr
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -490,14 +631,6 @@ def _on_host(value: Any) -> Any:
 
 def _as(value: Any, like: Tensor) -> Any:
     return value.to(like) if isinstance(value, Tensor) else value
-
-
-def _add_multiple(total: Tensor, vector: Tensor, factor: Tensor) -> None:
-    """Add in place; the factor is read on the host only where that is for nothing."""
-    if total.is_cpu:
-        total.add_(vector, alpha=factor.item())
-    else:
-        total.addcmul_(vector, factor)
 
 
 def _refuse_disagreement(groups: Sequence[Mapping[str, Any]]) -> None:

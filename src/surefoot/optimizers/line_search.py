@@ -45,7 +45,7 @@ class StrongWolfe:
         evaluate: gives the trial at a step.  A point without a value has the loss inf.
         start: the trial at step 0; its slope is negative.
         longest: gives the largest element of the direction, which tells when a bracket is too narrow.
-        budget: how many trials may follow the first.
+        budget: how many trials there may be.
     """
 
     def __init__(
@@ -71,21 +71,22 @@ class StrongWolfe:
         if step == 0:
             return previous
         trial = self._try(step)
-        while self.trials <= self.budget:
+        while True:
             if self._too_high(trial) or (self.trials > 2 and trial.loss >= previous.loss):  # noqa: PLR2004 (as torch)
                 return self._zoom([previous, trial])
             if self._flat(trial):
                 return trial
             if trial.slope >= 0:
                 return self._zoom([previous, trial])
+            if self.trials >= self.budget:
+                return min(self.start, trial, key=lambda end: end.loss)
             previous, trial = trial, self._try(_farther(previous, trial))
-        return min(self.start, trial, key=lambda end: end.loss)
 
     def _zoom(self, ends: list[Trial]) -> Trial:
         """Narrow a bracket around a good step (algorithm 3.6)."""
         longest = self.longest()
         low, hesitant = _lower(ends), False
-        while self.trials <= self.budget:
+        while self.trials < self.budget:
             if abs(ends[1].step - ends[0].step) * longest < NARROWEST:
                 break
             step, hesitant = _between(ends, hesitant=hesitant)

@@ -106,17 +106,17 @@ class Muon(Optimizer):
         ],
         lr: Annotated[
             Number,
-            Interval("Learning rate should be >= 0 but is: "),
+            Interval("Learning rate should be >= 0 but is: ", high_open=True),
             "learning rate, a number or a tensor of one element",
         ] = 1e-3,
         weight_decay: Annotated[
             Number,
-            Interval("weight decay should be >= 0 but is: "),
+            Interval("weight decay should be >= 0 but is: ", high_open=True),
             "shrinking of the parameter, in units of the learning rate",
         ] = 0.1,
         momentum: Annotated[
             float,
-            Interval("momentum should be >= 0 but is: "),
+            Interval("momentum should be >= 0 but is: ", high_open=True),
             "decay of the average of g, sensibly below 1",
         ] = 0.95,
         nesterov: Annotated[bool, "look ahead by one step"] = True,

@@ -10,7 +10,7 @@ from surefoot.constructor import KernelOptions, arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import decay_weights, ema_of_square
 from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import Eps, L2Penalty, LearningRate, Momentum, at_least_zero
+from surefoot.rule.hyperparameters import Eps, Interval, L2Penalty, LearningRate, Momentum
 
 
 class RMSprop(Optimizer):
@@ -47,7 +47,9 @@ class RMSprop(Optimizer):
         self,
         params: Params,
         lr: LearningRate = 1e-2,
-        alpha: Annotated[float, at_least_zero("alpha"), "decay of the averages, sensibly below 1"] = 0.99,
+        alpha: Annotated[
+            float, Interval("Invalid alpha value: ", high=1.0), "decay of the averages, sensibly below 1"
+        ] = 0.99,
         eps: Eps = 1e-8,
         weight_decay: L2Penalty = 0,
         momentum: Momentum = 0,

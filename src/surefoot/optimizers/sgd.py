@@ -11,7 +11,7 @@ from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import decay_weights
 from surefoot.rule import Slot, Sparse
-from surefoot.rule.hyperparameters import WEIGHT_DECAY, LearningRate, Momentum, Number, number
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, LearningRate, Momentum, Number, finite
 
 
 class SGD(Optimizer):
@@ -43,7 +43,7 @@ class SGD(Optimizer):
         params: Params,
         lr: LearningRate = 1e-3,
         momentum: Momentum = 0,
-        dampening: Annotated[float, number("dampening"), "dampening of the gradient in the buffer"] = 0,
+        dampening: Annotated[float, finite("dampening", low=-torch.inf), "dampening of the gradient in the buffer"] = 0,
         weight_decay: Annotated[Number, WEIGHT_DECAY, "L2 penalty, 0 with sparse gradients"] = 0,
         nesterov: Annotated[bool, "look ahead by one step; needs momentum > 0 and dampening 0"] = False,
         **options: Unpack[EngineOptions],

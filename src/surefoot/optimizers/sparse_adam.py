@@ -47,7 +47,7 @@ class SparseAdam(Optimizer):
         params: Annotated[Params, "dense real tensors, named tensors or groups; see `surefoot.Optimizer`"],
         lr: Annotated[
             Number,
-            Interval("Invalid learning rate: ", low_open=True),
+            Interval("Invalid learning rate: ", low_open=True, high_open=True),
             "learning rate, a number or a tensor of one element",
         ] = 1e-3,
         betas: Betas = (0.9, 0.999),

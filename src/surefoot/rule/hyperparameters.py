@@ -127,6 +127,11 @@ def at_least_zero(name: str) -> Interval:
     return Interval(f"Invalid {name} value: ")
 
 
+def finite(name: str, low: float = 0.0) -> Interval:
+    """Allow finite numbers from `low` on: what is infinite here leaves nothing but NaN."""
+    return Interval(f"Invalid {name} value: ", low=low, low_open=low == -math.inf, high_open=True)
+
+
 def storage(name: str, value: Any) -> None:
     """Raise unless `value` is None or a dtype in which state can be stored."""
     if value is not None and value not in _STORAGE:
@@ -135,10 +140,10 @@ def storage(name: str, value: Any) -> None:
 
 _STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-LR = Interval("Invalid learning rate: ")
+LR = Interval("Invalid learning rate: ", high_open=True)
 EPS = at_least_zero("epsilon")
-WEIGHT_DECAY = at_least_zero("weight_decay")
-MOMENTUM = at_least_zero("momentum")
+WEIGHT_DECAY = finite("weight_decay")
+MOMENTUM = finite("momentum")
 BETAS = Each(tuple(Interval(f"Invalid beta parameter at index {i}: ", high=1.0, high_open=True) for i in (0, 1)))
 
 # What algorithms have in common, for their signatures: a type, a range and what documentation says.
