@@ -1,40 +1,25 @@
 """From a kernel's source to machine code, by way of a folder on disk in which both are kept.
 
-Numba compiles a source once; what is kept is the object code of the one function in it, so that a later process needs
-neither Numba nor a second compilation.  The folder is `$SUREFOOT_CACHE_DIR`, else `surefoot` in the user's cache
-folder; where it cannot be written, every process compiles for itself.  Whatever Numba's own settings are, kernels are
-compiled under its defaults.
+LLVM compiles a source once; what is kept is its object code, so that a later process needs no second compilation.
+Without a folder that can be used every process compiles for itself; `store.py` knows which folder, and who may use it.
 """
 
 import functools
 import hashlib
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
+from surefoot.codegen import store
 from surefoot.codegen.lower import lower
+from surefoot.codegen.notice import notice
 from surefoot.locks import Lock
 
 STATUS = 1
 """The word of what a kernel is handed that is set to something else than 0 when an error has stopped the kernel."""
-_HELPERS = ("intrinsics.py", "conversions.py", "compile.py", "lower.py")
-_DIGEST = hashlib.sha256
+_COMPILER = ("lower.py", "intrinsics.py", "conversions.py", "compile.py")
 _lock = Lock()
 _engines: list[Any] = []  # machine code lives as long as what holds it
-
-
-def cache_dir() -> Path:
-    """Return the folder in which generated sources and their machine code are kept."""
-    if chosen := os.environ.get("SUREFOOT_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
-    return Path(home or Path.home() / ".cache") / "surefoot"
 
 
 class Kernel(NamedTuple):
@@ -57,46 +42,33 @@ def build_kernel(source: str, name: str) -> Kernel:
     """Return the function `kernel` of a source, from the folder or newly compiled.
 
     Args:
-        source: Python source that defines `kernel`, a Numba cfunc of the address of what it is handed, without result.
+        source: source that defines `kernel`, a function of the address of what it is handed; see `lower.py`.
         name: first part of the names of the files.
+
+    Raises:
+        ImportError: llvmlite is not installed, or cannot be used.
     """
     with _lock:
-        path = cache_dir() / f"{name}_{_key(source)}.py"
-        code = _read(path.with_suffix(".o"))
-        if code is None:
-            code = _compile(source)
-            _write(path, source.encode())
-            _write(path.with_suffix(".o"), _DIGEST(code).digest() + code)
-        return Kernel(path.stem, _link(code))
+        name = f"{name}_{_key(source)}"
+        file = f"{name}.o"
+        if (code := store.read(file)) is None:
+            with notice(), store.alone(name):
+                code = store.read(file)  # another process may have compiled it meanwhile
+                if code is None:
+                    code = _compile(source)
+                    store.write(file, source, code)
+        return Kernel(name, _link(code))
 
 
 def _key(source: str) -> str:
-    """Return a name of what machine code depends on: the source, what it imports, the compiler, the processor."""
+    """Return a name of what machine code depends on: the source, the compiler, the processor."""
+    return hashlib.sha256("\n".join([source, *_circumstances()]).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _circumstances() -> tuple[str, ...]:
     here = Path(__file__).parent
-    parts = [source, version("llvmlite"), *_processor()]
-    parts += [here.joinpath(helper).read_text() for helper in _HELPERS]
-    return _DIGEST("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _read(path: Path) -> bytes | None:
-    """Return object code; None where there is none or where its digest tells that it is damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = content[:32], content[32:]
-    return code if code and _DIGEST(code).digest() == digest else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put a file into the folder, whole, even if several processes do so at once; or leave it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as temporary:
-            temporary.write(content)
-        Path(temporary.name).replace(path)
-    except OSError:
-        return
+    return (version("llvmlite"), *_processor(), *(here.joinpath(part).read_text() for part in _COMPILER))
 
 
 # Machine code
@@ -126,8 +98,16 @@ def _compile(source: str) -> bytes:
     module = llvm.parse_assembly(lower(source))
     module.verify()
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    # A sum of two products is rounded once with one of them.  Which one is settled here, by the order of loads, and not
+    # by what else stands around it once functions are put into each other: the bits of kernels depend on it.
+    order = llvm.create_new_function_pass_manager()
+    order.add_sroa_pass()
+    order.add_reassociate_pass()
+    for function in module.functions:
+        if not function.is_declaration:
+            order.run(function, builder)
+    builder.getModulePassManager().run(module, builder)
     code: bytes = machine.emit_object(module)
     return code
 

@@ -68,7 +68,7 @@ def unavailable() -> str | None:
         return "Python runs without the interpreter lock, under which they read its dicts and lists"
     if tensor_layout() is None:
         return "this release of torch keeps tensors in memory in a way that is not known"
-    return None if _has_guard_kernel() else "Numba, which compiles them, cannot be imported"
+    return None if _has_guard_kernel() else "llvmlite, which compiles them, cannot be imported"
 
 
 @functools.cache
@@ -179,8 +179,9 @@ class TensorGuard:
         self._launch.run()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
         if gradients or given is not None:
-            written = np.unique(np.delete(self._records[:, :, _BASE], 1, axis=1))
-            self._written, self._launch.slots[_SHIFT] = _hash_table(written[written != 0])
+            bases = np.delete(self._records[:, :, _BASE], 1, axis=1)
+            written = np.array(sorted({*bases.ravel().tolist()} - {0}), dtype=np.int64)  # np.unique imports np.ma
+            self._written, self._launch.slots[_SHIFT] = _hash_table(written)
             self._launch.slots[_WRITTEN] = self._written.ctypes.data
         self.release_grads()
 
