@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "open", Full, raising=False)
+        patched.setattr(os, "fdopen", Full)
         assert build().address != 0
     assert [path.name for path in cache.iterdir()] == [".locks"]
 

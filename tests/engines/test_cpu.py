@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import subprocess
 import sys
 import weakref

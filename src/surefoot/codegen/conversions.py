@@ -1,4 +1,4 @@
-"""Storage formats of 16 bits as functions of bit patterns: not imported, but compiled with every kernel that needs them."""
+"""Storage formats of 16 bits as functions of bit patterns: compiled with kernels, never imported."""
 
 
 def from_bfloat16(bits):

@@ -58,7 +58,6 @@ _INT_OPS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.LShift: "shl", 
 _COMPARISONS = {ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge"}
 _OF_CONSTANTS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.USub: operator.neg,
 }  # fmt: skip
 _FLOOR_DIVISION = """\
 {n}.quotient = sdiv i64 {0}, {1}
@@ -91,7 +90,7 @@ class _Module:
         statements = [*ast.parse(library).body, *ast.parse(source).body]
         self.definitions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
         self.constants: dict[str, Any] = dict(TYPES)
-        constants = [node for node in statements if isinstance(node, ast.Assign)]
+        constants: list[ast.stmt] = [node for node in statements if isinstance(node, ast.Assign)]
         exec(compile(ast.Module(constants, []), "<kernel>", "exec"), self.constants)  # noqa: S102 (our own source)
         self._compiled: dict[str, _Function] = {}
         self.text: list[str] = []
@@ -180,7 +179,7 @@ class _Function:
 
     def _do_Assign(self, statement: ast.Assign) -> None:
         for target in statement.targets:
-            if isinstance(target, ast.Tuple):
+            if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
                 values = [self._of(value) for value in statement.value.elts]
                 for each, value in zip(target.elts, values, strict=True):
                     self._store(each, value)
@@ -188,7 +187,7 @@ class _Function:
                 self._store(target, self._of(statement.value))
 
     def _do_AugAssign(self, statement: ast.AugAssign) -> None:
-        current = ast.Name(statement.target.id, ast.Load())
+        current = ast.Name(_name(statement.target), ast.Load())
         self._store(statement.target, self._of(ast.BinOp(current, statement.op, statement.value)))
 
     def _store(self, target: ast.expr, value: Operand) -> None:
@@ -196,7 +195,7 @@ class _Function:
             kind, address = self._element(target)
             self._emit(f"store {kind.llvm} {self._as(kind, value)}, ptr {address}")
         else:
-            self._set(target.id, value)
+            self._set(_name(target), value)
 
     def _set(self, variable: str, value: Operand) -> None:
         if variable not in self._variables:
@@ -226,9 +225,11 @@ class _Function:
             self._do(statement.body)
 
     def _do_For(self, statement: ast.For) -> None:
+        if not isinstance(statement.iter, ast.Call) or _name(statement.iter.func) != "range":
+            raise TypeError("a loop is over a range, or a while")
         bounds = [self._of(argument) for argument in statement.iter.args]
         start, end, step = ([0, *bounds, 1], [*bounds, 1], bounds)[len(bounds) - 1]
-        name = statement.target.id
+        name = _name(statement.target)
         end = Value(INT64, self._as(INT64, end))
         self._set(name, start)
         now = ast.Name(name, ast.Load())
@@ -287,14 +288,15 @@ class _Function:
         if isinstance(expression.op, ast.Not):
             return self._value(BOOL, f"xor i1 {self._truth(value)}, true")
         if not isinstance(value, Value):
-            return _OF_CONSTANTS[type(expression.op)](value)
+            return -value
         text = f"fneg contract {value.type.llvm}" if value.type.is_float else f"sub nsw {value.type.llvm} 0,"
         return self._value(value.type, f"{text} {value.name}")
 
     def _of_BinOp(self, expression: ast.BinOp) -> Operand:
         one, other, op = self._of(expression.left), self._of(expression.right), type(expression.op)
         if not isinstance(one, Value) and not isinstance(other, Value):
-            return _OF_CONSTANTS[op](one, other)
+            number: float = _OF_CONSTANTS[op](one, other)
+            return number
         kind, left, right = self._alike(one, other)
         if op is ast.Pow:
             return self._call_function("pow", [Value(kind, left), Value(kind, right)])
@@ -330,7 +332,7 @@ class _Function:
     def _of_BoolOp(self, expression: ast.BoolOp) -> Operand:
         """Return whether all or any of some values are true; what comes after one that decides is not evaluated."""
         (end,), everything = self._labels("decided"), isinstance(expression.op, ast.And)
-        values = []
+        values: list[tuple[str, str]] = []
         for part in expression.values:
             if values:
                 (more,) = self._labels("more")
@@ -370,7 +372,7 @@ class _Function:
 
     def _of_Call(self, expression: ast.Call) -> Any:
         function = expression.func
-        name = function.attr if isinstance(function, ast.Attribute) else function.id
+        name = function.attr if isinstance(function, ast.Attribute) else _name(function)
         arguments = [self._of(argument) for argument in expression.args]
         if isinstance(kind := self._module.constants.get(name), Type):
             return Value(kind, self._converted(kind, arguments[0]))
@@ -388,10 +390,11 @@ class _Function:
         given = ", ".join(f"{kind.llvm} {value}" for kind, value in values)
         return self._call(function.result, f"@{name}({given})")
 
-    def _call(self, result: Type | None, call: str, flags: str = "") -> Value | None:
+    def _call(self, result: Type | None, call: str) -> Value | None:
         if result is None:
-            return self._emit(f"call void {call}")
-        return self._value(result, f"call {flags}{result.llvm} {call}")
+            self._emit(f"call void {call}")
+            return None
+        return self._value(result, f"call {result.llvm} {call}")
 
     def _call_intrinsic(self, name: str, arguments: list[Operand]) -> Value | None:
         intrinsic = INTRINSICS[name]
@@ -490,6 +493,12 @@ class _Function:
         return self._value(kind, f"{op} {given.llvm} {value.name} to {kind.llvm}").name
 
 
+def _name(expression: ast.expr) -> str:
+    if not isinstance(expression, ast.Name):
+        raise TypeError(f"`{ast.unparse(expression)}` where a name must stand")
+    return expression.id
+
+
 def _typed(value: Operand) -> Value:
     """Return a value; constants are integers or truth values."""
     if isinstance(value, Value):
@@ -502,6 +511,6 @@ def _constant(kind: Type, value: float) -> str:
     if kind is BOOL:
         return "true" if value else "false"
     if not kind.is_float:
-        return str(operator.index(value))
+        return str(operator.index(value))  # type: ignore[arg-type]  # what is no integer raises
     rounded = ctypes.c_float(value).value if kind is FLOAT32 else float(value)
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"

@@ -144,7 +144,7 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def _content(path: Path) -> bytes:
-    with open(os.open(path, os.O_RDONLY | _NO_LINK), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | _NO_LINK), "rb") as file:
         found = os.fstat(file.fileno())
         _check(path, found)
         content = file.read()
@@ -163,7 +163,7 @@ def _publish(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o644)
     try:
-        with open(file, "wb") as opened:
+        with os.fdopen(file, "wb") as opened:
             opened.write(content)
         temporary.replace(path)
     except BaseException:
@@ -189,7 +189,8 @@ def _wait(file: int, place: int) -> None:
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         try:
-            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except (BlockingIOError, PermissionError):  # another process has it
             time.sleep(0.01)
-    return None
+        else:
+            return

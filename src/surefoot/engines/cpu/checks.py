@@ -33,7 +33,7 @@ def explain_violation(violation: Sequence[int], slots: Sequence[str], arrays: Se
     return f"`{name}` of tensor {at}: {size} elements from {first}, of {limit} for which there is memory"
 
 
-_CHECKS = '''
+_CHECKS = '''\
 def violated(launch, what, at, first, size, limit):
     """Tell what is wrong, unless another thread has told something."""
     if atomic_increment(launch + 8 * {slot[status]}) == 0:
@@ -70,8 +70,8 @@ def fits(launch, item):
 
 '''
 
-_ARRAY = '''\
+_ARRAY = """\
         limit = max(limits[{array} * tensors + tensor] // {itemsize}, 0) if pointers[{array} * tensors + tensor] else 0
         if start < 0 or not 0 <= size <= limit or start > limit - size:
             return violated(launch, {what}, tensor, start, size, limit)
-'''
+"""

@@ -85,11 +85,13 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     return _TEMPLATE.format(
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
         real=str(layout.compute).removeprefix("torch."),
-        parameters=", ".join([*(f"{a}_" for a in arrays), "n", *(["measured", "segment"] * bool(rule.reductions)), *numbers]),
-        starts="\n".join(f"    {line}" for line in measured.starts),
+        parameters=", ".join(
+            [*(f"{a}_" for a in arrays), "n", *(["measured", "segment"] * bool(rule.reductions)), *numbers]
+        ),
+        starts="".join(f"    {line}\n" for line in measured.starts),
         body=body or "        pass",
-        keep="\n".join(
-            f"    measured[segment * {len(rule.reductions)} + {index}] = {result}"
+        keep="".join(
+            f"    measured[segment * {len(rule.reductions)} + {index}] = {result}\n"
             for index, result in enumerate(measured.results)
         ),
         slot=slot,
@@ -101,7 +103,9 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
         ),
         fetch="" if checked else _print_fetch(layout.stored),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
-        arguments=", ".join([*arrays, "size", *(["measured", "segment"] * bool(rule.reductions)), *_numbers(graph, rule.coefficients)]),
+        arguments=", ".join(
+            [*arrays, "size", *(["measured", "segment"] * bool(rule.reductions)), *_numbers(graph, rule.coefficients)]
+        ),
     )
 
 
@@ -195,14 +199,11 @@ real = {real}
 
 def update({parameters}):
     narrow_vectors()
-{starts}
-    for i in range(n):
+{starts}    for i in range(n):
 {body}
 {keep}
 
-
-{checks}
-def kernel(launch):
+{checks}def kernel(launch):
     """Update the tensors of a launch; any number of threads may run it on the same launch at once."""
     narrow_vectors()
     slots = array(launch, int64)

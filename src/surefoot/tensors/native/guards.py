@@ -33,6 +33,20 @@ _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
 
+def guard_source() -> str:
+    """Return the source of the guard kernel for this release of torch.
+
+    Raises:
+        ImportError: torch keeps things in unknown places.
+    """
+    if (known := tensor_layout()) is None:
+        raise ImportError("torch keeps things in unknown places")
+    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
+    more = (known.version, known.count, known.grad, known.described, known.size)
+    text = Path(__file__).with_name("guard_kernel.py").read_text()
+    return f"PLACES = {(*places, *more)}\n{text}"
+
+
 @functools.cache
 def _guard_kernel() -> int:
     """Return the address of the compiled guard kernel.
@@ -40,12 +54,7 @@ def _guard_kernel() -> int:
     Raises:
         ImportError: there is no compiler, or none that works.
     """
-    if (known := tensor_layout()) is None:
-        raise ImportError("torch keeps things in unknown places")
-    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
-    more = (known.version, known.count, known.grad, known.described, known.size)
-    text = Path(__file__).with_name("guard_kernel.py").read_text()
-    return build_kernel(f"PLACES = {(*places, *more)}\n{text}", "guard").address
+    return build_kernel(guard_source(), "guard").address
 
 
 VARIABLE = "SUREFOOT_NATIVE_GUARD"
