@@ -36,7 +36,10 @@ def test_why_a_folder_is_not_used(folder):
     folder.mkdir()
     folder.chmod(0o777)
     code, text = said("cache")
-    assert (code, text) == (1, f"folder: {folder} not used: others can write to {folder}; to use it, chmod go-w {folder}")
+    assert (code, text) == (
+        1,
+        f"folder: {folder} not used: others can write to {folder}; to use it, chmod go-w {folder}",
+    )
     code, text = said("prebuild", "Adam")
     assert code == 2
     assert "the cache folder is not used: others can write to" in text

@@ -36,7 +36,8 @@ EDGES = (-9, -8, -1, 0, 1, 7, 8, 1 << 30)
 
 
 @pytest.mark.parametrize("expression", [
-    "x + y", "x - y", "x * y", "x // 8", "x // (y * y + 1)", "x & y", "x | y", "(x & 15) << 2", "x >> 1", "-x",
+    "x + y", "x - y", "x * y", "x // 8", "x // (y * y + 1)", "x % 8", "x % (y - 100)",
+    "x & y", "x | y", "(x & 15) << 2", "x >> 1", "-x",
     "abs(x)", "min(x, y)", "max(x, 3)", "x == y", "x != y", "x < y <= 7", "not x", "x and y > 3", "x > 3 or y",
     "x if y > x else y",
     "int64(uint64(x) >> 60)", "int64(uint16(x))", "int64(uint32(x) < uint32(y))",
@@ -111,6 +112,21 @@ def kernel(launch):
     store(load(launch), second(launch, 1) - load(launch + A))
 """
     assert compiled(source)((0,))[0] == [16]
+
+
+def test_tuples_and_loops_downwards():
+    source = """
+def both(x):
+    return x + 1, x > 3
+
+def kernel(launch):
+    words, total = array(load(launch), int64), 0
+    for i in range(words[0], 0, -2):
+        total += i
+    words[0], found = both(total)
+    words[1] = int64(found)
+"""
+    assert compiled(source)((9, 0))[0] == [26, 1]
 
 
 def test_what_comes_after_a_decision_is_not_evaluated():

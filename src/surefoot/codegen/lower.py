@@ -28,7 +28,7 @@ from surefoot.errors import InternalError
 
 
 class Type(NamedTuple):
-    """A type: its name, LLVM's, its bits, whether it is a float or signed; for arrays the type of elements."""
+    """A type: its name, LLVM's, its bits, whether it is a float or signed; its elements' or parts' types."""
 
     name: str
     llvm: str
@@ -36,6 +36,7 @@ class Type(NamedTuple):
     is_float: bool = False
     signed: bool = False
     element: "Type | None" = None
+    parts: "tuple[Type, ...]" = ()
 
 
 class Value(NamedTuple):
@@ -59,15 +60,22 @@ _COMPARISONS = {ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.
 _OF_CONSTANTS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
 }  # fmt: skip
-_FLOOR_DIVISION = """\
-{n}.quotient = sdiv i64 {0}, {1}
+_REST = """\
 {n}.rest = srem i64 {0}, {1}
 {n}.signs = xor i64 {n}.rest, {1}
 {n}.negative = icmp slt i64 {n}.signs, 0
 {n}.inexact = icmp ne i64 {n}.rest, 0
 {n}.less = and i1 {n}.negative, {n}.inexact
-{n}.one = zext i1 {n}.less to i64
-{n} = sub i64 {n}.quotient, {n}.one"""
+"""  # the rest has the sign of what is divided, in Python that of the divisor
+_INT64_OPS = {
+    ast.FloorDiv: f"""{_REST}\
+{{n}}.quotient = sdiv i64 {{0}}, {{1}}
+{{n}}.one = zext i1 {{n}}.less to i64
+{{n}} = sub i64 {{n}}.quotient, {{n}}.one""",
+    ast.Mod: f"""{_REST}\
+{{n}}.more = select i1 {{n}}.less, i64 {{1}}, i64 0
+{{n}} = add i64 {{n}}.rest, {{n}}.more""",
+}
 
 
 def lower(source: str) -> str:
@@ -179,12 +187,18 @@ class _Function:
 
     def _do_Assign(self, statement: ast.Assign) -> None:
         for target in statement.targets:
-            if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
-                values = [self._of(value) for value in statement.value.elts]
-                for each, value in zip(target.elts, values, strict=True):
+            if isinstance(target, ast.Tuple):
+                for each, value in zip(target.elts, self._parts(statement.value), strict=True):
                     self._store(each, value)
             else:
                 self._store(target, self._of(statement.value))
+
+    def _parts(self, expression: ast.expr) -> list[Operand]:
+        """Return the values that a tuple has."""
+        if isinstance(expression, ast.Tuple):
+            return [self._of(each) for each in expression.elts]
+        kind, name = self._of(expression)
+        return [self._value(part, f"extractvalue {kind.llvm} {name}, {i}") for i, part in enumerate(kind.parts)]
 
     def _do_AugAssign(self, statement: ast.AugAssign) -> None:
         current = ast.Name(_name(statement.target), ast.Load())
@@ -229,6 +243,7 @@ class _Function:
             raise TypeError("a loop is over a range, or a while")
         bounds = [self._of(argument) for argument in statement.iter.args]
         start, end, step = ([0, *bounds, 1], [*bounds, 1], bounds)[len(bounds) - 1]
+        comparison = ast.Gt if not isinstance(step, Value) and step < 0 else ast.Lt
         name = _name(statement.target)
         end = Value(INT64, self._as(INT64, end))
         self._set(name, start)
@@ -237,7 +252,7 @@ class _Function:
         def go_on() -> None:
             self._set(name, self._value(INT64, f"add nsw i64 {self._of(now).name}, {self._as(INT64, step)}"))
 
-        with self._loop(lambda: self._compare(ast.Lt, self._of(now), end), go_on):
+        with self._loop(lambda: self._compare(comparison, self._of(now), end), go_on):
             self._do(statement.body)
 
     @contextmanager
@@ -283,12 +298,22 @@ class _Function:
             return self._module.constants[expression.id]
         return self._value(variable.type, f"load {variable.type.llvm}, ptr {variable.name}")
 
+    def _of_Tuple(self, expression: ast.Tuple) -> Value:
+        values = [_typed(self._of(each)) for each in expression.elts]
+        parts = tuple(value.type for value in values)
+        kind = Type("tuple", f"{{ {', '.join(part.llvm for part in parts)} }}", 0, parts=parts)
+        made = Value(kind, "undef")
+        for i, (part, name) in enumerate(values):
+            made = self._value(kind, f"insertvalue {kind.llvm} {made.name}, {part.llvm} {name}, {i}")
+        return made
+
     def _of_UnaryOp(self, expression: ast.UnaryOp) -> Operand:
         value = self._of(expression.operand)
         if isinstance(expression.op, ast.Not):
             return self._value(BOOL, f"xor i1 {self._truth(value)}, true")
         if not isinstance(value, Value):
-            return -value
+            number: float = -value
+            return number
         text = f"fneg contract {value.type.llvm}" if value.type.is_float else f"sub nsw {value.type.llvm} 0,"
         return self._value(value.type, f"{text} {value.name}")
 
@@ -300,8 +325,8 @@ class _Function:
         kind, left, right = self._alike(one, other)
         if op is ast.Pow:
             return self._call_function("pow", [Value(kind, left), Value(kind, right)])
-        if op is ast.FloorDiv:
-            return self._value(kind, _FLOOR_DIVISION.replace("{0}", left).replace("{1}", right))
+        if kind is INT64 and op in _INT64_OPS:
+            return self._value(kind, _INT64_OPS[op].replace("{0}", left).replace("{1}", right))
         if op is ast.RShift:
             text = "ashr" if kind.signed else "lshr"
         elif kind.is_float:
