@@ -1,4 +1,4 @@
-"""The CPU engine: the graph printed as a Numba function, all of a bucket in one call, one pass over memory."""
+"""The CPU engine: the graph printed and compiled as a function, all of a bucket in one call, one pass over memory."""
 
 import functools
 import importlib.util
@@ -20,12 +20,12 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
         yield f"parameters are on {bucket.device}, this engine serves the CPU"
     yield from unsupported_reasons(bucket, stores)
     if not _has_compiler():
-        yield "Numba is not installed; pip install numba"
+        yield "llvmlite is not installed; pip install llvmlite"
 
 
 @functools.cache
 def _has_compiler() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def prepare(bucket: Bucket) -> None:
