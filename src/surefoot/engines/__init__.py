@@ -1,8 +1,8 @@
 """Engines run a rule's graph on buckets of tensors; here one is chosen for each bucket.
 
 An engine is a module with `supports(bucket)`, which answers None or the reason why not, `prepare(bucket)`, which proves
-that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket)`, which measures
-gradients.
+that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket, rule)`, which
+measures what another rule on the same tensors asks for, of gradients for instance, and changes nothing.
 It knows graphs and tensors, never an algorithm.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surefoot.engines import cpu, eager, foreach, gpu
 from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.rule import Rule
 from surefoot.tensors.modes import mode_is_active
 
 __all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu"]
@@ -36,8 +37,8 @@ class Engine(Protocol):
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots in place, and set `measured` if its rule measures something."""
 
-    def measure(self, bucket: Bucket) -> Tensor:
-        """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
+    def measure(self, bucket: Bucket, rule: Rule) -> Tensor:
+        """Return what a rule measures of the bucket, and change nothing: float64 of shape (parameters, reductions)."""
 
 
 ENGINES: tuple[Engine, ...] = (cpu, gpu, foreach, eager)

@@ -12,7 +12,7 @@ import torch
 from surefoot.averages import Averaging
 from surefoot.distributed import Exchange
 from surefoot.engines import Bucket, Engine, cpu, gpu
-from surefoot.rule import EMA, bind
+from surefoot.rule import EMA, bind, gradient_rule
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
@@ -107,7 +107,9 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
     if step.needs_gradients():
         refuse_unmeasurable(step)
         for run in runs:
-            measured = measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket)
+            measured = (
+                measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
+            )
             run.slice.gradients = measured
 
 

@@ -8,6 +8,7 @@ import torch
 
 from surefoot.engines.bucket import Bucket, unsupported_reasons
 from surefoot.engines.cpu.source import stores
+from surefoot.rule import Rule
 
 
 def supports(bucket: Bucket) -> str | None:
@@ -53,8 +54,8 @@ def run_rows(bucket: Bucket) -> bool:
     return dense
 
 
-def measure(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
+def measure(bucket: Bucket, rule: Rule) -> torch.Tensor:
+    """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
     prepare(bucket)
-    measured: torch.Tensor = bucket.plan.measure(bucket)
+    measured: torch.Tensor = bucket.plan.measure(bucket, rule)
     return measured

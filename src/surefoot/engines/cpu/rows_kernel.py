@@ -97,8 +97,8 @@ def add(total, value, size, single):
             store_half(total + place, as_uint32(float32(one + other)))
     else:
         for place in range(0, size, WORD):
-            one, other = as_float64(uint64(load(total + place))), as_float64(uint64(load(value + place)))
-            store(total + place, int64(as_uint64(one + other)))
+            ours, theirs = as_float64(uint64(load(total + place))), as_float64(uint64(load(value + place)))
+            store(total + place, int64(as_uint64(ours + theirs)))
 
 
 def copy(target, source, size):

@@ -277,7 +277,7 @@ class RowsPlan:
         if kernel.checked:
             self._set_limits()
         self.versions.count()
-        measured = self.launch.run(kernel, numbers_of(bucket), rule.reductions)
+        measured = self.launch.run(kernel, numbers_of(bucket, bucket.rule), rule.reductions)
         if rule.reductions:
             bucket.measured = torch.from_numpy(
                 combined(rule.reductions, measured, self.launch.owner, len(bucket.params))
