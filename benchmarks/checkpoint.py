@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import surefoot
 from surefoot.benchmark import Quartiles, circumstances, write_csv
-from surefoot.checkpoint import Checkpoint, facts, header, manifest_of
+from surefoot.checkpoint import Checkpoint, header, inspection, manifest_of
+from surefoot.checkpoint.collect import Contents
 from surefoot.checkpoint.folder import newest
-from surefoot.checkpoint.gather import Contents
 from surefoot.checkpoint.header import Place, Summary
 
 GIGABYTE = 10**9
@@ -288,7 +288,7 @@ def inspecting(folder: Path, options: argparse.Namespace) -> Iterator[Line]:
     """Time looking into 10 GB: a file with a true header of a thousand tensors whose values are a hole in the disk."""
     path = folder / "hole.safetensors"
     _write_hole(path, 10 * GIGABYTE)
-    values = [_timed(lambda: facts.as_json(Checkpoint(path))) for _ in range(options.repeat)]
+    values = [_timed(lambda: inspection.as_json(Checkpoint(path))) for _ in range(options.repeat)]
     yield Line("inspect 10 GB", "in the process", *Quartiles.of(np.array(values)), "s", most=0.3)
     command = [sys.executable, "-c", "from surefoot.cli import main; main()", "ckpt", "inspect", str(path)]
     run = [_timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3)]  # noqa: S603
@@ -303,9 +303,9 @@ def _write_hole(path: Path, size: int) -> None:
     model = nn.ParameterDict({f"layer{i}": torch.zeros(1) for i in range(333)})
     optimizer = surefoot.SGD(model.named_parameters())
     contents = Contents()
-    from surefoot.checkpoint.gather import gather  # noqa: PLC0415 (only here)
+    from surefoot.checkpoint.collect import collect_contents  # noqa: PLC0415 (only here)
 
-    contents = gather({"model": model, "optimizer": optimizer}, None, rng=False)
+    contents = collect_contents({"model": model, "optimizer": optimizer}, None, rng=False)
     for name in list(contents.tensors):
         contents.keep(torch.zeros(1), (f"{name}.exp_avg",))
         contents.keep(torch.zeros(1), (f"{name}.exp_avg_sq",))

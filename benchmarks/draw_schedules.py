@@ -13,7 +13,7 @@ import torch
 from surefoot import lr_scheduler, swa_utils
 from surefoot.lr_finder import find_lr
 from surefoot.lr_scheduler.expression import parse
-from surefoot.lr_scheduler.plot import COLORS, figure, load_pyplot, save, style
+from surefoot.lr_scheduler.plot import COLORS, figure, load_pyplot, save_figure, style
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
@@ -95,7 +95,7 @@ def draw_schedulers() -> None:
     result.supxlabel("epoch", fontsize=10)
     result.supylabel("learning rate", fontsize=10)
     plt.close(result)
-    save(result, PICTURES / "schedulers.png")
+    save_figure(result, PICTURES / "schedulers.png")
 
 
 def draw_range_test() -> None:

@@ -8,6 +8,7 @@ It prints a table and writes `benchmarks/results/overheads.csv`.  What depends o
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -31,6 +32,16 @@ import torch
 from time import perf_counter
 start = perf_counter()
 import surefoot
+print(perf_counter() - start)
+"""
+PROCESS = """
+import torch
+from time import perf_counter
+param = torch.nn.Parameter(torch.zeros(10, 10))
+param.grad = torch.ones(10, 10)
+start = perf_counter()
+import {package}
+{package}.Adam([param], {options}).step()
 print(perf_counter() - start)
 """
 MEBIBYTE = 1 << 20
@@ -147,9 +158,9 @@ def _first_steps(variant: str, shapes: str, repeat: int) -> Iterator[Line]:
                 kernel.unlink()
             new.append(_child("first", variant, shapes, cache=cache))
     title = SHAPE_LISTS[shapes].title
-    yield _line("first step", variant, f"{title}, nothing cached", [first for first, _ in cold], "s")
-    yield _line("first step", variant, f"{title}, kernel new", [first for first, _ in new], "s", 1.5)
-    yield _line("first step", variant, f"{title}, kernel on disk", [first for first, _ in warm], "s", 0.4)
+    yield _line("first step", variant, f"{title}, nothing cached", [first for first, _ in cold], "s", 0.5)
+    yield _line("first step", variant, f"{title}, kernel new", [first for first, _ in new], "s", 0.35)
+    yield _line("first step", variant, f"{title}, kernel on disk", [first for first, _ in warm], "s", 0.2)
     yield _line("first step", variant, f"{title}, kernel in use", [second for _, second in (*cold, *warm)], "s")
 
 
@@ -174,6 +185,71 @@ def _timed(step: Callable[[], object]) -> float:
     start = perf_counter()
     step()
     return perf_counter() - start
+
+
+# Kernels
+
+
+def kernels(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
+    """Time where the time of a first kernel goes: the import of LLVM, our lowering, LLVM's passes, linking, reading."""
+    for of in KERNELS:
+        with tempfile.TemporaryDirectory() as cache:
+            measured = [_child("kernel", of, cache=cache) for _ in range(max(5, repeat))]
+        for stage in measured[0]:
+            most = {"new, all of it": 0.2, "on disk, all of it": 0.05}.get(stage, np.nan)
+            yield _line("a kernel", of, stage, [each[stage] for each in measured], "s", most)
+
+
+def _kernel(of: str) -> Mapping[str, float]:
+    """Time the stages of a kernel from its source to an address."""
+    from surefoot.explain import source  # noqa: PLC0415
+    from surefoot.tensors.native.guards import guard_source  # noqa: PLC0415
+
+    text = guard_source() if KERNELS[of] is None else source(*KERNELS[of]())  # type: ignore[misc]
+    times = {"import of llvmlite": _timed(lambda: importlib.import_module("llvmlite.binding"))}
+    from surefoot.codegen import compile as compiling  # noqa: PLC0415
+    from surefoot.codegen.lower import lower  # noqa: PLC0415
+
+    times["processor"] = _timed(lambda: compiling._key(text))
+    times["lowering"] = _timed(lambda: lower(text))
+    times["LLVM, with lowering"] = _timed(lambda: compiling._compile(text))
+    code = compiling._compile(text)
+    times["linking"] = _timed(lambda: compiling._link(code))
+    times["new, all of it"] = _timed(lambda: compiling.build_kernel(f"{text}\n# {os.getpid()}", "new"))
+    compiling.build_kernel(text, "old")
+    times["on disk, all of it"] = _timed(lambda: compiling.build_kernel(text, "old"))
+    return times
+
+
+def _optimizer_of_kernel(name: str, **options: Any) -> Callable[[], tuple[surefoot.Optimizer, torch.dtype]]:
+    return lambda: (getattr(surefoot, name)([torch.zeros(2, 2)], **options), torch.float32)
+
+
+KERNELS: Mapping[str, Callable[[], tuple[surefoot.Optimizer, torch.dtype]] | None] = {
+    "the guard": None,
+    "SGD": _optimizer_of_kernel("SGD"),
+    "NAdam, weight decay": _optimizer_of_kernel("NAdam", weight_decay=0.1),
+}
+
+
+def processes(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
+    """Time what a process that has imported torch needs for its first step, with all kernels on disk; and torch's own.
+
+    Both make an optimizer, which in torch imports a good part of what compiles models.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        for of, package, most in (("surefoot", "surefoot", np.nan), ("torch foreach", "torch.optim", np.nan)):
+            command = [sys.executable, "-c", PROCESS.format(package=package, options="foreach=True" * (of != package))]
+            environment = {**os.environ, "SUREFOOT_CACHE_DIR": cache}
+            for _ in range(2):  # fills the cache
+                subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603
+            done = [
+                subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+                for _ in range(max(5, repeat))
+            ]
+            yield _line(
+                "import, constructor and first step", of, "after torch", [float(d.stdout) for d in done], "s", most
+            )
 
 
 # Memory
@@ -288,9 +364,18 @@ def _host_of_gpu_steps(variant: str, way: str, count: str) -> list[float]:
     return times[5:]
 
 
-PARTS = {"import": imports, "first-step": first_steps, "memory": memory, "python": python, "gpu-host": gpu_host}
+PARTS = {
+    "import": imports,
+    "first-step": first_steps,
+    "kernel": kernels,
+    "process": processes,
+    "memory": memory,
+    "python": python,
+    "gpu-host": gpu_host,
+}
 CHILDREN: Mapping[str, Callable[..., Any]] = {
     "first": _first_step,
+    "kernel": _kernel,
     "memory": _memory_of_steps,
     "gpu-host": _host_of_gpu_steps,
 }

@@ -30,7 +30,7 @@ from surefoot.benchmark import circumstances, write_csv
 
 CASES = {"200 x 1 k": (200, (32, 32)), "50 x 100 k": (50, (320, 320)), "8 x 4 M": (8, (2048, 2048))}
 COLLECTIVES = {
-    distributed: ("all_reduce", "all_gather_into_tensor", "all_to_all_single", "all_gather", "broadcast"),
+    distributed: ("all_reduce", "all_gather_single", "all_to_all_single", "all_gather", "broadcast"),
     functional: ("all_reduce", "all_gather_tensor", "all_to_all_single", "reduce_scatter_tensor", "broadcast"),
 }
 COLUMNS = (

@@ -17,9 +17,7 @@ torch.set_num_threads(1)
 # torch warns unless told whether to check them.
 torch.sparse.check_sparse_tensor_invariants.enable()
 
-KNOWN_BUGS: dict[str, str] = {
-    r"test_gradients_flow_to_hyperparameters\[(NAdam-betas|Rprop-lr|ASGD-lr)\]": "cut where state carries the number",
-}
+KNOWN_BUGS: dict[str, str] = {}
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""
 
 

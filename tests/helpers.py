@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import surefoot
 from surefoot import optimizers
 from surefoot.telemetry import Telemetry
 
@@ -154,3 +155,25 @@ def assert_as_torch(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) 
     else:
         assert_same(ours_["values"], theirs_["values"])
         assert_same(ours_["state"], theirs_["state"])
+
+
+CHUNK = 16384
+"""Elements of one tensor that a CPU kernel works on at a time."""
+SIZES = (1, 1000, CHUNK - 1, CHUNK, 3 * CHUNK + 5)
+
+
+def make_sized(cls=surefoot.AdamW, sizes=SIZES, dtype=torch.float32, **options: Any):
+    """Return an optimizer of vectors of some sizes, and these."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+    return cls(params, **options), params
+
+
+def train_sized(optimizer, params, steps=3):
+    """Make steps with random gradients, and return copies of the parameters."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+    return [param.detach().clone() for param in params]

@@ -69,3 +69,42 @@ print("torch._dynamo" in sys.modules)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout  # noqa: S603
     assert said.split() == ["False"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_optimizer_is_built_inside_a_compiled_function(name):
+    torch._dynamo.reset()
+
+    def trained():
+        torch.manual_seed(0)
+        model, data = nn.Sequential(nn.Linear(3, 2, bias=False)), torch.ones(5, 3)
+
+        def train(data):
+            optimizer = getattr(surefoot, name)(model.parameters(), **ALGORITHMS[name])
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+            def evaluate():
+                optimizer.zero_grad()
+                loss = model(data).square().sum()
+                loss.backward()
+                return loss
+
+            for _ in range(3):
+                evaluate()
+                optimizer.step(evaluate)
+                scheduler.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            return optimizer
+
+        return model, data, train
+
+    found = []
+    for compile_ in (lambda function: function, lambda function: torch.compile(function, backend="eager")):
+        model, data, train = trained()
+        optimizer = compile_(train)(data)
+        if name != "LBFGS":
+            optimizer.add_param_group({"params": nn.Parameter(torch.ones(2, 2))})
+        assert optimizer.defaults["lr"] == 0.1
+        found.append([model[0].weight.detach(), optimizer.param_groups[0]["lr"], optimizer.state_dict()["state"]])
+    assert_same(*found)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import surefoot
 from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals
+from surefoot.explain import choices
 
 each_16_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -254,7 +255,7 @@ def mesh(tmp_path_factory):
 @each_row(DENSE)
 @pytest.mark.parametrize("engine", ["default", "eager", "foreach"])
 def test_sharded_parameters(engine, row, mesh):
-    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  (Kernels leave these to others.)"""
+    """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  (Kernels run on local shards.)"""
     values = normals(torch.float32, seed=1)(8, 4)
     sharded, plain = (
         distribute_tensor(values.clone(), mesh, [Shard(0)]).requires_grad_(),
@@ -267,6 +268,17 @@ def test_sharded_parameters(engine, row, mesh):
         step(optimizer, sharded, distribute_tensor(grad, mesh, [Shard(0)]))
         step(twin, plain, grad)
     assert_close({"param": sharded.full_tensor()}, {"param": plain})
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_explain_tells_who_gets_sharded_parameters(options, mesh):
+    param = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]).requires_grad_()
+    optimizer = surefoot.AdamW([param], **options)
+    (choice,) = choices(optimizer)
+    step(optimizer, param, distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+    assert choice.engine == ("foreach" if "foreach" in options else "cpu")
+    kept = optimizer._step_cache.runs
+    assert [run.engine.__name__.rpartition(".")[2] for run in kept] in ([choice.engine], [])
 
 
 @each_row([row for row in ROWS if row.name in ("AdamW", "Adafactor")])

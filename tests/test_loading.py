@@ -366,7 +366,7 @@ def test_names_that_differ_are_listed():
     message = refused(target, source.state_dict(), "missing: parameter `c`")
     assert "unexpected: parameter `a`" in message
     report = target.load_state_dict(source.state_dict(), strict=False)
-    assert report == (["parameter `c`"], ["parameter `a`"], [])
+    assert report == (["parameter `c`"], ["parameter `a`"], [], [])
     assert_same(state_of(target)[0], state_of(source)[1])
 
 
@@ -430,7 +430,7 @@ CHANGES = {
     "slot missing": (setting("state", 0, "exp_avg", value=del_), "missing", "`p0`: state `exp_avg`"),
     "step missing": (setting("state", 0, "step", value=del_), "missing", "`p0`: state `step`"),
     "slot of a flag missing": (setting("state", 0, "max_exp_avg_sq"), "missing", "`p0`: state `max_exp_avg_sq`"),
-    "slot unexpected": (setting("state", 0, "sum", value=torch.ones(3, 4)), "unexpected", "`p0`: state `sum`"),
+    "state of another": (setting("state", 0, value={"sum": torch.ones(3, 4)}), "unexpected", "`p0`: state `sum`"),
     "slot of integers": (
         setting("state", 0, "exp_avg", value=torch.ones(3, 4, dtype=torch.int64)),
         "mismatched",
@@ -735,3 +735,77 @@ def test_parameters_that_were_added_without_names_keep_their_state():
     before = snapshot(optimizer)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same(snapshot(optimizer), before)
+
+
+# Options of the script, and options of the checkpoint
+
+
+def with_options(**options):
+    return surefoot.AdamW(make_params(), **options)
+
+
+@pytest.mark.parametrize("origin", [with_options, lambda: torch.optim.AdamW(make_params())], ids=["ours", "torch"])
+def test_options_that_a_checkpoint_does_not_know_stay(origin):
+    saved = copy.deepcopy(train(origin()).state_dict())
+    resumed = with_options(ema=0.9, max_grad_value=0.5)
+    resumed.param_groups[0]["max_grad_norm"] = 0.25
+    report = resumed.load_state_dict(saved)
+    assert not report
+    assert report.kept[:3] == [
+        "param_groups[0]: option `max_grad_norm` stays 0.25, the state dict has None",
+        "param_groups[0]: option `max_grad_value` stays 0.5, the state dict has None",
+        "param_groups[0]: option `ema` stays 0.9, the state dict has None",
+    ]
+    train(resumed, first=3, steps=1)
+    assert all("ema" in entry for entry in resumed.state.values())
+
+
+def test_options_that_were_left_out_at_a_resume_stay_out():
+    saved = copy.deepcopy(train(with_options(ema=0.9, max_grad_value=0.5)).state_dict())
+    resumed = with_options()
+    report = resumed.load_state_dict(saved)
+    assert not report
+    assert report.kept == [
+        "param_groups[0]: option `max_grad_value` stays None, the state dict has 0.5",
+        "param_groups[0]: option `ema` stays None, the state dict has 0.9",
+    ]
+    assert resumed.param_groups[0].get("ema") is None
+    averages = [entry["ema"].clone() for entry in resumed.state.values()]
+    train(resumed, first=3, steps=1)
+    assert all(map(torch.equal, averages, (entry["ema"] for entry in resumed.state.values())))
+
+
+def test_options_that_both_know_are_the_scripts():
+    saved = copy.deepcopy(train(with_options(ema=0.9, lr=0.5)).state_dict())
+    resumed = with_options(ema=0.99, lr=0.1)
+    assert resumed.load_state_dict(saved).kept == ["param_groups[0]: option `ema` stays 0.99, the state dict has 0.9"]
+    assert (resumed.param_groups[0]["ema"], resumed.param_groups[0]["lr"]) == (0.99, 0.5)
+
+
+def test_torchs_checkpoint_leaves_options_that_torch_has_not():
+    saved = copy.deepcopy(train(torch.optim.RMSprop(make_params())).state_dict())
+    resumed = surefoot.RMSprop(make_params(), state_dtype=torch.float64, fused=True)
+    report = resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["state_dtype"] is torch.float64
+    assert resumed.param_groups[0]["fused"] is True
+    assert "param_groups[0]: option `fused` stays True, the state dict does not know it" in report.kept
+
+
+def test_keys_of_a_group_that_a_checkpoint_does_not_know_stay():
+    saved = copy.deepcopy(train(with_options()).state_dict())
+    resumed = surefoot.AdamW([{"params": make_params(), "lr_scale": 0.5}])
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_numbers_are_torchs_where_groups_share_parameters():
+    for repeat in (lambda o: o.param_groups.extend(o.param_groups), lambda o: o.param_groups[0]["params"].reverse()):
+        ours, theirs = (make(surefoot.SGD), torch.optim.SGD(make_params()))
+        for optimizer in ours, theirs:
+            repeat(optimizer)
+        numbers = [[group["params"] for group in o.state_dict()["param_groups"]] for o in (ours, theirs)]
+        assert numbers[0] == numbers[1]
+    one, other = make_params()
+    with pytest.warns(UserWarning, match="duplicate"):
+        pair = [cls([one, one, other], lr=0.1) for cls in (surefoot.SGD, torch.optim.SGD)]
+    assert pair[0].state_dict()["param_groups"][0]["params"] == pair[1].state_dict()["param_groups"][0]["params"]

@@ -5,6 +5,7 @@ import io
 import pickle
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing, nn
@@ -16,6 +17,7 @@ from helpers import (
     ALGORITHMS,
     ENGINES,
     OURS_ONLY,
+    accepted,
     assert_as_torch,
     assert_same,
     make,
@@ -574,3 +576,134 @@ def test_extended_step_that_raises_keeps_its_hooks():
         with pytest.raises(ZeroDivisionError):
             optimizer.step(lambda: 1 / 0)
     assert seen == ["pre", "pre"]
+
+
+# Other processes, and what cannot be stepped
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.NAdam, surefoot.Adafactor], ids=name_of)
+@pytest.mark.parametrize("options", [{}, {"foreach": False}], ids=["default", "eager"])
+def test_steps_that_another_process_counts_meanwhile_are_not_lost(cls, options):
+    optimizer = cls(make_params(), **(options if "foreach" in accepted(cls) else {}))
+    train(optimizer, steps=1)
+    counts = [entry["step"].share_memory_() for entry in optimizer.state.values()]
+    own, others = type(optimizer).coefficients, []
+
+    def meanwhile(h, **scalars):
+        others.append(counts[0].add_(1))
+        return own(h, **scalars)
+
+    optimizer.coefficients = meanwhile
+    train(optimizer, first=1, steps=5)
+    assert len(others) >= 5 or cls is surefoot.Adafactor
+    assert [int(count) for count in counts] == [6 + len(others), 6]
+    assert all(entry["step"] is count for entry, count in zip(optimizer.state.values(), counts, strict=True))
+
+
+def test_shared_parameters_with_counts_of_ones_own_keep_the_fast_lane():
+    params = make_params()
+    for param in params:
+        param.share_memory_()
+    optimizer = train(surefoot.AdamW(params), steps=4)
+    assert optimizer._step_cache.fast
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_what_is_no_number_with_a_fraction_is_refused_before_anything_changes(cls, dtype):
+    whole = torch.ones(2, 2, dtype=dtype)
+    whole.grad = torch.ones(2, 2, dtype=dtype)
+    first = make_params([(2, 2)])[0]
+    optimizer = make(cls, [first, whole])
+    first.grad = torch.ones(2, 2)
+    if cls is surefoot.SparseAdam:
+        first.grad, whole.grad = first.grad.to_sparse(1), whole.grad.to_sparse(1)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"`params\[1\]` of shape \(2, 2\) is {dtype}; only floating point and"):
+        optimizer.step(lambda: torch.tensor(1.0))
+    assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in ALGORITHMS if cls is not surefoot.SparseAdam], ids=name_of)
+def test_a_sparse_or_nested_parameter_is_refused_by_what_it_is(cls):
+    sparse = torch.eye(3).to_sparse().requires_grad_()
+    jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged, requires_grad=True)
+    for param, kind in ((sparse, "torch.sparse_coo"), (jagged, "nested")):
+        try:
+            optimizer = make(cls, [param])
+        except ValueError as error:  # a group that takes matrices only
+            assert "2D parameters" in str(error)  # noqa: PT017
+            continue
+        param.grad = (param * 2).detach()
+        with pytest.raises(RuntimeError, match=f"is {kind}; only dense parameters .* give the optimizer its values"):
+            optimizer.step(lambda: torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([0.0] * 3, "is list, must be a tensor"),
+        (np.zeros(3), "is ndarray, must be a tensor"),
+        (torch.zeros(3, dtype=torch.int8), "is torch.int8, must be real and floating point"),
+        (torch.zeros(3, dtype=torch.bool), "is torch.bool, must be real and floating point"),
+    ],
+    ids=["list", "array", "int8", "bool"],
+)
+def test_state_that_is_no_slot_is_refused_by_name(options, value, found):
+    (param,) = params = make_params([(3,)])
+    optimizer = train(surefoot.AdamW(params, **options), steps=3)
+    optimizer.state[param]["exp_avg"] = value
+    set_grads(optimizer, 7)
+    with pytest.raises(RuntimeError, match=rf"state `exp_avg` of `params\[0\]` of shape \(3,\) on cpu {found}"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.array(["a"]), [1.0], "3"], ids=str)
+def test_a_step_count_that_is_no_number_is_refused_by_name(value):
+    (param,) = params = make_params([(3,)])
+    optimizer = train(surefoot.AdamW(params), steps=1)
+    optimizer.state[param]["step"] = value
+    set_grads(optimizer, 7)
+    with pytest.raises(
+        TypeError, match=r"state `step` must be a number or a tensor of one element, but is .*params\[0\]"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"differentiable": True}], ids=str)
+def test_a_step_count_that_all_parameters_share_counts_each_as_in_torch(options):
+    ours, theirs = (cls(make_params(), **options) for cls in (surefoot.AdamW, torch.optim.AdamW))
+    if "differentiable" in options:
+        ours, theirs = (cls([p.detach() for p in make_params()], **options) for cls in (type(ours), type(theirs)))
+    for optimizer in ours, theirs:
+        train(optimizer, steps=1)
+        count = torch.tensor(1.0)
+        for entry in optimizer.state.values():
+            entry["step"] = count
+        train(optimizer, first=1, steps=3)
+        assert int(count) == 1 + 3 * 2
+    torch.testing.assert_close(snapshot(ours)["values"], snapshot(theirs)["values"])
+
+
+def after_steps(cls, product, steps):
+    """Step a parameter from a given momentum product, differentiably; return where it ends."""
+    param = torch.ones(3, dtype=torch.float64)
+    optimizer = cls([param], lr=0.1, differentiable=True)
+    moments = {name: torch.ones(3, dtype=torch.float64) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[param] = {"step": torch.tensor(1.0, dtype=torch.float64), "mu_product": product * 1, **moments}
+    for _ in range(steps):
+        param.grad = torch.ones(3, dtype=torch.float64)
+        optimizer.step()
+    return param.sum()
+
+
+def test_gradients_flow_through_the_momentum_product():
+    product = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    found = [
+        torch.autograd.grad(after_steps(twin, product, 1), product)[0] for twin in (surefoot.NAdam, torch.optim.NAdam)
+    ]
+    assert found[0] != 0
+    torch.testing.assert_close(*found)
+    # torch's own cannot be differentiated over several steps.
+    torch.autograd.gradcheck(lambda product: after_steps(surefoot.NAdam, product, 3), product)

@@ -577,18 +577,33 @@ def test_a_skipped_step_does_not_hide_strides():
     assert torch.equal(param, torch.full((4, 4), -3.0))
 
 
-def test_a_grad_scaler_goes_on_after_an_overflow():
+def trained_after_an_overflow(*, zero_grad=False, **options):
+    """Train with a GradScaler, of whose steps the third overflows; give optimizer and scaler."""
     model = torch.nn.Linear(2, 1)
-    optimizer = surefoot.SGD(model.parameters(), lr=0.1, zero_grad_after_step=True)
+    optimizer = surefoot.SGD(model.parameters(), lr=0.1, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     for step in range(6):
         loss = model(torch.ones(3, 2)).sum() * (math.inf if step == 2 else 1.0)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        if zero_grad:
+            optimizer.zero_grad()
+    assert all(param.isfinite().all() for param in model.parameters())
+    return optimizer, scaler
+
+
+def test_a_grad_scaler_goes_on_after_an_overflow():
+    optimizer, scaler = trained_after_an_overflow(zero_grad_after_step=True, fused=True)
     assert scaler.get_scale() == 2.0**15
     assert (optimizer.step_statistics.steps, optimizer.step_statistics.skipped) == (6, 1)
-    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_a_grad_scaler_calls_no_skipped_step_unless_fused():
+    with pytest.warns(RuntimeWarning, match="`zero_grad_after_step` does nothing in steps that a GradScaler skips"):
+        optimizer, scaler = trained_after_an_overflow(zero_grad_after_step=True, zero_grad=True)
+    assert scaler.get_scale() == 2.0**15
+    assert (optimizer.step_statistics.steps, optimizer.step_statistics.skipped) == (5, 0)
 
 
 class Own(surefoot.Optimizer):

@@ -12,6 +12,7 @@ from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.engines.gpu import source as triton
 from surefoot.rule import Rule, bind
 from surefoot.storage import format_of
+from surefoot.tensors.shards import to_local
 
 if TYPE_CHECKING:
     from surefoot.optimizer import Optimizer
@@ -99,7 +100,7 @@ def _choices_of_group(optimizer: "Optimizer", group: Mapping[str, Any]) -> Itera
     for param in group["params"]:
         kinds.setdefault((param.device, param.dtype), []).append(param)
     for (device, dtype), params in kinds.items():
-        real = [torch.view_as_real(p) if p.is_complex() else p for p in params]
+        real = list(map(to_local, params))
         bucket = Bucket(rule, real, real, dict(group))
         engine = choose(bucket)
         before = ENGINES[: ENGINES.index(engine)]

@@ -83,7 +83,7 @@ class LRCurve:
         Returns:
             The matplotlib figure, which a notebook shows.
         """
-        from surefoot.lr_scheduler.plot import COLORS, load_pyplot, save, style  # noqa: PLC0415 (matplotlib is optional)
+        from surefoot.lr_scheduler.plot import COLORS, load_pyplot, save_figure, style  # noqa: PLC0415 (matplotlib is optional)
 
         pyplot = load_pyplot()
         figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
@@ -97,7 +97,7 @@ class LRCurve:
         style(axes, "learning rate", "loss")
         axes.legend(frameon=False)
         pyplot.close(figure)
-        return save(figure, path)
+        return save_figure(figure, path)
 
     def _shown(self) -> tuple[float, float]:
         """Return the range of losses to show: the end of a divergence would flatten all the rest."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from surefoot.constructor import complete_constructor
@@ -31,21 +32,30 @@ from surefoot.step.clipping import listed
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import (
-    GROUP_RANGES,
     OptimizerOptions,
     StepOptions,
     Stepping,
     StepStatistics,
     check_changed,
     check_group_options,
+    group_ranges,
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
 from surefoot.step.prepared import PreparedParam, prepare_again, prepare_params
 from surefoot.step.ranks import due_exchange, failures_told
+from surefoot.tensors.modes import mode_is_active
 
 if TYPE_CHECKING:
     from surefoot.telemetry import Telemetry
+
+__all__ = [
+    "Optimizer",
+    "Params",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
+    "with_hooks",
+]
 
 Params = Iterable[Any]
 _HOOK_KINDS = (
@@ -62,7 +72,9 @@ class Optimizer(torch.optim.Optimizer):
     """Base class of all optimizers.
 
     An algorithm is a subclass that either declares a rule (`slots`, `scalars`, `flags`, `coefficients`, `update`) and
-    gets every engine and option for it, or defines a `step` of its own, as with `torch.optim.Optimizer`.
+    gets every engine and option for it, or defines a `step` of its own, as with `torch.optim.Optimizer`.  A
+    hyperparameter of such a step may be called like one of `StepOptions`, which it does not take, if its constructor
+    names it.
 
     Args:
         params: iterable of tensors, of `(name, tensor)` pairs such as `model.named_parameters()`, or of dicts, each
@@ -132,9 +144,10 @@ class Optimizer(torch.optim.Optimizer):
         complete_constructor(cls)
         cls.spec = _spec_of(cls)
 
+    @opaque
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         defaults = dict(defaults)
-        self._stepping = Stepping.take(defaults)
+        self._stepping = Stepping.take(self.spec, defaults)
         refuse_unsupported(self.spec, self.step_options.requested())
         self.defaults = defaults
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -166,8 +179,13 @@ class Optimizer(torch.optim.Optimizer):
 
     @functools.cached_property
     def _stepping(self) -> Stepping:
-        """What is kept of steps; made here for a subclass that does not call this constructor."""
-        return Stepping()
+        """What is kept of steps, of one whose constructor was not called: its own, or that of whom it forwards to."""
+        forward: Any = getattr(type(self), "__getattr__", None)
+        try:
+            found: Stepping = Stepping(constructed=False) if forward is None else forward(self, "_stepping")
+        except AttributeError:
+            return Stepping(constructed=False)
+        return found
 
     # What a rule declares
 
@@ -236,7 +254,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: engine options contradict one another.
         """
         check_group_options(cls.spec, group)
-        for name, check in (*GROUP_RANGES.items(), *cls.ranges.items()):
+        for name, check in (*group_ranges(cls.spec), *cls.ranges.items()):
             if name in group:
                 check(name, group[name])
         for name in {"maximize", *ENGINE_OPTIONS, *cls.flags} - set(cls.ranges):
@@ -252,14 +270,20 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Return whether a GradScaler leaves unscaling to the step.
+        """Return whether a GradScaler leaves unscaling to the step, as with `fused=True` in torch.
 
-        So it is with `fused=True`, as in torch, and where the step is to do more than update, as it must then know of
-        steps that are skipped.
+        No other option needs the scale: what clips or measures gets gradients that the scaler has unscaled.  A
+        scaler, or a trainer that asks this for one, is warned of `zero_grad_after_step`, which misses skipped steps.
         """
-        return any(group.get("fused") for group in self.param_groups) or (
-            self.is_rule() and bool(self.step_options.requested())
-        )
+        by_step = any(group.get("fused") for group in self.param_groups)
+        if self.step_options.zero_grad_after_step and not by_step:
+            warnings.warn(
+                "`zero_grad_after_step` does nothing in steps that a GradScaler skips, which it does not call; pass "
+                "fused=True, or call zero_grad() in the loop, or their infinities stay in the gradients",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return by_step
 
     # Groups
 
@@ -363,7 +387,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_input(self) -> StepInput:
         """Return all that a step is about."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         return StepInput(
             spec=self.spec,
             groups=self.param_groups,
@@ -428,15 +452,16 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler or a profiler have to do with a step."""
+        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
+            or getattr(self, "_optimizer_step_pre_hooks", None)
+            or getattr(self, "_optimizer_step_post_hooks", None)
         )
-        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        return bool(hooks or scaled or _is_profiled())
+        own = self.__dict__
+        scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
+        return bool(hooks or scaled or _is_profiled() or mode_is_active())
 
     def _begin_step(self) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -519,14 +544,22 @@ class Optimizer(torch.optim.Optimizer):
             type(self).step = with_hooks(type(self).step)  # type: ignore[method-assign]
 
     def _check_own(self, group: Mapping[str, Any]) -> None:
-        self.check_group(self.step_options.own(group))
+        """Check a group, unless it is that of another optimizer inside, whose options are not ours."""
+        if self._stepping.constructed or self.is_rule():
+            self.check_group(self.step_options.own(group))
 
     def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
         """Return the hooks of a kind, in order, for the kinds that torch knows under the same names."""
-        return tuple(self.__dict__[f"_optimizer_{kind}_hooks"].values())
+        hooks: Mapping[int, Callable[..., Any]] = getattr(
+            self, f"_optimizer_{kind}_hooks", {}
+        )  # a wrapper may lack them
+        return tuple(hooks.values())
 
     def _register(self, kind: str, hook: Callable[..., Any], *, prepend: bool) -> RemovableHandle:
-        hooks: OrderedDict[int, Callable[..., Any]] = getattr(self, f"_optimizer_{kind}_hooks")
+        name = f"_optimizer_{kind}_hooks"
+        if not hasattr(self, name):
+            self.__dict__[name] = OrderedDict()
+        hooks: OrderedDict[int, Callable[..., Any]] = getattr(self, name)
         handle = RemovableHandle(hooks)
         hooks[handle.id] = hook
         if prepend:
@@ -576,9 +609,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         for hook in self._hooks("state_dict_pre"):
             hook(self)
-        # A parameter that stands there twice has the last of its numbers, as in torch.
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        numbers = {param: number for number, param in enumerate(params)}
+        numbers = _numbers(self.param_groups)
         groups = [
             {
                 **{k: v for k, v in group.items() if k != "params"},
@@ -592,12 +623,15 @@ class Optimizer(torch.optim.Optimizer):
             result = _or(hook(self, result), result)
         return result
 
+    @opaque
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
         """Load what `state_dict` of this class, or of its namesake in torch.optim, has given.
 
         Parameters are matched by name where both sides have names, by position otherwise.  Tensors are copied; they
-        keep their dtype and go to their parameter's device, step counters to where this optimizer keeps them.  The
-        group's options become those of the state dict.
+        keep their dtype and go to their parameter's device, step counters to where this optimizer keeps them; what is
+        no state of ours, such as a wrapper's, is kept as it is.  The group's options become those of the state dict,
+        but for the options of the step (`max_grad_norm`, `max_grad_value`, `ema`), which say what this script wants
+        done around the update, and for what the state dict does not know.
 
         Args:
             state_dict: the dict; it is not changed.
@@ -605,7 +639,8 @@ class Optimizer(torch.optim.Optimizer):
                 report it.
 
         Returns:
-            What did not match; empty when strict.
+            What did not match, nothing when strict; and, as `kept`, where options are this optimizer's own rather than
+            those of the state dict.
 
         Raises:
             ValueError: it does not match (the message lists where), or a hyperparameter is out of range.  The
@@ -617,8 +652,10 @@ class Optimizer(torch.optim.Optimizer):
         target = LoadTarget(self.spec, self.defaults, self.param_groups, self.state, self._check_own)
         loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
+        new = {"state": loaded.state, "param_groups": loaded.param_groups}
         try:
-            self.__setstate__({"state": loaded.state, "param_groups": loaded.param_groups})
+            self.__setstate__(new)
+            self._hand_on(new.keys() - before.keys())
             for hook in self._hooks("load_state_dict_post"):
                 hook(self)
         except BaseException:
@@ -626,6 +663,19 @@ class Optimizer(torch.optim.Optimizer):
             self.__dict__.update(before)
             raise
         return loaded.report
+
+    def _hand_on(self, names: Iterable[str]) -> None:
+        """Put what was loaded where a wrapper has its groups and state from, if it has none itself."""
+        loaded = {name: self.__dict__.pop(name) for name in names}
+        for name, value in loaded.items():
+            held = getattr(self, name, None)
+            if held is None:
+                self.__dict__[name] = value
+            elif name == "state":
+                held.clear()
+                held.update(value)
+            else:
+                held[:] = value
 
     def to(self, device: torch.device | str | int | None = None) -> Self:
         """Move the state to a device: to offload it, or to follow parameters that have moved.
@@ -657,7 +707,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy groups, state, defaults and the options in use; hooks stay behind, as in torch."""
         options = ("_stepping",) if self.step_options.requested() else ()
-        return {name: self.__dict__[name] for name in ("defaults", "state", "param_groups", *options)}
+        return {name: getattr(self, name) for name in ("defaults", "state", "param_groups", *options)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or a part of it."""
@@ -690,8 +740,20 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         complex_params=cls.complex_params,
         whole_tensors=cls.whole_tensors,
         step_options=frozenset(cls.supported_step_options()),
+        own_options=frozenset(_own_options(cls)),
         constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
     )
+
+
+def _own_options(cls: type[Optimizer]) -> set[str]:
+    """Return the hyperparameters of a custom step that are called like an option which it does not take.
+
+    They are its own if the constructor that calls ours names them.
+    """
+    ours = cls.__mro__[: cls.__mro__.index(Optimizer)]
+    constructors = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
+    named = inspect.signature(constructors[-1]).parameters if constructors else {}
+    return set(named) & set(StepOptions.__annotations__) - cls.supported_step_options()
 
 
 Optimizer.spec = _spec_of(Optimizer)
@@ -726,11 +788,12 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return None
         context = self._stepping.context
-        # The hooks of a step that calls its base's have been run; what has not called our constructor has none.
-        if context.inside or "_optimizer_step_pre_hooks" not in vars(self):
+        if context.inside:  # the hooks of a step that calls its base's have been run
             return step(self, *args, **kwargs)
+        if not (self._stepping.constructed or is_whole or is_prepared):
+            return _with_own_hooks(self, step, args, kwargs)
         with _profiled(f"Optimizer.step#{type(self).__name__}.step"):
-            pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values())
+            pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._hooks("step_pre"))
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
@@ -742,10 +805,8 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
                 if metrics is not None:
                     self.telemetry.record(metrics)
                 self._optimizer_step_code()
-                post = (self._optimizer_step_post_hooks, torch_hooks._global_optimizer_post_hooks)
-                for hooks in post:
-                    for hook in tuple(hooks.values()) if hooks else ():
-                        hook(self, positional, kwargs)
+                for hook in (*self._hooks("step_post"), *torch_hooks._global_optimizer_post_hooks.values()):
+                    hook(self, positional, kwargs)
             finally:
                 if self._stepping.options.zero_grad_after_step:
                     self.zero_grad()
@@ -754,6 +815,33 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     hooked: Callable[..., Any] = functools.wraps(step)(opaque(hooked_step))
     hooked.hooked = True  # type: ignore[attr-defined]
     return hooked
+
+
+def _with_own_hooks(
+    optimizer: Optimizer, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make the step of one that has not called our constructor, such as a wrapper: only what was registered is ours."""
+    positional: tuple[Any, ...] = (optimizer, *args)
+    for hook in optimizer._hooks("step_pre"):
+        positional, kwargs = _new_arguments(hook(optimizer, positional, kwargs), positional, kwargs)
+    result = step(*positional, **kwargs)
+    for hook in optimizer._hooks("step_post"):
+        hook(optimizer, positional, kwargs)
+    return result
+
+
+def _numbers(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, int]:
+    """Return the running number of each parameter, as torch counts.
+
+    One that stands in a group twice has the last of its numbers, one that stands in several groups that of the first.
+    """
+    numbers: dict[Tensor, int] = {}
+    start = 0
+    for group in groups:
+        known = set(numbers)
+        numbers |= {param: start + i for i, param in enumerate(group["params"]) if param not in known}
+        start += len(group["params"])
+    return numbers
 
 
 def _put_back(param: Tensor, value: Tensor) -> bool:

@@ -477,3 +477,21 @@ def test_tensors_and_generators_of_cuda(tmp_path, background):
     assert not again.state[other[0].weight]["step"].is_cuda
     assert all(map(torch.equal, draws, [torch.rand(3, device="cuda"), torch.rand(3, device="cuda", generator=another)]))
     refused(path, "a generator of cuda was saved, this is one of cpu", sampler=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [([1.0, 2.0], "list"), (torch.ones(2).numpy(), "ndarray"), ("x", "str")],
+    ids=["list", "array", "text"],
+)
+def test_state_that_is_no_tensor_is_named(tmp_path, value, kind):
+    model = nn.Linear(2, 1)
+    optimizer = surefoot.Adam(model.named_parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["exp_avg"] = value
+    path = surefoot.save(tmp_path, optimizer=optimizer)
+    fresh = surefoot.Adam(nn.Linear(2, 1).named_parameters())
+    with pytest.raises(ValueError, match=f"`weight`: state `exp_avg` is {kind}, must be a tensor"):
+        surefoot.load(path, optimizer=fresh)
+    assert not fresh.state

@@ -14,14 +14,14 @@ from torch import nn
 
 import surefoot
 from helpers import assert_same
-from surefoot.checkpoint import Checkpoint, CheckpointError, facts
+from surefoot.checkpoint import Checkpoint, CheckpointError, inspection
 from surefoot.checkpoint.header import LENGTH, MOST
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 quick = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-NAMED = r"truncated|corrupted|no checkpoint|not readable|too new"
+NAMED = r"truncated|corrupted|not a checkpoint|not readable|too new"
 
 
 def load(path):
@@ -88,7 +88,7 @@ def test_a_plain_safetensors_file_is_told_apart(tmp_path):
     from safetensors.torch import save_file  # noqa: PLC0415
 
     save_file({"weight": torch.ones(300)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="no checkpoint of surefoot, or one whose header was changed"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of surefoot, or one whose header was changed"):
         load(tmp_path / "a.safetensors")
 
 
@@ -108,10 +108,10 @@ def test_a_plain_safetensors_file_is_told_apart(tmp_path):
         (lambda h, m: m.update(step="1"), "`step` is '1'"),
         (lambda h, m: m["tensors"].update(more={"crc32": ""}), "manifest and tensors do not have the same names"),
         (lambda h, m: weight(h).update(shape=[4]), r"is \(4,\) of torch.float32 in bytes 0 to 12"),
-        (lambda h, m: weight(h).update(shape=[-3]), "-3 is no number from 0"),
-        (lambda h, m: weight(h).update(shape=[1 << 63]), "is no number from 0"),
+        (lambda h, m: weight(h).update(shape=[-3]), "-3 is not a whole number from 0"),
+        (lambda h, m: weight(h).update(shape=[1 << 63]), "is not a whole number from 0"),
         (lambda h, m: weight(h).update(shape=[0, 1 << 40, 1 << 40], data_offsets=[0, 0]), "impossible shape"),
-        (lambda h, m: weight(h).update(shape=[1] * 65), "is no list of at most 64"),
+        (lambda h, m: weight(h).update(shape=[1] * 65), "is not a list of at most 64"),
         (lambda h, m: weight(h).update(dtype="F8_X"), "malformed"),
         (lambda h, m: weight(h).update(data_offsets=[4, 16]), "overlap or leave gaps"),
         (lambda h, m: weight(h).update(data_offsets=[2, 14]), "in bytes 2 to 14"),
@@ -215,7 +215,7 @@ def read_all(path):
     global _watching  # noqa: PLW0603 (audit hooks cannot be removed)
     _watching = True
     try:
-        facts.as_json(Checkpoint(path))
+        inspection.as_json(Checkpoint(path))
         load(path)
     except ValueError as error:
         return error
@@ -296,13 +296,13 @@ def test_the_audit_hook_sees_what_it_should(tmp_path):
 
 
 def test_no_module_that_reads_checkpoints_can_unpickle():
-    """`converting` names the module for the error that torch raises."""
+    """`convert` names the module for the error that torch raises."""
     folder = os.path.dirname(surefoot.checkpoint.__file__)  # noqa: PTH120
     for name in sorted(os.listdir(folder)):  # noqa: PTH208
         if name.endswith(".py"):
             with open(os.path.join(folder, name), encoding="utf-8") as file:  # noqa: PTH118, PTH123
                 text = file.read()
-            assert name == "converting.py" or "pickle" not in text.replace("without pickle", "").replace("Unpickl", "")
+            assert name == "convert.py" or "pickle" not in text.replace("without pickle", "").replace("Unpickl", "")
             assert json.dumps("eval(") not in text
 
 

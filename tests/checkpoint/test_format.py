@@ -16,8 +16,9 @@ from torch import nn
 
 import surefoot
 from helpers import assert_same
-from surefoot.checkpoint import Checkpoint, header, migrating, writer
+from surefoot.checkpoint import Checkpoint, header, writer
 from surefoot.checkpoint.dtypes import DTYPES
+from surefoot.checkpoint.migrate import migrate_file
 from surefoot.checkpoint.writer import summarize
 
 SHAPES = {
@@ -283,8 +284,8 @@ def test_an_earlier_version_is_loaded_and_migrated(tmp_path):
     other, again = make(1)
     assert surefoot.load(path, model=other, optimizer=again).extra == [1]
     assert_same(again.state_dict(), optimizer.state_dict())
-    assert migrating.migrate(path) == "from format 0 to 1"
-    assert migrating.migrate(path) == "has format 1 already"
+    assert migrate_file(path) == "from format 0 to 1"
+    assert migrate_file(path) == "has format 1 already"
     Checkpoint(path).verify()
     assert Checkpoint(path).header.manifest == {**new, "sequence": 12}
     third, optimizer = make(2)

@@ -21,7 +21,7 @@ from helpers import (
     train as train_steps,
 )
 from surefoot.checkpoint import Checkpoint, CheckpointError, manifest_of
-from surefoot.checkpoint.converting import from_torch, to_torch
+from surefoot.checkpoint.convert import from_torch, to_torch
 from surefoot.checkpoint.writer import write
 
 
@@ -185,5 +185,5 @@ def test_files_that_could_run_code_are_refused(tmp_path, capsys):
 def test_files_that_are_none_of_torch_are_refused(tmp_path):
     for data in (b"", b"PK\3\4 but no archive", b"nothing"):
         (tmp_path / "a.pt").write_bytes(data)
-        with pytest.raises(ValueError, match="a.pt is (no whole file of torch.save|damaged, or holds more)"):
+        with pytest.raises(ValueError, match="a.pt is (not a whole file of torch.save|damaged, or holds more)"):
             from_torch(tmp_path / "a.pt")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 
 import pytest
 import torch
@@ -216,3 +218,28 @@ def test_migrate_leaves_the_present_format(tmp_path):
     before = path.read_bytes()
     assert ckpt("migrate", tmp_path).output == f"{path}: has format 1 already\n"
     assert path.read_bytes() == before
+
+
+def test_names_are_neither_markup_nor_commands_to_a_terminal(tmp_path):
+    """Rich takes brackets for markup, and `[/x]` for a mistake in it."""
+    model = nn.ParameterDict({name: torch.ones(2) for name in ("a[bold]", "b[/x]", "c\x1b[31m")})
+    path = surefoot.save(tmp_path / "a.safetensors", model={"[/y]": model, "\x1b[2J": nn.Linear(1, 1)}, rng=False)
+    other = surefoot.save(tmp_path / "b.safetensors", model={"[/y]": model}, rng=False)
+    output = ckpt("inspect", path).output
+    assert all(name in output for name in ("a[bold]", "b[/x]", "c\\x1b[31m", "model.[/y]", "model.\\x1b[2J"))
+    assert "\x1b" not in output
+    output = ckpt("diff", path, other, "--all").output
+    assert "model.\\x1b[2J.weight" in output
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_convert_neither_waits_for_a_pipe_nor_replaces_a_device(tmp_path, force):
+    path, _, _ = make(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pt")
+    result = ckpt("convert", tmp_path / "pipe.pt", tmp_path / "new.safetensors")
+    assert (result.exit_code, "Not a file but a named pipe" in result.output) == (2, True)
+    for target in (os.devnull, tmp_path / "pipe.pt", tmp_path):
+        result = ckpt("convert", path, target, *force)
+        assert (result.exit_code, "is a folder or a device; name a file" in result.output) == (2, True)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)  # noqa: PTH116

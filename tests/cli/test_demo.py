@@ -17,11 +17,11 @@ from surefoot.cli import app, main
 from surefoot.cli._demo import story
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape
-from surefoot.cli._demo.report import rows
-from surefoot.cli._demo.training import Plan, compare
+from surefoot.cli._demo.report import comparison_lines
+from surefoot.cli._demo.training import TrainingSetup, compare
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
-PLAN = Plan("AdamW", steps=12, lr=1e-2, shape=TINY, libraries=("torch.optim", "torch.optim"))
+PLAN = TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY, libraries=("torch.optim", "torch.optim"))
 OPTIMIZERS = (
     "ASGD, Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, LBFGS, Muon, NAdam, RAdam, RMSprop, Rprop, SGD, "
     "SparseAdam"
@@ -41,10 +41,10 @@ def invoke(*arguments):
     return result.exit_code, " ".join(re.sub("[╭╮╰╯│─]", " ", result.output).split())
 
 
-def tell(out, plan=PLAN):
+def tell(out, setup=PLAN):
     """Run the demo without its options; gives what was printed."""
     console = Console(file=io.StringIO(), width=100)
-    story.tell(plan, out, console)
+    story.tell(setup, out, console)
     return console.file.getvalue()
 
 
@@ -52,7 +52,7 @@ def tell(out, plan=PLAN):
 def told(monkeypatch):
     """Replace the demo by a list of the plans it was to run."""
     plans = []
-    monkeypatch.setattr(story, "tell", lambda plan, out, console: plans.append((plan, out)))
+    monkeypatch.setattr(story, "tell", lambda setup, out, console: plans.append((setup, out)))
     return plans
 
 
@@ -62,10 +62,10 @@ def told(monkeypatch):
         ("--optimizer", "Adamm", f"there is no optimizer 'Adamm'; did you mean Adam? Choose one of {OPTIMIZERS}."),
         ("--optimizer", "Lion", f"there is no optimizer 'Lion'; choose one of {OPTIMIZERS}."),
         ("--steps", "0", "0 steps cannot be trained: give 1 or more, or leave it out."),
-        ("--lr", "0", "0.0 is no learning rate: give a positive number, or leave it out."),
-        ("--lr", "nan", "nan is no learning rate: give a positive number, or leave it out."),
-        ("--lr", "inf", "inf is no learning rate: give a positive number, or leave it out."),
-        ("--seed", "-1", "-1 is no seed: give a whole number from 0 to 9223372036854775807."),
+        ("--lr", "0", "0.0 is not a learning rate: give a positive number, or leave it out."),
+        ("--lr", "nan", "nan is not a learning rate: give a positive number, or leave it out."),
+        ("--lr", "inf", "inf is not a learning rate: give a positive number, or leave it out."),
+        ("--seed", "-1", "-1 is not a seed: give a whole number from 0 to 9223372036854775807."),
         ("--threads", "0", "0 threads cannot be used: give 1 to 1024, or leave it out."),
         ("--threads", "9999", "9999 threads cannot be used: give 1 to 1024, or leave it out."),
     ],
@@ -113,19 +113,19 @@ def test_options_become_a_plan(told, tmp_path):
     threads = str(torch.get_num_threads())
     arguments = ("--optimizer", "sgd", "--steps", "7", "--lr", "0.5", "--seed", "3", "--threads", threads)
     assert invoke("demo", *arguments, "--out", str(out)) == (0, "")
-    assert told == [(Plan("SGD", steps=7, lr=0.5, seed=3), out.resolve())]
+    assert told == [(TrainingSetup("SGD", steps=7, lr=0.5, seed=3), out.resolve())]
 
 
 def test_what_is_left_out_suits_the_optimizer(told, tmp_path):
     assert invoke("demo", "--optimizer", "LBFGS", "--out", str(tmp_path / "x.png")) == (0, "")
-    ((plan, _),) = told
-    assert (plan.steps, plan.lr) == (25, 1.0)
+    ((setup, _),) = told
+    assert (setup.steps, setup.lr) == (25, 1.0)
 
 
 def test_the_table_holds_what_was_measured():
     comparison = compare(PLAN, story.Corpus.of("the sea shore and the sea shells; " * 60))
     one, other = comparison.outcomes
-    table = {row.name: row for row in rows(comparison)}
+    table = {row.name: row for row in comparison_lines(comparison)}
     assert table["loss, held-out text"][1:] == (f"{one.held_out_loss:.4f}",) * 2 + ("equal",)
     a, b = (sorted(outcome.clock.optimizers["AdamW"]) for outcome in (one, other))
     medians = [500 * (seconds[5] + seconds[6]) for seconds in (a, b)]
@@ -147,12 +147,12 @@ def test_a_log_gets_lines_and_the_picture_comes_whole(tmp_path):
 
 
 def test_models_that_differ_are_reported_as_such(tmp_path):
-    plan = Plan("SGD", steps=2, lr=0.1, shape=TINY, libraries=("torch.optim", "one_ulp_off"))
+    setup = TrainingSetup("SGD", steps=2, lr=0.1, shape=TINY, libraries=("torch.optim", "one_ulp_off"))
     module = type(sys)("one_ulp_off")
     module.SGD = lambda params, lr, **options: torch.optim.SGD(params, lr=lr * (1 + 1e-5), **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "one_ulp_off", module)
-        printed = tell(tmp_path / "demo.svg", plan)
+        printed = tell(tmp_path / "demo.svg", setup)
     assert re.search(
         r"Some bits differ: parameters by up to \d\.\de-\d\d after the first step, \d\.\de-\d\d after all 2\. "
         r"Training amplifies differences in rounding: it is the losses that have to agree\.",

@@ -8,9 +8,9 @@ import torch
 
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape, build_model, continue_text
-from surefoot.cli._demo.recipes import RECIPES, Part, resolve
+from surefoot.cli._demo.recipes import RECIPES, TrainedPart, resolve
 from surefoot.cli._demo.text import Corpus, batch_at, draw_starts, help_topics
-from surefoot.cli._demo.training import Clock, Gap, Plan, Training, compare
+from surefoot.cli._demo.training import Clock, Gap, Training, TrainingSetup, compare
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
 CORPUS = Corpus.of("she sells sea shells by the sea shore; " * 60)
@@ -18,7 +18,7 @@ TORCH_TWICE = ("torch.optim", "torch.optim")
 
 
 def plan_of(optimizer, **changes):
-    return Plan(optimizer, **{"steps": 3, "lr": RECIPES[optimizer].lr, "shape": TINY} | changes)
+    return TrainingSetup(optimizer, **{"steps": 3, "lr": RECIPES[optimizer].lr, "shape": TINY} | changes)
 
 
 def test_the_names_are_those_of_torch():
@@ -71,10 +71,10 @@ def test_the_seed_decides_everything_and_the_global_generator_is_left_alone():
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SparseAdam"])
 def test_each_parameter_has_one_optimizer(optimizer):
-    plan = plan_of(optimizer)
-    pairs = plan.recipe.part is Part.TABLE
+    setup = plan_of(optimizer)
+    pairs = setup.recipe.part is TrainedPart.TABLE
     model = build_model(len(CORPUS.alphabet), TINY, 0, pairs=pairs)
-    training = Training("torch.optim", plan, model)
+    training = Training("torch.optim", setup, model)
     groups = [group for built in training._optimizers.values() for group in built.param_groups]
     taken = [id(param) for group in groups for param in group["params"]]
     assert sorted(taken) == sorted(id(param) for param in model.parameters())

@@ -46,7 +46,7 @@ def test_it_says_who_gets_a_model_and_why(tmp_path):
 def test_an_algorithm_with_a_step_of_its_own():
     code, output = explain("Muon")
     assert code == 0
-    assert output == "Muon is not elementwise: torch's operators run a step of its own."
+    assert output == "Muon is not elementwise: torch's operators run its custom step."
 
 
 @pytest.mark.parametrize(

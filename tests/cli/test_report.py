@@ -1,7 +1,10 @@
 """`surefoot report`: the command, and the page in a real browser."""
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_the_page_can_be_elsewhere(tmp_path):
     ("content", "out", "code", "message"),
     [
         (None, "x.html", 1, "run.jsonl: No such file or directory"),
-        ("step 1 loss 2\n", "x.html", 1, "is no telemetry file: it must begin with a header that holds `names`"),
+        ("step 1 loss 2\n", "x.html", 1, "is not a telemetry file: it must begin with a header that holds `names`"),
         ("", "run.jsonl", 2, "is the run itself; name another file"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n', "x.html", 1, "has no step yet"),
     ],
@@ -78,6 +81,60 @@ def test_what_is_wrong_is_named(tmp_path, content, out, code, message):
     result = report(tmp_path / "run.jsonl", "-o", tmp_path / out)
     assert result.exit_code == code
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [(".", ". is a folder; name a file of JSON Lines in it"), ("folder.jsonl", "is a folder; name a")],
+)
+def test_a_folder_is_no_run(tmp_path, monkeypatch, run, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    result = report(run)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_page_that_does_not_fit_is_named(tmp_path):
+    write_run(tmp_path / "run.jsonl")
+    result = report(tmp_path / "run.jsonl", "-o", "/dev/full")
+    assert (result.exit_code, result.output) == (1, "surefoot report: /dev/full: No space left on device\n")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_run(tmp_path / "run.jsonl")
+    (tmp_path / "run.html").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("surefoot.files.os.replace", full)
+    result = report(tmp_path / "run.jsonl")
+    assert (result.exit_code, result.output) == (1, f"surefoot report: {tmp_path}/run.html: No space left on device\n")
+    assert (tmp_path / "run.html").read_text() == "old"
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_what_it_says_fits_a_terminal_of_ascii(tmp_path, variables):
+    """Nor does a name in the file reach the terminal as a command."""
+    lines = (tmp_path / "run.jsonl").open("w")
+    with lines:
+        lines.write('{"names":["w","h\\u00f6he\\ud800[/x]\\u001b[31m"],"format":1,"surefoot":"0.1"}\n')
+        for step in (1, 2):
+            lines.write(
+                f'{{"step":{step},"seconds":1,"clip":1,"skipped":0,"lr":1,"grad":[1,"nan"],"param":[1,1],'
+                '"update":[1,1],"max":[1,1],"nonfinite":{}}\n'
+            )
+    environment = os.environ | {"PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1", "COLUMNS": "200"} | variables
+    command = [sys.executable, "-m", "surefoot", "report", str(tmp_path / "run.jsonl")]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"* Which layer blew up first?" in done.stdout
+    assert b"h\\xf6he\\ud800[/x]\\x1b[31m" in done.stdout
+    assert b"\x1b" not in done.stdout
 
 
 # The page

@@ -192,7 +192,7 @@ def test_classes_are_replaced_and_reported(script, tmp_path):
     assert re.fullmatch(r"    time     \S+ .?s; a step \S+ .?s, the first \S+ .?s", lines[3])
     assert lines[4] == "    engine   cpu for 1 parameter of float32 on cpu"
     assert "  Mine of __main__, which is not replaced: 1 parameter, 1,200 elements, 3 steps" in lines
-    assert lines[-1] == "    engine   a step of its own, in torch's operators"
+    assert lines[-1] == "    engine   a custom step, in torch's operators"
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(o["class"], o["surefoot"], o["steps"]) for o in report["optimizers"]] == [
         ("SGD", True, 3),

@@ -16,7 +16,7 @@ from surefoot.run.settings import Settings
 def watched():
     """Watch steps for the time of a test."""
     watch._forget()
-    watch.install()
+    watch.start()
     yield watch.found
     watch.stop()
     watch._forget()
@@ -45,14 +45,14 @@ def test_modules_that_took_torchs_classes_before_are_served_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "library", library)
     before = torch.optim.AdamW
     try:
-        swap.install(Settings("t.py"))
+        swap.replace_classes(Settings("t.py"))
         assert library.Best is torch.optim.AdamW is optimizers.AdamW
         assert library.Plan.__module__.startswith("surefoot.")
         assert library.ours == "untouched"
         assert torch.optim.Optimizer.__module__ == "torch.optim.optimizer"
         assert torch.optim.lr_scheduler.LRScheduler.__module__ == "torch.optim.lr_scheduler"
     finally:
-        swap.restore()
+        swap.put_back()
     assert library.Best is torch.optim.AdamW is before
     assert library.Plan is torch.optim.lr_scheduler.StepLR
     assert library.Plan.__module__ == "torch.optim.lr_scheduler"
@@ -61,10 +61,10 @@ def test_modules_that_took_torchs_classes_before_are_served_too(monkeypatch):
 def test_constructors_are_put_back_too(tmp_path):
     before = optimizers.AdamW.__init__
     try:
-        swap.install(Settings("t.py", telemetry=str(tmp_path)))
+        swap.replace_classes(Settings("t.py", telemetry=str(tmp_path)))
         assert optimizers.AdamW.__init__ is not before
     finally:
-        swap.restore()
+        swap.put_back()
     assert optimizers.AdamW.__init__ is before
 
 
@@ -140,8 +140,8 @@ def test_engines_are_asked_once_and_failures_to_ask_are_told(watched, monkeypatc
     optimizers.Muon([weight()]).step()
     nadam, sgd, muon = watched
     assert [(choice.engine, choice.kind) for choice in nadam.engines] == [("foreach", "float64 on cpu")]
-    assert sgd.own_step == "not known: ZeroDivisionError: division by zero"
-    assert muon.own_step == "a step of its own, in torch's operators"
+    assert sgd.custom_step == "not known: ZeroDivisionError: division by zero"
+    assert muon.custom_step == "a custom step, in torch's operators"
 
 
 # The report
@@ -151,8 +151,8 @@ def test_the_report_names_engines_refusals_and_the_rest(watched):
     for _ in range(10):
         optimizers.SGD([weight()], fused=False).step()
     watched[0].engines = choices(optimizers.SGD([weight()], differentiable=True))
-    content = report.facts(Settings("train.py"), 4.0, watched, 0.5)
-    lines = list(report.lines(content, " (process 7)"))
+    content = report.run_facts(Settings("train.py"), 4.0, watched, 0.5)
+    lines = list(report.report_lines(content, " (process 7)"))
     assert lines[0] == "surefoot run: train.py (process 7) took 4 s, 12.5% of it in optimizer steps (500 ms)"
     assert "    engine   eager for 1 parameter of float32 on cpu" in lines
     assert "             not cpu: kernels carry no gradients through the step" in lines
@@ -205,6 +205,6 @@ def test_a_comparison_that_fails_is_said(watched, monkeypatch):
 def test_after_a_failure_nothing_is_compared(watched, monkeypatch):
     optimizers.SGD([weight()], lr=0.1).step()
     monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
-    content = report.facts(Settings("t.py", compare=True), 1.0, watched, 0.1)
+    content = report.run_facts(Settings("t.py", compare=True), 1.0, watched, 0.1)
     assert content["failed"] is True
     assert content["optimizers"][0]["compared"] is None

@@ -51,7 +51,7 @@ def whole(value):
 
 
 COLLECTIVES = {
-    distributed: ("all_reduce", "all_gather_into_tensor", "all_to_all_single", "all_gather", "broadcast", "all_to_all"),
+    distributed: ("all_reduce", "all_gather_single", "all_to_all_single", "all_gather", "broadcast", "all_to_all"),
     functional: ("all_reduce", "all_gather_tensor", "all_to_all_single", "reduce_scatter_tensor", "broadcast"),
 }
 

@@ -1,10 +1,6 @@
-"""The CPU engine: its kernels on disk, its threads, its plans, and what it answers when it cannot serve."""
+"""The CPU engine: its threads, its plans, and what it answers when it cannot serve."""
 
 import contextlib
-import dataclasses
-import functools
-import os
-import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +10,8 @@ import pytest
 import torch
 
 import surefoot
+from helpers import make_sized as make
+from helpers import train_sized as train
 from surefoot.codegen import compile as compiling
 from surefoot.codegen import threads
 from surefoot.engines.checked import checked
@@ -25,23 +23,6 @@ from surefoot.storage import format_of
 from surefoot.tensors import guards
 from surefoot.tensors.native import guards as native
 from surefoot.tensors.native import layout
-
-SIZES = (1, 1000, plan.CHUNK - 1, plan.CHUNK, 3 * plan.CHUNK + 5)
-
-
-def make(cls=surefoot.AdamW, sizes=SIZES, dtype=torch.float32, **options):
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
-    return cls(params, **options), params
-
-
-def train(optimizer, params, steps=3):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-    return [param.detach().clone() for param in params]
 
 
 def source_of(cls=surefoot.AdamW):
@@ -59,168 +40,16 @@ def mode(request, monkeypatch):
 IN_BOTH_MODES = pytest.mark.usefixtures("mode")
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty folder for kernels."""
-    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "kernels"))
-    return tmp_path / "kernels"
-
-
-# Kernels on disk
-
-
-def test_source_and_code_are_kept_and_found_again(cache):
-    source = source_of()
-    compiling.build_kernel(source, "adamw")
-    path = next(cache.glob("adamw_*.py"))
-    assert path.read_text() == source
-    before = path.with_suffix(".o").stat().st_mtime_ns
-    compiling.build_kernel(source, "adamw")
-    assert path.with_suffix(".o").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("damage", [b"", b"x", b"\x00" * 4096], ids=["empty", "short", "zeros"])
-def test_a_damaged_entry_is_compiled_again(cache, damage):
-    source = source_of(surefoot.SGD)
-    compiling.build_kernel(source, "sgd")
-    path = next(cache.glob("*.o"))
-    good = path.read_bytes()
-    path.write_bytes(damage)
-    compiling.build_kernel(source, "sgd")
-    assert path.read_bytes()[:32] == compiling._DIGEST(path.read_bytes()[32:]).digest()
-    assert len(path.read_bytes()) == len(good)
-
-
-def test_every_flipped_byte_of_an_entry_is_noticed(cache):
-    compiling.build_kernel(source_of(surefoot.SGD), "sgd")
-    path = next(cache.glob("*.o"))
-    good = path.read_bytes()
-    for position in range(0, len(good), 7):
-        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
-        assert compiling._read(path) is None
-    path.write_bytes(good)
-    assert compiling._read(path) == good[32:]
-
-
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "file" / "kernels"))
-    assert compiling.build_kernel(source_of(surefoot.SGD), "sgd").address != 0
-
-
-_FILL = """
-import torch, surefoot
-param = torch.ones(5, requires_grad=True)
-optimizer = surefoot.Adamax([param], lr=0.5, fused=True)
-param.grad = torch.full((5,), 2.0)
-optimizer.step()
-assert torch.equal(param, torch.full((5,), 0.5)), param
-"""
-
-
-def test_two_processes_may_fill_the_folder_at_once(cache):
-    run = [subprocess.Popen([sys.executable, "-c", _FILL]) for _ in range(2)]  # noqa: S603 (our own code)
-    assert [process.wait(timeout=120) for process in run] == [0, 0]
-    assert not list(cache.glob("*.tmp"))
-    assert len(list(cache.glob("adamax_*.o"))) == 1
-
-
-def test_a_kernel_from_disk_needs_no_numba(cache):
-    check = "import sys\nassert 'numba' not in sys.modules"
-    for code in (_FILL, _FILL + check):
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603
-
-
-# Settings of the compiler
-
-_STEP = """
-import torch, surefoot
-param = torch.linspace(-1, 1, 1001).requires_grad_()
-optimizer = surefoot.Adam([param], lr=0.5, weight_decay=0.1, fused=True)
-for power in (1, 2):
-    param.grad = param.detach() ** power
-    optimizer.step()
-print(param.detach().view(torch.int32).tolist())
-"""
-_SET_IN_CODE = (
-    """
-import os
-from numba import njit
-from numba.core import config
-config.BOUNDSCHECK, config.CPU_NAME, config.THREADING_LAYER = 1, "generic", "workqueue"
-beyond = njit(lambda x: x[7])
-config.LOOP_VECTORIZE = 0
-"""
-    + _STEP
-    + """
-assert (config.BOUNDSCHECK, config.CPU_NAME, config.LOOP_VECTORIZE) == (1, "generic", 0)
-import numpy as np
-try:
-    beyond(np.zeros(3))
-except IndexError:
-    raise SystemExit
-raise AssertionError("the setting of others was lost")
-"""
-)
-_SETTINGS_THAT_ARE_1 = (
-    "BOUNDSCHECK", "DEBUGINFO", "DEBUG_JIT", "DISABLE_INTEL_SVML", "DUMP_ANNOTATION", "ENABLE_PROFILING",
-    "EXTEND_VARIABLE_LIFETIMES", "JIT_COVERAGE", "SLP_VECTORIZE",
-)  # fmt: skip
-SETTINGS = {
-    "no compiler": {"NUMBA_DISABLE_JIT": "1"},
-    "all others": {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "VS_PROFILER": "1",
-        **{f"NUMBA_{name}": "0" for name in ("ENABLE_AVX", "LLVM_REFPRUNE_PASS", "LOOP_VECTORIZE", "OPT")},
-        **{f"NUMBA_{name}": "1" for name in _SETTINGS_THAT_ARE_1},
-    },
-}
-
-
-def step_elsewhere(folder, code=_STEP, **environment):
-    """Take two steps in a process of its own; give what it prints, and the kernels that it leaves."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")} | environment
-    process = subprocess.run(  # noqa: S603 (our own code)
-        [sys.executable, "-c", code],
-        env=environment | {"SUREFOOT_CACHE_DIR": str(folder)},
-        check=True,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    return process.stdout, {path.name: path.read_bytes() for path in folder.glob("*.o")}
-
-
-@pytest.fixture(scope="module")
-def step_without_settings(tmp_path_factory):
-    return step_elsewhere(tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
-def test_settings_of_the_compiler_change_no_kernel(settings, step_without_settings, tmp_path):
-    assert step_elsewhere(tmp_path, **settings) == step_without_settings
-
-
-def test_neither_do_settings_in_code_and_they_are_kept(step_without_settings, tmp_path):
-    printed, kernels = step_elsewhere(tmp_path, _SET_IN_CODE)
-    assert printed == step_without_settings[0]
-    assert kernels.keys() == step_without_settings[1].keys()
-
-
 # Errors in kernels
 
-_RAISING = """
-from numba import cfunc, types
-
-@cfunc(types.void(types.int64))
+_STOPPED = """
 def kernel(launch):
-    raise IndexError
+    store(launch + 8, 1)
 """
 
 
 def raising():
-    return compiling.build_kernel(_RAISING, "raising")
+    return compiling.build_kernel(_STOPPED, "raising")
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["openmp", "python threads"])
@@ -265,26 +94,6 @@ def test_an_error_in_the_guard_kernel_raises(monkeypatch):
     monkeypatch.setattr(launch, "_kernel", address)
     with pytest.raises(KernelError, match="the guard kernel was stopped by an error"):
         launch.run()
-
-
-def with_bounds_checked(rule, layout, checked):
-    source = print_kernel(rule, layout).replace('error_model="numpy"', 'error_model="numpy", boundscheck=True')
-    return compiling.build_kernel(source, "bounds")
-
-
-@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.Adam])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "telemetry": True}], ids=["plain", "measured"])
-def test_kernels_index_their_arrays_within_their_lengths(cls, options, monkeypatch):
-    def measured():
-        optimizer, params = make(cls, sizes=(1, 1000, 3 * plan.CHUNK + 5), **options)
-        first = train(optimizer, params, steps=1)
-        optimizer.state[params[1]] = {}  # so that there are several rows of coefficients
-        return [*first, *train(optimizer, params)]
-
-    expected = measured()
-    monkeypatch.setattr(plan, "compiled_kernel", with_bounds_checked)
-    for ours, theirs in zip(measured(), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # The checked mode
@@ -599,253 +408,7 @@ def test_a_step_holds_gradients_no_longer_than_it_takes(end, kind, monkeypatch):
     assert [grad() for grad in grads] == [None, None]
 
 
-def test_a_look_that_goes_lets_go():
-    watch, params, _ = look()
-    assert not watch.changed()
-    grad = weakref.ref(params[0].grad)
-    params[0].grad = None
-    assert grad() is not None
-    del watch
-    assert grad() is None
-
-
-def test_where_torch_keeps_things_elsewhere_the_answers_are_the_same(monkeypatch):
-    expected = train(*make())
-    monkeypatch.setattr(layout, "_word", lambda address, index: 0)
-    monkeypatch.setattr(layout, "tensor_layout", found := functools.cache(layout.tensor_layout.__wrapped__))
-    monkeypatch.setattr(native, "tensor_layout", found)
-    assert found() is None
-    optimizer, params = make()
-    assert all(map(torch.equal, expected, train(optimizer, params)))
-    assert guards_of(optimizer) == {guards.PlainTensorGuard}
-
-
-def guards_of(optimizer):
-    return {type(work.guard.tensors) for work in optimizer._step_cache.runs}
-
-
-def test_a_look_that_sees_something_else_than_python_is_not_used(monkeypatch):
-    known = layout.tensor_layout()
-    sizes_for_data = (known.getters[3], *known.getters[1:])
-    monkeypatch.setattr(native, "tensor_layout", lambda: dataclasses.replace(known, getters=sizes_for_data))
-    optimizer, params = make()
-    train(optimizer, params)
-    assert guards_of(optimizer) == {guards.PlainTensorGuard}
-    assert all(map(torch.equal, params, train(*make())))
-
-
-CHANGES = {
-    "data": lambda t: setattr(t, "data", torch.randn(4, 3)),
-    "data of another shape": lambda t: setattr(t, "data", t.data[:2]),
-    "data in other order": lambda t: setattr(t, "data", t.data.view(3, 4).t()),
-    "data of six dimensions": lambda t: setattr(t, "data", t.data.view(1, 1, 1, 1, 4, 3)),
-    "dtype": lambda t: setattr(t, "data", t.data.double()),
-    "negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
-    "set_": lambda t: t.set_(torch.randn(4, 3)),
-    "resize_": lambda t: t.resize_(2, 2),
-    "transposed": lambda t: t.t_(),
-    "memory of the storage": lambda t: t.untyped_storage().resize_(1 << 16),
-    "memory shared with a lazy clone": lambda t: setattr(t, "clone_that_lives", t._lazy_clone()),
-}
-
-
-MANY = native._FEW // 4 + 1  # of each: parameters, gradients, and two entries of state
-kinds_of_guard = pytest.mark.parametrize("kind", [native.TensorGuard, guards.PlainTensorGuard])
-
-
-def look(dimensions=(4, 3), kind=native.TensorGuard, count=5):
-    params = [torch.randn(dimensions) for _ in range(count)]  # set_ and resize_ refuse those that require gradients
-    for param in params:
-        param.grad = torch.randn(dimensions)
-    states = [{"step": torch.zeros(()), "average": torch.randn(dimensions)} for _ in params]
-    entries = [[state[name] for state in states] for name in ("step", "average")]
-    options = {} if kind is guards.PlainTensorGuard else {"threads": count >= MANY}
-    return kind((params, *entries), states, ("step", "average"), gradients=True, **options), params, states
-
-
-@kinds_of_guard
-@pytest.mark.parametrize("of", ["param", "state"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_a_look_sees_what_changes_a_tensors_memory(change, of, kind):
-    watch, params, states = look(kind=kind)
-    assert not watch.changed()
-    change(params[3] if of == "param" else states[3]["average"])
-    assert watch.changed()
-    assert watch.changed(), "what was made before the change must never be used again"
-
-
-@kinds_of_guard
-@pytest.mark.parametrize(
-    "grad",
-    [
-        None,
-        torch.zeros(4, 3).double(),
-        torch.zeros(3, 4).t(),
-        torch._neg_view(torch.zeros(4, 3)),
-        torch._efficientzerotensor((4, 3)),
-        torch.zeros(4, 3).to_sparse(),
-    ],
-    ids=["none", "dtype", "order", "negated", "without memory", "sparse"],
-)
-def test_a_look_sees_another_kind_of_gradient(grad, kind):
-    watch, params, _ = look(kind=kind)
-    params[4].grad = None
-    if grad is not None and grad.dtype is torch.float64:
-        params[4].data = params[4].data.double()
-    params[4].grad = grad
-    assert watch.changed()
-
-
-@kinds_of_guard
-def test_a_look_gives_the_addresses_of_gradients(kind):
-    watch, params, _ = look(kind=kind)
-    for param in params[1:]:
-        param.grad = torch.randn(4, 3)
-    assert not watch.changed()
-    assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
-
-
-@kinds_of_guard
-@pytest.mark.parametrize("change", ["replaced", "deleted", "cleared", "none"])
-def test_a_look_sees_another_entry(change, kind):
-    watch, _, states = look(kind=kind)
-    state = states[2]
-    {
-        "replaced": lambda: state.update(average=state["average"].clone()),
-        "deleted": lambda: state.pop("average"),
-        "cleared": state.clear,
-        "none": lambda: state.update(step=None),
-    }[change]()
-    assert watch.changed()
-
-
-def test_a_look_does_without_room_for_many_dimensions():
-    watch, params, _ = look((1,) * 7 + (2,))
-    assert not watch.changed()
-    params[0].grad = torch.zeros((1,) * 6 + (2, 1)).transpose(6, 7)
-    params[1].grad = torch.zeros((1,) * 7 + (4,))[..., ::2]
-    assert watch.changed()
-    assert look((1,) * 8 + (2,))[0].changed()
-    assert not look((1,) * 8 + (2,), guards.make_guard)[0].changed()
-
-
-@pytest.mark.parametrize("of", ["param", "gradient", "state"])
-def test_a_look_sees_sizes_that_stand_outside_of_a_tensor(of):
-    watch, params, states = look((1, 1, 1, 1, 3, 3))
-    assert not watch.changed()
-    changed = {"param": params[2], "gradient": params[2].grad, "state": states[2]["average"]}[of]
-    changed.transpose_(4, 5)
-    assert watch.changed()
-
-
-@pytest.mark.parametrize("position", [0, 127, 128, MANY - 1])
-@pytest.mark.parametrize("change", ["param", "gradient", "none", "average", "step", "entry"])
-def test_a_look_of_several_threads_sees_every_tensor(change, position):
-    watch, params, states = look(count=MANY)
-    assert not watch.changed()
-    assert watch.gradients.tolist() == [param.grad.data_ptr() for param in params]
-    {
-        "param": lambda: params[position].set_(torch.randn(4, 3)),
-        "gradient": params[position].grad.t_,
-        "none": lambda: setattr(params[position], "grad", None),
-        "average": lambda: states[position]["average"].set_(torch.randn(4, 3)),
-        "step": lambda: states[position]["step"].set_(torch.zeros(())),
-        "entry": lambda: states[position].update(average=torch.randn(4, 3)),
-    }[change]()
-    assert watch.changed()
-
-
-def test_a_look_of_several_threads_holds_every_gradient():
-    watch, params, _ = look(count=MANY)
-    gradients = [weakref.ref(param.grad) for param in params]
-    addresses = [param.grad.data_ptr() for param in params]
-    assert not watch.changed()
-    for param in params:
-        param.grad = None
-    fresh = {torch.randn(4, 3).data_ptr() for _ in range(100)}
-    assert fresh.isdisjoint(addresses), "memory that is held must not be given away"
-    watch.release_grads()
-    assert not any(gradient() for gradient in gradients)
-
-
-OF_OTHER_KINDS = """
-import torch, surefoot
-
-class Wrapper(torch.Tensor):
-    @staticmethod
-    def __new__(cls, inner):
-        shape, dtype = inner.shape, inner.dtype
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, dispatch_sizes_strides_policy="sizes")
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return func(*[arg.inner if isinstance(arg, Wrapper) else arg for arg in args], **(kwargs or {}))
-
-params = [torch.nn.Parameter(torch.zeros(8, 3)) for _ in range(3000)]
-for param in params:
-    param.grad = torch.ones(8, 3)
-optimizer = surefoot.SGD(params, lr=1.0, momentum=0.0)
-for position in (0, 5, 1500, 2999):
-    optimizer.step()
-    optimizer.step()
-    params[position].grad = Wrapper(torch.ones(8, 3))
-    optimizer.step()
-    params[position].grad = torch.ones(8, 3)
-assert all((param == -12).all() for param in params)
-
-for kind in (torch.strided, torch.jagged):
-    optimizer = surefoot.SGD(params, lr=1.0, momentum=0.9)
-    optimizer.step()
-    optimizer.step()
-    nested = torch.nested.nested_tensor([torch.ones(3)] * 8, layout=kind)
-    torch.utils.swap_tensors(optimizer.state[params[2999]]["momentum_buffer"], nested)
-    try:
-        optimizer.step()
-    except RuntimeError:
-        print("refused")
-"""
-
-
-def test_a_look_of_several_threads_asks_nothing_that_python_answers():
-    command = [sys.executable, "-W", "ignore", "-c", OF_OTHER_KINDS]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
-    assert result.stdout == "refused\n" * 2
-
-
-OF_ONE_STORAGE = """
-import torch, surefoot
-
-flat, grads = torch.zeros(3_000_000), torch.ones(3_000_000)
-params = [torch.nn.Parameter(part) for part in flat.split(1000)]
-for param, grad in zip(params, grads.split(1000)):
-    param.grad = grad
-optimizer = surefoot.SGD(params, lr=1.0)
-optimizer.step()
-for step in range(20):
-    clones = [torch._lazy_clone(flat), torch._lazy_clone(grads)]
-    optimizer.step()
-    assert (clones[0] == -1 - step).all() and (clones[1] == 1).all()
-    assert all((param == -2 - step).all() for param in params)
-    flat = clones[0] = params[0].detach().as_strided((3_000_000,), (1,), 0)
-"""
-
-
-def test_a_look_of_several_threads_at_lazy_clones_of_one_storage():
-    subprocess.run([sys.executable, "-c", OF_ONE_STORAGE], check=True, timeout=120)  # noqa: S603
-
-
-def test_a_change_counts_that_is_seen_with_a_lazy_clone():
-    watch, params, _ = look(count=MANY)
-    clones = [param._lazy_clone() for param in params[100:1000:100]]
-    params[3].set_(torch.randn(4, 3))
-    assert watch.changed()
-    del clones
-
-
-@pytest.mark.parametrize("count", [1, MANY])
+@pytest.mark.parametrize("count", [1, native._FEW // 4 + 1])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("left", [0, 12])
 @pytest.mark.parametrize("of", ["param", "gradient", "state"])
@@ -868,75 +431,6 @@ def test_storages_without_memory_are_refused(of, late, count, left):
         assert torch.equal(params[0], before)
 
 
-def test_versions_of_many_tensors_are_counted():
-    counted = [torch.zeros(()) for _ in range(native._FEW + 1)]
-    for tensor in counted[::3]:
-        tensor.add_(1)
-    before = [tensor._version for tensor in counted]
-    native.VersionCounters(counted).count()
-    assert [tensor._version for tensor in counted] == [version + 1 for version in before]
-
-
-def test_many_numbers_are_read_and_written():
-    scalars = [torch.tensor(float(value)) for value in range(native._FEW + 1)]
-    numbers = native.ScalarIO(scalars)
-    assert numbers.read().tolist() == list(range(native._FEW + 1))
-    numbers.write(np.arange(native._FEW + 1) / 2)
-    assert [scalar.item() for scalar in scalars] == [value / 2 for value in range(native._FEW + 1)]
-
-
-def test_a_lazy_clone_keeps_what_it_was_cloned_from():
-    optimizer, params = make()
-    train(optimizer, params)
-    clone, before = params[0].detach()._lazy_clone(), params[0].detach().clone()
-    optimizer.step()
-    assert torch.equal(clone, before)
-    assert not torch.equal(params[0], before)
-
-
-@pytest.mark.parametrize("kind", [native.DictGuard, guards.PlainDictGuard])
-def test_items_of_dicts(kind):
-    items = {"a": object(), "b": object()}
-    seen = kind([{}, items])
-    assert not seen.changed()
-    items["c"] = 1
-    assert seen.changed()
-    del items["c"]
-    assert not seen.changed()
-    last = items.popitem()
-    assert seen.changed()
-    items.update([last])
-    assert not seen.changed()
-    items["a"] = object()
-    assert seen.changed()
-    items.clear()
-    assert seen.changed()
-
-
-@pytest.mark.parametrize("kind", [native.DictGuard, guards.PlainDictGuard])
-def test_items_of_attributes(kind):
-    owner = torch.nn.Linear(2, 2)
-    seen = kind([owner._parameters], [(owner, "_parameters")])
-    assert not seen.changed()
-    owner._parameters = dict(owner._parameters)
-    assert seen.changed()
-
-
-def test_versions_count_as_torch_counts_them():
-    counted = [torch.ones(3), torch.nn.Parameter(torch.ones(2)), torch.ones(4)[:2]]
-    counted[2].add_(1)
-    before = [tensor._version for tensor in counted]
-    native.VersionCounters(counted).count()
-    assert [tensor._version for tensor in counted] == [version + 1 for version in before]
-
-
-def test_tensors_without_versions_are_left_alone():
-    with torch.inference_mode():
-        counted = [torch.ones(3), torch.ones(2)]
-        native.VersionCounters(counted).count()
-    assert all(tensor.is_inference() for tensor in counted)
-
-
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
 def test_a_parameter_that_stands_twice_is_stepped_twice(options):
     results = []
@@ -950,15 +444,6 @@ def test_a_parameter_that_stands_twice_is_stepped_twice(options):
         assert optimizer.state[param]["step"] == 10
         results.append(param.detach())
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("kind", [native.ScalarIO, guards.PlainScalarIO])
-def test_numbers_are_read_and_rounded_as_their_tensors(kind):
-    scalars = [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)]
-    numbers = kind(scalars)
-    assert numbers.read().tolist() == [scalars[0].item(), 0.1]
-    numbers.write(np.array([1 / 3, 1 / 3]))
-    assert [scalar.item() for scalar in scalars] == [torch.tensor(1 / 3).item(), 1 / 3]
 
 
 def test_gradients_without_memory_are_zeros():

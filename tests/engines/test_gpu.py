@@ -21,7 +21,7 @@ from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, n
 from helpers import Noted
 from surefoot import averages, engines
 from surefoot.engines import gpu
-from surefoot.engines.bucket import measure
+from surefoot.engines.bucket import reduce
 from surefoot.errors import NonFiniteGradientError
 from surefoot.explain import rule_of
 from surefoot.optimizers.muon import newton_schulz
@@ -458,7 +458,7 @@ def test_gradients_are_read_precisely(dtype):
     """As sums in float64, whatever the dtype: no square overflows or vanishes on the way."""
     grads = strange_values(dtype)
     found = measured_of([torch.zeros_like(grad) for grad in grads], grads)
-    exact = torch.stack([measure(gradient_rule().reductions, (grad, grad)) for grad in grads])
+    exact = torch.stack([reduce(gradient_rule().reductions, (grad, grad)) for grad in grads])
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0, equal_nan=True)
     assert torch.equal(found[:, 1].nan_to_num(-1.0), exact[:, 1].nan_to_num(-1.0))
     assert found.dtype is torch.float64
@@ -469,7 +469,7 @@ def test_gradients_of_any_layout_are_read():
     params = [torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(8, 5), torch.zeros(4999)]
     before = [grad.clone() for grad in grads]
     found = measured_of(params, grads)
-    exact = torch.stack([measure(gradient_rule().reductions, (grad, grad)) for grad in grads])
+    exact = torch.stack([reduce(gradient_rule().reductions, (grad, grad)) for grad in grads])
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0.0)
     assert all(map(torch.equal, grads, before))
     assert not any(param.any() for param in params)
@@ -546,7 +546,7 @@ def test_what_a_scaler_skips_is_measured_as_it_stands(cls):
         assert not skipped or all(map(torch.equal, (*params, *after), (*before, *state)))
         for sums, param, old in zip(telemetry.raw[-1].sums, params, before, strict=True):
             values = (param.grad / 4, param, param - old, param.grad / 4, param.grad / 4)
-            exact = measure(TELEMETRY, [value.detach() for value in values])
+            exact = reduce(TELEMETRY, [value.detach() for value in values])
             torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -625,7 +625,7 @@ def test_averages_of_models_are_kept(monkeypatch):
 
 @pytest.fixture(params=["compiled", "plain"])
 def looking(request, monkeypatch):
-    """Look at tensors as where Numba is installed, and as where it is not."""
+    """Look at tensors as where llvmlite is installed, and as where it is not."""
     if request.param == "plain":
         monkeypatch.setattr(native, "available", lambda: False)
     return request.param
@@ -755,9 +755,9 @@ def test_gradients_live_until_the_kernel_has_its_addresses(monkeypatch, looking)
     assert param.tolist() == [-3.0] * 5
 
 
-_WITHOUT_NUMBA = """
+_WITHOUT_LLVM = """
 import sys
-sys.modules["numba"] = sys.modules["llvmlite"] = None
+sys.modules["llvmlite"] = None
 import torch, surefoot
 from surefoot.state import check
 from surefoot.engines import eager, foreach, gpu
@@ -780,9 +780,9 @@ for _ in range(3):
 """
 
 
-def test_numba_is_not_needed():
+def test_llvm_is_not_needed():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", _WITHOUT_NUMBA], check=True, timeout=120, env=environment)  # noqa: S603 (our own code)
+    subprocess.run([sys.executable, "-c", _WITHOUT_LLVM], check=True, timeout=120, env=environment)  # noqa: S603 (our own code)
 
 
 def test_chunks_cover_every_element_once():

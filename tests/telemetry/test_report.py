@@ -15,7 +15,7 @@ from surefoot.telemetry.reading import Line
 from surefoot.telemetry.report import condense, write_report
 from surefoot.telemetry.report.condense import QUANTITIES, Curves, Heat
 from surefoot.telemetry.report.findings import Findings
-from surefoot.telemetry.report.page import page
+from surefoot.telemetry.report.page import render_page
 
 NAMES = ("embed.weight", "blocks.0.weight", "blocks.0.bias", "head.weight")
 
@@ -353,7 +353,7 @@ def page_of(lines):
     for each in lines:
         for part in (findings, curves, heat):
             part.add(each)
-    return page("run.jsonl", findings.words(curves), curves, heat)
+    return render_page("run.jsonl", findings.words(curves), curves, heat)
 
 
 def test_the_page_asks_the_network_for_nothing():

@@ -9,11 +9,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from telemetry_helpers import NAMES, raw
 
-from surefoot.telemetry import JsonLines, Telemetry, TensorBoard, read
+from surefoot.telemetry import JsonLines, RawStep, Telemetry, TensorBoard, read
 from surefoot.telemetry.record import Record
 from surefoot.telemetry.sinks import line_of
 
@@ -135,10 +136,10 @@ def test_a_path_that_cannot_be_written_is_refused_at_once(tmp_path, place, messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is no telemetry file: it must begin with a header that holds `names`"),
-        ("loss: 1\n", "is no telemetry file"),
-        ('{"loss": 1}\n{"loss": 2}\n', "is no telemetry file"),
-        ("\x00\xff\n", "is no telemetry file"),
+        ("", "is not a telemetry file: it must begin with a header that holds `names`"),
+        ("loss: 1\n", "is not a telemetry file"),
+        ('{"loss": 1}\n{"loss": 2}\n', "is not a telemetry file"),
+        ("\x00\xff\n", "is not a telemetry file"),
         ('{"names":["w"],"format":99,"surefoot":"9.0"}\n', "was written by surefoot 9.0, in a newer format (99)"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n{"step":\n{"step": 2}\n', "line 2 is broken (JSONDecodeError"),
         ('{"names":["w"],"format":1,"surefoot":"0.1"}\n{"step":1,"grad":[1,2]}\n{}\n', "2 numbers for 1 parameters"),
@@ -149,6 +150,14 @@ def test_what_is_no_telemetry_is_refused(tmp_path, content, message):
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=re.escape(message)):
         list(read(path))
+
+
+def test_names_that_utf_8_cannot_write_are_escaped(tmp_path):
+    names = ("\ud800", "ä")
+    telemetry = Telemetry(sinks=JsonLines(tmp_path / "run.jsonl"))
+    telemetry.record(RawStep(1, names, torch.zeros(2, 5).double(), (1.0,)))
+    telemetry.close()
+    assert [line.names for line in read(tmp_path / "run.jsonl")] == [names]
 
 
 def test_tensorboard_gets_scalars(tmp_path):

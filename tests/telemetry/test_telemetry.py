@@ -384,6 +384,23 @@ def test_the_live_view_shows_what_moves_most():
     assert "embed.weight" not in last
 
 
+def test_the_live_view_on_a_terminal_of_ascii():
+    """Nor are brackets in a name taken for markup."""
+    raw_output = io.BytesIO()
+    with io.TextIOWrapper(raw_output, encoding="ascii") as file:
+        live = Live(seconds=0, console=Console(file=file, width=140, force_terminal=True, color_system=None))
+        names = ("a[bold]", "b\x1b[31m", "c[/x]")
+        live.write([Record(RawStep(step, names, torch.full((3, 5), float(step)).double(), (1.0,))) for step in (1, 2)])
+        live.close()
+        file.flush()
+        text = raw_output.getvalue().decode("ascii")
+    assert "gradient norm  _#" in text
+    assert all(name in text for name in ("a[bold]", "b\\x1b[31m", "c[/x]"))
+    assert all(
+        name in str(Record(RawStep(1, names, torch.zeros(3, 5).double(), (1.0,)))) for name in ("a[bold]", "c[/x]")
+    )
+
+
 def test_the_live_view_waits_between_pictures():
     live = Live(seconds=1000, console=Console(file=io.StringIO(), force_terminal=True))
     assert live.due(1)

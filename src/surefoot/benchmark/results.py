@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 
 from surefoot.benchmark.cases import Case
 from surefoot.benchmark.contenders import COMPILED, FLOOR, OURS, TORCH
+from surefoot.files import write_whole
 
 
 class Quartiles(NamedTuple):
@@ -150,11 +152,12 @@ def processor() -> str:
 
 def write_csv(path: Path, lines: Iterable[tuple[Any, ...]], columns: Sequence[str] = Result._fields) -> None:
     """Write lines of a table, numbers with five digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for line in lines:
-            writer.writerow(f"{value:.5g}" if isinstance(value, float) else value for value in line)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    for line in lines:
+        writer.writerow(f"{value:.5g}" if isinstance(value, float) else value for value in line)
+    write_whole(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> list[Result]:

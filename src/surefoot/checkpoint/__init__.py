@@ -3,6 +3,7 @@
 `save` and `load` are the whole of it for a training loop; `Checkpoint` opens one file to look into it.
 """
 
+import errno
 import logging
 import os
 import platform
@@ -20,12 +21,12 @@ import torch
 
 from surefoot.checkpoint import folder
 from surefoot.checkpoint.background import BACKGROUND
+from surefoot.checkpoint.collect import Contents, collect_contents, objects_of
 from surefoot.checkpoint.folder import Skipped
-from surefoot.checkpoint.gather import Contents, gather, objects_of
-from surefoot.checkpoint.plain import decode
+from surefoot.checkpoint.json_codec import decode
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.renaming import Rename, Renaming
-from surefoot.checkpoint.restoring import restore
+from surefoot.checkpoint.rename import Rename, Renaming
+from surefoot.checkpoint.restore import restore_objects
 from surefoot.checkpoint.writer import remove_leftovers, sync_folder, write
 from surefoot.errors import CheckpointError
 
@@ -42,7 +43,7 @@ class Loaded(NamedTuple):
         path: the file.
         step: the step under which it was saved; None for a single file without one.
         extra: the plain data that was saved, tensors in it copied; None if there was none.
-        skipped: newer checkpoints that are damaged, and why.
+        skipped: newer checkpoints that are damaged or cannot be read, and why.
         mismatched: what did not match; empty when strict.
         versions: of Python and the libraries with which it was saved.
     """
@@ -91,7 +92,7 @@ def save(
         The file.
 
     Raises:
-        TypeError: something is no plain data, or no model, optimizer and so on; the message names it.
+        TypeError: something is not plain data, or no model, optimizer and so on; the message names it.
         ValueError: `step` or `keep` is out of range.
         OSError: it could not be written; what was there stays.
         RuntimeError: an earlier write in the background has failed.
@@ -110,13 +111,13 @@ def save(
     path = Path(path)
     _check_numbers(path, step, keep)
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
-    contents = gather(objects, extra, rng=rng)
+    contents = collect_contents(objects, extra, rng=rng)
     target, number, sequence = _target(path, step)
     if not async_:
-        _write(target, contents, number, sequence, keep)
+        _write_and_rotate(target, contents, number, sequence, keep)
         return target
     copied = contents.copy()
-    BACKGROUND.start(target, lambda: _write(target, copied, number, sequence, keep))
+    BACKGROUND.start(target, lambda: _write_and_rotate(target, copied, number, sequence, keep))
     return target
 
 
@@ -129,16 +130,26 @@ def _check_numbers(path: Path, step: int | None, keep: int | None) -> None:
 
 
 def _target(path: Path, step: int | None) -> tuple[Path, int | None, int]:
-    """Give the file to write, its step and its sequence number."""
+    """Return the file to write, its step and its sequence number."""
     place = path.parent if folder.is_file_name(path) else path
     _make_folder(place)
     remove_leftovers(place)
     if folder.is_file_name(path):
+        _refuse_folder(path, f"`path` ends in {folder.SUFFIX} and so names a file, but it is a folder; name another")
         return path, step, 0
-    found, _ = folder.opened(place)
+    found, skipped = folder.open_headers(place)
     newest = found[0].manifest if found else {"step": -1, "sequence": -1}
-    number = (newest["step"] or 0) + 1 if step is None else step
-    return folder.path_of(place, number), number, newest["sequence"] + 1
+    # One that cannot be read now may be readable again: it is not overwritten, nor taken for newer than this one.
+    hidden = max((folder.step_of(skip.path) or 0 for skip in skipped), default=-1)
+    number = max(newest["step"] or 0, hidden) + 1 if step is None else step
+    target = folder.path_of(place, number)
+    _refuse_folder(target, f"`step` {number} cannot be saved: a folder has its name; move it away")
+    return target, number, max(newest["sequence"], hidden) + 1
+
+
+def _refuse_folder(target: Path, words: str) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, words, str(target))
 
 
 def _make_folder(place: Path) -> None:
@@ -147,14 +158,14 @@ def _make_folder(place: Path) -> None:
         sync_folder(place.parent)
 
 
-def _write(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
+def _write_and_rotate(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
     write(target, contents.tensors, manifest_of(contents, step, sequence))
     if keep is not None:
         folder.rotate(target.parent, keep)
 
 
 def manifest_of(contents: Contents, step: int | None, sequence: int) -> dict[str, Any]:
-    """Give the manifest of contents that are saved now."""
+    """Return the manifest of contents that are saved now."""
     return {
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
@@ -205,17 +216,18 @@ def load(
     Raises:
         FileNotFoundError: there is no checkpoint.
         CheckpointError: there is no whole one.
+        OSError: the folder, or the one file, cannot be read.
         ValueError: it does not fit, with a list of where; nothing has changed.
         RuntimeError: an earlier write in the background has failed.
     """
     BACKGROUND.wait()
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
     renaming = Renaming(rename)
-    checkpoint, skipped = folder.newest(path)
+    checkpoint, skipped = folder.open_newest_whole(path)
     extra = _extra(checkpoint)
     with_rng = optimizer is not None if rng is None else rng
-    mismatched = restore(checkpoint, objects, renaming, rng=with_rng, strict=strict)
-    _tell(checkpoint, skipped)
+    mismatched = restore_objects(checkpoint, objects, renaming, rng=with_rng, strict=strict)
+    _log_and_warn(checkpoint, skipped)
     versions: Mapping[str, str] = checkpoint.manifest["versions"]
     return Loaded(checkpoint.path, checkpoint.manifest["step"], extra, skipped, mismatched, dict(versions))
 
@@ -225,11 +237,11 @@ def _extra(checkpoint: Checkpoint) -> Any:
     return None if part is None else decode(part["state"], checkpoint.copy)
 
 
-def _tell(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
+def _log_and_warn(checkpoint: Checkpoint, skipped: list[Skipped]) -> None:
     _log.info("loaded %s", checkpoint.path)
     if skipped:
         reasons = "\n  ".join(skip.reason for skip in skipped)
-        warnings.warn(f"loaded {checkpoint.path}; damaged, and skipped:\n  {reasons}", stacklevel=3)
+        warnings.warn(f"loaded {checkpoint.path}; skipped, since damaged or unreadable:\n  {reasons}", stacklevel=3)
 
 
 def wait() -> None:

@@ -58,14 +58,14 @@ def is_number(dtype: torch.dtype) -> bool:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Give floating-point values in a dtype that torch computes with, complex ones as pairs."""
+    """Return floating-point values in a dtype that torch computes with, complex ones as pairs."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.to(torch.complex64) if tensor.dtype is torch.complex32 else tensor)
     return tensor.float() if tensor.element_size() < torch.float32.itemsize else tensor
 
 
 def order_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """Give the dimensions from the outermost in memory to the innermost, None for row-major or scattered tensors."""
+    """Return the dimensions from the outermost in memory to the innermost, None for row-major or scattered tensors."""
     if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
     strides = tensor.stride()
@@ -74,7 +74,7 @@ def order_of(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Give the elements as a row-major vector on the CPU; the tensor's own memory if it is like that already."""
+    """Return the elements as a row-major vector on the CPU; the tensor's own memory if it is like that already."""
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
 
 

@@ -5,8 +5,10 @@ trains on has newer checkpoints of smaller steps.
 """
 
 import contextlib
+import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from surefoot.errors import CheckpointError
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of a process that has too much open: to pass over a file because of them would put an older one first."""
 
 
 class Skipped(NamedTuple):
@@ -37,40 +41,62 @@ def is_file_name(path: Path) -> bool:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Give the file of a step."""
+    """Return the file of a step."""
     return folder / f"step-{step:08}{SUFFIX}"
 
 
 def step_of(path: Path) -> int | None:
-    """Give the step in a file's name, None if it has none."""
+    """Return the step in a file's name, None if it has none."""
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else None
 
 
-def opened(folder: Path) -> tuple[list[Checkpoint], list[Skipped]]:
-    """Open the headers of all checkpoints; give them from the newest on, and those that cannot be opened."""
+def entries(folder: Path) -> list[Path]:
+    """Return all that a folder has under a checkpoint's suffix, sorted.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+
+
+def why_not(path: Path, error: CheckpointError | OSError) -> str | None:
+    """Say why a file was passed over; None if there is nothing to say, since it has been removed meanwhile.
+
+    Raises:
+        OSError: the error is not the file's, but that of a process without memory or with too many open files.
+    """
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if error.errno in _NOT_THE_FILES_FAULT:
+        raise error
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is a link to nothing" if path.is_symlink() else None
+    return f"{path} cannot be read: {error.strerror or error}"
+
+
+def open_headers(folder: Path) -> tuple[list[Checkpoint], list[Skipped]]:
+    """Open the headers of all checkpoints; return them from the newest on, and those that cannot be opened."""
     found, skipped = [], []
-    for path in sorted(folder.glob(f"step-*{SUFFIX}")):
-        if step_of(path) is None:
-            continue
+    for path in (path for path in entries(folder) if step_of(path) is not None):
         try:
             found.append(Checkpoint(path))
-        except CheckpointError as error:
-            skipped.append(Skipped(path, str(error)))
-        except FileNotFoundError:  # rotated away meanwhile
-            continue
+        except (CheckpointError, OSError) as error:
+            if reason := why_not(path, error):
+                skipped.append(Skipped(path, reason))
     return sorted(found, key=lambda checkpoint: -checkpoint.manifest["sequence"]), skipped
 
 
-def newest(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
-    """Give the newest whole checkpoint of a folder, or the one in a file; every byte of it has been checked.
+def open_newest_whole(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
+    """Return the newest whole checkpoint of a folder, or the one in a file; every byte of it has been checked.
 
     Returns:
-        The checkpoint, and those that would have been preferred but are damaged.
+        The checkpoint, and those that would have been preferred but are damaged or cannot be read.
 
     Raises:
         FileNotFoundError: there is none.
         CheckpointError: there are some, but none is whole.
+        OSError: the folder, or the file, cannot be read.
     """
     path = Path(path)
     if is_file_name(path):
@@ -79,12 +105,14 @@ def newest(path: str | os.PathLike[str]) -> tuple[Checkpoint, list[Skipped]]:
         return checkpoint, []
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    candidates, skipped = opened(path)
+    candidates, skipped = open_headers(path)
     for checkpoint in candidates:
         try:
             checkpoint.verify()
-        except CheckpointError as error:
-            skipped.append(Skipped(checkpoint.path, str(error)))
+        except (CheckpointError, OSError) as error:
+            checkpoint.release()
+            if reason := why_not(checkpoint.path, error):
+                skipped.append(Skipped(checkpoint.path, reason))
         else:
             return checkpoint, skipped
     if not skipped:
@@ -97,8 +125,11 @@ def _reasons(skipped: list[Skipped]) -> Iterator[str]:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints; damaged ones are neither counted nor removed."""
-    for checkpoint in opened(folder)[0][keep:]:
-        with contextlib.suppress(FileNotFoundError):
-            checkpoint.path.unlink()
+    """Remove all but the newest checkpoints; damaged and unreadable ones are neither counted nor removed."""
+    for checkpoint in open_headers(folder)[0][keep:]:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                checkpoint.path.unlink()
+        except OSError as error:  # somebody reads it, on Windows; the new one is whole all the same
+            warnings.warn(f"{checkpoint.path} was not removed: {error.strerror}; remove it yourself", stacklevel=3)
     sync_folder(folder)

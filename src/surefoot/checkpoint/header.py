@@ -95,7 +95,7 @@ class Header:
 
     Attributes:
         places: the tensors by name, in the order in which they stand in the file.
-        manifest: everything that is no tensor.
+        manifest: everything that is not a tensor.
         size: bytes before the first tensor.
     """
 
@@ -113,7 +113,7 @@ class Header:
 
 
 def arrange(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Give every tensor a place.
+    """Return a place for every tensor.
 
     Wide elements come first, so that all are aligned to their own size; and single numbers before larger tensors, so
     that reading step counts touches few pages.
@@ -155,7 +155,7 @@ def compose(
 
 
 def _padded(size: int) -> int:
-    """Give the size at which tensors begin at a multiple of `_ALIGN`."""
+    """Return the size at which tensors begin at a multiple of `_ALIGN`."""
     return math.ceil((LENGTH + size) / _ALIGN) * _ALIGN - LENGTH
 
 
@@ -180,7 +180,7 @@ def _entry(place: Place) -> dict[str, Any]:
 
 
 def _note(place: Place, summary: Summary) -> dict[str, Any]:
-    """Give what the manifest adds to safetensors' entry."""
+    """Return what the manifest adds to safetensors' entry."""
     note: dict[str, Any] = {"crc32": "".join(f"{crc:08x}" for crc in summary.checksums)}
     if DTYPES[place.dtype].pairs:
         note["dtype"] = name(place.dtype)
@@ -197,7 +197,7 @@ def _note(place: Place, summary: Summary) -> dict[str, Any]:
 
 
 def length_of(start: bytes, file_size: int) -> int:
-    """Give the length of the header that follows the first eight bytes of a file.
+    """Return the length of the header that follows the first eight bytes of a file.
 
     Raises:
         CheckpointError: it is longer than the file or than any header.
@@ -206,7 +206,9 @@ def length_of(start: bytes, file_size: int) -> int:
         raise CheckpointError(f"truncated: it has {file_size} bytes, fewer than the shortest header")
     length = int.from_bytes(start, "little")
     if length > MOST:
-        raise CheckpointError(f"no checkpoint: it announces a header of {length:,} bytes, at most {MOST:,} are allowed")
+        raise CheckpointError(
+            f"not a checkpoint: it announces a header of {length:,} bytes, at most {MOST:,} are allowed"
+        )
     if length > file_size - LENGTH:
         raise CheckpointError(f"truncated: its header should have {length} bytes, the whole file has {file_size}")
     return length
@@ -225,7 +227,7 @@ def parse(text: bytes, file_size: int) -> Header:
     """
     if not text.startswith(_PREFIX):
         raise CheckpointError(
-            "no checkpoint of surefoot, or one whose header was changed; `surefoot ckpt convert` reads torch's files"
+            "not a checkpoint of surefoot, or one whose header was changed; `surefoot ckpt convert` reads torch's files"
         )
     crc = f"{zlib.crc32(text[: _CRC.start] + b'0' * _DIGITS + text[_CRC.stop :]):08x}".encode()
     if text[_CRC] != crc:
@@ -280,7 +282,7 @@ def _json(text: Any) -> Any:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -325,16 +327,16 @@ def _summary(note: dict[str, Any]) -> Summary:
 
 def _whole(value: Any, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{value!r} is no number from 0 to {most}")
+        raise ValueError(f"{value!r} is not a whole number from 0 to {most}")
     return value
 
 
 def _list(value: Any, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise ValueError(f"{value!r:.99} is no list of at most {most}")
+        raise ValueError(f"{value!r:.99} is not a list of at most {most}")
     return value
 
 
 def bytes_of(places: Iterable[Place]) -> int:
-    """Give the bytes that tensors take."""
+    """Return the bytes that tensors take."""
     return sum(place.nbytes for place in places)

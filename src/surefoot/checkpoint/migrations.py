@@ -11,7 +11,7 @@ Manifest = Mapping[str, Any]
 
 
 def migrated(manifest: Manifest) -> Manifest:
-    """Give a manifest in the present version of the format.
+    """Return a manifest in the present version of the format.
 
     Args:
         manifest: of this or an earlier version; it is not changed.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rng_state() -> dict[str, Any]:
-    """Give the states of the global generators of Python, numpy and torch, those of CUDA devices if CUDA is in use."""
+    """Return the states of the global generators of Python, numpy and torch, and of CUDA devices if CUDA is used."""
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "python": random.getstate(),

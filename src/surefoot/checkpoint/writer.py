@@ -20,6 +20,7 @@ from torch import Tensor
 
 from surefoot.checkpoint.dtypes import as_bytes, as_real, flat, is_number
 from surefoot.checkpoint.header import CHUNK, Summary, arrange, bytes_of, compose
+from surefoot.files import BINARY, open_regular, replace
 
 try:
     import fcntl
@@ -34,6 +35,10 @@ _BLOCK = 1 << 14
 _TRUSTED_NORMS = (1e-10, 1e15)
 """Norms in float32 to which squares that underflow or overflow cannot have contributed."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+"""How network file systems, and folders that may be written but not read, refuse to sync a folder."""
+_LONG = 200
+"""Bytes of a name from which a hidden file, whose name may be at most 255 bytes, does without it."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -50,12 +55,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
     """
     places = arrange(tensors)
     reserved = compose(places, manifest)
-    with replacing(path, len(reserved) + bytes_of(places.values())) as file, ThreadPoolExecutor(1) as pool:
-        _write_all(file, memoryview(reserved))
+    with replacing(path, len(reserved) + bytes_of(places.values())) as file:
+        write_into(file, tensors, manifest)
+
+
+def write_into(file: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write a checkpoint to a descriptor; see `write`."""
+    places = arrange(tensors)
+    with ThreadPoolExecutor(1) as pool:
+        _write_all(file, memoryview(compose(places, manifest)))
         found = {key: _stream(file, tensors[key], pool) for key in places}
         summaries = {key: _joined([part.result() for part in parts]) for key, parts in found.items()}
-        os.lseek(file, 0, os.SEEK_SET)
-        _write_all(file, memoryview(compose(places, manifest, summaries)))
+    os.lseek(file, 0, os.SEEK_SET)
+    _write_all(file, memoryview(compose(places, manifest, summaries)))
 
 
 # Appearing at once
@@ -63,7 +75,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int) -> Iterator[int]:
-    """Give a descriptor to write to; what was written takes the place of `path` at the end, unless something is raised.
+    """Yield a descriptor to write to; what was written replaces `path` at the end, unless something is raised.
 
     Args:
         path: the file.
@@ -72,30 +84,45 @@ def replacing(path: Path, size: int) -> Iterator[int]:
     Raises:
         OSError: it could not be written.
     """
-    partial, file = _open_partial(path)
     try:
-        yield file
-        os.fsync(file)
-        os.replace(partial, path)  # noqa: PTH105 (one rename, of which tests see each step)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            raise OSError(error.errno, f"{error.strerror}: {_needs(size)}; nothing was replaced", str(path)) from error
+        partial, file = _open_partial(path)
+        closing = contextlib.ExitStack()
+        closing.callback(os.close, file)
+        try:
+            yield file
+            os.fsync(file)
+            if fcntl is None:  # Windows renames no open file; elsewhere it stays locked until it has its name
+                closing.close()
+            replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what was raised matters more
+                closing.close()
+                partial.unlink()
+            raise
+        closing.close()
+        sync_folder(path.parent)
+    except OSError as error:
+        if explained := _explained(error, path, size):
+            raise explained from error
         raise
-    finally:
-        os.close(file)
-    sync_folder(path.parent)
 
 
-def _needs(size: int) -> str:
-    return f"the checkpoint needs {size:,} bytes, so make room, or keep fewer with keep="
+def _explained(error: OSError, path: Path, size: int) -> OSError | None:
+    """Return an error that says what to do about another, where there is something to say."""
+    if error.errno in _NO_SPACE:
+        needs = f"the checkpoint needs {size:,} bytes, so make room, or keep fewer with keep="
+        return OSError(error.errno, f"{error.strerror}: {needs}; nothing was replaced", str(path))
+    if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        return FileNotFoundError(error.errno, "the folder was removed while a checkpoint was written to it", str(path))
+    return None
 
 
 def _open_partial(path: Path) -> tuple[Path, int]:
     """Make and lock a hidden file; it may be taken for a leftover until it is locked, so look whether it is there."""
     while True:
-        partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}{PARTIAL}")
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        name = f".{path.name}" if len(os.fsencode(path.name)) < _LONG else ""
+        partial = path.with_name(f"{name}.{uuid4().hex[:12]}{PARTIAL}")
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         if _lock(file) and partial.exists():
             return partial, file
         os.close(file)
@@ -119,24 +146,24 @@ def remove_leftovers(folder: Path) -> None:
     if fcntl is None:
         return
     for partial in folder.glob(f".*{PARTIAL}"):
-        with contextlib.suppress(OSError):
-            file = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                partial.unlink()
-            finally:
-                os.close(file)
+        with contextlib.suppress(OSError), open_regular(partial) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk."""
     if os.name != "posix":
         return
-    file = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 # Bytes
@@ -167,7 +194,7 @@ def _begun(pool: Executor, chunk: Tensor) -> Future[Summary]:
 
 
 def summarize(chunk: Tensor) -> Summary:
-    """Give the checksum, the norm and the number of non-finite values of a vector on the CPU."""
+    """Return the checksum, the norm and the number of non-finite values of a vector on the CPU."""
     crc = zlib.crc32(as_bytes(chunk))
     if not is_number(chunk.dtype):
         return Summary((crc,))

@@ -11,10 +11,13 @@ import typer
 
 from surefoot.cli import ckpt, lr
 from surefoot.cli.bench import bench
+from surefoot.cli.cache import cache
 from surefoot.cli.demo import demo
 from surefoot.cli.explain import explain
+from surefoot.cli.prebuild import prebuild
 from surefoot.cli.report import report
 from surefoot.cli.run import run
+from surefoot.terminal import spell_out_the_rest
 
 __all__ = ["app", "main"]
 
@@ -29,8 +32,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(bench)
+app.command()(cache)
 app.command()(demo)
 app.command()(explain)
+app.command()(prebuild)
 app.command()(report)
 app.command(context_settings={"allow_interspersed_args": False})(run)
 app.add_typer(ckpt.app)
@@ -68,6 +73,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it with status 130 and no traceback, whatever it was doing."""
+    spell_out_the_rest()
     try:
         app()
     except KeyboardInterrupt:

@@ -115,10 +115,10 @@ def bench(
     try:
         _measure(console, selected, done, seconds, compiled=compiled)
     except KeyboardInterrupt:
-        _tell(console, done, csv)
+        _print_summary(console, done, csv)
         typer.echo("surefoot bench: interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    _tell(console, done, csv)
+    _print_summary(console, done, csv)
 
 
 def _measure(
@@ -133,7 +133,7 @@ def _measure(
             done.append(measure(case, seconds=seconds, compiled=compiled))
 
 
-def _tell(console: "Console", done: Sequence["Measurement"], csv: Path | None) -> None:
+def _print_summary(console: "Console", done: Sequence["Measurement"], csv: Path | None) -> None:
     """Print what has been measured, and write it if that is wanted."""
     from surefoot import benchmark  # noqa: PLC0415
 
@@ -148,7 +148,11 @@ def _tell(console: "Console", done: Sequence["Measurement"], csv: Path | None) -
     for line in notes(done):
         console.print(line, soft_wrap=True)
     if csv is not None:
-        benchmark.write_csv(csv, (line for measurement in done for line in benchmark.results(measurement)))
+        try:
+            benchmark.write_csv(csv, (line for measurement in done for line in benchmark.results(measurement)))
+        except OSError as error:
+            typer.echo(f"surefoot bench: {csv} was not written: {error.strerror}.", err=True)
+            raise typer.Exit(1) from None
         console.print(f"Written: {csv}", soft_wrap=True)
 
 
@@ -196,7 +200,7 @@ def _ratio(quartiles: "Quartiles") -> str:
 
 
 def notes(done: Sequence["Measurement"]) -> Iterable[str]:
-    """Give the lines under the table."""
+    """Return the lines under the table."""
     from surefoot.benchmark import COMPILED, geometric_mean  # noqa: PLC0415
 
     yield "R: time of torch's best / surefoot's. F: surefoot's / traffic floor. Medians ± half the quartiles' distance."

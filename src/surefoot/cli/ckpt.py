@@ -40,7 +40,7 @@ def _print_json(value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Give numbers that JSON lacks as strings."""
+    """Return a value in which numbers that JSON lacks are strings."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -56,12 +56,12 @@ def _group() -> None:
 @app.command()
 def inspect(path: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
     """Show parts, groups, parameters, state, sizes, norms and non-finite values.  Reads the header only."""
-    from surefoot.checkpoint import facts  # noqa: PLC0415 (commands import when they run)
+    from surefoot.checkpoint import inspection  # noqa: PLC0415 (commands import when they run)
 
     with _errors():
-        checkpoint = facts.chosen(path)
+        checkpoint = inspection.open_chosen(path)
         if as_json:
-            _print_json(facts.as_json(checkpoint))
+            _print_json(inspection.as_json(checkpoint))
         else:
             _show(checkpoint, everything=everything)
 
@@ -81,19 +81,25 @@ def _show(checkpoint: "Checkpoint", *, everything: bool) -> None:
 @app.command()
 def verify(path: PathArgument, as_json: AsJson = False) -> None:
     """Check every byte of a checkpoint, or of all in a folder; the status is 1 if one is damaged."""
-    from surefoot.checkpoint import folder  # noqa: PLC0415
-
     with _errors():
-        paths = [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}"))
-        if not paths:
-            raise FileNotFoundError(f"there is no checkpoint in {path}")
-        found = {str(one): _damage(one) for one in paths}
+        found = {str(one): _damage(one) for one in _paths(path)}
     if as_json:
         _print_json([{"path": one, "whole": problem is None, "problem": problem} for one, problem in found.items()])
     else:
         for one, problem in found.items():
             typer.echo(f"{one}: whole" if problem is None else problem)
     raise typer.Exit(int(any(found.values())))
+
+
+def _paths(path: Path) -> list[Path]:
+    """Return a file, or all checkpoints of a folder."""
+    from surefoot.checkpoint import folder  # noqa: PLC0415
+
+    if folder.is_file_name(path):
+        return [path]
+    if not path.is_dir() or not (found := folder.entries(path)):
+        raise FileNotFoundError(f"there is no checkpoint in {path}")
+    return found
 
 
 def _damage(path: Path) -> str | None:
@@ -104,19 +110,22 @@ def _damage(path: Path) -> str | None:
         Checkpoint(path).verify()
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
     return None
 
 
 @app.command()
 def diff(left: PathArgument, right: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
     """Compare two checkpoints: tensors by value, everything else by place; the status is 1 if they differ."""
-    from surefoot.checkpoint import comparing, facts  # noqa: PLC0415
+    from surefoot.checkpoint import inspection  # noqa: PLC0415
+    from surefoot.checkpoint.diff import differences  # noqa: PLC0415
 
     with _errors():
-        sides = [facts.chosen(path) for path in (left, right)]
+        sides = [inspection.open_chosen(path) for path in (left, right)]
         for side in sides:
             side.verify()
-        found = list(comparing.differences(*sides))
+        found = list(differences(*sides))
     if as_json:
         _print_json([one._asdict() for one in found])
     elif found:
@@ -152,6 +161,8 @@ def convert(
 
 
 def _check_target(target: Path, *, force: bool) -> None:
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is a folder or a device; name a file")
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there already; name another, or give --force")
     if not target.parent.is_dir():
@@ -159,10 +170,11 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 
 def _from_torch(source: Path, target: Path) -> None:
-    from surefoot.checkpoint import converting, manifest_of  # noqa: PLC0415
+    from surefoot.checkpoint import manifest_of  # noqa: PLC0415
+    from surefoot.checkpoint.convert import from_torch  # noqa: PLC0415
     from surefoot.checkpoint.writer import write  # noqa: PLC0415
 
-    contents, step, taken = converting.from_torch(source)
+    contents, step, taken = from_torch(source)
     write(target, contents.tensors, manifest_of(contents, step, 0))
     for one in taken:
         typer.echo(f"{one.key} -> {one.label}")
@@ -170,9 +182,10 @@ def _from_torch(source: Path, target: Path) -> None:
 
 
 def _to_torch(source: Path, target: Path) -> None:
-    from surefoot.checkpoint import converting, facts  # noqa: PLC0415
+    from surefoot.checkpoint import inspection  # noqa: PLC0415
+    from surefoot.checkpoint.convert import to_torch  # noqa: PLC0415
 
-    found = converting.to_torch(facts.chosen(source), target)
+    found = to_torch(inspection.open_chosen(source), target)
     typer.echo(f"wrote {target} with {', '.join(found)}; open it with torch.load(..., weights_only=True)")
 
 
@@ -180,9 +193,19 @@ def _to_torch(source: Path, target: Path) -> None:
 def migrate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of them.")],
 ) -> None:
-    """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay."""
-    from surefoot.checkpoint import folder, migrating  # noqa: PLC0415
+    """Rewrite checkpoints of earlier versions of the format in the present one, each atomically; others stay.
 
+    The status is 2 if one could not be rewritten; the others are.
+    """
+    from surefoot.checkpoint.migrate import migrate_file  # noqa: PLC0415
+
+    failed = False
     with _errors():
-        for one in [path] if folder.is_file_name(path) else sorted(path.glob(f"*{folder.SUFFIX}")):
-            typer.echo(f"{one}: {migrating.migrate(one)}")
+        paths = _paths(path)
+    for one in paths:
+        try:
+            typer.echo(f"{one}: {migrate_file(one)}")
+        except (ValueError, OSError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            failed = True
+    raise typer.Exit(2 if failed else 0)

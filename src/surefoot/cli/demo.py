@@ -33,13 +33,13 @@ def _steps(steps: int | None) -> int | None:
 
 def _lr(lr: float | None) -> float | None:
     if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise typer.BadParameter(f"{lr} is no learning rate: give a positive number, or leave it out.")
+        raise typer.BadParameter(f"{lr} is not a learning rate: give a positive number, or leave it out.")
     return lr
 
 
 def _seed(seed: int) -> int:
     if not 0 <= seed <= MOST_SEED:
-        raise typer.BadParameter(f"{seed} is no seed: give a whole number from 0 to {MOST_SEED}.")
+        raise typer.BadParameter(f"{seed} is not a seed: give a whole number from 0 to {MOST_SEED}.")
     return seed
 
 
@@ -116,9 +116,9 @@ def _run(optimizer: str, steps: int | None, lr: float | None, seed: int, out: Pa
     from rich.console import Console  # noqa: PLC0415
 
     from surefoot.cli._demo.story import tell  # noqa: PLC0415
-    from surefoot.cli._demo.training import Plan  # noqa: PLC0415
+    from surefoot.cli._demo.training import TrainingSetup  # noqa: PLC0415
 
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = RECIPES[optimizer]
-    tell(Plan(optimizer, steps or recipe.steps, lr or recipe.lr, seed), out, Console())
+    tell(TrainingSetup(optimizer, steps or recipe.steps, lr or recipe.lr, seed), out, Console())

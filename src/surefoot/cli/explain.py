@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from surefoot import Optimizer
 
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def explain(
@@ -23,7 +23,7 @@ def explain(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="A hyperparameter, as in amsgrad=True; may be repeated.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Dtype of the parameters: {', '.join(_DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Dtype of the parameters: {', '.join(DTYPES)}.")] = "float32",
     model: Annotated[
         str | None, typer.Option(help="FILE.py:FUNCTION that returns a model, to tell which engine it would get.")
     ] = None,
@@ -34,18 +34,18 @@ def explain(
     import torch  # noqa: PLC0415 (only when the command runs)
     from rich.console import Console  # noqa: PLC0415
 
-    if dtype not in _DTYPES:
-        raise typer.BadParameter(f"must be one of {', '.join(_DTYPES)}, but is {dtype!r}", param_hint="--dtype")
-    options = dict(_parse(text) for text in option or ())
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, but is {dtype!r}", param_hint="--dtype")
+    options = dict(parse_option(text) for text in option or ())
     if model is None:
         params = [torch.nn.Parameter(torch.zeros(4, 4, dtype=getattr(torch, dtype)))]
     else:
         params = [param for param in _build(model).parameters() if param.requires_grad]
     try:
-        optimizer = _algorithm(name)(params, **options)
+        optimizer = algorithm(name)(params, **options)
         console = Console(highlight=False)
         if not optimizer.is_rule():
-            console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run a step of its own.")
+            console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run its custom step.")
             return
         _show(console, optimizer, params[0].dtype, source=source, gpu=gpu)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -73,13 +73,15 @@ def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: boo
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):
         console.print(
-            f"  {choice.parameters} parameters ({choice.elements:,} elements) of {choice.kind}: {choice.engine}"
+            f"  {choice.parameters} parameters ({choice.elements:,} elements) of {choice.kind}: {choice.engine}",
+            markup=False,
         )
         for refusal in choice.refusals:
-            console.print(f"    not {refusal}", soft_wrap=True)
+            console.print(f"    not {refusal}", soft_wrap=True, markup=False)
 
 
-def _algorithm(name: str) -> "Callable[..., Optimizer]":
+def algorithm(name: str) -> "Callable[..., Optimizer]":
+    """Return the optimizer of a name, in whatever case."""
     from surefoot import optimizers  # noqa: PLC0415
 
     names: dict[str, str] = {known.lower(): known for known in optimizers.__all__}
@@ -87,11 +89,11 @@ def _algorithm(name: str) -> "Callable[..., Optimizer]":
         near = difflib.get_close_matches(name.lower(), names, n=1)
         hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise typer.BadParameter(f"there is no optimizer {name!r}{hint} There are {', '.join(names.values())}.")
-    algorithm: Callable[..., Optimizer] = getattr(optimizers, names[name.lower()])
-    return algorithm
+    found: Callable[..., Optimizer] = getattr(optimizers, names[name.lower()])
+    return found
 
 
-def _parse(text: str) -> tuple[str, Any]:
+def parse_option(text: str) -> tuple[str, Any]:
     """Split `key=value`; the value is a Python literal."""
     key, equals, value = text.partition("=")
     try:

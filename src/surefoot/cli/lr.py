@@ -1,9 +1,12 @@
 """The command `surefoot lr`: learning-rate schedules in the terminal and as pictures."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from surefoot.terminal import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -19,6 +22,9 @@ app = typer.Typer(
 
 _TERMINAL_COLORS = ("bright_blue", "yellow", "green", "magenta", "cyan", "red")
 _AXIS = 11
+_NARROWEST, _WIDEST = 20, 1000
+_MOST_STEPS = 2**53
+"""From here on, steps are no longer told apart as floating-point numbers."""
 
 
 @app.callback()
@@ -34,13 +40,17 @@ def plot(
             help='Schedules: expressions such as "warmup(100, cosine(1, 0, 900))", or JSON files.', show_default=False
         ),
     ],
-    steps: Annotated[int | None, typer.Option(min=1, help="How many steps to draw; by default all.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=_MOST_STEPS, help="How many steps to draw; by default all.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="The learning rate that the factors are multiplied with.")] = 1.0,
     png: Annotated[
         Path | None, typer.Option("--png", "-o", help="Also write a picture, of the type that the name ends in.")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=20, help="Columns; by default those of the terminal.")] = None,
-    height: Annotated[int, typer.Option(min=3, help="Lines of the drawing.")] = 14,
+    width: Annotated[
+        int | None, typer.Option(min=_NARROWEST, max=_WIDEST, help="Columns; by default those of the terminal.")
+    ] = None,
+    height: Annotated[int, typer.Option(min=3, max=_WIDEST, help="Lines of the drawing.")] = 14,
 ) -> None:
     """Draw schedules, several on the same axes.
 
@@ -56,10 +66,16 @@ def plot(
 
     from surefoot.lr_scheduler.plot import default_steps, figure  # noqa: PLC0415
 
+    if not math.isfinite(lr):
+        raise typer.BadParameter(f"{lr} is not a learning rate: give a finite number", param_hint="--lr")
     curves = {text: _read(text) for text in schedules}
-    count = steps or default_steps(list(curves.values()))
     console = Console(width=width)
-    console.print(_drawing(curves, count, lr, console.width, height), soft_wrap=True)
+    try:
+        count = steps or default_steps(list(curves.values()))
+        drawing = _drawing(curves, count, lr, min(max(console.width, _NARROWEST), _WIDEST), height)
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter(f"cannot be drawn: {error}", param_hint="SCHEDULES") from None
+    console.print(drawing, soft_wrap=True)
     if png is not None:
         try:
             figure(curves, count, png, scale=lr, ylabel="factor" if lr == 1 else "learning rate")
@@ -77,12 +93,16 @@ def _read(text: str) -> "Curve":
         if text.endswith(".json"):
             return Curve.from_json(Path(text).read_text(encoding="utf-8"))
         return parse(text)
+    except OverflowError:
+        raise typer.BadParameter(f"{text[:60]!r} has a number that is too large", param_hint="SCHEDULES") from None
+    except RecursionError:
+        raise typer.BadParameter(f"{text[:60]!r} is nested too deeply", param_hint="SCHEDULES") from None
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="SCHEDULES") from None
 
 
 def _drawing(curves: "dict[str, Curve]", steps: int, lr: float, width: int, height: int) -> "Text":
-    """Give the curves in colours on common axes, and what they are."""
+    """Return the curves in colours on common axes, and what they are."""
     from rich.text import Text  # noqa: PLC0415
 
     from surefoot.lr_scheduler.plot import layers  # noqa: PLC0415
@@ -91,7 +111,8 @@ def _drawing(curves: "dict[str, Curve]", steps: int, lr: float, width: int, heig
     drawn, low, high = layers(list(curves.values()), steps, lr, columns, height)
     text = Text(no_wrap=True, overflow="crop")
     for line in range(height):
-        value = high + (low - high) * line / (height - 1)
+        share = line / (height - 1)
+        value = high * (1 - share) + low * share
         text.append(f"{value:{_AXIS - 1}.3g} " if line % 3 == 0 or line == height - 1 else " " * _AXIS, style="dim")
         text.append("│", style="dim")
         text.append_text(_overlaid([layer[line] for layer in drawn]))
@@ -100,7 +121,7 @@ def _drawing(curves: "dict[str, Curve]", steps: int, lr: float, width: int, heig
     text.append(" " * _AXIS + "└" + "─" * columns + "\n", style="dim")
     text.append(" " * (_AXIS + 1) + "0" + last.rjust(columns - 1) + "\n", style="dim")
     for index, label in enumerate(curves):
-        text.append(f"{' ' * _AXIS} ⣀⣀ ", style=_color(index)).append(f"{label}\n")
+        text.append(f"{' ' * _AXIS} ⣀⣀ ", style=_color(index)).append(f"{printable(label)}\n")
     text.rstrip()
     return text
 
@@ -110,7 +131,7 @@ def _color(index: int) -> str:
 
 
 def _overlaid(layers: list[str]) -> "Text":
-    """Give one line of all curves; where two meet, the later one is seen."""
+    """Return one line of all curves; where two meet, the later one is seen."""
     from rich.text import Text  # noqa: PLC0415
 
     line = Text()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from surefoot.terminal import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,23 +29,25 @@ def report(
     """
     from rich.console import Console  # noqa: PLC0415 (only when the command runs)
 
+    if run.is_dir():
+        raise typer.BadParameter(f"{run} is a folder; name a file of JSON Lines in it", param_hint="RUN")
     page = out or run.with_suffix(".html")
     if page.absolute() == run.absolute():
         raise typer.BadParameter(f"{page} is the run itself; name another file", param_hint="--out")
     console = Console(highlight=False)
     try:
-        findings = _write(console, run, page)
+        findings = _write_page(console, run, page)
     except (OSError, ValueError) as error:
-        typer.echo(f"surefoot report: {_reason(error)}", err=True)
+        typer.echo(f"surefoot report: {printable(_reason(error))}", err=True)
         raise typer.Exit(1) from None
-    _tell(console, findings, page)
+    _print_findings(console, findings, page)
 
 
 def _reason(error: OSError | ValueError) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
-def _write(console: "Console", run: Path, page: Path) -> list["Finding"]:
+def _write_page(console: "Console", run: Path, page: Path) -> list["Finding"]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     from surefoot.telemetry.report import write_report  # noqa: PLC0415
@@ -54,8 +58,8 @@ def _write(console: "Console", run: Path, page: Path) -> list["Finding"]:
         return write_report(run, page, lambda read, size: progress.update(task, completed=read, total=size))
 
 
-def _tell(console: "Console", findings: list["Finding"], page: Path) -> None:
+def _print_findings(console: "Console", findings: list["Finding"], page: Path) -> None:
     for finding in findings:
         console.print(f"[{_STYLES[finding.kind]}]●[/] [bold]{finding.title}[/]", soft_wrap=True)
-        console.print(f"  {finding.text}", markup=False, soft_wrap=True)
-    console.print(f"\n{page}, {page.stat().st_size / 1e6:.2g} MB", markup=False, soft_wrap=True)
+        console.print(f"  {printable(finding.text)}", markup=False, soft_wrap=True)
+    console.print(printable(f"\n{page}, {page.stat().st_size / 1e6:.2g} MB"), markup=False, soft_wrap=True)

@@ -75,7 +75,7 @@ def _check_interpreter() -> None:
 
 
 def _interpreter_flags() -> list[str]:
-    """Give the options that this interpreter was started with, -u or -X dev for instance."""
+    """Return the options that this interpreter was started with, -u or -X dev for instance."""
     flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
     return flags[:-1] if flags[-1:] == ["-m"] else flags
 

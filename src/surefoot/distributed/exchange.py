@@ -157,5 +157,6 @@ def gathered(numbers: Tensor, group: Any) -> Tensor:
 
     size = distributed.get_world_size(group)
     every = numbers.new_empty(size * numbers.numel())
-    distributed.all_gather_into_tensor(every, numbers.flatten(), group=group)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(every, numbers.flatten(), group=group)
     return every.view(size, *numbers.shape)

@@ -1,8 +1,8 @@
 """Engines run a rule's graph on buckets of tensors; here one is chosen for each bucket.
 
 An engine is a module with `supports(bucket)`, which answers None or the reason why not, `prepare(bucket)`, which proves
-that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket)`, which measures
-gradients.
+that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket, rule)`, which
+measures what another rule on the same tensors asks for, of gradients for instance, and changes nothing.
 It knows graphs and tensors, never an algorithm.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from surefoot.engines import cpu, eager, foreach, gpu
 from surefoot.engines.bucket import Bucket, Coefficients
+from surefoot.rule import Rule
+from surefoot.tensors.modes import mode_is_active
 
 __all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu"]
 
@@ -35,8 +37,8 @@ class Engine(Protocol):
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots in place, and set `measured` if its rule measures something."""
 
-    def measure(self, bucket: Bucket) -> Tensor:
-        """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
+    def measure(self, bucket: Bucket, rule: Rule) -> Tensor:
+        """Return what a rule measures of the bucket, and change nothing: float64 of shape (parameters, reductions)."""
 
 
 ENGINES: tuple[Engine, ...] = (cpu, gpu, foreach, eager)
@@ -48,7 +50,8 @@ def choose(bucket: Bucket) -> Engine:
     """Choose the engine for a bucket: the one asked for, or the first that can serve it.
 
     Asked for is what `$SUREFOOT_ENGINE` names (eager, foreach or fused), else what the group's `fused=True` or
-    `foreach=True` says; `foreach=False` or `fused=False` alone ask for eager, as in torch.
+    `foreach=True` says; `foreach=False` or `fused=False` alone ask for eager, as in torch.  While a mode is active that
+    must see torch's operations, kernels show none, and another engine stands in for them.
 
     Raises:
         RuntimeError: an engine was asked for and cannot serve the bucket.
@@ -84,4 +87,6 @@ def _candidates(wish: str | None, bucket: Bucket) -> tuple[Engine, ...]:
     kernels: Engine = gpu if bucket.device.type in gpu.DEVICES else cpu
     asked: dict[str, tuple[Engine, ...]] = {"eager": (eager,), "foreach": (foreach,), "fused": (kernels,)}
     lists = (foreach,) if bucket.device.type in _FOREACH_DEVICES else ()
+    if mode_is_active():
+        asked["fused"] = (kernels, *lists, eager)
     return asked[wish] if wish else (kernels, *lists, eager)

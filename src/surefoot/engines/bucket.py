@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Reduction, Rule, gradient_rule
+from surefoot.rule import Reduction, Rule
 from surefoot.storage import Format, format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
+from surefoot.tensors.modes import mode_is_active
 
 Coefficients = Mapping[str, Any]
 
@@ -21,6 +22,8 @@ def unsupported_reasons(bucket: "Bucket", stores: Callable[[Format], bool]) -> I
     """Return the reasons why no engine that runs kernels can serve a bucket; `stores` tells which formats they know."""
     if bucket.options.get("differentiable"):
         yield "kernels carry no gradients through the step"
+    if mode_is_active():
+        yield "a mode or transform is active that must see torch's operations, which kernels do not show"
     if not stores(format_of(bucket.dtype)) or not stores(format_of(bucket.grads[0].dtype)):
         yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
     stored = list(chain(bucket.params, *bucket.slots))
@@ -50,12 +53,6 @@ def reduce(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> Tensor
     """Measure tensors by torch's operations: a row of float64."""
     numbers = [_BY_TORCH[reduction.kind](tensor) for reduction, tensor in zip(reductions, tensors, strict=True)]
     return torch.stack([number.detach().double() for number in numbers])
-
-
-def measure(bucket: "Bucket") -> Tensor:
-    """Return `rule.gradient_rule`'s reductions by torch's operations: float64 of shape (parameters, reductions)."""
-    reductions = gradient_rule().reductions
-    return torch.stack([reduce(reductions, (grad,) * len(reductions)) for grad in bucket.grads])
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -154,11 +151,15 @@ class Bucket:
         self.gradient_addresses = arrays.addresses[1]
         return arrays
 
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+        """Yield param, grad and slots of one parameter after the other."""
+        slots = zip(*self.slots, strict=True) if self.slots else ((),) * len(self.params)
+        return zip(self.params, self.grads, slots, strict=True)
+
     def rows(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...], Coefficients]]:
         """Yield param, grad, slots and coefficients of one parameter after the other."""
-        slots = zip(*self.slots, strict=True) if self.slots else ((),) * len(self.params)
-        coefficients = (self.coefficients[row] for row in self.row)
-        return zip(self.params, self.grads, slots, coefficients, strict=True)
+        for tensors, row in zip(self.tensors(), self.row, strict=True):
+            yield *tensors, self.coefficients[row]
 
     def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
         """Yield the positions of the parameters that share coefficients, and those."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, measure, reduce
+from surefoot.engines.bucket import Bucket, reduce
+from surefoot.rule import Rule
 
 __all__ = ["evaluate", "measure", "prepare", "run", "supports"]
 
@@ -46,6 +47,16 @@ def run(bucket: Bucket) -> None:
             if value is not target:
                 target.copy_(value)
     bucket.measured = torch.stack(measured) if measured else None
+
+
+def measure(bucket: Bucket, rule: Rule) -> Tensor:
+    """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
+    dtype, stored, measured = bucket.compute_dtype, 1 + len(rule.slots), []
+    for row, (param, grad, slots) in enumerate(bucket.tensors()):
+        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots[: len(rule.slots)])]
+        numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
+        measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
+    return torch.stack(measured)
 
 
 def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from surefoot.engines.bucket import Bucket, Coefficients, measure, overlap, reduce
+from surefoot.engines.bucket import Bucket, Coefficients, overlap, reduce
+from surefoot.engines.eager import measure
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
 from surefoot.tensors.memory import PLAIN, is_plain

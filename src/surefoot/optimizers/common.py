@@ -12,6 +12,7 @@ from torch import Tensor
 from surefoot.rule import AlgorithmSpec
 from surefoot.rule.spec import add_catalog
 from surefoot.step.prepared import PreparedParam
+from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import to_local
 
 
@@ -56,8 +57,9 @@ def larger(x: Any, y: Any) -> Any:
 
 
 def readable(h: SimpleNamespace, value: Any) -> Any:
-    """Return a number that may be a tensor as a Python number, unless reading it would wait for a device."""
-    return value.item() if isinstance(value, Tensor) and value.is_cpu and not getattr(h, "capturable", False) else value
+    """Return a number that may be a tensor as a Python number, unless reading it would wait, or a mode must see it."""
+    unread = not isinstance(value, Tensor) or not value.is_cpu or getattr(h, "capturable", False) or mode_is_active()
+    return value if unread else value.item()
 
 
 def batches(found: Iterable[PreparedParam], kind: Callable[[PreparedParam], Any]) -> Iterable[list[PreparedParam]]:

@@ -28,6 +28,7 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
+from surefoot.tensors.native.guards import LaunchSequence, TensorGuard
 from surefoot.tensors.shards import to_local
 
 SMALLEST_CURVATURE = 1e-10
@@ -273,8 +274,8 @@ class _Memory:
     """The gradient where the last iteration began."""
     prev_loss: float = math.nan
     """The loss there."""
-    al: list[Tensor | None] | None = None
-    """The coefficients of the pairs in the last direction; torch keeps them."""
+    al: list[Tensor | float | None] | None = None
+    """The coefficients of the pairs in the last direction; torch keeps them, as tensors."""
     layout: str | None = None
     """Which elements of sharded parameters the vectors have."""
 
@@ -335,14 +336,17 @@ class _Memory:
             direction = weighted(direction.mul(self.H_diag))
             for (change, step, rho), part in zip(pairs, parts, strict=True):
                 direction.add_(step, alpha=float(part - kind(dot(change, direction)) * rho))
-        al = torch.tensor([float(part) for part in parts], dtype=grad.dtype).unbind()
-        self.al = [*al, *[None] * (history_size - len(parts))]
+        self.al = [*map(float, parts), *[None] * (history_size - len(parts))]
         return direction
 
     def entry(self) -> dict[str, Any]:
         """Return the state; before the first iteration it is the counters only."""
         if self.d is None:
             return {"func_evals": self.func_evals, "n_iter": self.n_iter}
+        if self.al is not None:
+            numbers = [part for part in self.al if isinstance(part, float)]
+            tensors = iter(torch.tensor(numbers, dtype=self.d.dtype).unbind())
+            self.al = [next(tensors) if isinstance(part, float) else part for part in self.al]
         return {name: value for name, value in vars(self).items() if name not in ("al", "layout") or value is not None}
 
 
@@ -351,6 +355,9 @@ class _Guard:
 
     def __init__(self, params: list[Tensor]) -> None:
         self._params, self._guard = params, make_guard([params], gradients=True)
+        self._looks: LaunchSequence | None = None
+        if type(self._guard) is TensorGuard:
+            self._looks = LaunchSequence([launch for launch in self._guard.launches() if launch])
 
     @classmethod
     def of(cls, params: list[Tensor]) -> "_Guard | None":
@@ -361,7 +368,14 @@ class _Guard:
 
     def holds(self, params: list[Tensor]) -> bool:
         """Return whether these are the parameters, and they and their gradients are as they were."""
-        holds = same_objects(self._params, params) and not self._guard.changed()
+        if not same_objects(self._params, params):
+            return False
+        if self._looks is not None and not self._guard.is_over:
+            found = self._looks.run()
+            if found:
+                self._guard.note(changed=True)
+            return not found
+        holds = not self._guard.changed()
         self._guard.release_grads()
         return holds
 

@@ -44,11 +44,12 @@ class Slot:
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
         dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
         if self.shape is None:
-            return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            made = torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            return made if (carried := _carrying_gradients(self.init, group)) is None else made.zero_() + carried
         shape = self.shape(param) or torch.Size()
         if is_sharded(param):
-            made: Tensor = full_for(shape, param, value, dtype)
-            return made
+            divided: Tensor = full_for(shape, param, value, dtype)
+            return divided
         return param.new_full(shape, value, dtype=dtype, requires_grad=False)
 
 
@@ -69,11 +70,19 @@ class Scalar:
     def new(self, group: Mapping[str, Any], device: torch.device) -> Tensor | int:
         """Make the scalar with its initial value."""
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
-        return self.stored(start, device, torch.float32 if group.get("fused") else scalar_dtype())
+        made = self.stored(start, device, torch.float32 if group.get("fused") else scalar_dtype())
+        carried = _carrying_gradients(self.init, group)
+        return made if carried is None or isinstance(made, int) else carried.to(made, copy=True).reshape(())
 
     def stored(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor | int:
         """Put `value` in the form in which the state holds it."""
         return int(value) if self.integer else torch.full((), value, dtype=dtype, device=device)
+
+
+def _carrying_gradients(init: float | str, group: Mapping[str, Any]) -> Tensor | None:
+    """Return the hyperparameter that state starts from if gradients are to flow through it, else None."""
+    start = group[init] if isinstance(init, str) and group.get("differentiable") else None
+    return start if isinstance(start, Tensor) and start.requires_grad else None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from surefoot.rule.declare import EMA, Scalar, Slot, Sparse
+from surefoot.tensors.modes import has_no_values
 
 Flags = tuple[tuple[str, bool], ...]
 COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
@@ -29,6 +30,7 @@ class AlgorithmSpec:
         complex_params: whether complex parameters are taken.
         whole_tensors: whether a step needs to know more of a tensor than a shard of it.
         step_options: the options of `StepOptions` that it takes.
+        own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
     """
 
@@ -43,6 +45,7 @@ class AlgorithmSpec:
     complex_params: bool = True
     whole_tensors: bool = False
     step_options: frozenset[str] = frozenset()
+    own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,8 +68,8 @@ class AlgorithmSpec:
 
 
 def _truth(group: Mapping[str, Any], value: Any) -> bool:
-    """Return whether a flag is on; a tensor counts as on where reading it would wait for a device."""
-    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu)
+    """Return whether a flag is on; a tensor that cannot be read, or only by waiting for a device, counts as on."""
+    unread = isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu or has_no_values(value))
     return bool(unread or value)
 
 

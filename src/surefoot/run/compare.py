@@ -38,7 +38,7 @@ def _reason(watched: Any) -> str | None:
     kinds = {(dtype, device) for _, dtype, device in watched.shapes}
     for refused, reason in (
         (not watched.is_ours, "surefoot has no such optimizer"),
-        (watched.own_step, "it is not elementwise, so that its time depends on more than shapes"),
+        (watched.custom_step, "it is not elementwise, so that its time depends on more than shapes"),
         (watched.algorithm.__module__.partition(".")[0] != "surefoot", "it is a class of the script"),
         (watched.algorithm.__name__ == "SparseAdam", "its time depends on how many rows have gradients"),
         (len(kinds) != 1, "its parameters have several dtypes or devices"),

@@ -36,8 +36,8 @@ def _begin(settings: Settings, started: float) -> None:
 
     from surefoot.run import report, swap, watch  # noqa: PLC0415 (they need torch)
 
-    swap.install(settings)
-    watch.install()
+    swap.replace_classes(settings)
+    watch.start()
     atexit.register(report.at_exit, settings, started)
     if parent_process() is not None:
         _report_as_child(settings, started)
@@ -68,7 +68,7 @@ class _TorchFinder(MetaPathFinder):
         self._asking = False
 
     def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
-        """Give the specification that the other finders give, its loader with one thing more to do."""
+        """Return the specification that the other finders give, its loader with one thing more to do."""
         if fullname != "torch" or self._asking:
             return None
         self._asking = True

@@ -11,7 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from surefoot.files import write_whole
 from surefoot.run.settings import Settings, suffix
+from surefoot.terminal import in_encoding
 
 _MOST = 8
 _reported: set[int] = set()
@@ -29,14 +31,14 @@ def at_exit(settings: Settings, started: float) -> None:
     watch.stop()
     if not (settings.is_main or watch.found):
         return
-    swap.restore()
-    _publish(settings, facts(settings, seconds, watch.found, watch.total[0]))
+    swap.put_back()
+    _publish(settings, run_facts(settings, seconds, watch.found, watch.total[0]))
     _end_as_interrupted()
 
 
 def without_torch(settings: Settings, started: float) -> None:
     """Say that there was nothing to do."""
-    _publish(settings, facts(settings, perf_counter() - started, [], 0.0))
+    _publish(settings, run_facts(settings, perf_counter() - started, [], 0.0))
     _end_as_interrupted()
 
 
@@ -51,7 +53,7 @@ def _end_as_interrupted() -> None:
             exec("raise KeyboardInterrupt")  # noqa: S102
 
 
-def facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
+def run_facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
     """Gather what the report tells.
 
     Args:
@@ -92,7 +94,7 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
         "groups": watched.groups,
         "devices": sorted({device for _, _, device in watched.shapes}),
         "engines": [vars(choice) for choice in watched.engines],
-        "own_step": watched.own_step,
+        "custom_step": watched.custom_step,
         "steps": len(watched.seconds),
         "seconds": sum(watched.seconds),
         "first_step_seconds": watched.seconds[0],
@@ -112,25 +114,45 @@ def _why_silent(algorithm: type) -> str:
 
 
 def _publish(settings: Settings, content: dict[str, Any]) -> None:
-    if settings.json is not None:
-        path = Path(settings.json)
-        path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if settings.quiet or content["rank"] or sys.stderr is None:
-        return
-    with contextlib.suppress(OSError, ValueError):  # closed, or nobody listens any more
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    problem = None if settings.json is None else _write_json(settings, settings.json, content)
+    if settings.quiet or content["rank"]:
+        told = [problem] if problem else []
+    else:
         child = "" if settings.is_main else f" (process {content['process']})"
-        sys.stderr.write("\n".join(["", *(lines(content, child))]) + "\n")
-        sys.stderr.flush()
+        told = ["", *report_lines(content, child), *([problem] if problem else [])]
+    if told:
+        _print("\n".join(told) + "\n")
 
 
-def lines(content: dict[str, Any], which: str = "") -> Iterator[str]:
+def _write_json(settings: Settings, file: str, content: dict[str, Any]) -> str | None:
+    """Write the report as JSON; say why it could not be written, which is no reason to keep back the other one."""
+    path = Path(file)
+    path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
+    try:
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        return f"surefoot run: the report was not written to {path}: {error.strerror}"
+    return None
+
+
+def _print(text: str) -> None:
+    """Print on standard error, whatever the script has done to its streams."""
+    with contextlib.suppress(Exception):  # closed, replaced by something else, or nobody reads it any more
+        sys.stdout.flush()
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is None:
+            continue
+        with contextlib.suppress(Exception):
+            stream.write(in_encoding(text, getattr(stream, "encoding", None) or "utf-8"))
+            stream.flush()
+            return
+
+
+def report_lines(content: dict[str, Any], which: str = "") -> Iterator[str]:
     """Write the report as text.
 
     Args:
-        content: what `facts` gave.
+        content: what `run_facts` gave.
         which: names the process, if it is not the script's own.
     """
     head = f"surefoot run: {content['script']}{which} took {_time(content['seconds'])}"
@@ -155,8 +177,8 @@ def _lines_of(optimizer: dict[str, Any]) -> Iterator[str]:
     host = " (of the host; devices work on)" if optimizer["devices"] != ["cpu"] else ""
     median, first = (_time(optimizer[f"{which}_step_seconds"]) for which in ("median", "first"))
     yield f"    time     {_time(optimizer['seconds'])}; a step {median}, the first {first}{host}"
-    if optimizer["own_step"]:
-        yield f"    engine   {optimizer['own_step']}"
+    if optimizer["custom_step"]:
+        yield f"    engine   {optimizer['custom_step']}"
     for choice in optimizer["engines"]:
         yield f"    engine   {choice['engine']} for {_several(choice['parameters'], 'parameter')} of {choice['kind']}"
         yield from (f"             not {refusal}" for refusal in choice["refusals"])

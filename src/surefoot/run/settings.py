@@ -33,7 +33,7 @@ class Settings:
     main: int | None = None
 
     def environment(self) -> dict[str, str]:
-        """Give the variables that bring these settings to a Python process."""
+        """Return the variables that bring these settings to a Python process."""
         path = os.environ.get("PYTHONPATH")
         return {
             VARIABLE: json.dumps(asdict(self)),
@@ -54,7 +54,7 @@ class Settings:
 
 
 def suffix(settings: Settings) -> str:
-    """Give what tells this process's files from those of others: its rank, or its id if it is a child."""
+    """Return what tells this process's files from those of others: its rank, or its id if it is a child."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         return f".rank{rank}"

@@ -27,7 +27,7 @@ files: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _number = itertools.count()
 
 
-def install(settings: Settings) -> None:
+def replace_classes(settings: Settings) -> None:
     """Replace torch's classes; with `settings.telemetry` also give every optimizer a telemetry of its own."""
     ours = dict(pairs())
     for module in list(sys.modules.values()):
@@ -47,8 +47,8 @@ def _put(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def restore() -> None:
-    """Put everything back that `install` has replaced."""
+def put_back() -> None:
+    """Put everything back that `replace_classes` has replaced."""
     while _swapped:
         setattr(*_swapped.pop())
 

@@ -29,7 +29,7 @@ class Watched:
         options: its hyperparameters.
         groups: how many parameter groups there were.
         engines: who runs it and why, see `Engine`.
-        own_step: why there is no choice of an engine, or None.
+        custom_step: why there is no choice of an engine, or None.
         seconds: the time of each step.
         telemetry: the file of its telemetry, or None.
     """
@@ -39,7 +39,7 @@ class Watched:
     options: dict[str, Any]
     groups: int
     engines: list[Any] = field(default_factory=list)
-    own_step: str | None = None
+    custom_step: str | None = None
     seconds: "array[float]" = field(default_factory=lambda: array("d"))
     telemetry: str | None = None
 
@@ -80,7 +80,7 @@ _threads = _Threads()
 _hooks: list[RemovableHandle] = []
 
 
-def install() -> None:
+def start() -> None:
     """Watch every step of this process; a forked child starts from nothing."""
     _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
     in_forked_children(_forget)
@@ -118,7 +118,7 @@ def _is_within(frame: Any, caller: int) -> bool:
 
 
 def _with_timed_closure(running: _Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give the arguments of a step with its closure, if it has one, wrapped in a clock."""
+    """Return the arguments of a step with its closure, if it has one, wrapped in a clock."""
     if callable(kwargs.get("closure")):
         return args, kwargs | {"closure": _timed(kwargs["closure"], running)}
     if len(args) > 1 and callable(args[1]):
@@ -170,9 +170,9 @@ def _ask_engines(watched: Watched, optimizer: Optimizer) -> None:
     from surefoot.explain import choices  # noqa: PLC0415 (on the first step)
 
     if not optimizer.is_rule():
-        watched.own_step = "a step of its own, in torch's operators"
+        watched.custom_step = "a custom step, in torch's operators"
         return
     try:
         watched.engines = choices(optimizer)
     except Exception as error:  # noqa: BLE001 (what is only told must not end the script)
-        watched.own_step = f"not known: {type(error).__name__}: {error}"
+        watched.custom_step = f"not known: {type(error).__name__}: {error}"

@@ -122,7 +122,9 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
 
 def _check_scalar(name: str, value: Any, group: Mapping[str, Any], param: Tensor) -> None:
     if not _is_one_number(value):
-        shown = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        shown = (
+            f"a tensor of {value.dtype} and shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
         raise TypeError(
             f"state `{name}` must be a number or a tensor of one element, but is {shown} for "
             f"{format_param(group, param)}"
@@ -135,4 +137,4 @@ def _check_scalar(name: str, value: Any, group: Mapping[str, Any], param: Tensor
 def _is_one_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.is_nested and value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (Real, np.ndarray))
+    return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "fiu")

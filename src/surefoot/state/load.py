@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.rule import STEP, AlgorithmSpec, Scalar, Slot, scalar_dtype
+from surefoot.rule import EMA, STEP, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
 from surefoot.state.make import scalar_device
 from surefoot.tensors.shards import sharding_mismatch
 
-# Hyperparameters that torch.optim gained after dicts without them had been saved; absent, they have the default.
+# What a script asks for around the update: it is not part of what was trained, and stays as the script has it.
+_STEP_OPTIONS = ("max_grad_norm", "max_grad_value", "ema")
+# Hyperparameters that torch.optim gained after dicts without them had been saved, or has not got.
 _LATE_OPTIONS = (
     "foreach",
     "maximize",
@@ -40,15 +42,22 @@ class LoadReport(NamedTuple):
         missing: what the optimizer has and the state dict does not.
         unexpected: what the state dict has and the optimizer does not.
         mismatched: what both have in different form.
+        kept: options for which the optimizer's own value was kept and the state dict says otherwise, or nothing; this
+            is no mismatch.
     """
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
+    kept: list[str]
 
     def __bool__(self) -> bool:
         """Return whether anything did not match."""
-        return any(self)
+        return any((self.missing, self.unexpected, self.mismatched))
+
+
+def _empty_report() -> LoadReport:
+    return LoadReport([], [], [], [])
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Loaded:
 
     state: defaultdict[Any, Any]
     param_groups: list[dict[str, Any]]
-    report: LoadReport = field(default_factory=lambda: LoadReport([], [], []))
+    report: LoadReport = field(default_factory=_empty_report)
 
 
 class _Pair(NamedTuple):
@@ -90,7 +99,7 @@ class LoadTarget:
 def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
     """Prepare the loading of a state dict; see `Optimizer.load_state_dict`."""
     saved_groups, saved_state = _parts(state_dict)
-    report = LoadReport([], [], [])
+    report = _empty_report()
     partners, pairs = _match(target.groups, saved_groups, report)
     groups = [_merged(target, index, partner, report) for index, partner in enumerate(partners)]
     if strict:
@@ -224,19 +233,38 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
     if partner is None:
         return dict(group)
     known = set(spec.constructor) or set(defaults)
-    late = {name: defaults[name] for name in _LATE_OPTIONS if name in defaults}
-    required = set(defaults) - set(late)
+    required = set(defaults) - {*_LATE_OPTIONS, *_step_options(spec)}
     missing = sorted(required - set(partner))
     foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if spec.is_declared else []
     report.missing.extend(f"param_groups[{index}]: option `{name}`" for name in missing)
     report.unexpected.extend(f"param_groups[{index}]: option `{name}` of another algorithm" for name in foreign)
     if missing or foreign:
         return dict(group)
-    options = deepcopy({name: value for name, value in partner.items() if name != "params"})
+    of_step = _step_options(spec)
+    options = deepcopy({name: value for name, value in partner.items() if name not in ("params", *of_step)})
+    report.kept.extend(_kept_options(index, group, partner, of_step))
     if len(options.get("param_names") or ()) != len(group["params"]):
         options.pop("param_names", None)
     names = {"param_names": group["param_names"]} if "param_names" in group else {}
-    return {"params": group["params"], **{n: spec.constructor.get(n, v) for n, v in late.items()}, **options, **names}
+    return {**group, **options, **names}
+
+
+def _step_options(spec: AlgorithmSpec) -> tuple[str, ...]:
+    """Return the options of the step that a group of this algorithm may have."""
+    return tuple(name for name in _STEP_OPTIONS if name in spec.step_options)
+
+
+def _kept_options(
+    index: int, group: Mapping[str, Any], partner: Mapping[str, Any], of_step: Iterable[str]
+) -> Iterator[str]:
+    """Say where a group's own options hold although the state dict has others, or does not know them."""
+    for name in of_step:
+        ours, theirs = group.get(name), partner.get(name)
+        if ours != theirs:
+            yield f"param_groups[{index}]: option `{name}` stays {ours}, the state dict has {theirs}"
+    for name in _LATE_OPTIONS:
+        if group.get(name) and name not in partner:
+            yield f"param_groups[{index}]: option `{name}` stays {group[name]}, the state dict does not know it"
 
 
 def _all_hyperparameters() -> set[str]:
@@ -261,11 +289,12 @@ def _entry(
     report: LoadReport,
 ) -> dict[str, Any] | None:
     """Return the state of one parameter, copied and in place; None, and a line in the report, where it does not fit."""
-    problems = LoadReport([], [], [])
+    problems = _empty_report()
     if not spec.is_declared:
         return {name: moved(value, pair.param.device, key=name) for name, value in saved.items()}
     saved = {name: value for name, value in saved.items() if value is not None}
     entry: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     slots: dict[str, Slot] = {slot.name: slot for slot in spec.all_slots}
     scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in spec.scalars}
     for name, value in saved.items():
@@ -273,19 +302,29 @@ def _entry(
             entry[name] = _scalar(scalars[name], group, pair, value, problems)
         elif name in slots:
             entry[name] = _slot(slots[name], pair, value, problems)
+        elif saved.keys() & {*scalars, *slots} or name not in _all_state_names():
+            others[name] = moved(value, pair.param.device, key=name)  # what a wrapper keeps there is its own
         else:
             problems.unexpected.append(f"{pair.label}: state `{name}`")
     needed = [*scalars, *(s.name for s in slots.values() if _needed(s, group, pair.param))]
-    if saved:
+    if saved.keys() - others.keys():
         problems.missing.extend(f"{pair.label}: state `{name}`" for name in needed if name not in saved)
     for lines, new in zip(report, problems, strict=True):
         lines.extend(new)
     misses = problems.missing or problems.mismatched or (problems.unexpected and not entry)
-    return None if misses else entry
+    return None if misses else entry | others
+
+
+def _all_state_names() -> set[str]:
+    every = known_algorithms()
+    return {slot.name for spec in every for slot in spec.slots} | {s.name for spec in every for s in spec.scalars}
 
 
 def _needed(slot: Slot, group: Mapping[str, Any], param: Tensor) -> bool:
-    return (slot.when is None or bool(group.get(slot.when))) and slot.shape_for(param) is not None
+    """Return whether a parameter that was stepped must have a slot; an average may begin with any step."""
+    if slot is EMA or slot.shape_for(param) is None:
+        return False
+    return slot.when is None or bool(group.get(slot.when))
 
 
 def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, problems: LoadReport) -> Any:
@@ -356,7 +395,7 @@ def _refuse(spec: AlgorithmSpec, report: LoadReport, groups: list[dict[str, Any]
     """Raise when anything did not match."""
     if not report:
         return
-    lines = [f"{kind}: {line}" for kind, found in report._asdict().items() for line in found]
+    lines = [f"{kind}: {line}" for kind, found in report._asdict().items() if kind != "kept" for line in found]
     shown = [*lines[:_LINES], *([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])]
     alike = _lookalikes(groups) if groups else []
     known = not alike or spec.name in alike

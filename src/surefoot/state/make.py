@@ -7,16 +7,21 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import EMA, STEP, AlgorithmSpec, Slot
+from surefoot.tensors.fit import unfit_param
 
 State = MutableMapping[Any, dict[str, Any]]
 
 
 def make_state(spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]], state: State) -> None:
-    """Make the state of every parameter, whether it has a gradient or not, but no averages of what is not stepped."""
+    """Make the state of every parameter, whether it has a gradient or not, but no averages of what is not stepped.
+
+    What cannot be stepped, and is refused if it gets a gradient, has none.
+    """
     for group in groups:
         slots = [slot for slot in spec.active_slots(dict(spec.settle_flags(group))) if slot is not EMA]
         for param in group["params"]:
-            ensure_state(spec, group, param, state, slots)
+            if unfit_param(param) is None:
+                ensure_state(spec, group, param, state, slots)
 
 
 def ensure_state(

@@ -18,7 +18,7 @@ from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
 from surefoot.rule import ENGINE_OPTIONS
 from surefoot.state.make import is_on_device
-from surefoot.state.scalars import read_scalars, write_scalars
+from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.inputs import StepInput
 from surefoot.step.partition import all_flags
 from surefoot.step.types import BucketRun
@@ -53,6 +53,7 @@ class BucketGuard:
             self.tensors = make_guard(columns, run.entries, names, gradients=not run.sparse, threads=busy)
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
+        self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
         self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
         self._replaced = None if held or not scalars else (run.entries, scalars)
         self._shape = (len(scalars), len(run.params))
@@ -95,7 +96,7 @@ class BucketGuard:
     def is_compiled(self) -> bool:
         """Return whether compiled code guards the tensors, and can read and write scalars."""
         native = type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO
-        return native and self.versions.launch is not None and self._shards is None
+        return native and self.versions.launch is not None and self._shards is None and self._shared is None
 
     @property
     def reads(self) -> bool:
@@ -110,16 +111,16 @@ class BucketGuard:
         """Return the scalars: float64 of shape (scalars, parameters)."""
         if not self._shape[0]:
             return np.zeros(self._shape)
-        if self._replaced:
-            return read_scalars(*self._replaced)
+        if by_torch := self._replaced or self._shared:
+            return read_scalars(*by_torch)
         values: np.ndarray = self.numbers.read()
         return values.reshape(self._shape)
 
     def write_scalars(self, values: np.ndarray) -> None:
         """Write the scalars: of shape (scalars, parameters), or (scalars, 1) where parameters share them."""
-        if self._replaced:
-            write_scalars(*self._replaced, values)
-        if self._replaced or not self._shape[0]:
+        if by_torch := self._replaced or self._shared:
+            write_scalars(*by_torch, values)
+        if by_torch or not self._shape[0]:
             return
         self.numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
         self.versions.count()

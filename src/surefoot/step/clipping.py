@@ -15,6 +15,7 @@ from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import RankSums
 from surefoot.step.types import ParamSlice
+from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.shards import to_local
 
 _SHOWN, _MANY = 5, 16
@@ -130,7 +131,7 @@ def _factor(limit: float, measured: Sequence[_Measured], scale: Any) -> Any:
     squares = [each for one in measured for each in one.squares]
     norm = torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return factor.item() if factor.is_cpu else factor
+    return factor.item() if factor.is_cpu and not has_no_values(factor) else factor
 
 
 def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:
@@ -138,6 +139,8 @@ def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:
     names = step.names()
     for each in measured:
         for suspects, params in zip(each.suspects, each.params, strict=True):
+            if has_no_values(suspects):
+                continue
             for index in (~suspects.isfinite()).nonzero().flatten().tolist():
                 param = params[index]
                 yield "parameters of the process group" if param is None else names[param]

@@ -1,6 +1,6 @@
 """The numbers of an update: from hyperparameters and scalars, on the host or on the parameters' device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import compress
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from surefoot.state.scalars import read_scalars, write_scalars
 from surefoot.step.device import DeviceScalars, number_on, numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, Fresh
+from surefoot.tensors.modes import has_no_values, mode_is_active
 
 _NOT_FRESH = (False, False)
 
@@ -31,6 +32,9 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
         run.slice.fresh = [new for _, new in fresh]
     if is_on_device(run.group, run.params[0]) and not run.group.get("differentiable"):
         _compute_on_device(step, run, fresh)
+        return
+    if run.group.get("differentiable") or mode_is_active() or any(map(_is_shown, _stored_scalars(run))):
+        _compute_each(step, run, fresh)
         return
     scalars = run.spec.scalars
     values = run.guard.read_scalars() if run.guard else read_scalars(run.entries, scalars)
@@ -46,7 +50,9 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
 
 def store_scalars(run: BucketRun) -> None:
     """Count a step that was made, where the host keeps its scalars."""
-    if run.guard:
+    if isinstance(run.scalars, list):
+        _store_each(run)
+    elif run.guard:
         run.guard.write_scalars(run.scalars)
     else:
         write_scalars(run.entries, run.spec.scalars, run.scalars)
@@ -80,13 +86,17 @@ def _on_host(
     if run.options is None:
         run.options = hyperparameters(run.group)
     numbers, new = _numbers(step, run, SimpleNamespace(**vars(run.options)), scalars, fresh)
-    names = run.bucket.rule.coefficients
     # What clips is computed on the device, which kernels there need not wait for.
-    kept = names if run.group.get("differentiable") else ("step_clip",) * (run.engine is gpu)
+    kept = ("step_clip",) * (run.engine is gpu)
+    names = run.bucket.rule.coefficients
     coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in names}
+    _check_numbers(run, coefficients)
+    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+
+
+def _check_numbers(run: BucketRun, coefficients: Coefficients) -> None:
     if odd := [name for name, value in coefficients.items() if not is_number(value)]:
         raise RuleError(f"{run.spec.name}.coefficients gives {odd[0]}={coefficients[odd[0]]!r}, which is not a number")
-    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
 
 
 def _numbers(
@@ -127,6 +137,57 @@ def _weight_of_average(group: Mapping[str, Any], fresh: Any) -> Any:
 
 def _number(value: Any, *, keep_tensors: bool) -> Any:
     return value.detach().item() if isinstance(value, Tensor) and not keep_tensors else value
+
+
+# Each parameter by itself, in torch's operations
+
+
+def _compute_each(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> None:
+    """Put the numbers of each parameter into a bucket, tensors where a gradient flows through or a mode sees them."""
+    h = hyperparameters(run.group)
+    numbers: list[Coefficients] = []
+    run.scalars = []
+    for position, entry in enumerate(run.entries):
+        scalars = {scalar.name: _operand(entry[scalar.name]) for scalar in run.spec.scalars}
+        new_to_it = fresh[position] if fresh else _NOT_FRESH
+        found, new = _numbers(step, run, SimpleNamespace(**vars(h)), scalars, new_to_it)
+        param = run.bucket.params[position]
+        numbers.append({name: _fitting(found[name], param) for name in run.bucket.rule.coefficients})
+        _check_numbers(run, numbers[-1])
+        run.scalars.append(new)
+    run.bucket.coefficients, run.bucket.row = numbers, np.arange(len(run.params))
+
+
+def _fitting(number: Any, param: Tensor) -> Any:
+    """Return a number that leaves the dtype of a 0-d parameter alone, as it does that of any other."""
+    if isinstance(number, Tensor) and number.is_floating_point() and not param.dim():
+        return number.to(torch.promote_types(param.dtype, torch.float32))
+    return number
+
+
+def _stored_scalars(run: BucketRun) -> Iterator[Any]:
+    return (entry[scalar.name] for entry in run.entries for scalar in run.spec.scalars)
+
+
+def _is_shown(value: Any) -> bool:
+    """Return whether a scalar must stay a tensor: its value cannot be read, or a gradient flows through it."""
+    return isinstance(value, Tensor) and (value.requires_grad or has_no_values(value))
+
+
+def _operand(value: Any) -> Any:
+    """Return a scalar for arithmetic: a copy in float64 where it must stay a tensor, else a number."""
+    if _is_shown(value) or (isinstance(value, Tensor) and mode_is_active()):
+        return value.to(torch.float64, copy=True)
+    return float(_number(value, keep_tensors=False))
+
+
+def _store_each(run: BucketRun) -> None:
+    for entry, values in zip(run.entries, run.scalars, strict=True):
+        for scalar, value in zip(run.spec.scalars, values, strict=True):
+            if isinstance(value, Tensor) and isinstance(old := entry[scalar.name], Tensor):
+                old.copy_(value)
+            else:
+                write_scalars([entry], [scalar], np.full((1, 1), float(_number(value, keep_tensors=False))))
 
 
 # On the device

@@ -16,6 +16,7 @@ from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import metrics_over_ranks
 from surefoot.step.types import ParamSlice
+from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.shards import match_layout, to_local
 
 
@@ -107,7 +108,7 @@ def _sums_afterwards(context: StepContext, part: ParamSlice) -> Tensor:
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(params, before, strict=True)]
     counts = torch.zeros(len(gradients), 1, dtype=torch.float64, device=gradients.device)
     suspects = ~gradients[:, 1].isfinite() if gradients.is_cpu else torch.ones(len(gradients))
-    for index in suspects.nonzero().flatten().tolist():
+    for index in () if has_no_values(gradients) else suspects.nonzero().flatten().tolist():
         counts[index] = (~gradient_values(grads[index]).isfinite()).sum()
     return torch.cat([gradients[:, :1], torch.stack(squares), gradients[:, 1:], counts], dim=1)
 

@@ -1,6 +1,6 @@
 """Options of the step that every optimizer has: what they may be, and those of one optimizer with what came of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from operator import is_
@@ -27,7 +27,8 @@ class StepOptions(TypedDict, total=False):
         nonfinite: what to do when a gradient holds inf or NaN: `"ignore"`, `"skip"` the step, changing nothing, or
             `"raise"` NonFiniteGradientError, changing nothing.
         ema: decay of an exponential moving average of the parameters, in (0, 1); see `Optimizer.ema_parameters`.
-        zero_grad_after_step: call `zero_grad()` at the end of each step.
+        zero_grad_after_step: call `zero_grad()` at the end of each step.  A GradScaler does not call the steps that it
+            skips, unless `fused=True`: then call `zero_grad()` yourself.
         process_group: the `torch.distributed` group over which the parameters are divided where they do not tell
             themselves: by FSDP1, or by `ZeroRedundancyOptimizer`, whose group is found where the optimizer is made by
             it.  Needed by options that look at all gradients, `max_grad_norm` and `nonfinite`.
@@ -130,6 +131,7 @@ class Stepping:
         validated: what a custom step has found fit.
         exchange: what puts numbers of the parameters together over ranks.
         context: the step that is being made.
+        constructed: whether the optimizer's own constructor has made this, so that its groups are its own.
     """
 
     options: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -139,17 +141,19 @@ class Stepping:
     validated: Any = field(default=None, repr=False)
     exchange: Any = field(default=None, repr=False)
     context: StepContext = field(default_factory=new_context, repr=False)
+    constructed: bool = field(default=True, repr=False)
 
     @classmethod
-    def take(cls, defaults: dict[str, Any]) -> "Stepping":
-        """Take the options that are not for groups out of an optimizer's defaults.
+    def take(cls, spec: AlgorithmSpec, defaults: dict[str, Any]) -> "Stepping":
+        """Take the options that are not for groups out of an optimizer's defaults, but hyperparameters of its own.
 
         Raises:
             ValueError, TypeError: an option is out of its range.
         """
-        given = {name: defaults.pop(name) for name in _OF_OPTIMIZER if name in defaults}
+        own = spec.own_options
+        given = {name: defaults.pop(name) for name in _OF_OPTIMIZER if name in defaults and name not in own}
         for name in _PER_GROUP:
-            if name in defaults and defaults[name] is None:
+            if name in defaults and name not in own and defaults[name] is None:
                 del defaults[name]
         found = dividing_group()
         if given.get("process_group") is None:
@@ -178,13 +182,18 @@ def refuse_unsupported(spec: AlgorithmSpec, requested: Iterable[str]) -> None:
         )
 
 
+def group_ranges(spec: AlgorithmSpec) -> Iterator[tuple[str, Check]]:
+    """Yield the options that a group of this algorithm may have, with their checks."""
+    return ((option, check) for option, check in GROUP_RANGES.items() if option not in spec.own_options)
+
+
 def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
     """Refuse options that a group cannot have.
 
     Raises:
         ValueError: an option of the whole optimizer, or one that the algorithm does not take.
     """
-    given = {option for option in _ALL if group.get(option) is not None}
+    given = {option for option in _ALL if group.get(option) is not None} - spec.own_options
     if misplaced := given - set(GROUP_RANGES):
         raise ValueError(
             f"`{min(misplaced)}` is an option of {spec.name}, not of a param group; give it to {spec.name}()"
@@ -210,6 +219,6 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
     refuse_unsupported(spec, stepping.options.requested())
     for group in map(stepping.options.own, groups):
         check_group_options(spec, group)
-        for option, check in GROUP_RANGES.items():
+        for option, check in group_ranges(spec):
             check(option, group.get(option))
     stepping.checked = now

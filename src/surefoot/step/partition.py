@@ -87,7 +87,11 @@ def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]
 def _take_turn(turns: defaultdict[int, int], objects: Iterable[object]) -> int:
     """Return how many steps come before one of these tensors, which share one of them, and count it."""
     # Scalars may be several tensors of one memory.
-    ids = [(not each.dim() and each.data_ptr()) or id(each) for each in objects if isinstance(each, Tensor)]
+    ids = [
+        (not each.dim() and has_address(each) and each.data_ptr()) or id(each)
+        for each in objects
+        if isinstance(each, Tensor)
+    ]
     turn = max(turns[i] for i in ids)
     turns.update(dict.fromkeys(ids, turn + 1))
     return turn

@@ -12,7 +12,7 @@ import torch
 from surefoot.averages import Averaging
 from surefoot.distributed import Exchange
 from surefoot.engines import Bucket, Engine, cpu, gpu
-from surefoot.rule import EMA, bind
+from surefoot.rule import EMA, bind, gradient_rule
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
@@ -25,6 +25,7 @@ from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.types import BucketRun, ParamSlice
+from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
 
@@ -32,7 +33,7 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
 
     Returns:
-        What the next step may use again.
+        What the next step may use again; nothing while a mode is active that must see the operations.
     """
     refuse_capture(step.spec.name, step.groups)
     step.stepping.context.acquire()
@@ -40,8 +41,9 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     if exchange is None and _found_infinities(step):
         step.skip()
         return cache
+    watched = mode_is_active()
     with failures_told(step, exchange):
-        known = None if cache is None else cache.revalidate(step)
+        known = None if cache is None or watched else cache.revalidate(step)
         if known is None and cache is not None:
             for run in cache.runs:
                 forget_fresh(run)
@@ -53,7 +55,7 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
         if made is None:
             return cache if known is not None else None  # what was kept has been found not to hold
         if options is not None:
-            cache = StepCache.of(step, options, runs)
+            cache = None if watched else StepCache.of(step, options, runs)
         for run in runs:
             if run.repeats:
                 compute_coefficients(made, run)
@@ -105,7 +107,9 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
     if step.needs_gradients():
         refuse_unmeasurable(step)
         for run in runs:
-            measured = measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket)
+            measured = (
+                measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
+            )
             run.slice.gradients = measured
 
 

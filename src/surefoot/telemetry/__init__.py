@@ -7,7 +7,7 @@ to an optimizer.
 from surefoot.telemetry.live import Live
 from surefoot.telemetry.names import parameter_names
 from surefoot.telemetry.reading import Line, read
-from surefoot.telemetry.record import RawStep, Record, Row
+from surefoot.telemetry.record import ParameterStats, RawStep, Record
 from surefoot.telemetry.sinks import JsonLines, Sink, TensorBoard
 from surefoot.telemetry.telemetry import Telemetry, as_telemetry
 
@@ -15,9 +15,9 @@ __all__ = [
     "JsonLines",
     "Line",
     "Live",
+    "ParameterStats",
     "RawStep",
     "Record",
-    "Row",
     "Sink",
     "Telemetry",
     "TensorBoard",

@@ -5,11 +5,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
-from surefoot.telemetry.record import Record, Row, add
+from surefoot.telemetry.record import ParameterStats, Record, add_row
 from surefoot.telemetry.sinks import Sink
+from surefoot.terminal import in_encoding
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.live import Live as RichLive
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -68,14 +69,13 @@ class Live(Sink):
 
     def _picture(self, record: Record) -> "RenderableType":
         from rich.console import Group  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
 
         largest = sorted(record.items(), key=lambda item: _rank(item[1]), reverse=True)
         table = record.table(0)
         table.caption = None
         for name, row in largest[: self._rows]:
-            add(table, name, row)
-        return Group(Text(f"gradient norm  {sparkline(self._norms)}"), table)
+            add_row(table, name, row)
+        return Group(_Headline(f"gradient norm  {sparkline(self._norms)}"), table)
 
     def close(self) -> None:
         """Leave the last picture where it is."""
@@ -88,7 +88,20 @@ class Live(Sink):
         return f"Live(seconds={self._seconds}, rows={self._rows})"
 
 
-def _rank(row: Row) -> tuple[bool, float]:
+class _Headline:
+    """A line that rich shows in the characters that a console has."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_console__(self, _: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Yield the line, for rich."""
+        from rich.text import Text  # noqa: PLC0415
+
+        yield Text(in_encoding(self._text, options.encoding))
+
+
+def _rank(row: ParameterStats) -> tuple[bool, float]:
     """Put what is broken first, then what moves most."""
     ratio = row.update_ratio
     return row.nonfinite > 0, ratio if ratio == ratio else float("inf")  # noqa: PLR0124 (NaN)

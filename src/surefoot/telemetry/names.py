@@ -57,7 +57,7 @@ def _of_group(group: Mapping[str, Any], index: int, groups: int, known: Mapping[
 
 
 def _names_in_models() -> dict[Tensor, str]:
-    """Give the names of all parameters of all models; with the model's class in front if several models share one."""
+    """Return the names of all parameters of all models; with the model's class in front if several models share one."""
     models = [(type(model).__name__, dict(_named(model))) for model in _models()]
     counts = Counter(name for _, names in models for name in set(names.values()))
     found: dict[Tensor, str] = {}
@@ -68,7 +68,7 @@ def _names_in_models() -> dict[Tensor, str]:
 
 
 def _models() -> list[Module]:
-    """Give the modules that are part of no other."""
+    """Return the modules that are part of no other."""
     modules = [each for each in gc.get_objects() if issubclass(type(each), Module) and "_modules" in vars(each)]
     parts = {id(part) for module in modules for part in module._modules.values()}
     return [module for module in modules if id(module) not in parts]

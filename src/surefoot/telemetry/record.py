@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.terminal import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -67,7 +69,7 @@ class RawStep:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterStats:
     """The numbers of one parameter, or of all of them together.
 
     Attributes:
@@ -150,7 +152,7 @@ class Record:
         return dict(zip(QUANTITIES, (grad, param, update, ratio(update, param), *self.sums[:, 3:].T), strict=True))
 
     @cached_property
-    def total(self) -> Row:
+    def total(self) -> ParameterStats:
         """The numbers of all parameters together, as if they were one."""
         with np.errstate(over="ignore", invalid="ignore"):
             grad, param, update = np.sqrt(self.sums[:, :3].sum(axis=0))
@@ -158,8 +160,8 @@ class Record:
         lr = self.raw.lrs[0] if len(set(self.raw.lrs)) == 1 else math.nan
         return _row((grad, param, update, ratio(update, param), most, count), lr)
 
-    def __getitem__(self, name: str) -> Row:
-        """Give the numbers of one parameter.
+    def __getitem__(self, name: str) -> ParameterStats:
+        """Return the numbers of one parameter.
 
         Raises:
             KeyError: it was not measured.
@@ -168,12 +170,12 @@ class Record:
             raise KeyError(f"{name!r} was not measured in step {self.step}; there are: {', '.join(self.names)}")
         return self._row(self.names.index(name))
 
-    def items(self) -> Iterator[tuple[str, Row]]:
+    def items(self) -> Iterator[tuple[str, ParameterStats]]:
         """Yield each parameter's name and numbers."""
         for index, name in enumerate(self.names):
             yield name, self._row(index)
 
-    def _row(self, index: int) -> Row:
+    def _row(self, index: int) -> ParameterStats:
         return _row([self.values[quantity][index] for quantity in QUANTITIES], self.lrs[index])
 
     def headline(self) -> str:
@@ -198,7 +200,7 @@ class Record:
             made.add_column(name, justify="right", no_wrap=True)
         made.add_row("total", *_cells(self.total), style="bold")
         for name, row in list(self.items())[:limit]:
-            add(made, name, row)
+            add_row(made, name, row)
         if limit is not None and len(self.names) > limit:
             made.caption = f"{len(self.names) - limit} more parameters: record.table()"
         return made
@@ -221,18 +223,21 @@ class Record:
         return f"Record(step={self.step}, parameters={len(self.names)})"
 
 
-def _row(numbers: Sequence[Any], lr: float) -> Row:
+def _row(numbers: Sequence[Any], lr: float) -> ParameterStats:
     """Make a row of its numbers in the order of `QUANTITIES`."""
     grad, param, update, update_ratio, most, count = map(float, numbers)
-    return Row(grad, param, update, update_ratio, most, int(count), float(lr))
+    return ParameterStats(grad, param, update, update_ratio, most, int(count), float(lr))
 
 
-def add(table: "Table", name: str, row: Row) -> None:
+def add_row(table: "Table", name: str, row: ParameterStats) -> None:
     """Add a parameter's line to a table, in red if something is not finite."""
-    table.add_row(name, *_cells(row), style="red" if row.nonfinite else None)
+    from rich.text import Text  # noqa: PLC0415
+
+    # As text, since rich takes brackets for commands, and a terminal control characters.
+    table.add_row(Text(printable(name)), *_cells(row), style="red" if row.nonfinite else None)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ParameterStats) -> list[str]:
     """Write a row's numbers for a table."""
     numbers = (row.grad_norm, row.param_norm, row.update_norm, row.update_ratio, row.max_grad)
     lr = "" if math.isnan(row.lr) else f"{row.lr:.4g}"

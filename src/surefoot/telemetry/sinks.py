@@ -31,7 +31,7 @@ class Sink(ABC):
             would write the same to the same place; with True give each a place of its own.
 
     Raises:
-        TypeError: `flush_every` is no whole number.
+        TypeError: `flush_every` is not a whole number.
         ValueError: it is less than 1.
     """
 
@@ -136,7 +136,12 @@ class JsonLines(Sink):
 
 def _header(record: Record) -> str:
     content = {"surefoot": version("surefoot"), "format": FORMAT, "time": record.time, "names": list(record.names)}
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n"
+    try:
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError:  # a name with half of a pair of surrogates
+        text = json.dumps(content, separators=(",", ":"))
+    return text + "\n"
 
 
 def line_of(record: Record) -> str:

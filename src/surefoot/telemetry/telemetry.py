@@ -46,11 +46,11 @@ class Selection:
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def idle(self, names: Sequence[str]) -> list[str]:
-        """Give the patterns that match none of some names."""
+        """Return the patterns that match none of some names."""
         return [p for p in self.patterns or () if not any(fnmatchcase(name, p) for name in names)]
 
     def known(self) -> list[str]:
-        """Give the names that were asked for."""
+        """Return the names that were asked for."""
         return list(self._known)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class _Outlet:
 
 
 def _rank() -> int:
-    """Give this process's place in a distributed training."""
+    """Return this process's place in a distributed training."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", "0"))
@@ -246,7 +246,7 @@ class Telemetry:
     # What people ask
 
     def latest(self) -> Record | None:
-        """Give the newest record, or None before the first; `print` it to see a table."""
+        """Return the newest record, or None before the first; `print` it to see a table."""
         return self._history[-1] if self._history else None
 
     @property

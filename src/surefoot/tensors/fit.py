@@ -15,7 +15,10 @@ def unfit_param(param: Tensor) -> str | None:
     if not (param.is_floating_point() or param.is_complex()):
         return f"is {param.dtype}; only floating point and complex parameters can be stepped"
     if param.is_nested or param.layout is not torch.strided or param._is_zerotensor():
-        return f"is {_layout(param)}; only dense parameters with memory of their own can be stepped"
+        return (
+            f"is {_layout(param)}; only dense parameters with memory of their own can be stepped: give the optimizer "
+            f"its values as a dense tensor"
+        )
     if param.is_complex() and param.is_conj():
         return "is conjugated lazily; give it values of its own with `p.data = p.data.resolve_conj()`"
     if param.is_inference() and not torch.is_inference_mode_enabled():

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.tensors.modes import is_stand_in
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types of tensors whose memory kernels may take for what the tensors mean."""
 _MOST_WORK, _MOST_PAIRS, _MOST_OFFSETS = 10_000, 10_000, 1 << 20
@@ -16,14 +18,15 @@ _MOST_WORK, _MOST_PAIRS, _MOST_OFFSETS = 10_000, 10_000, 1 << 20
 def is_plain(tensor: Tensor) -> bool:
     """Return whether the memory of a tensor holds what it means."""
     means_other = tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
-    return type(tensor) in PLAIN and not means_other
+    return type(tensor) in PLAIN and not means_other and not is_stand_in(tensor)
 
 
 def has_address(tensor: Tensor) -> bool:
     """Return whether a tensor has elements in memory, though lazily negated ones perhaps, or such of a subclass."""
     kind: Any = type(tensor)
     of_memory = kind in PLAIN or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return of_memory and tensor.layout is torch.strided and not tensor._is_zerotensor()
+    strided = of_memory and tensor.layout is torch.strided and not tensor._is_zerotensor()
+    return strided and not is_stand_in(tensor)
 
 
 def bytes_spanned(tensor: Tensor) -> int:

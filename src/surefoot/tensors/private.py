@@ -39,6 +39,19 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
             "aoti_torch_*",
         )
     ),
+    *(
+        PrivateName(name, "tensors.modes", "seeing that a mode or transform must see operations", "import fails")
+        for name in (
+            "torch._C._len_torch_dispatch_stack",
+            "torch._C._len_torch_function_stack",
+            "torch._C._functorch.peek_interpreter_stack",
+            "torch._C._functorch.is_functorch_wrapped_tensor",
+            "torch._is_functional_tensor",
+            "torch.overrides._get_current_function_mode_stack",
+            "torch._subclasses.fake_tensor",
+            "torch.utils._device",
+        )
+    ),
     PrivateName("Tensor._is_zerotensor", "tensors", "refusing zero tensors", "the step raises AttributeError"),
     PrivateName("Tensor._indices", "tensors.gate", "checking the rows of sparse gradients", "their step raises"),
     PrivateName("Tensor._values", "tensors.gate", "checking the memory of sparse gradients", "their step raises"),

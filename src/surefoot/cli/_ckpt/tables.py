@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from surefoot.checkpoint import Checkpoint
-from surefoot.checkpoint.comparing import Difference
-from surefoot.checkpoint.facts import Parameter, groups_of, parameters_of, places_of, total
+from surefoot.checkpoint.diff import Difference
 from surefoot.checkpoint.header import Place
+from surefoot.checkpoint.inspection import ParameterInfo, groups_of, parameters_of, places_of, total
+from surefoot.terminal import printable
 
 _PREFIXES = ("B", "kB", "MB", "GB", "TB")
 _THOUSAND = 1000
@@ -36,9 +37,10 @@ def number(value: Any) -> str:
 
 def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
     """Make an empty table; the columns named in `right` are flushed right."""
-    found = Table(box=None, header_style="bold", title=title, title_style="bold", title_justify="left", pad_edge=False)
+    shown = None if title is None else _text(title)
+    found = Table(box=None, header_style="bold", title=shown, title_style="bold", title_justify="left", pad_edge=False)
     for column in columns:
-        found.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        found.add_column(_text(column), justify="right" if column in right else "left", overflow="fold")
     return found
 
 
@@ -56,9 +58,15 @@ def overview(checkpoint: Checkpoint) -> RenderableType:
             size(found.nbytes),
             _bad(found.nonfinite),
         ]
-        parts.add_row(label, part.get("class") or "", *row)
+        parts.add_row(_text(label), _text(part.get("class")), *row)
     head = f"{step}{size(checkpoint.header.file_size)}, saved {manifest['saved_at']}, format {manifest['format']}"
-    return Group(Text(str(checkpoint.path), style="bold"), head, Text(versions, style="dim"), "", parts)
+    path = Text(printable(str(checkpoint.path)), style="bold")
+    return Group(path, _text(head), Text(printable(versions), style="dim"), "", parts)
+
+
+def _text(value: str | None) -> Text:
+    """Return what a file says, of which neither rich nor the terminal takes a part for a command."""
+    return Text(printable(value or ""))
 
 
 def _bad(count: int) -> Text:
@@ -73,7 +81,7 @@ def groups(checkpoint: Checkpoint, label: str) -> Table:
     title = f"{label}: {checkpoint.manifest['parts'][label]['class'] or 'optimizer'}"
     result = table("group", "parameters", *names, right=("parameters",), title=title)
     for index, group in enumerate(found):
-        result.add_row(str(index), str(len(group["params"])), *(_option(group.get(name)) for name in names))
+        result.add_row(str(index), str(len(group["params"])), *(_text(_option(group.get(name))) for name in names))
     return result
 
 
@@ -98,10 +106,10 @@ def parameters(checkpoint: Checkpoint, label: str, *, everything: bool) -> Table
     return result
 
 
-def _row(one: Parameter, slots: Iterable[str]) -> list[RenderableType]:
+def _row(one: ParameterInfo, slots: Iterable[str]) -> list[RenderableType]:
     shape = "" if one.shape is None else " x ".join(map(str, one.shape)) or "-"
-    norm = Text(f"= {one.tied_to}", style="dim") if one.tied_to else _norm(one.values)
-    return [one.name, shape, one.dtype or "", norm, *(_norm(one.state.get(slot)) for slot in slots)]
+    norm = Text(printable(f"= {one.tied_to}"), style="dim") if one.tied_to else _norm(one.values)
+    return [_text(one.name), shape, _text(one.dtype), norm, *(_norm(one.state.get(slot)) for slot in slots)]
 
 
 def _norm(value: Any) -> Text:
@@ -112,7 +120,7 @@ def _norm(value: Any) -> Text:
         return Text.assemble(number(value.summary.norm), note)
     if isinstance(value, list):
         return Text(f"{len(value)} items")
-    return Text("" if value is None else number(value))
+    return _text("" if value is None else number(value))
 
 
 def differences(found: Sequence[Difference], left: str, right: str, *, everything: bool) -> Table:
@@ -121,9 +129,9 @@ def differences(found: Sequence[Difference], left: str, right: str, *, everythin
     for one in found if everything else found[:_FEW]:
         distances = ("" if value is None else number(value) for value in (one.largest, one.relative))
         if one.elements is None:
-            result.add_row(Text(one.name), _side(one.left), _side(one.right), *distances)
+            result.add_row(_text(one.name), _side(one.left), _side(one.right), *distances)
         else:
-            result.add_row(Text(one.name), f"{one.left} differ", "", *distances)
+            result.add_row(_text(one.name), f"{one.left} differ", "", *distances)
 
     if not everything and len(found) > _FEW:
         result.add_row(_more(len(found)))
@@ -135,7 +143,7 @@ def _more(count: int) -> Text:
 
 
 def _side(text: str | None) -> Text:
-    return Text("not there", style="dim") if text is None else Text(text)
+    return Text("not there", style="dim") if text is None else _text(text)
 
 
 def show(*parts: RenderableType) -> None:

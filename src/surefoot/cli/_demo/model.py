@@ -98,7 +98,7 @@ class CharacterModel(nn.Module):
         return out
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Give the scores of each next character: int64 (batch, n) to float (batch, n, alphabet_size)."""
+        """Return the scores of each next character: int64 (batch, n) to float (batch, n, alphabet_size)."""
         x = self.embed(characters)
         for block in self.blocks:
             x = block(x)

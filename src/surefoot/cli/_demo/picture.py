@@ -29,7 +29,7 @@ def _smooth(losses: Numbers, window: int) -> tuple[Numbers, Numbers]:
 def _draw_losses(axes: Axes, comparison: Comparison) -> None:
     """Draw torch's curve broad and pale, ours thin and dashed upon it: both show where they coincide."""
     one, other = comparison.outcomes
-    steps = comparison.plan.steps
+    steps = comparison.setup.steps
     window = max(1, steps // SMOOTHED_PARTS)
     pale, sharp = (_smooth(np.array(outcome.losses, dtype=np.float64), window) for outcome in comparison.outcomes)
     axes.plot(*pale, color=COLOURS[0], linewidth=8, alpha=0.45, label=one.label)
@@ -66,7 +66,7 @@ def _draw_times(axes: Axes, comparison: Comparison) -> None:
         # Below the whisker, which may cross the whole width.
         label = _time_label(comparison.outcomes[place])
         axes.annotate(label, (middle, place), xytext=(8, -8), textcoords="offset points", va="top")
-    axes.set_yticks((0, 1), comparison.plan.libraries)
+    axes.set_yticks((0, 1), comparison.setup.libraries)
     axes.invert_yaxis()
     axes.set_xlim(0, end)
     names = " and ".join(clocks[0].optimizers)
@@ -77,7 +77,7 @@ def _headline(comparison: Comparison) -> str:
     one, other = comparison.outcomes
     faster = np.median(one.clock.optimizer_ms) / np.median(other.clock.optimizer_ms)
     if comparison.last_gap.same_bits:
-        result = f"same bits after {comparison.plan.steps} steps"
+        result = f"same bits after {comparison.setup.steps} steps"
     else:
         result = f"held-out loss {other.held_out_loss:.3f} against {one.held_out_loss:.3f}"
     return f"{other.label} against {one.label}: {result}, step {faster:.2f}x as fast"
@@ -97,7 +97,7 @@ def draw(comparison: Comparison) -> Figure:
     return figure
 
 
-def save(comparison: Comparison, path: Path) -> None:
+def save_picture(comparison: Comparison, path: Path) -> None:
     """Draw the picture and put it at `path` in one move, when it is complete.
 
     Args:

@@ -7,7 +7,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from surefoot.cli._demo.training import Plan, Training, Watch
+from surefoot.cli._demo.training import Training, TrainingSetup, Watch
 
 RECENT_STEPS = 20
 REFRESH_SECONDS = 0.2
@@ -24,7 +24,7 @@ def _rate(training: Training) -> str:
 
 
 @contextmanager
-def _bars(console: Console, plan: Plan) -> Iterator[Watch]:
+def _bars(console: Console, setup: TrainingSetup) -> Iterator[Watch]:
     """Show a bar for each training, redrawn between steps only, when no clock runs."""
     columns = (
         TextColumn("{task.description}"),
@@ -35,14 +35,14 @@ def _bars(console: Console, plan: Plan) -> Iterator[Watch]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, auto_refresh=False, expand=True) as bars:
-        tasks = [bars.add_task(label, total=plan.steps, loss="-", rate="-") for label in plan.labels]
+        tasks = [bars.add_task(label, total=setup.steps, loss="-", rate="-") for label in setup.labels]
         bars.refresh()
         drawn = perf_counter()
 
         def watch(one: Training, other: Training) -> None:
             nonlocal drawn
             done = len(one.losses)
-            if perf_counter() - drawn < REFRESH_SECONDS and done < plan.steps:
+            if perf_counter() - drawn < REFRESH_SECONDS and done < setup.steps:
                 return
             for task, training in zip(tasks, (one, other), strict=True):
                 bars.update(task, completed=done, loss=_loss(training), rate=_rate(training))
@@ -53,32 +53,32 @@ def _bars(console: Console, plan: Plan) -> Iterator[Watch]:
 
 
 @contextmanager
-def _lines(console: Console, plan: Plan) -> Iterator[Watch]:
+def _lines(console: Console, setup: TrainingSetup) -> Iterator[Watch]:
     """Print a line for each tenth of the training."""
-    every = max(1, plan.steps // PLAIN_LINES)
+    every = max(1, setup.steps // PLAIN_LINES)
 
     def watch(one: Training, other: Training) -> None:
         done = len(one.losses)
-        if done % every and done < plan.steps:
+        if done % every and done < setup.steps:
             return
         parts = (
             f"{label} loss {_loss(training)}, {_rate(training)} steps/s"
-            for label, training in zip(plan.labels, (one, other), strict=True)
+            for label, training in zip(setup.labels, (one, other), strict=True)
         )
-        console.print(f"step {done}/{plan.steps}: {'; '.join(parts)}", highlight=False, soft_wrap=True)
+        console.print(f"step {done}/{setup.steps}: {'; '.join(parts)}", highlight=False, soft_wrap=True)
 
     yield watch
 
 
-def progress(console: Console, plan: Plan) -> AbstractContextManager[Watch]:
-    """Show how far both trainings of a plan are.
+def progress(console: Console, setup: TrainingSetup) -> AbstractContextManager[Watch]:
+    """Show how far both trainings of a setup are.
 
     Args:
         console: where to show it.
-        plan: what is trained.
+        setup: what is trained.
 
     Returns:
         A context whose value is to be called with both trainings after every step.
     """
     terminal = console.file.isatty() and not console.is_dumb_terminal
-    return (_bars if terminal else _lines)(console, plan)
+    return (_bars if terminal else _lines)(console, setup)

@@ -14,7 +14,7 @@ from typing import Any
 from surefoot import optimizers
 
 
-class Part(Enum):
+class TrainedPart(Enum):
     """The parameters that the named optimizer trains; a companion of the same library trains the others."""
 
     EVERYTHING = "every parameter"
@@ -42,7 +42,7 @@ class Recipe:
     steps: int = 500
     batch: int = 8
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    part: Part = Part.EVERYTHING
+    part: TrainedPart = TrainedPart.EVERYTHING
     companion: str | None = None
     companion_lr: float = 2e-3
     closure: bool = False
@@ -67,7 +67,7 @@ _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
         "Muon": Recipe(
             lr=2e-2,
             steps=400,
-            part=Part.MATRICES,
+            part=TrainedPart.MATRICES,
             companion="AdamW",
             note="Muon takes matrices only: AdamW of the same library trains the other parameters.",
         ),
@@ -81,7 +81,7 @@ _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
         ),
         "SparseAdam": Recipe(
             lr=2e-3,
-            part=Part.TABLE,
+            part=TrainedPart.TABLE,
             companion="Adam",
             note="SparseAdam takes sparse gradients only: Adam of the same library trains the other parameters.",
         ),

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from surefoot.cli._demo.training import Comparison, Plan
+from surefoot.cli._demo.training import Comparison, TrainingSetup
 
 
-class Row(NamedTuple):
+class ComparisonLine(NamedTuple):
     """A line of the table: a quantity, its value for torch and for surefoot, and what the two come to."""
 
     name: str
@@ -19,15 +19,15 @@ class Row(NamedTuple):
     verdict: str
 
 
-def introduce(console: Console, plan: Plan, characters: int, threads: int) -> None:
+def introduce(console: Console, setup: TrainingSetup, characters: int, threads: int) -> None:
     """Say what will be trained on what, and how."""
-    recipe = plan.recipe
-    console.print(Text(" against ".join(plan.labels), style="bold"))
+    recipe = setup.recipe
+    console.print(Text(" against ".join(setup.labels), style="bold"))
     console.print(
         f"One small transformer learns {characters:,} characters of Python's help texts twice,\n"
         "from the same weights and with the same batches, a step of each in turn.\n"
-        f"{plan.steps} steps of {recipe.batch} x {plan.shape.context} characters, lr {plan.lr:g}, "
-        f"seed {plan.seed}, {threads} thread{'s' if threads > 1 else ''}.",
+        f"{setup.steps} steps of {recipe.batch} x {setup.shape.context} characters, lr {setup.lr:g}, "
+        f"seed {setup.seed}, {threads} thread{'s' if threads > 1 else ''}.",
         highlight=False,
     )
     if recipe.note:
@@ -35,34 +35,34 @@ def introduce(console: Console, plan: Plan, characters: int, threads: int) -> No
     console.print()
 
 
-def _loss_row(name: str, one: float, other: float) -> Row:
-    return Row(name, f"{one:.4f}", f"{other:.4f}", "equal" if one == other else f"{other - one:+.1e}")
+def _loss_row(name: str, one: float, other: float) -> ComparisonLine:
+    return ComparisonLine(name, f"{one:.4f}", f"{other:.4f}", "equal" if one == other else f"{other - one:+.1e}")
 
 
-def _time_row(name: str, one: float, other: float) -> Row:
-    return Row(name, f"{one:.2f} ms", f"{other:.2f} ms", f"{one / other:.2f}x as fast")
+def _time_row(name: str, one: float, other: float) -> ComparisonLine:
+    return ComparisonLine(name, f"{one:.2f} ms", f"{other:.2f} ms", f"{one / other:.2f}x as fast")
 
 
-def rows(comparison: Comparison) -> Iterator[Row]:
-    """Give the lines of the table that compares both trainings."""
+def comparison_lines(comparison: Comparison) -> Iterator[ComparisonLine]:
+    """Return the lines of the table that compares both trainings."""
     one, other = comparison.outcomes
     a, b = one.clock, other.clock
     yield _loss_row("loss, training text", one.train_loss, other.train_loss)
     yield _loss_row("loss, held-out text", one.held_out_loss, other.held_out_loss)
     for name in a.optimizers:
         yield _time_row(f"{name}.step()", a.median_ms(name), b.median_ms(name))
-    yield Row("share of a training step", f"{a.share:.1%}", f"{b.share:.1%}", "")
+    yield ComparisonLine("share of a training step", f"{a.share:.1%}", f"{b.share:.1%}", "")
     yield _time_row("a whole training step", a.whole_ms, b.whole_ms)
-    yield Row("very first step()", f"{a.optimizer_ms[0]:.1f} ms", f"{b.optimizer_ms[0]:.1f} ms", "")
-    yield Row("parameters differ by", "", "", f"{comparison.last_gap.largest:.2g}")
+    yield ComparisonLine("very first step()", f"{a.optimizer_ms[0]:.1f} ms", f"{b.optimizer_ms[0]:.1f} ms", "")
+    yield ComparisonLine("parameters differ by", "", "", f"{comparison.last_gap.largest:.2g}")
 
 
 def print_table(console: Console, comparison: Comparison) -> None:
     """Print the table, and below it how far apart the two models are."""
-    table = Table(comparison.plan.optimizer, *comparison.plan.libraries, "surefoot is")
+    table = Table(comparison.setup.optimizer, *comparison.setup.libraries, "surefoot is")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in rows(comparison):
+    for row in comparison_lines(comparison):
         table.add_row(*row)
     console.print(table)
     console.print(
@@ -75,7 +75,7 @@ def print_table(console: Console, comparison: Comparison) -> None:
 
 def verdict(comparison: Comparison) -> str:
     """Say how far the parameters of the two models are apart."""
-    steps, first, last = comparison.plan.steps, comparison.first_gap, comparison.last_gap
+    steps, first, last = comparison.setup.steps, comparison.first_gap, comparison.last_gap
     if last.same_bits:
         return f"Same bits: after {steps} steps no parameter of the two models differs."
     return (

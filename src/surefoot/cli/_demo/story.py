@@ -11,7 +11,7 @@ from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import continue_text
 from surefoot.cli._demo.progress import progress
 from surefoot.cli._demo.text import Corpus, help_topics
-from surefoot.cli._demo.training import Comparison, Plan, compare
+from surefoot.cli._demo.training import Comparison, TrainingSetup, compare
 
 PROMPT = "The "
 SAMPLE_LENGTH = 400
@@ -20,9 +20,9 @@ Save = Callable[[Comparison, Path], None]
 
 
 def _picture_saver(console: Console) -> Save | None:
-    """Give the function that draws and saves, or say before the training why there will be no picture."""
+    """Return the function that draws and saves, or say before the training why there will be no picture."""
     try:
-        from surefoot.cli._demo.picture import save  # noqa: PLC0415 - matplotlib is an extra
+        from surefoot.cli._demo.picture import save_picture  # noqa: PLC0415 - matplotlib is an extra
     except ImportError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
@@ -34,7 +34,7 @@ def _picture_saver(console: Console) -> Save | None:
             soft_wrap=True,
         )
         return None
-    return save
+    return save_picture
 
 
 def _save(save: Save, comparison: Comparison, out: Path) -> None:
@@ -45,15 +45,15 @@ def _save(save: Save, comparison: Comparison, out: Path) -> None:
 
 
 def _write_sample(console: Console, comparison: Comparison, corpus: Corpus) -> None:
-    written = continue_text(comparison.model, corpus.encode(PROMPT), SAMPLE_LENGTH, comparison.plan.seed)
-    report.print_sample(console, PROMPT, corpus.decode(written), comparison.plan.labels[1])
+    written = continue_text(comparison.model, corpus.encode(PROMPT), SAMPLE_LENGTH, comparison.setup.seed)
+    report.print_sample(console, PROMPT, corpus.decode(written), comparison.setup.labels[1])
 
 
-def tell(plan: Plan, out: Path, console: Console) -> Comparison:
+def tell(setup: TrainingSetup, out: Path, console: Console) -> Comparison:
     """Train, report, let the model write, and draw.
 
     Args:
-        plan: what to train.
+        setup: what to train.
         out: where the picture goes; known to be writable.
         console: where the rest goes.
 
@@ -65,9 +65,9 @@ def tell(plan: Plan, out: Path, console: Console) -> Comparison:
     """
     save = _picture_saver(console)
     corpus = Corpus.of(help_topics())
-    report.introduce(console, plan, len(corpus.train), torch.get_num_threads())
-    with progress(console, plan) as watch:
-        comparison = compare(plan, corpus, watch)
+    report.introduce(console, setup, len(corpus.train), torch.get_num_threads())
+    with progress(console, setup) as watch:
+        comparison = compare(setup, corpus, watch)
     report.print_table(console, comparison)
     _write_sample(console, comparison, corpus)
     if save is not None:

@@ -14,7 +14,7 @@ HELD_OUT_PERCENT = 10
 
 
 def help_topics() -> str:
-    """Give the text of Python's help topics without its tables.
+    """Return the text of Python's help topics without its tables.
 
     Each paragraph comes once, so that none is both trained on and held out.
 
@@ -56,11 +56,11 @@ class Corpus:
         return cls(alphabet, numbers[:cut], numbers[cut:])
 
     def encode(self, text: str) -> Tensor:
-        """Give the numbers of a text's characters: int64, shape (1, characters)."""
+        """Return the numbers of a text's characters: int64, shape (1, characters)."""
         return torch.tensor([[self.alphabet.index(character) for character in text]])
 
     def decode(self, numbers: Tensor) -> str:
-        """Give the text of a tensor of numbers, whatever its shape."""
+        """Return the text of a tensor of numbers, whatever its shape."""
         return "".join(self.alphabet[number] for number in numbers.flatten().tolist())
 
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import CharacterModel, Shape, build_model
-from surefoot.cli._demo.recipes import RECIPES, Part, Recipe
+from surefoot.cli._demo.recipes import RECIPES, Recipe, TrainedPart
 from surefoot.cli._demo.text import Batch, Corpus, batch_at, draw_starts
 
 EVALUATED_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """What both trainings have in common.
 
     Attributes:
@@ -120,18 +120,18 @@ def _optimizer_class(library: str, name: str) -> Callable[..., torch.optim.Optim
     return found
 
 
-def _part_of(model: CharacterModel, part: Part) -> list[nn.Parameter]:
-    if part is Part.MATRICES:
+def _part_of(model: CharacterModel, part: TrainedPart) -> list[nn.Parameter]:
+    if part is TrainedPart.MATRICES:
         return [param for param in model.blocks.parameters() if param.ndim == 2]  # noqa: PLR2004 - a matrix
-    if part is Part.TABLE and model.pairs is not None:
+    if part is TrainedPart.TABLE and model.pairs is not None:
         return list(model.pairs.parameters())
     return list(model.parameters())
 
 
-def _build_optimizers(library: str, plan: Plan, model: CharacterModel) -> dict[str, torch.optim.Optimizer]:
-    recipe = plan.recipe
+def _build_optimizers(library: str, setup: TrainingSetup, model: CharacterModel) -> dict[str, torch.optim.Optimizer]:
+    recipe = setup.recipe
     own = _part_of(model, recipe.part)
-    built = {plan.optimizer: _optimizer_class(library, plan.optimizer)(own, lr=plan.lr, **recipe.options)}
+    built = {setup.optimizer: _optimizer_class(library, setup.optimizer)(own, lr=setup.lr, **recipe.options)}
     if recipe.companion is not None:
         taken = {id(param) for param in own}
         others = [param for param in model.parameters() if id(param) not in taken]
@@ -149,19 +149,19 @@ class Training:
 
     Args:
         library: the module that has the optimizers, such as "torch.optim".
-        plan: what is trained, and how.
+        setup: what is trained, and how.
         model: the model to train, in place.
 
     Raises:
         DemoError: if the library lacks an optimizer.
     """
 
-    def __init__(self, library: str, plan: Plan, model: CharacterModel) -> None:
-        self.label = f"{library}.{plan.optimizer}"
+    def __init__(self, library: str, setup: TrainingSetup, model: CharacterModel) -> None:
+        self.label = f"{library}.{setup.optimizer}"
         self.model = model
         self.losses: list[float] = []
-        self._optimizers = _build_optimizers(library, plan, model)
-        self._closure = plan.recipe.closure
+        self._optimizers = _build_optimizers(library, setup, model)
+        self._closure = setup.recipe.closure
         self.clock = Clock({name: [] for name in self._optimizers})
 
     def step(self, batch: Batch) -> None:
@@ -176,7 +176,7 @@ class Training:
         self.losses.append(self._checked(loss.item()))
 
     def held_loss(self, data: Tensor, seed: int) -> float:
-        """Give the mean loss over sequences of `data` that depend on the seed alone."""
+        """Return the mean loss over sequences of `data` that depend on the seed alone."""
         context = self.model.shape.context
         starts = draw_starts(data, (EVALUATED_SEQUENCES // 32, 32), context, seed)
         with torch.no_grad():
@@ -248,14 +248,14 @@ class Comparison:
     """What both trainings came to, torch's first.
 
     Attributes:
-        plan: what they had in common.
+        setup: what they had in common.
         outcomes: one for each library.
         first_gap: between the models after the first step.
         last_gap: between them in the end.
         model: the model that the second library trained.
     """
 
-    plan: Plan
+    setup: TrainingSetup
     outcomes: tuple[Outcome, Outcome]
     first_gap: Gap
     last_gap: Gap
@@ -265,37 +265,37 @@ class Comparison:
 Watch = Callable[[Training, Training], None]
 
 
-def _batches(plan: Plan, data: Tensor) -> Iterator[Batch]:
-    context = plan.shape.context
-    for starts in draw_starts(data, (plan.steps, plan.recipe.batch), context, plan.seed):
+def _batches(setup: TrainingSetup, data: Tensor) -> Iterator[Batch]:
+    context = setup.shape.context
+    for starts in draw_starts(data, (setup.steps, setup.recipe.batch), context, setup.seed):
         yield batch_at(data, starts, context)
 
 
-def _outcome(training: Training, plan: Plan, corpus: Corpus) -> Outcome:
-    train, held_out = (training.held_loss(data, plan.seed) for data in (corpus.train, corpus.held_out))
+def _outcome(training: Training, setup: TrainingSetup, corpus: Corpus) -> Outcome:
+    train, held_out = (training.held_loss(data, setup.seed) for data in (corpus.train, corpus.held_out))
     return Outcome(training.label, training.losses, training.clock, train, held_out)
 
 
-def compare(plan: Plan, corpus: Corpus, watch: Watch | None = None) -> Comparison:
+def compare(setup: TrainingSetup, corpus: Corpus, watch: Watch | None = None) -> Comparison:
     """Train the same model with each library, in turns.
 
     Args:
-        plan: what the trainings have in common.
+        setup: what the trainings have in common.
         corpus: the text they learn.
         watch: called with both trainings after every step.
 
     Raises:
         DemoError: if a library lacks an optimizer, or a loss becomes infinite or not a number.
     """
-    model = build_model(len(corpus.alphabet), plan.shape, plan.seed, pairs=plan.recipe.part is Part.TABLE)
-    one, other = (Training(library, plan, copy.deepcopy(model)) for library in plan.libraries)
+    model = build_model(len(corpus.alphabet), setup.shape, setup.seed, pairs=setup.recipe.part is TrainedPart.TABLE)
+    one, other = (Training(library, setup, copy.deepcopy(model)) for library in setup.libraries)
     first_gap = Gap(0.0, same_bits=True)
-    for step, batch in enumerate(_batches(plan, corpus.train)):
+    for step, batch in enumerate(_batches(setup, corpus.train)):
         for training in (one, other) if step % 2 == 0 else (other, one):
             training.step(batch)
         if step == 0:
             first_gap = Gap.between(one.model, other.model)
         if watch is not None:
             watch(one, other)
-    outcomes = _outcome(one, plan, corpus), _outcome(other, plan, corpus)
-    return Comparison(plan, outcomes, first_gap, Gap.between(one.model, other.model), other.model)
+    outcomes = _outcome(one, setup, corpus), _outcome(other, setup, corpus)
+    return Comparison(setup, outcomes, first_gap, Gap.between(one.model, other.model), other.model)

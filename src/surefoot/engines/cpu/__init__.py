@@ -1,4 +1,4 @@
-"""The CPU engine: the graph printed as a Numba function, all of a bucket in one call, one pass over memory."""
+"""The CPU engine: the graph printed and compiled as a function, all of a bucket in one call, one pass over memory."""
 
 import functools
 import importlib.util
@@ -8,6 +8,7 @@ import torch
 
 from surefoot.engines.bucket import Bucket, unsupported_reasons
 from surefoot.engines.cpu.source import stores
+from surefoot.rule import Rule
 
 
 def supports(bucket: Bucket) -> str | None:
@@ -20,12 +21,12 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
         yield f"parameters are on {bucket.device}, this engine serves the CPU"
     yield from unsupported_reasons(bucket, stores)
     if not _has_compiler():
-        yield "Numba is not installed; pip install numba"
+        yield "llvmlite is not installed; pip install llvmlite"
 
 
 @functools.cache
 def _has_compiler() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def prepare(bucket: Bucket) -> None:
@@ -53,8 +54,8 @@ def run_rows(bucket: Bucket) -> bool:
     return dense
 
 
-def measure(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
+def measure(bucket: Bucket, rule: Rule) -> torch.Tensor:
+    """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
     prepare(bucket)
-    measured: torch.Tensor = bucket.plan.measure(bucket)
+    measured: torch.Tensor = bucket.plan.measure(bucket, rule)
     return measured

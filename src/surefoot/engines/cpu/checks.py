@@ -20,7 +20,8 @@ _TABLES = {
 
 def print_checks(slot: Mapping[str, int], itemsizes: Sequence[int]) -> str:
     """Print the functions that check an item: `slot` has the number of each slot of the launch, by its name."""
-    return _CHECKS.format(slot=slot, itemsizes=tuple(itemsizes), launch_size=len(slot), count=len(itemsizes))
+    arrays = (_ARRAY.format(array=i, itemsize=size, what=-1 - i) for i, size in enumerate(itemsizes))
+    return _CHECKS.format(slot=slot, arrays="".join(arrays))
 
 
 def explain_violation(violation: Sequence[int], slots: Sequence[str], arrays: Sequence[str]) -> str:
@@ -32,8 +33,7 @@ def explain_violation(violation: Sequence[int], slots: Sequence[str], arrays: Se
     return f"`{name}` of tensor {at}: {size} elements from {first}, of {limit} for which there is memory"
 
 
-_CHECKS = '''
-@njit(error_model="numpy", nogil=True)
+_CHECKS = '''\
 def violated(launch, what, at, first, size, limit):
     """Tell what is wrong, unless another thread has told something."""
     if atomic_increment(launch + 8 * {slot[status]}) == 0:
@@ -45,18 +45,17 @@ def violated(launch, what, at, first, size, limit):
     return False
 
 
-@njit(error_model="numpy", nogil=True)
 def fits(launch, item):
     """Return whether all that an item names is there."""
-    slots = carray(pointer(launch, int64(0)), {launch_size})
-    items, tensors, segments = slots[{slot[work_items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
-    first_segment = carray(pointer(slots[{slot[first_segment]}], int64(0)), items + 1)
-    segment_tensor = carray(pointer(slots[{slot[segment_tensor]}], int64(0)), segments)
-    segment_start = carray(pointer(slots[{slot[segment_start]}], int64(0)), segments)
-    segment_size = carray(pointer(slots[{slot[segment_size]}], int64(0)), segments)
-    pointers = carray(pointer(slots[{slot[pointers]}], int64(0)), {count} * tensors)
-    limits = carray(pointer(slots[{slot[limits]}], int64(0)), {count} * tensors)
-    coefficient_row = carray(pointer(slots[{slot[coefficient_row]}], int64(0)), tensors)
+    slots = array(launch, int64)
+    tensors, segments = slots[{slot[tensors]}], slots[{slot[segments]}]
+    first_segment = array(slots[{slot[first_segment]}], int64)
+    segment_tensor = array(slots[{slot[segment_tensor]}], int64)
+    segment_start = array(slots[{slot[segment_start]}], int64)
+    segment_size = array(slots[{slot[segment_size]}], int64)
+    pointers = array(slots[{slot[pointers]}], int64)
+    limits = array(slots[{slot[limits]}], int64)
+    coefficient_row = array(slots[{slot[coefficient_row]}], int64)
     first, end = first_segment[item], first_segment[item + 1]
     if not 0 <= first <= end <= segments:
         return violated(launch, {slot[first_segment]}, item, first, end, segments)
@@ -66,11 +65,13 @@ def fits(launch, item):
             return violated(launch, {slot[segment_tensor]}, segment, tensor, 1, tensors)
         if not 0 <= coefficient_row[tensor] < slots[{slot[rows]}]:
             return violated(launch, {slot[coefficient_row]}, tensor, coefficient_row[tensor], 1, slots[{slot[rows]}])
-        for array in range({count}):
-            place = array * tensors + tensor
-            limit = max(limits[place] // {itemsizes}[array], 0) if pointers[place] else 0
-            if start < 0 or not 0 <= size <= limit or start > limit - size:
-                return violated(launch, -1 - array, tensor, start, size, limit)
-    return True
+{arrays}    return True
+
 
 '''
+
+_ARRAY = """\
+        limit = max(limits[{array} * tensors + tensor] // {itemsize}, 0) if pointers[{array} * tensors + tensor] else 0
+        if start < 0 or not 0 <= size <= limit or start > limit - size:
+            return violated(launch, {what}, tensor, start, size, limit)
+"""

@@ -18,7 +18,7 @@ from surefoot.engines.cpu.checks import VIOLATION, explain_violation
 from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import LAUNCH, Layout
 from surefoot.errors import InternalError, KernelError
-from surefoot.rule import Reduction, Rule, gradient_rule
+from surefoot.rule import Reduction, Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import admit
 from surefoot.tensors.native.guards import VersionCounters
@@ -234,17 +234,18 @@ class Plan:
 
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
-        numbers = numbers_of(bucket)
+        numbers = numbers_of(bucket, bucket.rule)
         if self.row is not bucket.row:
             self.row, self.launch.rows[:] = bucket.row, self._regular(bucket.row)
         self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
 
-    def measure(self, bucket: Bucket) -> Tensor | None:
-        """Measure the bucket's gradients and leave everything as it is."""
-        self.row, self.launch.rows[:] = None, 0
-        self.prepare(gradient_rule())
-        return self._run(gradient_rule(), bucket, [[]], np.zeros(len(bucket.params), dtype=np.int64))
+    def measure(self, bucket: Bucket, rule: Rule) -> Tensor | None:
+        """Return what a rule measures, and leave everything as it is."""
+        rows = bucket.row if rule.coefficients else np.zeros(len(bucket.params), dtype=np.int64)
+        self.row, self.launch.rows[:] = None, self._regular(rows)
+        self.prepare(rule)
+        return self._run(rule, bucket, numbers_of(bucket, rule), rows)
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
         arrays, kernel = 2 + len(rule.slots), self._kernels[rule]
@@ -287,10 +288,10 @@ def _run_tile(
     return row
 
 
-def numbers_of(bucket: Bucket) -> list[list[float]]:
-    """Return the bucket's coefficients as kernels take them, a row for each set of them."""
-    names = bucket.rule.coefficients
-    return [[float(row[name]) for name in names] for row in bucket.coefficients]
+def numbers_of(bucket: Bucket, rule: Rule) -> list[list[float]]:
+    """Return the coefficients of a rule as kernels take them, a row for each set of them."""
+    names = rule.coefficients
+    return [[float(row[name]) for name in names] for row in bucket.coefficients] if names else [[]]
 
 
 def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:

@@ -5,46 +5,31 @@ verifies every index, puts rows in order, adds up the values of repeated ones as
 tables of a launch: where in each array each row stands, and how rows are cut into segments and work items.
 """
 
-from numba import cfunc, float32, int64, njit, types, uint32, uint64
-
-from surefoot.codegen.intrinsics import (
-    as_float32,
-    as_float64,
-    as_uint32,
-    as_uint64,
-    load,
-    load_half,
-    store,
-    store_half,
-)
-
 # Places in bytes: in what the kernel is handed, in what it is told of each table, in the launch that it writes.
 (
     O_RESULT, O_COUNT, O_LAUNCH, O_TABLES, O_TABLE_SIZE, O_ARRAYS, O_DIMENSIONS, O_SCRATCH, O_COUNTS, O_SUMS,
     O_KIND, O_OWNER, O_SIZE,
-) = OURS  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
+) = OURS  # fmt: skip
 (
     T_NUMBER, T_COEFFICIENT_ROW, T_COUNT, T_DIMENSIONS, T_INDICES, T_VALUES, T_ELEMENTS, T_BYTES, T_KEYS,
     T_PLACES, T_SIZES,
-) = TABLE  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
+) = TABLE  # fmt: skip
 (
     L_WORK_ITEMS, L_FIRST_SEGMENT, L_SEGMENT_TENSOR, L_SEGMENT_START, L_SEGMENT_SIZE, L_POINTERS,
     L_COEFFICIENT_ROW, L_TENSORS, L_SEGMENTS,
-) = LAUNCH  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
-CHUNK, LARGEST_ITEM, FEWEST_ITEMS = CUTS  # type: ignore[name-defined]  # noqa: F821
+) = LAUNCH  # fmt: skip
+CHUNK, LARGEST_ITEM, FEWEST_ITEMS = CUTS
 WORD, HALF = 8, 4  # bytes
 DIGIT, DIGITS = 8, 256
 ASCENDING, OUTSIDE = -1, -2
 OTHER, SINGLE = 0, 1  # kinds of values; those of another are not added up
 
 
-@njit
 def at(what, place):
     """Return the word at a place in something."""
     return load(what + place)
 
 
-@njit
 def read_keys(table, keys, places):
     """Number the rows of a table that its indices name.
 
@@ -68,7 +53,6 @@ def read_keys(table, keys, places):
     return int64(ASCENDING) if ascend else largest
 
 
-@njit
 def sort(table, keys, places, others, counts, largest):
     """Sort numbers and places, digit by digit from the last, and note in the table where they are then."""
     end, spare, shift = at(table, T_COUNT) * WORD, others + at(table, T_COUNT) * WORD, 0
@@ -96,7 +80,6 @@ def sort(table, keys, places, others, counts, largest):
     store(table + T_PLACES, places)
 
 
-@njit
 def distinct(table):
     """Return how many different numbers there are, in order."""
     keys, found, before = at(table, T_KEYS), int64(0), int64(-1)
@@ -106,7 +89,6 @@ def distinct(table):
     return found
 
 
-@njit
 def add(total, value, size, single):
     """Add a row of float32, or of float64, to another."""
     if single:
@@ -115,18 +97,16 @@ def add(total, value, size, single):
             store_half(total + place, as_uint32(float32(one + other)))
     else:
         for place in range(0, size, WORD):
-            one, other = as_float64(uint64(load(total + place))), as_float64(uint64(load(value + place)))
-            store(total + place, int64(as_uint64(one + other)))
+            ours, theirs = as_float64(uint64(load(total + place))), as_float64(uint64(load(value + place)))
+            store(total + place, int64(as_uint64(ours + theirs)))
 
 
-@njit
 def copy(target, source, size):
     """Copy a row, of whole halves of words."""
     for place in range(0, size, HALF):
         store_half(target + place, uint32(load_half(source + place)))
 
 
-@njit
 def write_row(ours, launch, table, row, key, value):
     """Write where a row stands in each array, after the one before; its number alone tells, for that was verified."""
     dimensions, rows = at(table, T_DIMENSIONS) * WORD, at(launch, L_TENSORS) * WORD
@@ -148,7 +128,6 @@ def write_row(ours, launch, table, row, key, value):
     store(at(launch, L_COEFFICIENT_ROW) + row * WORD, at(table, T_COEFFICIENT_ROW))
 
 
-@njit
 def write_segments(launch, row, elements, segments, item, done, most):
     """Cut a row into segments after those there are; return how many there are then, the item, the elements."""
     for start in range(0, elements, CHUNK):
@@ -166,7 +145,6 @@ def write_segments(launch, row, elements, segments, item, done, most):
     return segments, item, done
 
 
-@njit
 def write_tables(ours, launch, total):
     """Write the launch."""
     most = min(max(CHUNK, total // FEWEST_ITEMS), LARGEST_ITEM)
@@ -193,7 +171,6 @@ def write_tables(ours, launch, total):
     store(at(launch, L_FIRST_SEGMENT) + at(launch, L_WORK_ITEMS) * WORD, segments)
 
 
-@cfunc(types.void(types.int64))
 def kernel(ours):
     """Write a launch of the rows of tables.
 

@@ -277,7 +277,7 @@ class RowsPlan:
         if kernel.checked:
             self._set_limits()
         self.versions.count()
-        measured = self.launch.run(kernel, numbers_of(bucket), rule.reductions)
+        measured = self.launch.run(kernel, numbers_of(bucket, bucket.rule), rule.reductions)
         if rule.reductions:
             bucket.measured = torch.from_numpy(
                 combined(rule.reductions, measured, self.launch.owner, len(bucket.params))
@@ -302,6 +302,9 @@ def _coalesced(grad: Tensor) -> Tensor:
 
 def _contiguous(tensor: Tensor) -> Tensor | None:
     """Return indices or values as contiguous memory, None if they have lost theirs."""
+    if tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_complex() or tensor._is_zerotensor()):
+        needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        return tensor if needed <= tensor.untyped_storage().nbytes() or not tensor.numel() else None
     if not has_memory(tensor) or tensor._is_zerotensor():
         return None
     if tensor.is_complex():

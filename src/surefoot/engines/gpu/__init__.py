@@ -13,6 +13,7 @@ import torch
 
 from surefoot.engines.bucket import Bucket, unsupported_reasons
 from surefoot.engines.gpu.source import stores
+from surefoot.rule import Rule
 
 DEVICES = ("cuda", "xpu")
 """Device types that Triton serves; "cuda" is AMD's too."""
@@ -69,8 +70,8 @@ def run(bucket: Bucket) -> None:
     bucket.plan.run(bucket)
 
 
-def measure(bucket: Bucket) -> torch.Tensor:
-    """Measure the bucket's gradients: float64 of shape (parameters, reductions of `rule.gradient_rule`)."""
+def measure(bucket: Bucket, rule: Rule) -> torch.Tensor:
+    """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
     prepare(bucket)
-    measured: torch.Tensor = bucket.plan.measure(bucket)
+    measured: torch.Tensor = bucket.plan.measure(bucket, rule)
     return measured

@@ -16,7 +16,7 @@ from surefoot.engines.gpu.compile import dialect_of, load
 from surefoot.engines.gpu.measured import combined
 from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 from surefoot.errors import InternalError
-from surefoot.rule import Rule, gradient_rule
+from surefoot.rule import Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import admit
 from surefoot.tensors.memory import is_dense, same_dense_layout
@@ -94,12 +94,16 @@ class Plan:
             self._note_stream(numbers)
         self._versions.count()
 
-    def measure(self, bucket: Bucket) -> Tensor | None:
-        """Measure the bucket's gradients and leave everything as it is."""
+    def measure(self, bucket: Bucket, rule: Rule) -> Tensor | None:
+        """Return what a rule measures, by the coefficients of the update or none, and leave everything as it is."""
+        if rule.coefficients not in ((), self._names):
+            raise InternalError(f"{rule.name} measures by other coefficients than the update has")
         with on(self._device), torch.no_grad():
-            lent = list(self._lend(bucket, (bucket.params, bucket.grads)))
+            stored = (bucket.params, bucket.grads, *bucket.slots[: len(rule.slots)])
+            lent = list(self._lend(bucket, stored))
+            numbers = self._send_numbers(bucket.coefficients, bucket.row) if rule.coefficients else None
             self._table.update(self._entries)
-            measured = self._start(gradient_rule(), None, None)
+            measured = self._start(rule, numbers, None)
             self._note_stream()
         del lent  # copies that were read
         return measured

@@ -47,21 +47,21 @@ class Curves:
             values.append(value)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Give a quantity's values: float64, one a step."""
+        """Return a quantity's values: float64, one a step."""
         return np.array(self._values[name])
 
     def bounds(self) -> np.ndarray:
-        """Give the positions at which the points of a curve begin, and the end."""
+        """Return the positions at which the points of a curve begin, and the end."""
         count = len(self.steps)
         return np.unique(np.linspace(0, count, min(count, POINTS) + 1).astype(np.int64))
 
     def points(self, name: str) -> dict[str, Any]:
-        """Give least, greatest and mean finite value of each point, None where there is none, and the broken ones."""
+        """Return least, greatest and mean finite value of each point, None where there is none, and the broken ones."""
         values, bounds = self[name], self.bounds()
         parts = [values[start:end] for start, end in pairwise(bounds)]
         finite = [part[np.isfinite(part)] for part in parts]
         many = len(parts) < len(values)
-        made: dict[str, Any] = {"mid": [_number(part.mean()) if len(part) else None for part in finite]}
+        made: dict[str, Any] = {"mid": [_number((part / len(part)).sum()) if len(part) else None for part in finite]}
         if many:
             made["low"] = [_number(part.min()) if len(part) else None for part in finite]
             made["high"] = [_number(part.max()) if len(part) else None for part in finite]
@@ -147,19 +147,19 @@ class Heat:
             self._filled = self._stretch
 
     def rows(self) -> list[str]:
-        """Give the name of each row; neighbours share one if there are too many."""
+        """Return the name of each row; neighbours share one if there are too many."""
         names = list(self.names)
         size = -(-len(names) // ROWS) if names else 1
         parts = [names[start : start + size] for start in range(0, len(names), size)]
         return [part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts]
 
     def coded(self, quantity: str) -> dict[str, Any]:
-        """Give a quantity's cells, row by row, as base64 of little-endian 16-bit codes, and their range in octaves."""
+        """Return a quantity's cells, row by row, as base64 of little-endian 16-bit codes, and the range in octaves."""
         index, count = QUANTITIES.index(quantity), len(self.names)
         cells = np.stack([_grown(each, count)[index] for each in self._cells], axis=1)
         size = -(-count // ROWS) if count else 1
         rows = [np.fmax.reduce(cells[start : start + size]) for start in range(0, count, size)]
-        codes, low, high = _coded(np.array(rows).reshape(len(rows), -1))
+        codes, low, high = _coded(np.array(rows).reshape(len(rows), len(self._cells)))
         return {"codes": base64.b64encode(codes.astype("<u2").tobytes()).decode("ascii"), "low": low, "high": high}
 
 
@@ -174,7 +174,7 @@ def _grown(cells: np.ndarray, count: int) -> np.ndarray:
 
 
 def _coded(cells: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Give codes, and the powers of two for which the least and the most stand."""
+    """Return codes, and the powers of two for which the least and the most stand."""
     ordinary = np.isfinite(cells) & (cells > 0)
     octaves = np.log2(cells, out=np.zeros_like(cells), where=ordinary)
     low, high = (float(limit(octaves[ordinary])) if ordinary.any() else 0.0 for limit in (np.min, np.max))

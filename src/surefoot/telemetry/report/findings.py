@@ -187,12 +187,12 @@ class _Usual:
         self._log += weight * np.clip(logs - self._log, -outlying, outlying)
 
     def mean(self) -> np.ndarray:
-        """Give the means; NaN where there was nothing."""
+        """Return the means; NaN where there was nothing."""
         means: np.ndarray = np.where(self._seen > 0, np.exp(self._log), np.nan)
         return means if (self._seen > 0).any() else np.zeros(0)
 
     def factors(self, values: np.ndarray) -> np.ndarray:
-        """Give how many times their means values are; 0 for what is not finite, or seen too seldom."""
+        """Return how many times their means values are; 0 for what is not finite, or seen too seldom."""
         known = np.isfinite(values) & (self._seen >= _WARM_UP)
         with np.errstate(over="ignore"):
             factors: np.ndarray = np.where(known, np.where(known, values, 0) / np.exp(self._log), 0)
@@ -290,6 +290,9 @@ def _skipping(skipped: np.ndarray, steps: np.ndarray) -> Iterator[Finding]:
 
 
 def _time(seconds: np.ndarray) -> Finding:
+    seconds = seconds[np.isfinite(seconds)]
+    if not len(seconds):
+        return Finding("note", "How long does a step take?", "This cannot be told: no time is a finite number.")
     median, late = (1e3 * float(np.quantile(seconds, q)) for q in (0.5, 0.99))
     text = f"{median:.3g} ms in the median, {late:.3g} ms in the slowest hundredth; {seconds.sum():,.1f} s in all."
     return Finding("good", "How long does a step take?", text)

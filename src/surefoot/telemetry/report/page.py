@@ -20,8 +20,8 @@ _TITLES = {
 }
 
 
-def page(name: str, findings: Sequence[Finding], curves: Curves, heat: Heat) -> str:
-    """Give the page.
+def render_page(name: str, findings: Sequence[Finding], curves: Curves, heat: Heat) -> str:
+    """Return the page.
 
     Args:
         name: the run's file.
@@ -61,7 +61,7 @@ def _finding(finding: Finding) -> str:
 
 
 def _steps(curves: Curves) -> dict[str, list[int]]:
-    """Give the first and the last step of each point of the curves."""
+    """Return the first and the last step of each point of the curves."""
     bounds = curves.bounds()
     return {
         "first": [curves.steps[start] for start in bounds[:-1]],

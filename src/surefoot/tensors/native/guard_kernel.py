@@ -1,7 +1,7 @@
 """The guard kernel: a compiled look at many tensors at once, at the places that `layout` has found.
 
 Not imported: `guards` compiles this file's text as it does kernels, after a line that defines PLACES.  Everything is
-an address or a word of 8 bytes: arrays would take Numba seconds to compile.
+an address or a word of 8 bytes.
 
 What is known of a tensor is a record of words: address of its memory; where it, its implementation, and its storage
 are; the memory's address, owner and size as the storage has them; the bytes from the tensor's address to the end of
@@ -9,36 +9,11 @@ its last element; the words of the implementation that describe it.  Those that 
 compared by facts: dimensions, kind, dtype, sizes, strides.
 """
 
-from numba import cfunc, float32, float64, int64, njit, types, uint64
-
-from surefoot.codegen.intrinsics import (
-    as_float32,
-    as_float64,
-    as_uint32,
-    as_uint64,
-    atomic_increment,
-    atomic_increment_32,
-    call_assign,
-    call_getter,
-    call_kernel,
-    call_thread_number,
-    dict_lookup,
-    dict_next,
-    equal_words,
-    list_item,
-    list_size,
-    load,
-    load_half,
-    prefetch,
-    store,
-    store_half,
-)
-
 # Places in bytes, constants of the compiled code, in the order of `guards`.
 (
     A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED,
     A_SIZE,
-) = PLACES  # type: ignore[name-defined]  # noqa: F821  # fmt: skip
+) = PLACES  # fmt: skip
 
 WORD, LINE = 8, 64  # bytes
 TENSOR, IMPLEMENTATION, STORAGE, MEMORY, SIZE, SPANNED, DESCRIPTION, RECORD = (
@@ -61,7 +36,18 @@ GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THRE
 WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM, GIVEN = (n * WORD for n in range(23, 28))
 
 
-@njit
+def call_getter(function, tensor, answer):
+    """Call `int32 (*)(void* tensor, void* answer)` and return the word at `answer`, zero where nothing is written."""
+    store(answer, 0)
+    call(int32, function, tensor, answer)
+    return load(answer)
+
+
+def dict_lookup(function, mapping, key):
+    """Call `PyObject* (*)(PyObject* mapping, PyObject* key)`."""
+    return call(int64, function, mapping, key)
+
+
 def differs(launch, tensor, record, facts):
     """Compare a tensor with what is known of it, but for where it is, and bring that up to date."""
     implementation = load(tensor)
@@ -100,7 +86,6 @@ def differs(launch, tensor, record, facts):
     return changed
 
 
-@njit
 def described_otherwise(launch, tensor, record, facts):
     """Compare what a tensor is like with what is known, whatever words describe it, and bring that up to date."""
     implementation, answer = load(tensor), facts + FACTS - WORD
@@ -131,7 +116,6 @@ def described_otherwise(launch, tensor, record, facts):
     return changed
 
 
-@njit
 def fetch(record, columns):
     """Begin to load the tensors of some records from where they were last, for most are not in a cache any more."""
     for _ in range(columns):
@@ -143,7 +127,6 @@ def fetch(record, columns):
         record += RECORD
 
 
-@njit
 def is_written(launch, base):
     """Return whether the memory at an address is one that the step writes, by a hash table."""
     place = load(launch + WRITTEN)
@@ -158,9 +141,9 @@ def is_written(launch, base):
     return False
 
 
-@njit
 def changes(launch, start, end):
     """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients."""
+    not_inlined()
     tensors, entries, objects = load(launch + COUNT) * WORD, load(launch + SECOND), load(launch + OBJECTS)
     changed = False
     for index in range(start, end, WORD):
@@ -184,7 +167,7 @@ def changes(launch, start, end):
                         gradient, held = metadata + A_GRAD, load(launch + HELD) + index
                         if metadata == 0 or load(gradient) == load(launch + UNDEFINED):
                             return True
-                        call_assign(load(launch + ASSIGN), gradient, held)
+                        call(int32, load(launch + ASSIGN), gradient, held)
                     base, address = load(record + MEMORY), load(record)
                     changed |= differs(launch, held, record, facts)
                     if load(record + MEMORY) != base or load(record) != address:
@@ -195,7 +178,6 @@ def changes(launch, start, end):
     return changed
 
 
-@njit
 def entries_replaced(launch):
     """Return whether an entry of state is not the tensor that it was.  Only who holds the interpreter may ask."""
     tensors = load(launch + COUNT) * WORD
@@ -213,7 +195,6 @@ def entries_replaced(launch):
     return False
 
 
-@njit
 def look(launch):
     """Look for changes of everything; each thread takes the positions that no other has.
 
@@ -221,7 +202,7 @@ def look(launch):
     """
     if (
         load(launch + NAMES)
-        and (load(launch + THREAD) == 0 or call_thread_number(load(launch + THREAD)) == 0)
+        and (load(launch + THREAD) == 0 or call(int32, load(launch + THREAD)) == 0)
         and entries_replaced(launch)
     ):
         store(launch + RESULT, 1)
@@ -232,7 +213,6 @@ def look(launch):
         start = atomic_increment(launch + NEXT) * BLOCK
 
 
-@njit
 def other_items(launch):
     """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
     differing, pair, position = 0, load(launch + NAMES), load(launch + ANSWER)
@@ -242,7 +222,7 @@ def other_items(launch):
             return differing + 1
         size, found = load(load(launch + THIRD) + index), 0
         store(position, 0)
-        while dict_next(load(launch + WALK), mapping, position, position + WORD, position + 2 * WORD):
+        while call(int32, load(launch + WALK), mapping, position, position + WORD, position + 2 * WORD):
             if found < size:
                 differing += load(position + WORD) != load(pair + found * 2 * WORD)
                 differing += load(position + 2 * WORD) != load(pair + found * 2 * WORD + WORD)
@@ -252,7 +232,6 @@ def other_items(launch):
     return differing
 
 
-@njit
 def copy_numbers(launch, reading):
     """Copy numbers of float64, or as the entry of `wide` says float32, between their places and a row."""
     places, value, end = load(launch + OBJECTS), load(launch + NAMES), load(launch + COUNT) * WORD
@@ -271,7 +250,6 @@ def copy_numbers(launch, reading):
         value += WORD
 
 
-@njit
 def read_shared_numbers(launch):
     """Read numbers; whether among as many in a row as the second slot says one is not like the first."""
     copy_numbers(launch, True)
@@ -282,7 +260,6 @@ def read_shared_numbers(launch):
     return 0
 
 
-@njit
 def write_shared_numbers(launch):
     """Write numbers, the first of as many in a row as the second slot says to all of them."""
     values, shared = load(launch + NAMES), load(launch + SECOND)
@@ -291,22 +268,20 @@ def write_shared_numbers(launch):
     copy_numbers(launch, False)
 
 
-@njit
 def other_lists(launch):
     """Return whether one of some lists has other items than it had."""
     expected = load(launch + NAMES)
     for index in range(0, load(launch + COUNT) * WORD, WORD):
         items, size = load(load(launch + OBJECTS) + index), load(load(launch + THIRD) + index)
-        if list_size(load(launch + LIST_SIZE), items) != size:
+        if call(int64, load(launch + LIST_SIZE), items) != size:
             return 1
         for position in range(size):
-            if list_item(load(launch + LIST_ITEM), items, position) != load(expected):
+            if call(int64, load(launch + LIST_ITEM), items, position) != load(expected):
                 return 1
             expected += WORD
     return 0
 
 
-@njit
 def has_gradient(launch):
     """Return whether one of some tensors has a gradient."""
     for index in range(0, load(launch + COUNT) * WORD, WORD):
@@ -316,7 +291,6 @@ def has_gradient(launch):
     return 0
 
 
-@njit
 def count_versions(launch):
     """Tell autograd that tensors have been written; where the second slot is set, give their versions instead."""
     objects, end = load(launch + OBJECTS), load(launch + COUNT) * WORD
@@ -332,7 +306,6 @@ def count_versions(launch):
             atomic_increment_32(counter + A_COUNT)
 
 
-@njit
 def release_grads(launch):
     """Let what holds gradients refer to nothing, as the last of them always does."""
     held = load(launch + HELD)
@@ -341,12 +314,12 @@ def release_grads(launch):
         if place + AHEAD < nothing:
             prefetch(load(place + AHEAD) + WORD)
         if load(place) != load(nothing):
-            call_assign(load(launch + ASSIGN), nothing, place)
+            call(int32, load(launch + ASSIGN), nothing, place)
 
 
-@njit
 def perform(launch):
     """Do what the first slot says, but for what does other tasks."""
+    not_inlined()  # into the loop of a sequence: it takes LLVM half the time
     task = load(launch)
     if task == 1:
         look(launch)
@@ -368,7 +341,6 @@ def perform(launch):
         copy_numbers(launch, task == 3)
 
 
-@cfunc(types.void(types.int64))
 def kernel(launch):
     """Do what the first slot says.
 
@@ -379,14 +351,14 @@ def kernel(launch):
     """
     several = load(launch) == 7
     entry, count = load(launch + OBJECTS), load(launch + COUNT) if several else 1
-    for position in range(1, count + 1):  # perform is called in one place, since it is compiled for each
+    for position in range(1, count + 1):
         other, kernel_address = launch, int64(0)
         if several:
             kernel_address, other = load(entry), load(entry + WORD)
             entry += 2 * WORD
         if kernel_address:
             store(other, 0)  # the next work item
-            call_kernel(kernel_address, other)
+            call(None, kernel_address, other)
             found = load(other + STATUS)
         else:
             if several:

@@ -33,6 +33,20 @@ _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
 
+def guard_source() -> str:
+    """Return the source of the guard kernel for this release of torch.
+
+    Raises:
+        ImportError: torch keeps things in unknown places.
+    """
+    if (known := tensor_layout()) is None:
+        raise ImportError("torch keeps things in unknown places")
+    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
+    more = (known.version, known.count, known.grad, known.described, known.size)
+    text = Path(__file__).with_name("guard_kernel.py").read_text()
+    return f"PLACES = {(*places, *more)}\n{text}"
+
+
 @functools.cache
 def _guard_kernel() -> int:
     """Return the address of the compiled guard kernel.
@@ -40,12 +54,7 @@ def _guard_kernel() -> int:
     Raises:
         ImportError: there is no compiler, or none that works.
     """
-    if (known := tensor_layout()) is None:
-        raise ImportError("torch keeps things in unknown places")
-    places = (known.tensor, known.storage, known.data, known.deleter, known.description, known.key_set, known.autograd)
-    more = (known.version, known.count, known.grad, known.described, known.size)
-    text = Path(__file__).with_name("guard_kernel.py").read_text()
-    return build_kernel(f"PLACES = {(*places, *more)}\n{text}", "guard").address
+    return build_kernel(guard_source(), "guard").address
 
 
 VARIABLE = "SUREFOOT_NATIVE_GUARD"
@@ -68,7 +77,7 @@ def unavailable() -> str | None:
         return "Python runs without the interpreter lock, under which they read its dicts and lists"
     if tensor_layout() is None:
         return "this release of torch keeps tensors in memory in a way that is not known"
-    return None if _has_guard_kernel() else "Numba, which compiles them, cannot be imported"
+    return None if _has_guard_kernel() else "llvmlite, which compiles them, cannot be imported"
 
 
 @functools.cache
@@ -179,8 +188,9 @@ class TensorGuard:
         self._launch.run()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
         if gradients or given is not None:
-            written = np.unique(np.delete(self._records[:, :, _BASE], 1, axis=1))
-            self._written, self._launch.slots[_SHIFT] = _hash_table(written[written != 0])
+            bases = np.delete(self._records[:, :, _BASE], 1, axis=1)
+            written = np.array(sorted({*bases.ravel().tolist()} - {0}), dtype=np.int64)  # np.unique imports np.ma
+            self._written, self._launch.slots[_SHIFT] = _hash_table(written)
             self._launch.slots[_WRITTEN] = self._written.ctypes.data
         self.release_grads()
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.checkpoint.dtypes import name as dtype_name
-from surefoot.checkpoint.plain import encode, spell
+from surefoot.checkpoint.json_codec import encode, spell
 from surefoot.checkpoint.rng import rng_state
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything that gives and takes its state: schedulers, scalers, samplers, data loaders."""
+    """Anything that has a state to save and load: schedulers, scalers, samplers, data loaders."""
 
     def state_dict(self) -> Any:
-        """Give the state."""
+        """Return the state."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """Take a state."""
@@ -36,7 +36,7 @@ Objects = Mapping[str, Any]
 
 
 def objects_of(**roles: Any) -> dict[str, Any]:
-    """Give the objects of all roles under labels: `model`, or `model.a` and `model.b` for a dict or list of several.
+    """Return the objects of all roles under labels: `model`, or `model.a` and `model.b` for a dict or list of several.
 
     Raises:
         TypeError: an object cannot have its role.
@@ -61,7 +61,7 @@ def _labelled(role: str, given: Any) -> list[tuple[str, Any]]:
     return [(role, given)]
 
 
-def parameter_names(objects: Objects) -> dict[Tensor, str]:
+def names_in_models(objects: Objects) -> dict[Tensor, str]:
     """Name every parameter of the models; those of one among several begin with its key."""
     models = {label: model for label, model in objects.items() if isinstance(model, nn.Module)}
     names: dict[Tensor, str] = {}
@@ -72,8 +72,8 @@ def parameter_names(objects: Objects) -> dict[Tensor, str]:
     return names
 
 
-def names_of(optimizer: torch.optim.Optimizer, known: Mapping[Tensor, str]) -> list[str] | None:
-    """Give the names of an optimizer's parameters: its own, or those in the models; None unless all are named."""
+def names_in_optimizer(optimizer: torch.optim.Optimizer, known: Mapping[Tensor, str]) -> list[str] | None:
+    """Return the names of an optimizer's parameters: its own, or those in the models; None unless all are named."""
     groups = optimizer.param_groups
     if all(len(group.get("param_names") or ()) == len(group["params"]) for group in groups):
         return [name for group in groups for name in group["param_names"]]
@@ -96,7 +96,7 @@ class Contents:
     _names: dict[Any, str] = field(default_factory=dict)
 
     def keep(self, tensor: Tensor, path: tuple[Any, ...]) -> str:
-        """Take a tensor; give its name, which is an earlier one's if it is the same memory."""
+        """Take a tensor; return its name, which is an earlier one's if it is the same memory."""
         memory = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
         marks = (tensor.is_conj(), tensor.is_neg()) if tensor.numel() else (id(tensor),)
         if (memory, marks) not in self._names:
@@ -105,7 +105,7 @@ class Contents:
         return self._names[memory, marks]
 
     def _new_name(self, wanted: str) -> str:
-        """Give a name that no tensor has; different paths may spell alike."""
+        """Return a name that no tensor has; different paths may spell alike."""
         candidates = chain([wanted], (f"{wanted}#{number}" for number in range(2, len(self.tensors) + 3)))
         return next(name for name in candidates if name not in self.tensors)
 
@@ -114,7 +114,7 @@ class Contents:
         return Contents(self.parts, {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()})
 
 
-def gather(objects: Objects, extra: Any, *, rng: bool) -> Contents:
+def collect_contents(objects: Objects, extra: Any, *, rng: bool) -> Contents:
     """Collect what is to be saved.
 
     Args:
@@ -123,11 +123,11 @@ def gather(objects: Objects, extra: Any, *, rng: bool) -> Contents:
         rng: whether to include the global random generators.
 
     Raises:
-        TypeError: something is no plain data; the message names its place.
+        TypeError: something is not plain data; the message names its place.
     """
-    contents, names = Contents(), parameter_names(objects)
+    contents, names = Contents(), names_in_models(objects)
     for label, value in objects.items():
-        contents.parts[label] = _part(label, value, names, contents)
+        contents.parts[label] = _encoded_object(label, value, names, contents)
     if rng:
         contents.parts["rng"] = {"kind": "rng", "state": encode(rng_state(), ("rng",), contents.keep)}
     if extra is not None:
@@ -135,7 +135,7 @@ def gather(objects: Objects, extra: Any, *, rng: bool) -> Contents:
     return contents
 
 
-def _part(label: str, value: Any, names: Mapping[Tensor, str], contents: Contents) -> dict[str, Any]:
+def _encoded_object(label: str, value: Any, names: Mapping[Tensor, str], contents: Contents) -> dict[str, Any]:
     kind = type(value).__name__
     if isinstance(value, nn.Module):
         return {"kind": "model", "class": kind, **_model(label, value, contents)}
@@ -167,14 +167,14 @@ def _model(label: str, model: nn.Module, contents: Contents) -> dict[str, Any]:
 def _optimizer(
     label: str, optimizer: torch.optim.Optimizer, known: Mapping[Tensor, str], contents: Contents
 ) -> dict[str, Any]:
-    state_dict, names = optimizer.state_dict(), names_of(optimizer, known)
-    return encoded_optimizer(label, state_dict, list(_parameters(optimizer, state_dict, names)), contents)
+    state_dict, names = optimizer.state_dict(), names_in_optimizer(optimizer, known)
+    return encoded_optimizer(label, state_dict, list(_parameter_records(optimizer, state_dict, names)), contents)
 
 
-def _parameters(
+def _parameter_records(
     optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any], names: list[str] | None
 ) -> Iterator[dict[str, Any]]:
-    """Give number, name, shape and dtype of each parameter."""
+    """Return number, name, shape and dtype of each parameter."""
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     for index, (param, number) in enumerate(zip(params, numbers, strict=True)):
@@ -185,11 +185,11 @@ def _parameters(
 def encoded_optimizer(
     label: str, state_dict: Mapping[str, Any], parameters: list[dict[str, Any]], contents: Contents
 ) -> dict[str, Any]:
-    """Give the part of an optimizer's state dict.
+    """Return the part of an optimizer's state dict.
 
     Args:
         label: of the part.
-        state_dict: as `Optimizer.state_dict` gives it.
+        state_dict: as `Optimizer.state_dict` returns it.
         parameters: number, name (or None), shape and dtype of each parameter.
         contents: takes the tensors.
     """

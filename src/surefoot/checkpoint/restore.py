@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from surefoot.checkpoint.gather import Objects, names_of, parameter_names
-from surefoot.checkpoint.plain import TAG, Fetch, decode
+from surefoot.checkpoint.collect import Objects, names_in_models, names_in_optimizer
+from surefoot.checkpoint.json_codec import TAG, Fetch, decode
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.renaming import Renaming, hint, renamed
+from surefoot.checkpoint.rename import Renaming, hint, renamed
 from surefoot.checkpoint.rng import rng_problems, rng_state, set_rng_state
 from surefoot.errors import CheckpointError
 from surefoot.optimizer import Optimizer
@@ -25,7 +25,7 @@ from surefoot.optimizer import Optimizer
 _LINES = 20
 
 
-class Part(ABC):
+class Restorer(ABC):
     """A saved part and the object that it goes into.
 
     Args:
@@ -47,11 +47,11 @@ class Part(ABC):
 
     @abstractmethod
     def apply(self) -> list[str]:
-        """Change the object; give what of it did not match, which is nothing when strict."""
+        """Change the object; return what of it did not match, which is nothing when strict."""
 
     @abstractmethod
     def undo(self) -> None:
-        """Give the object back what it had before `apply`, which may have failed."""
+        """Put back what the object had before `apply`, which may have failed."""
 
     def another_class(self, value: object) -> list[str]:
         """Say that the object is of another class than the one saved."""
@@ -59,7 +59,7 @@ class Part(ABC):
         return [] if was in (None, now) else [f"{self.label}: {was} was saved, this is {now}"]
 
 
-class ModelPart(Part):
+class ModelRestorer(Restorer):
     """A model: parameters, buffers and extra state; copied into its tensors where they are."""
 
     def __init__(self, model: nn.Module, renaming: Renaming, *args: Any, **options: Any) -> None:
@@ -72,12 +72,12 @@ class ModelPart(Part):
         self.before: Mapping[str, Any] = {}
 
     def _value(self, data: Any) -> Any:
-        """Give a tensor as a view of the file; extra state, which a module may keep, is copied."""
+        """Return a tensor as a view of the file; extra state, which a module may keep, is copied."""
         is_tensor = isinstance(data, dict) and data.get(TAG) == "tensor"
         return decode(data, self.checkpoint.tensor if is_tensor else self.checkpoint.copy)
 
     def problems(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         here, there = self.model.state_dict(), dict(self.state)
         missing = {name: _shape(value) for name, value in here.items() if name not in there}
         extra = {name: _shape(value) for name, value in there.items() if name not in here}
@@ -89,7 +89,7 @@ class ModelPart(Part):
         return [f"{self.label}: {line}" for line in lines]
 
     def apply(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         lines = [] if self.strict else self.problems()
         here = self.model.state_dict()
         fitting = OrderedDict(
@@ -106,7 +106,7 @@ class ModelPart(Part):
         return lines
 
     def undo(self) -> None:
-        """See `Part`."""
+        """See `Restorer`."""
         if self.before:
             self.model.load_state_dict(self.before)
 
@@ -137,7 +137,7 @@ def _misfit(name: str, here: Any, there: Any) -> Iterator[str]:
         )
 
 
-class OptimizerPart(Part):
+class OptimizerRestorer(Restorer):
     """An optimizer: through its own `load_state_dict`, with parameters matched by name where there are names."""
 
     def __init__(
@@ -150,7 +150,7 @@ class OptimizerPart(Part):
     ) -> None:
         super().__init__(*args, **options)
         self.optimizer = optimizer
-        self.names = names_of(optimizer, known)
+        self.names = names_in_optimizer(optimizer, known)
         self.parameters = [dict(parameter) for parameter in self.saved["parameters"]]
         named = [parameter for parameter in self.parameters if parameter["name"] is not None]
         for parameter, name in zip(named, renamed([one["name"] for one in named], renaming), strict=True):
@@ -163,7 +163,7 @@ class OptimizerPart(Part):
         return self.names is not None and all(parameter["name"] is not None for parameter in self.parameters)
 
     def problems(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         names = [parameter["name"] for parameter in self.parameters]
         lines = []
@@ -179,7 +179,7 @@ class OptimizerPart(Part):
         return [*self.another_class(self.optimizer), *(f"{self.label}: {line}" for line in lines)]
 
     def apply(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         self.before = dict(self.optimizer.__dict__)
         if not isinstance(self.optimizer, Optimizer):
             return self._apply_to_torchs()
@@ -196,7 +196,7 @@ class OptimizerPart(Part):
         return lines
 
     def undo(self) -> None:
-        """See `Part`."""
+        """See `Restorer`."""
         if self.before:
             self.optimizer.__dict__.clear()
             self.optimizer.__dict__.update(self.before)
@@ -240,7 +240,7 @@ def _name(key: Any, parameters: Mapping[Any, Mapping[str, Any]]) -> str:
     return f"parameter number {key}" if name is None else f"`{name}`"
 
 
-class StatefulPart(Part):
+class StatefulRestorer(Restorer):
     """A scheduler, scaler, sampler: through its own `load_state_dict`."""
 
     def __init__(self, value: Any, *args: Any, **options: Any) -> None:
@@ -250,7 +250,7 @@ class StatefulPart(Part):
         self.before = deepcopy(value.state_dict())
 
     def problems(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         lines = self.another_class(self.value)
         # Without its class, keys are what tells whose state it is; some objects add keys as they go.
         if isinstance(self.state, dict) and isinstance(self.before, dict) and bool(self.state) != bool(self.before):
@@ -260,13 +260,13 @@ class StatefulPart(Part):
         return lines
 
     def apply(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         lines = [] if self.strict else self.problems()
         self.value.load_state_dict(self.state)
         return lines
 
     def undo(self) -> None:
-        """See `Part`."""
+        """See `Restorer`."""
         self.value.load_state_dict(self.before)
 
 
@@ -274,7 +274,7 @@ def _enabled(state: Mapping[str, Any]) -> str:
     return "enabled" if state else "disabled, or has no state"
 
 
-class GeneratorPart(Part):
+class GeneratorRestorer(Restorer):
     """A `torch.Generator`."""
 
     def __init__(self, generator: torch.Generator, *args: Any, **options: Any) -> None:
@@ -284,7 +284,7 @@ class GeneratorPart(Part):
         self.before = generator.get_state()
 
     def problems(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         was, now = self.saved["device"], self.generator.device.type
         if was != now:
             return [f"{self.label}: a generator of {was} was saved, this is one of {now}"]
@@ -295,16 +295,16 @@ class GeneratorPart(Part):
         return []
 
     def apply(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         self.generator.set_state(self.state)
         return []
 
     def undo(self) -> None:
-        """See `Part`."""
+        """See `Restorer`."""
         self.generator.set_state(self.before)
 
 
-class RngPart(Part):
+class RngRestorer(Restorer):
     """The global random generators."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -313,24 +313,26 @@ class RngPart(Part):
         self.before = rng_state()
 
     def problems(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         return [f"{self.label}: {problem}" for problem in rng_problems(self.state)]
 
     def apply(self) -> list[str]:
-        """See `Part`."""
+        """See `Restorer`."""
         set_rng_state(self.state)
         return []
 
     def undo(self) -> None:
-        """See `Part`."""
+        """See `Restorer`."""
         set_rng_state(self.before)
 
 
-_ORDER: Sequence[type[Part]] = (OptimizerPart, StatefulPart, GeneratorPart, RngPart, ModelPart)
+_ORDER: Sequence[type[Restorer]] = (OptimizerRestorer, StatefulRestorer, GeneratorRestorer, RngRestorer, ModelRestorer)
 """Schedulers find the learning rates of their optimizer; models come last, since only they cost a copy to undo."""
 
 
-def restore(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool) -> list[str]:
+def restore_objects(
+    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
+) -> list[str]:
     """Check every part, then change every object; if one refuses, all are as they were.
 
     Returns:
@@ -340,7 +342,7 @@ def restore(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng
         ValueError: something does not fit; the message lists it.
         CheckpointError: a part is malformed.
     """
-    parts = list(_parts(checkpoint, objects, renaming, rng=rng, strict=strict))
+    parts = list(_restorers(checkpoint, objects, renaming, rng=rng, strict=strict))
     lines = [line for part in parts for line in part.problems()] + renaming.problems()
     vital = lines if strict else [line for line in lines if line.startswith("rename")]
     if vital:
@@ -348,9 +350,9 @@ def restore(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng
     return _apply(checkpoint, sorted(parts, key=lambda part: _ORDER.index(type(part))))
 
 
-def _apply(checkpoint: Checkpoint, parts: Sequence[Part]) -> list[str]:
+def _apply(checkpoint: Checkpoint, parts: Sequence[Restorer]) -> list[str]:
     """Change every object, or none."""
-    begun: list[Part] = []
+    begun: list[Restorer] = []
     report = []
     try:
         for part in parts:
@@ -364,15 +366,17 @@ def _apply(checkpoint: Checkpoint, parts: Sequence[Part]) -> list[str]:
     return report
 
 
-def _undo(part: Part, error: BaseException) -> None:
+def _undo(part: Restorer, error: BaseException) -> None:
     try:
         part.undo()
     except Exception as another:  # noqa: BLE001 (the others are still to be undone)
         error.add_note(f"`{part.label}` could not be put back: {another!r}")
 
 
-def _parts(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool) -> Iterator[Part]:
-    known, found = parameter_names(objects), checkpoint.manifest["parts"]
+def _restorers(
+    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
+) -> Iterator[Restorer]:
+    known, found = names_in_models(objects), checkpoint.manifest["parts"]
     for label, value in objects.items():
         make, kind = _maker(value, renaming, known)
         if label not in found:
@@ -381,18 +385,18 @@ def _parts(checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng:
             raise ValueError(f"`{label}` of {checkpoint.path} is a {found[label]['kind']}, not a {kind}")
         yield make(label, found[label], checkpoint, strict=strict)
     if rng and "rng" in found:
-        yield RngPart("rng", found["rng"], checkpoint, strict=strict)
+        yield RngRestorer("rng", found["rng"], checkpoint, strict=strict)
 
 
-def _maker(value: Any, renaming: Renaming, known: Mapping[Tensor, str]) -> tuple[Callable[..., Part], str]:
-    """Give what makes the part of an object, and its kind."""
+def _maker(value: Any, renaming: Renaming, known: Mapping[Tensor, str]) -> tuple[Callable[..., Restorer], str]:
+    """Return what makes the part of an object, and its kind."""
     if isinstance(value, nn.Module):
-        return lambda *args, **options: ModelPart(value, renaming, *args, **options), "model"
+        return lambda *args, **options: ModelRestorer(value, renaming, *args, **options), "model"
     if isinstance(value, torch.optim.Optimizer):
-        return lambda *args, **options: OptimizerPart(value, renaming, known, *args, **options), "optimizer"
+        return lambda *args, **options: OptimizerRestorer(value, renaming, known, *args, **options), "optimizer"
     if isinstance(value, torch.Generator):
-        return lambda *args, **options: GeneratorPart(value, *args, **options), "generator"
-    return lambda *args, **options: StatefulPart(value, *args, **options), "stateful"
+        return lambda *args, **options: GeneratorRestorer(value, *args, **options), "generator"
+    return lambda *args, **options: StatefulRestorer(value, *args, **options), "stateful"
 
 
 def _absent(checkpoint: Checkpoint, label: str) -> str:

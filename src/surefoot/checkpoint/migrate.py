@@ -4,10 +4,10 @@ from pathlib import Path
 
 from surefoot.checkpoint.header import FORMAT
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.writer import write
+from surefoot.checkpoint.writer import replacing, write_into
 
 
-def migrate(path: Path) -> str:
+def migrate_file(path: Path) -> str:
     """Rewrite a file in the present version of the format, atomically, if it is of an earlier one.
 
     Returns:
@@ -22,5 +22,7 @@ def migrate(path: Path) -> str:
     if was == FORMAT:
         return f"has format {FORMAT} already"
     checkpoint.verify()
-    write(path, {name: checkpoint.tensor(name) for name in checkpoint.places}, checkpoint.manifest)
+    with replacing(path, checkpoint.header.file_size) as file:
+        write_into(file, {name: checkpoint.tensor(name) for name in checkpoint.places}, checkpoint.manifest)
+        checkpoint.release()
     return f"from format {was} to {FORMAT}"

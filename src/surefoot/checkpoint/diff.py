@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from surefoot.checkpoint.dtypes import as_real, is_number
-from surefoot.checkpoint.plain import TAG
+from surefoot.checkpoint.json_codec import TAG
 from surefoot.checkpoint.reader import Checkpoint
 
 _NOTHING = object()

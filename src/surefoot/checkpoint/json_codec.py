@@ -34,13 +34,13 @@ _FACTORIES = {"none": None, "dict": dict, "list": list, "int": int, "float": flo
 
 
 def encode(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
-    """Give plain data in the types of JSON.
+    """Return plain data in the types of JSON.
 
     Args:
         value: None, booleans, numbers, strings, bytes, tensors, arrays, dtypes, devices, and dicts, lists, tuples,
             sets, deques, counters of these.
         path: where it stands: a name, then keys and indices.
-        keep: takes a tensor and its path, and gives the name under which it will be found.
+        keep: takes a tensor and its path, and returns the name under which it will be found.
 
     Raises:
         TypeError: there is something else; the message names its place.
@@ -55,7 +55,7 @@ def encode(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
     writer = _WRITERS.get(type(value))
     if writer is None:
         raise TypeError(
-            f"{spell(path)} is {_described(value)}, which is no plain data and cannot be saved without pickle; save "
+            f"{spell(path)} is {_described(value)}, which is not plain data and cannot be saved without pickle; save "
             f"what it is made of: numbers, strings, tensors, and dicts and lists of them"
         )
     return writer(value, path, keep)
@@ -177,11 +177,11 @@ _WRITERS: dict[type, Callable[[Any, tuple[Any, ...], Keep], Any]] = {
 
 
 def decode(data: Any, fetch: Fetch) -> Any:
-    """Give back what `encode` was given.
+    """Return what `encode` was given.
 
     Args:
-        data: what it gave.
-        fetch: gives a tensor by its name.
+        data: what it returned.
+        fetch: returns a tensor by its name.
 
     Raises:
         CheckpointError: the data is malformed.
@@ -251,7 +251,7 @@ _READERS: dict[str, Callable[[Any, Any, Fetch], Any]] = {
 
 
 def tensors_in(data: Any) -> Iterable[str]:
-    """Give the names of the tensors that encoded data refers to."""
+    """Return the names of the tensors that encoded data refers to."""
     if isinstance(data, dict) and data.get(TAG) in ("tensor", "array"):
         return [data["of"]] if isinstance(data.get("of"), str) else []
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()

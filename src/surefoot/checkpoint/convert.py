@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.checkpoint.gather import Contents, encoded_optimizer
-from surefoot.checkpoint.plain import decode, encode
+from surefoot.checkpoint.collect import Contents, encoded_optimizer
+from surefoot.checkpoint.json_codec import decode, encode
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.writer import replacing
+from surefoot.files import open_regular
 
 _ROLES: dict[str, tuple[str, ...]] = {
     "model": ("model", "model_state_dict", "state_dict", "module", "net"),
@@ -47,10 +48,10 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
 
     Raises:
         ValueError: the file holds objects that only running code could restore, or is no dict.
-        TypeError: it holds something that is no plain data.
+        TypeError: it holds something that is not plain data.
         OSError: it cannot be opened.
     """
-    data = _opened(path)
+    data = _load_torch_file(path)
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a dict of state dicts; save a dict")  # noqa: TRY004
     whole = _whole(data)
@@ -61,11 +62,11 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
             extra.update(value)
             taken.append(Taken(key, "extra"))
             continue
-        found = list(_parts(str(key), value))
+        found = list(_parts_of_entry(str(key), value))
         if not found:
             extra[key] = value
         for label, part in found:
-            contents.parts[label] = _part(label, part, contents)
+            contents.parts[label] = _encoded_entry(label, part, contents)
         taken += [Taken(str(key), label) for label, _ in found] or [Taken(str(key), f"extra[{key!r}]")]
     if extra:
         contents.parts["extra"] = {"kind": "plain", "class": None, "state": encode(extra, ("extra",), contents.keep)}
@@ -73,7 +74,8 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
     return contents, next(steps, None), taken
 
 
-def _opened(path: Path) -> Any:
+def _load_torch_file(path: Path) -> Any:
+    open_regular(path).close()  # torch would wait for a named pipe
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -84,11 +86,11 @@ def _opened(path: Path) -> Any:
             f"{error}"
         ) from None
     except Exception as error:  # torch's reader raises what comes first
-        raise ValueError(f"{path} is no whole file of torch.save: {error!r}") from error
+        raise ValueError(f"{path} is not a whole file of torch.save: {error!r}") from error
 
 
 def _whole(data: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Give a dict of parts, also for a file that is one state dict."""
+    """Return a dict of parts, also for a file that is one state dict."""
     if _is_optimizer(data):
         return {"optimizer": data}
     return {"model": data} if data and _is_model(data) else data
@@ -102,8 +104,8 @@ def _is_model(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Give the parts in an entry, none if it is of no known kind."""
+def _parts_of_entry(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Return the parts in an entry, none if it is of no known kind."""
     role = next((role for role, keys in _ROLES.items() if key in keys), None)
     role = "optimizer" if role is None and _is_optimizer(value) else role
     values = value if isinstance(value, list) and value else [value]
@@ -115,20 +117,20 @@ def _parts(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield plain if len(values) == 1 else f"{plain}.{index}", one
 
 
-def _part(label: str, value: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
+def _encoded_entry(label: str, value: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
     role = label.partition(".")[0]
     if role == "model":
         state = [[name, encode(tensor, (label, name), contents.keep)] for name, tensor in value.items()]
         metadata = encode(getattr(value, "_metadata", None), (label,), contents.keep)
         return {"kind": "model", "class": None, "state": state, "metadata": metadata, "parameters": [], "tied": {}}
     if role == "optimizer":
-        parameters = list(_parameters(value))
+        parameters = list(_numbers_and_names(value))
         return {"kind": "optimizer", "class": None, **encoded_optimizer(label, value, parameters, contents)}
     return {"kind": "stateful", "class": None, "state": encode(dict(value), (label,), contents.keep)}
 
 
-def _parameters(state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give numbers and, if there are any, names; torch's files have no shapes."""
+def _numbers_and_names(state_dict: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Return numbers and, if there are any, names; torch's files have no shapes."""
     groups = state_dict["param_groups"]
     numbers = list(chain.from_iterable(group["params"] for group in groups))
     names: list[Any] = list(chain.from_iterable(group.get("param_names") or [] for group in groups))
@@ -164,22 +166,24 @@ def _state_dict(part: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
         return copies[name]
 
     if part["kind"] == "model":
-        return OrderedDict((name, _plain(decode(data, fetch))) for name, data in part["state"])
+        return OrderedDict((name, _without_numpy(decode(data, fetch))) for name, data in part["state"])
     if part["kind"] == "optimizer":
         groups = [{**decode(group["options"], fetch), "params": group["params"]} for group in part["groups"]]
-        return _plain({"state": {decode(k, fetch): decode(v, fetch) for k, v in part["state"]}, "param_groups": groups})
-    return _plain(decode(part["state"], fetch))
+        return _without_numpy(
+            {"state": {decode(k, fetch): decode(v, fetch) for k, v in part["state"]}, "param_groups": groups}
+        )
+    return _without_numpy(decode(part["state"], fetch))
 
 
-def _plain(value: Any) -> Any:
-    """Give arrays as tensors and numpy's numbers as Python's, which torch opens without being told to trust them."""
+def _without_numpy(value: Any) -> Any:
+    """Return arrays as tensors and numpy's numbers as Python's, which torch opens without being told to trust them."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        items = {key: _plain(item) for key, item in value.items()}
+        items = {key: _without_numpy(item) for key, item in value.items()}
         return type(value)(items) if type(value) in (OrderedDict, Counter) else items
     if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_without_numpy(item) for item in value)
     return list(value) if type(value).__name__ == "deque" else value

@@ -26,7 +26,7 @@ class Renaming:
         self._used: set[str] = set()
 
     def __call__(self, name: str) -> str:
-        """Give the present name of what was saved under `name`."""
+        """Return the present name of what was saved under `name`."""
         if callable(self._rename):
             return self._answer(name, self._rename(name))
         fitting = [key for key in self._rename or () if name == key or name.startswith(f"{key}.")]
@@ -48,7 +48,7 @@ class Renaming:
 
 
 def renamed(names: Sequence[str], renaming: Renaming, prefix: str = "") -> list[str]:
-    """Give present names of saved ones.
+    """Return present names of saved ones.
 
     Args:
         names: saved names.
@@ -85,6 +85,6 @@ def hint(missing: Mapping[str, object], unexpected: Mapping[str, object]) -> str
 
 
 def _alone(shapes: Mapping[str, object]) -> dict[object, str]:
-    """Give names by shape, of shapes that one name has."""
+    """Return names by shape, of shapes that one name has."""
     values = list(shapes.values())
     return {shape: name for name, shape in shapes.items() if values.count(shape) == 1}

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surefoot.checkpoint.dtypes import name as dtype_name
-from surefoot.checkpoint.folder import is_file_name, opened
+from surefoot.checkpoint.folder import is_file_name, open_headers
 from surefoot.checkpoint.header import Place
-from surefoot.checkpoint.plain import TAG, tensors_in
+from surefoot.checkpoint.json_codec import TAG, tensors_in
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.errors import CheckpointError
 
 
-class Tensors(NamedTuple):
+class TensorTotals(NamedTuple):
     """A number of tensors, summed up.
 
     Attributes:
@@ -28,7 +28,7 @@ class Tensors(NamedTuple):
     nonfinite: int
 
 
-class Parameter(NamedTuple):
+class ParameterInfo(NamedTuple):
     """A parameter or buffer, and its state in an optimizer.
 
     Attributes:
@@ -48,7 +48,7 @@ class Parameter(NamedTuple):
     state: Mapping[str, Any]
 
 
-def chosen(path: Path) -> Checkpoint:
+def open_chosen(path: Path) -> Checkpoint:
     """Open a file, or the newest in a folder whose header is whole.
 
     Raises:
@@ -57,17 +57,17 @@ def chosen(path: Path) -> Checkpoint:
     """
     if is_file_name(path):
         return Checkpoint(path)
-    found, skipped = opened(path)
+    found, skipped = open_headers(path)
     if not found:
         reasons = "".join(f"\n  {skip.reason}" for skip in skipped)
         raise CheckpointError(f"there is no checkpoint in {path}{reasons}")
     return found[0]
 
 
-def total(places: Iterable[Place]) -> Tensors:
+def total(places: Iterable[Place]) -> TensorTotals:
     """Sum up tensors."""
     found = list(places)
-    return Tensors(
+    return TensorTotals(
         len(found),
         sum(place.elements for place in found),
         sum(place.nbytes for place in found),
@@ -76,12 +76,12 @@ def total(places: Iterable[Place]) -> Tensors:
 
 
 def places_of(checkpoint: Checkpoint, data: Any) -> dict[str, Place]:
-    """Give the tensors to which encoded data refers, each once."""
+    """Return the tensors to which encoded data refers, each once."""
     return {name: checkpoint.places[name] for name in tensors_in(data) if name in checkpoint.places}
 
 
 def groups_of(checkpoint: Checkpoint, label: str) -> list[dict[str, Any]]:
-    """Give the param groups of an optimizer: hyperparameters as they print, and numbers of parameters."""
+    """Return the param groups of an optimizer: hyperparameters as they print, and numbers of parameters."""
     return [
         {name: shown(value, checkpoint) for name, value in group["options"].items() if name != "param_names"}
         | {"params": group["params"]}
@@ -90,7 +90,7 @@ def groups_of(checkpoint: Checkpoint, label: str) -> list[dict[str, Any]]:
 
 
 def shown(value: Any, checkpoint: Checkpoint) -> Any:
-    """Give plain data in the plainest form: tuples as lists, tensors by their names."""
+    """Return plain data in the plainest form: tuples as lists, tensors by their names."""
     if isinstance(value, list):
         return [shown(item, checkpoint) for item in value]
     if not isinstance(value, dict):
@@ -102,8 +102,8 @@ def shown(value: Any, checkpoint: Checkpoint) -> Any:
     return shown(value.get("of"), checkpoint) if TAG in value else {k: shown(v, checkpoint) for k, v in value.items()}
 
 
-def parameters_of(checkpoint: Checkpoint, label: str) -> list[Parameter]:
-    """Give what a model, or an optimizer that stands alone, has; a model's come with their state in every optimizer."""
+def parameters_of(checkpoint: Checkpoint, label: str) -> list[ParameterInfo]:
+    """Return what a model, or an optimizer that stands alone, has; a model's with their state in every optimizer."""
     part = checkpoint.manifest["parts"][label]
     if part["kind"] == "optimizer":
         return [*_of_optimizer(checkpoint, part)]
@@ -117,30 +117,30 @@ def parameters_of(checkpoint: Checkpoint, label: str) -> list[Parameter]:
 
 def _of_model(
     checkpoint: Checkpoint, name: str, data: Any, part: Mapping[str, Any], state: Mapping[str, Any]
-) -> Parameter:
+) -> ParameterInfo:
     place = checkpoint.places.get(next(iter(tensors_in(data)), ""))
     if place is None:
-        return Parameter(name, None, None, None, None, {})
-    return Parameter(name, place.shape, dtype_name(place.dtype), place, part["tied"].get(name), state)
+        return ParameterInfo(name, None, None, None, None, {})
+    return ParameterInfo(name, place.shape, dtype_name(place.dtype), place, part["tied"].get(name), state)
 
 
-def _of_optimizer(checkpoint: Checkpoint, part: Mapping[str, Any]) -> Iterator[Parameter]:
+def _of_optimizer(checkpoint: Checkpoint, part: Mapping[str, Any]) -> Iterator[ParameterInfo]:
     entries = {key: entry for key, entry in part["state"] if isinstance(key, int)}
     for one in part["parameters"]:
         shape = None if one["shape"] is None else tuple(one["shape"])
         name = str(one["number"]) if one["name"] is None else one["name"]
         state = _slots(checkpoint, entries.get(one["number"], {}))
-        yield Parameter(name, shape, one["dtype"], None, None, state)
+        yield ParameterInfo(name, shape, one["dtype"], None, None, state)
 
 
 def _states(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    """Give the state in all optimizers by the names of parameters."""
+    """Return the state in all optimizers by the names of parameters."""
     optimizers = [part for part in checkpoint.manifest["parts"].values() if part["kind"] == "optimizer"]
     return {one.name: one.state for part in optimizers for one in _of_optimizer(checkpoint, part)}
 
 
 def _slots(checkpoint: Checkpoint, entry: Any) -> dict[str, Any]:
-    """Give the slots of an entry: tensors as places, counters and other numbers as they are."""
+    """Return the slots of an entry: tensors as places, counters and other numbers as they are."""
     entry = entry if isinstance(entry, dict) and TAG not in entry else {}
     found: dict[str, Any] = {}
     for name, data in entry.items():
@@ -151,19 +151,19 @@ def _slots(checkpoint: Checkpoint, entry: Any) -> dict[str, Any]:
 
 
 def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give everything but the values of tensors, ready for JSON."""
+    """Return everything but the values of tensors, ready for JSON."""
     manifest = checkpoint.manifest
     own = {name: manifest[name] for name in ("format", "step", "sequence", "saved_at", "versions")}
     return {
         "path": str(checkpoint.path),
         "bytes": checkpoint.header.file_size,
         **own,
-        "parts": {label: _part(checkpoint, label) for label in manifest["parts"]},
+        "parts": {label: _part_facts(checkpoint, label) for label in manifest["parts"]},
         "tensors": {name: tensor_facts(place) for name, place in checkpoint.places.items()},
     }
 
 
-def _part(checkpoint: Checkpoint, label: str) -> dict[str, Any]:
+def _part_facts(checkpoint: Checkpoint, label: str) -> dict[str, Any]:
     part = checkpoint.manifest["parts"][label]
     found = {"kind": part["kind"], "class": part.get("class")}
     found |= total(places_of(checkpoint, part).values())._asdict()
@@ -177,7 +177,7 @@ def _part(checkpoint: Checkpoint, label: str) -> dict[str, Any]:
 
 
 def tensor_facts(place: Place) -> dict[str, Any]:
-    """Give what is known of a tensor, ready for JSON."""
+    """Return what is known of a tensor, ready for JSON."""
     return {
         "shape": list(place.shape),
         "dtype": dtype_name(place.dtype),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surefoot
-from surefoot.checkpoint.plain import decode, encode
+from surefoot.checkpoint.json_codec import decode, encode
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -121,11 +121,11 @@ class Text(str):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"a": {"fn": print}}, r"extra['a']['fn'] is a builtin_function_or_method, which is no plain data and cannot"),
+        ({"a": {"fn": print}}, r"extra['a']['fn'] is a builtin_function_or_method, which is not plain data and cannot"),
         ([1, (2, lambda: 0)], "extra[1][1] is a function"),
-        ({"x": Point(1, 2)}, "extra['x'] is a test_plain.Point, which is no plain data"),
-        ({"x": Text("a")}, "extra['x'] is a test_plain.Text"),
-        ({Text("a"): 1}, "extra is a test_plain.Text"),
+        ({"x": Point(1, 2)}, "extra['x'] is a test_json_codec.Point, which is not plain data"),
+        ({"x": Text("a")}, "extra['x'] is a test_json_codec.Text"),
+        ({Text("a"): 1}, "extra is a test_json_codec.Text"),
         ({"x": torch.ones(2).to_sparse()}, "extra['x'] is a tensor that is torch.sparse_coo; only dense tensors"),
         ({"x": torch.ones(2, device="meta")}, "extra['x'] is a tensor that is on the meta device"),
         ({"x": np.array(["a"])}, "extra['x'] is an array of <U1; only numbers and booleans"),
@@ -138,7 +138,7 @@ class Text(str):
         ({"x": range(3)}, "extra['x'] is a range"),
     ],
 )  # fmt: skip
-def test_what_is_no_plain_data_is_refused_by_its_place(tmp_path, value, message):
+def test_what_is_not_plain_data_is_refused_by_its_place(tmp_path, value, message):
     with pytest.raises(TypeError) as caught:
         surefoot.save(tmp_path, extra=value)
     assert str(caught.value).startswith(message)
