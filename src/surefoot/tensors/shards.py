@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_known: list[Any] = []
+
 
 def sharded_type() -> Any:
     """Return DTensor if anything has imported it, else None."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if not _known and (found := getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)) is not None:
+        _known.append(found)
+    return _known[0] if _known else None
 
 
 def is_sharded(tensor: object) -> bool:
     """Return whether a tensor is a DTensor."""
-    sharded = sharded_type()
+    sharded = _known[0] if _known else sharded_type()
     return sharded is not None and isinstance(tensor, sharded)
 
 
