@@ -155,6 +155,26 @@ def flattened(rank, world, *, told):
     return {"pairs": [(a.detach(), b) for a, b in zip(alone.parameters(), full, strict=True)]}
 
 
+def flattened_whole(rank, world, cls):
+    """Return how FSDP1's parameters are refused by an algorithm that needs them whole."""
+    sharded = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = cls(sharded.parameters())
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(5 + rank))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sharded(inputs[:: max(world, 1)]).square().mean()
+        loss.backward()
+        return loss
+
+    before = [param.detach().clone() for param in sharded.parameters()]
+    try:
+        optimizer.step(closure)
+    except RuntimeError as error:
+        return {"error": str(error), "unchanged": all(map(torch.equal, before, sharded.parameters()))}
+    return {"error": None}
+
+
 def cases(world):
     mesh = init_device_mesh("cpu", (world,))
     rank = mesh.get_rank()
@@ -168,3 +188,5 @@ def cases(world):
     yield "ZeRO", functools.partial(zero_redundancy, rank, world)
     yield "FSDP1 / told", functools.partial(flattened, rank, world, told=True)
     yield "FSDP1 / not told", functools.partial(flattened, rank, world, told=False)
+    for cls in (surefoot.Adafactor, surefoot.LBFGS):
+        yield f"FSDP1 / {cls.__name__}", functools.partial(flattened_whole, rank, world, cls)

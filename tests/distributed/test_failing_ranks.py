@@ -54,3 +54,11 @@ def test_parameters_of_fsdp1_are_refused_where_a_norm_of_all_is_needed(found):
     for results in found:
         assert "flattened by FSDP1" in results["FSDP1 / not told"]["error"]
         assert "`process_group=`" in results["FSDP1 / not told"]["error"]
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "LBFGS"])
+def test_parameters_of_fsdp1_are_refused_by_algorithms_that_need_them_whole(found, name):
+    for results in found:
+        result = results[f"FSDP1 / {name}"]
+        assert f"{name} needs its parameters whole, but they are flattened by FSDP1" in result["error"]
+        assert result["unchanged"]

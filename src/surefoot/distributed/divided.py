@@ -19,13 +19,23 @@ def dividing_group() -> Any:
     return None
 
 
-def refuse_flattened(params: Sequence[Tensor], name: str) -> None:
-    """Refuse parameters of FSDP1 where nobody has said over which ranks they are divided.
+def refuse_flattened(params: Sequence[Tensor], name: str, *, whole_tensors: bool = False) -> None:
+    """Refuse parameters of FSDP1 where nobody has said over which ranks they are divided, or where that is no help.
+
+    Args:
+        params: the parameters.
+        name: the algorithm's name.
+        whole_tensors: whether it needs to know more of a tensor than what a rank has of it.
 
     Raises:
         RuntimeError: a parameter is flattened by FSDP1, or a view of one that is.
     """
     if "torch.distributed.fsdp" in sys.modules and any(getattr(p, "_fsdp_flattened", False) for p in params):
+        if whole_tensors:
+            raise RuntimeError(
+                f"{name} needs its parameters whole, but they are flattened by FSDP1, so that a rank has only its part "
+                f"of them and does not know which; use `torch.distributed.fsdp.fully_shard`"
+            )
         raise RuntimeError(
             f"{name} is to look at all gradients, but its parameters are flattened by FSDP1, so that a rank has only "
             f"its part of them and does not know it; pass `process_group=` (FSDP's own), or use "

@@ -40,7 +40,7 @@ class Totals:
 
     def __init__(self, params: Sequence[Any]) -> None:
         spans: dict[tuple[Any, tuple[int, ...]], list[slice]] = {}
-        self._sizes = [to_local(param.detach()).numel() for param in params]
+        self._sizes = [to_local(param).numel() for param in params]
         first = 0
         for param, size in zip(params, self._sizes, strict=True):
             own = spans.setdefault(_dividing(param), [])
@@ -54,7 +54,7 @@ class Totals:
         spans.setdefault(self._everyone, [])
         self._spans, self._size = spans, first
         self._lines = [(mesh, dim) for mesh in meshes for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-        self._place = next(to_local(param.detach()).device for param in params if is_sharded(param))
+        self._place = next(to_local(param).device for param in params if is_sharded(param))
         self.layout = "; ".join(map(_described, params))
 
     def combine(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surefoot.constructor import arguments
-from surefoot.distributed import Totals, make_totals
+from surefoot.distributed import Totals, make_totals, refuse_flattened
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.line_search import Step, StrongWolfe, Trial
 from surefoot.rule import Sparse
@@ -218,7 +218,9 @@ class LBFGS(Optimizer):
         if closure is None:
             raise TypeError("LBFGS evaluates the model several times in a step: call step(closure), not step()")
         _refuse_disagreement(self.param_groups)
-        totals = make_totals([param for group in self.param_groups for param in group["params"]])
+        params = [param for group in self.param_groups for param in group["params"]]
+        refuse_flattened(params, "LBFGS", whole_tensors=True)
+        totals = make_totals(params)
         with _failures_told(totals, numbers=(0, 1)):
             variables = _Variables(self, totals)
             memory = self._recall(variables) if variables.params else None
@@ -431,7 +433,7 @@ class _Variables:
     def _gradient_of(self, group: Mapping[str, Any], param: Tensor) -> Tensor:
         grad = param.grad
         if grad is None:
-            return to_local(param.detach()).new_zeros(to_local(param.detach()).numel())
+            return to_local(param).new_zeros(to_local(param).numel())
         if not _is_flat(grad, param.shape) and (
             not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
         ):
@@ -740,7 +742,7 @@ def _misfits(groups: list[dict[str, Any]], incoming: Any) -> list[str]:
     if names != saved_names and set(names) == set(saved_names):
         lines.append("the parameters have the same names in another order, and flat vectors follow the order")
     params = [param for group in groups for param in group["params"]]
-    size, totals = sum(to_local(param.detach()).numel() for param in params), make_totals(params)
+    size, totals = sum(to_local(param).numel() for param in params), make_totals(params)
     layout = totals.layout if totals else None
     return [*lines, *_vector_misfits(state.get(keys[0], {}) if keys else {}, size, layout)]
 

@@ -36,6 +36,8 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
+    if step.spec.whole_tensors:
+        refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
     asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
     if not asked and not (step.spec.whole_tensors and _any_sharded(step)):
         return None

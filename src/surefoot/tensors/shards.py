@@ -66,14 +66,14 @@ def _placements_for(shape: torch.Size, whole: torch.Size, placements: tuple[Any,
 
 def local_shape_for(shape: torch.Size, param: Any) -> torch.Size:
     """Return the shape of this process's shard of a tensor that is laid out by `placements_for`."""
-    local = to_local(param.detach()).shape[: param.dim()]
+    local = to_local(param).shape[: param.dim()]
     divided = set(map(sharded_dim, placements_for(shape, param)))
     return torch.Size(local[dim] if dim in divided else size for dim, size in enumerate(shape))
 
 
 def full_for(shape: torch.Size, param: Any, value: Any, dtype: torch.dtype) -> Any:
     """Return a new sharded tensor of one value that belongs to a sharded parameter, laid out by `placements_for`."""
-    local = to_local(param.detach()).new_full(local_shape_for(shape, param), value, dtype=dtype)
+    local = to_local(param).new_full(local_shape_for(shape, param), value, dtype=dtype)
     whole = torch.empty(shape, device="meta")
     return sharded_type().from_local(
         local, param.device_mesh, placements_for(shape, param), run_check=False, shape=shape, stride=whole.stride()
