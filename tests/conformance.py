@@ -85,7 +85,9 @@ class Row:
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
         """Return all combinations of the flags that the constructor takes; if `few`, none, each by itself, and all."""
-        flags = [name for name in FLAGS if name in inspect.signature(self.ours).parameters]
+        takers = (self.ours, self.oracle) if isinstance(self.oracle, type) else (self.ours,)  # torch may be older
+        known = [inspect.signature(taker).parameters for taker in takers]
+        flags = [name for name in FLAGS if all(name in parameters for parameters in known)]
         for setting in itertools.product((0, 1), repeat=len(flags)):
             options = {name: FLAGS[name][on] for name, on in zip(flags, setting, strict=True)}
             allowed = not options.get("nesterov") or options["momentum"]
@@ -154,7 +156,7 @@ ROWS = (
     Row(
         surefoot.LBFGS,
         torch.optim.LBFGS,
-        more=({"history_size": 2, "max_iter": 7}, {"line_search_fn": "strong_wolfe", "max_iter": 4, "max_eval": 5}),
+        more=({"history_size": 2, "max_iter": 7}, {"line_search_fn": "strong_wolfe", "max_iter": 4, "max_eval": 50}),
         needs_closure=True,
     ),
 )

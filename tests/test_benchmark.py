@@ -258,13 +258,33 @@ def test_small_models_have_as_many_tensors_as_they_say(name, tensors):
     params = small.trained(SMALL_VARIANTS["AdamW"], SMALL_MODELS[name].make())
     assert len(params) == tensors
     assert max(param.numel() for param in params) <= 64 * 64
-    assert len(SMALL_MODELS) == 5
+
+
+@pytest.mark.parametrize(("name", "tables", "rows"), [("rows32", 1, 32), ("rows32x4", 4, 32), ("rows4kx4", 4, 4000)])
+def test_models_of_tables_have_sparse_gradients_of_as_many_rows_as_they_say(name, tables, rows):
+    model, (index, target) = SMALL_MODELS[name].make(), next(small._batches(SMALL_MODELS[name]))
+    torch.nn.functional.mse_loss(model(index), target).backward()
+    params = small.trained(SMALL_VARIANTS["SGD"], model)
+    assert len(params) == tables
+    assert all(param.grad.is_sparse and param.grad._nnz() == rows for param in params)
+
+
+def test_there_are_nine_small_models():
+    assert len(SMALL_MODELS) == 9
 
 
 def test_every_optimizer_steps_small_models():
     assert {variant.optimizer for variant in SMALL_VARIANTS.values()} == {cls.__name__ for cls in ALGORITHMS}
-    idle = {(v, m) for v in SMALL_VARIANTS for m in SMALL_MODELS if not has_work(SMALL_VARIANTS[v], SMALL_MODELS[m])}
+    dense = [name for name, model in SMALL_MODELS.items() if not model.rows]
+    idle = {(v, m) for v in SMALL_VARIANTS for m in dense if not has_work(SMALL_VARIANTS[v], SMALL_MODELS[m])}
     assert idle == {("Muon", "one")}  # which has no matrix
+    of_rows = {v for v in SMALL_VARIANTS if has_work(SMALL_VARIANTS[v], SMALL_MODELS["rows32"])}
+    assert of_rows == {"SGD", "Adagrad", "SparseAdam"}
+
+
+def test_measuring_rows():
+    measured = benchmark.measure_small(SMALL_VARIANTS["SGD"], SMALL_MODELS["rows32"], rounds=4)
+    assert list(measured.seconds) == [FOR_LOOP, FOREACH, OURS]
 
 
 @pytest.mark.parametrize(
