@@ -117,8 +117,9 @@ def _optimizer_and_group(kind: type[Optimizer], hyperparameters: Mapping[str, An
         raise TypeError(f"`{misplaced[0]}` has no place in a pure function; give it to an optimizer, or leave it out")
     hidden = {name: value for name, value in hyperparameters.items() if any(map(_is_hidden, _parts(value)))}
     read = {name: value for name, value in hyperparameters.items() if name not in hidden}
+    made: Callable[..., Optimizer] = kind
     known = all(map(is_constant, read.values()))
-    optimizer = _made(kind, tuple(read.items())) if known else kind([torch.zeros(1, 1)], **read)
+    optimizer = _made(made, tuple(read.items())) if known else made([torch.zeros(1, 1)], **read)
     return optimizer, {**optimizer.param_groups[0], **hidden}
 
 
@@ -215,7 +216,8 @@ class _Rows(NamedTuple):
         Raises:
             RuntimeError: a transform hides the tensors, which only the operations of a rule can do with.
         """
-        if any(map(_is_hidden, (*self.params, *self.grads))) and mode_is_active():
+        numbers = (part for value in self.group.values() for part in _parts(value))
+        if any(map(_is_hidden, (*self.params, *self.grads, *numbers))):
             raise RuntimeError(
                 f"{self.optimizer.spec.name} cannot be transformed by torch.func: it has a custom step, or a gradient "
                 f"is sparse; call `update` outside of the transform, or take an elementwise algorithm"
