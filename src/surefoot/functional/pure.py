@@ -36,7 +36,7 @@ def init(optimizer_class: type[Optimizer], params: Any, **hyperparameters: Any) 
         hyperparameters: those of the class.
 
     Returns:
-        For each parameter, in a dict or a list as `params` are, a dict of its state under the names that
+        For each parameter, in a dict or a sequence as `params` are, a dict of its state under the names that
         `optimizer.state[param]` has.  What begins as the first gradient, SGD's momentum buffer, is not there yet.
 
     Raises:
