@@ -106,7 +106,7 @@ def _cut(whole: Tensor, param: Any, *, placements: bool) -> Tensor:
     part = distribute_tensor(whole, mesh, chosen, src_data_rank=None)
     make = torch.empty_like if placements else torch.Tensor.new_empty
     of = (param,) if placements else (param, whole.shape)
-    made: Tensor = make(*of, dtype=whole.dtype, requires_grad=False)  # type: ignore[operator]
+    made: Tensor = make(*of, dtype=whole.dtype, requires_grad=False)
     sharded_type().to_local(made).copy_(part.to_local())
     return made
 
