@@ -2,7 +2,8 @@
 
 The files of shards stand in a folder of a name that no other save has.  They become a checkpoint when the first rank
 writes the file that refers to them, which is as atomic as that of one process: until then what was there before stays,
-whichever rank dies.  Each file is a checkpoint's own format, so that nothing of pickle is written or read.
+whichever rank dies.  Each file has a checkpoint's own format, of which
+no byte is ever run.
 """
 
 import zlib
