@@ -3,31 +3,25 @@
 `save` and `load` are the whole of it for a training loop; `Checkpoint` opens one file to look into it.
 """
 
-import errno
 import logging
 import os
-import platform
-import sys
 import warnings
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-import torch
 
 from surefoot.checkpoint import folder
 from surefoot.checkpoint.background import BACKGROUND
 from surefoot.checkpoint.collect import Contents, collect_contents, objects_of
 from surefoot.checkpoint.folder import Skipped
 from surefoot.checkpoint.json_codec import decode
+from surefoot.checkpoint.manifest import manifest_of
+from surefoot.checkpoint.ranks import Ranks, ranks_of
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.rename import Rename, Renaming
 from surefoot.checkpoint.restore import restore_objects
-from surefoot.checkpoint.writer import remove_leftovers, sync_folder, write
+from surefoot.checkpoint.writer import write
 from surefoot.errors import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "Loaded", "Skipped", "load", "save", "wait"]
@@ -107,18 +101,75 @@ def save(
         >>> surefoot.load(folder, model=model, optimizer=optimizer).extra
         {'epoch': 3}
     """
-    BACKGROUND.wait()
     path = Path(path)
-    _check_numbers(path, step, keep)
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
-    contents = collect_contents(objects, extra, rng=rng)
-    target, number, sequence = _target(path, step)
+    ranks = ranks_of(objects)
+
+    def prepare() -> tuple[Contents, tuple[Path, int | None, int] | None]:
+        BACKGROUND.wait()
+        _check_numbers(path, step, keep)
+        contents = collect_contents(objects, extra, rng=rng)
+        _refuse_shards(contents, ranks)
+        return contents, folder.next_target(path, step) if ranks.rank == 0 else None
+
+    if ranks.alone:
+        contents, place = prepare()
+        target, number, sequence = place or folder.next_target(path, step)
+        write_all: Callable[[Contents], None] = partial(
+            _write_and_rotate, target, number=number, sequence=sequence, keep=keep
+        )
+    else:
+        contents, target, write_all = _prepared_on_ranks(ranks, prepare, keep, async_=async_)
     if not async_:
-        _write_and_rotate(target, contents, number, sequence, keep)
+        write_all(contents)
         return target
     copied = contents.copy()
-    BACKGROUND.start(target, lambda: _write_and_rotate(target, copied, number, sequence, keep))
+    BACKGROUND.start(target, lambda: write_all(copied))
     return target
+
+
+def _refuse_shards(contents: Contents, ranks: Ranks) -> None:
+    """Refuse sharded tensors that stand where only this process would know of them."""
+    if ranks.alone and contents.sharded:
+        raise TypeError(
+            f"`{next(iter(contents.sharded))}` is sharded, but no parameter of a model or optimizer is, so that other "
+            f"ranks may not be saving now; save its full_tensor()"
+        )
+
+
+def _prepared_on_ranks(
+    ranks: Ranks, prepare: Callable[[], tuple[Contents, Any]], keep: int | None, *, async_: bool
+) -> tuple[Contents, Path, Callable[[Contents], None]]:
+    """Return this rank's contents, the file, and what writes them with the other ranks.  All ranks come here."""
+    from surefoot.checkpoint import sharded  # noqa: PLC0415 (imports torch.distributed.checkpoint, in 0.3 s)
+
+    own: list[Contents] = []
+
+    def tell() -> tuple[int, Any, Any]:
+        contents, place = prepare()
+        own.append(contents)
+        return sharded.signature(contents), place, folder.shards_of(place[0]) if place else None
+
+    told = ranks.do(tell, "saving")
+    if len({signature for signature, _, _ in told}) > 1:
+        raise ValueError("ranks do not have the same sharded tensors; save the same model and optimizer on all")
+    _, (target, number, sequence), shards = told[0]
+    writers = ranks.in_background() if async_ else ranks
+
+    def write_all(contents: Contents) -> None:
+        sharded.write_sharded(target, shards, contents, number, sequence, writers)
+        if ranks.rank == 0:
+            _tidy(target, keep)
+
+    return sharded.in_blocks(own[0]), target, write_all
+
+
+def _tidy(target: Path, keep: int | None) -> None:
+    """Remove what a new checkpoint has replaced, and older ones beyond `keep`."""
+    if keep is not None:
+        folder.rotate(target.parent, keep)
+    else:
+        folder.remove_unreferenced(target.parent)
 
 
 def _check_numbers(path: Path, step: int | None, keep: int | None) -> None:
@@ -129,56 +180,9 @@ def _check_numbers(path: Path, step: int | None, keep: int | None) -> None:
         raise ValueError(f"`keep` needs a folder of checkpoints, but {path} is one file; give its folder and step=")
 
 
-def _target(path: Path, step: int | None) -> tuple[Path, int | None, int]:
-    """Return the file to write, its step and its sequence number."""
-    place = path.parent if folder.is_file_name(path) else path
-    _make_folder(place)
-    remove_leftovers(place)
-    if folder.is_file_name(path):
-        _refuse_folder(path, f"`path` ends in {folder.SUFFIX} and so names a file, but it is a folder; name another")
-        return path, step, 0
-    found, skipped = folder.open_headers(place)
-    newest = found[0].manifest if found else {"step": -1, "sequence": -1}
-    # One that cannot be read now may be readable again: it is not overwritten, nor taken for newer than this one.
-    hidden = max((folder.step_of(skip.path) or 0 for skip in skipped), default=-1)
-    number = max(newest["step"] or 0, hidden) + 1 if step is None else step
-    target = folder.path_of(place, number)
-    _refuse_folder(target, f"`step` {number} cannot be saved: a folder has its name; move it away")
-    return target, number, max(newest["sequence"], hidden) + 1
-
-
-def _refuse_folder(target: Path, words: str) -> None:
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, words, str(target))
-
-
-def _make_folder(place: Path) -> None:
-    if not place.is_dir():
-        place.mkdir(parents=True)
-        sync_folder(place.parent)
-
-
-def _write_and_rotate(target: Path, contents: Contents, step: int | None, sequence: int, keep: int | None) -> None:
-    write(target, contents.tensors, manifest_of(contents, step, sequence))
-    if keep is not None:
-        folder.rotate(target.parent, keep)
-
-
-def manifest_of(contents: Contents, step: int | None, sequence: int) -> dict[str, Any]:
-    """Return the manifest of contents that are saved now."""
-    return {
-        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "step": step,
-        "sequence": sequence,
-        "parts": contents.parts,
-    }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    libraries = {"surefoot": version("surefoot"), "torch": torch.__version__, "numpy": np.__version__}
-    return {**libraries, "python": platform.python_version(), "platform": sys.platform}
+def _write_and_rotate(target: Path, contents: Contents, *, number: int | None, sequence: int, keep: int | None) -> None:
+    write(target, contents.tensors, manifest_of(contents, number, sequence))
+    _tidy(target, keep)
 
 
 def load(
@@ -220,13 +224,14 @@ def load(
         ValueError: it does not fit, with a list of where; nothing has changed.
         RuntimeError: an earlier write in the background has failed.
     """
-    BACKGROUND.wait()
     objects = objects_of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, sampler=sampler)
+    ranks = ranks_of(objects)
+    ranks.do(BACKGROUND.wait, "an earlier save")
     renaming = Renaming(rename)
-    checkpoint, skipped = folder.open_newest_whole(path)
+    checkpoint, skipped = folder.open_newest_whole(path, ranks)
     extra = _extra(checkpoint)
     with_rng = optimizer is not None if rng is None else rng
-    mismatched = restore_objects(checkpoint, objects, renaming, rng=with_rng, strict=strict)
+    mismatched = restore_objects(checkpoint, objects, renaming, ranks, rng=with_rng, strict=strict)
     _log_and_warn(checkpoint, skipped)
     versions: Mapping[str, str] = checkpoint.manifest["versions"]
     return Loaded(checkpoint.path, checkpoint.manifest["step"], extra, skipped, mismatched, dict(versions))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surefoot.checkpoint.dtypes import name as dtype_name
 from surefoot.checkpoint.json_codec import encode, spell
 from surefoot.checkpoint.rng import rng_state
+from surefoot.tensors.shards import is_sharded
 
 
 @runtime_checkable
@@ -94,11 +95,28 @@ class Contents:
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
+    _held: list[Tensor] = field(default_factory=list)  # memory that is freed may be another tensor's next
+
+    @property
+    def sharded(self) -> dict[str, Tensor]:
+        """Those that are divided over ranks."""
+        return {name: tensor for name, tensor in self.tensors.items() if is_sharded(tensor)}
+
+    @property
+    def plain(self) -> dict[str, Tensor]:
+        """Those that are not."""
+        return {name: tensor for name, tensor in self.tensors.items() if not is_sharded(tensor)}
 
     def keep(self, tensor: Tensor, path: tuple[Any, ...]) -> str:
         """Take a tensor; return its name, which is an earlier one's if it is the same memory."""
-        memory = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
-        marks = (tensor.is_conj(), tensor.is_neg()) if tensor.numel() else (id(tensor),)
+        memory: tuple[Any, ...] = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        marks: tuple[Any, ...] = (tensor.is_conj(), tensor.is_neg()) if tensor.numel() else (id(tensor),)
+        if is_sharded(tensor):
+            # A rank's shard may be empty, and all ranks must give a tensor the same name.
+            local = tensor.to_local()  # type: ignore[attr-defined]
+            memory = (local.untyped_storage()._cdata, local.storage_offset(), *memory[1:])
+            marks = (tensor.placements, tensor.device_mesh)  # type: ignore[attr-defined]
+            self._held.append(local)
         if (memory, marks) not in self._names:
             self._names[memory, marks] = self._new_name(".".join(map(str, path)))
             self.tensors[self._names[memory, marks]] = tensor

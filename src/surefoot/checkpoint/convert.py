@@ -15,7 +15,7 @@ from torch import Tensor
 from surefoot.checkpoint.collect import Contents, encoded_optimizer
 from surefoot.checkpoint.json_codec import decode, encode
 from surefoot.checkpoint.reader import Checkpoint
-from surefoot.checkpoint.writer import replacing
+from surefoot.checkpoint.writer import replacing, write
 from surefoot.files import open_regular
 
 _ROLES: dict[str, tuple[str, ...]] = {
@@ -152,9 +152,21 @@ def to_torch(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     checkpoint.verify()
     found = {label: _state_dict(part, checkpoint) for label, part in checkpoint.manifest["parts"].items()}
     found |= {"step": checkpoint.manifest["step"]}
-    with replacing(path, checkpoint.header.file_size) as file, os.fdopen(os.dup(file), "wb") as stream:
+    with replacing(path, checkpoint.nbytes) as file, os.fdopen(os.dup(file), "wb") as stream:
         torch.save(found, stream)
     return found
+
+
+def to_one_file(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint of sharded tensors as one of a single process; its tensors are copied to memory.
+
+    Raises:
+        CheckpointError: it is damaged.
+        OSError: it could not be written; what was at `path` is as it was.
+    """
+    checkpoint.verify()
+    manifest = {name: value for name, value in checkpoint.manifest.items() if name != "shards"}
+    write(path, {name: checkpoint.tensor(name) for name in checkpoint.places}, manifest)
 
 
 def _state_dict(part: Mapping[str, Any], checkpoint: Checkpoint) -> Any:

@@ -34,7 +34,7 @@ _CRC = slice(len(_PREFIX), len(_PREFIX) + _DIGITS)
 _METADATA = "__metadata__"
 _WIDEST_NORM = -1.2345678901234567e-300
 _MOST_DIMENSIONS = 64
-_MOST_ELEMENTS = 1 << 62
+MOST_ELEMENTS = 1 << 62
 
 
 class Summary(NamedTuple):
@@ -97,11 +97,13 @@ class Header:
         places: the tensors by name, in the order in which they stand in the file.
         manifest: everything that is not a tensor.
         size: bytes before the first tensor.
+        crc32: its checksum; those of the tensors are part of it.
     """
 
     places: Mapping[str, Place]
     manifest: Mapping[str, Any]
     size: int
+    crc32: str
 
     @property
     def file_size(self) -> int:
@@ -256,7 +258,7 @@ def _parsed(text: bytes, file_size: int) -> Header:
         raise CheckpointError("not readable: manifest and tensors do not have the same names")
     found = {key: _place(key, _dict(entry), _dict(notes[key])) for key, entry in entries.items()}
     places = dict(sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)))
-    header = Header(places, manifest, LENGTH + len(text))
+    header = Header(places, manifest, LENGTH + len(text), text[_CRC].decode())
     _check_extent(header, file_size)
     return header
 
@@ -292,8 +294,8 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _place(key: str, entry: dict[str, Any], note: dict[str, Any]) -> Place:
-    shape = tuple(_whole(size, _MOST_ELEMENTS) for size in _list(entry["shape"], _MOST_DIMENSIONS))
-    begin, end = (_whole(offset, _MOST_ELEMENTS) for offset in _list(entry["data_offsets"], 2))
+    shape = tuple(_whole(size, MOST_ELEMENTS) for size in _list(entry["shape"], _MOST_DIMENSIONS))
+    begin, end = (_whole(offset, MOST_ELEMENTS) for offset in _list(entry["data_offsets"], 2))
     dtype = BY_CODE[entry["dtype"]]
     if "dtype" in note:
         dtype, shape = _paired(note["dtype"], entry["dtype"], shape)
@@ -301,7 +303,7 @@ def _place(key: str, entry: dict[str, Any], note: dict[str, Any]) -> Place:
     if order is not None and sorted(order) != list(range(len(shape))):
         raise CheckpointError(f"not readable: `{key}` has an impossible order of dimensions, {order}")
     # Any partial product of sizes may become a stride.
-    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
+    if math.prod(max(size, 1) for size in shape) > MOST_ELEMENTS:
         raise CheckpointError(f"not readable: `{key}` has an impossible shape, {shape}")
     place = Place(dtype, shape, begin, order, _summary(note))
     if place.end != end or begin % DTYPES[dtype].itemsize:
@@ -322,7 +324,7 @@ def _summary(note: dict[str, Any]) -> Summary:
     text, norm = note["crc32"], note.get("norm")
     cuts = pairwise(range(0, len(text) + 1, _DIGITS))
     checksums = tuple(int(text[begin:end], 16) for begin, end in cuts)
-    return Summary(checksums, None if norm is None else float(norm), _whole(note.get("nonfinite", 0), _MOST_ELEMENTS))
+    return Summary(checksums, None if norm is None else float(norm), _whole(note.get("nonfinite", 0), MOST_ELEMENTS))
 
 
 def _whole(value: Any, most: int) -> int:

@@ -156,7 +156,7 @@ def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
     own = {name: manifest[name] for name in ("format", "step", "sequence", "saved_at", "versions")}
     return {
         "path": str(checkpoint.path),
-        "bytes": checkpoint.header.file_size,
+        "bytes": checkpoint.nbytes,
         **own,
         "parts": {label: _part_facts(checkpoint, label) for label in manifest["parts"]},
         "tensors": {name: tensor_facts(place) for name, place in checkpoint.places.items()},

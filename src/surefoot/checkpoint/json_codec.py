@@ -17,6 +17,7 @@ from torch import Tensor
 
 from surefoot.checkpoint.dtypes import BY_NAME, DTYPES, name
 from surefoot.errors import CheckpointError
+from surefoot.tensors.shards import is_sharded
 
 TAG = "$"
 Keep = Callable[[Tensor, tuple[Any, ...]], str]
@@ -48,7 +49,7 @@ def encode(value: Any, path: tuple[Any, ...], keep: Keep) -> Any:
     """
     if len(path) > _DEEPEST:
         raise ValueError(f"{spell(path[:4])}... is nested more than {_DEEPEST} deep, or contains itself")
-    if isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or is_sharded(value):
         return _tagged("tensor", _kept(value, path, keep))
     if isinstance(value, np.generic):
         return _numpy_number(value, path)

@@ -16,13 +16,35 @@ from torch import Tensor, nn
 
 from surefoot.checkpoint.collect import Objects, names_in_models, names_in_optimizer
 from surefoot.checkpoint.json_codec import TAG, Fetch, decode
+from surefoot.checkpoint.ranks import Ranks
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.checkpoint.rename import Renaming, hint, renamed
 from surefoot.checkpoint.rng import rng_problems, rng_state, set_rng_state
 from surefoot.errors import CheckpointError
 from surefoot.optimizer import Optimizer
+from surefoot.tensors.shards import block_of, has_blocks, is_sharded, lay_out
 
 _LINES = 20
+
+
+def read_like(checkpoint: Checkpoint, name: str, like: object) -> Tensor:
+    """Return a tensor of a checkpoint, laid out over ranks as another is; of a sharded one only the shard is read.
+
+    Args:
+        checkpoint: where it is.
+        name: its name there.
+        like: what it is for.  Only a sharded tensor of the same shape matters.
+    """
+    place = checkpoint.places.get(name)
+    if not (is_sharded(like) and isinstance(like, Tensor) and place is not None and place.shape == tuple(like.shape)):
+        return checkpoint.tensor(name)
+    if not has_blocks(like):
+        laid_out: Tensor = lay_out(checkpoint.tensor(name), like)
+        return laid_out
+    made = torch.empty_like(like, dtype=place.dtype, requires_grad=False)
+    shape, offsets = block_of(like)
+    made.to_local().copy_(checkpoint.block(name, shape, offsets))  # type: ignore[attr-defined]
+    return made
 
 
 class Restorer(ABC):
@@ -67,18 +89,25 @@ class ModelRestorer(Restorer):
         self.model = model
         key = self.label.partition(".")[2]
         names = renamed([name for name, _ in self.saved["state"]], renaming, f"{key}." if key else "")
-        values = [self._value(data) for _, data in self.saved["state"]]
-        self.state = list(zip(names, values, strict=True))
+        self.state = list(zip(names, (data for _, data in self.saved["state"]), strict=True))
         self.before: Mapping[str, Any] = {}
 
-    def _value(self, data: Any) -> Any:
-        """Return a tensor as a view of the file; extra state, which a module may keep, is copied."""
-        is_tensor = isinstance(data, dict) and data.get(TAG) == "tensor"
-        return decode(data, self.checkpoint.tensor if is_tensor else self.checkpoint.copy)
+    def _value(self, data: Any, here: object) -> Any:
+        """Return a tensor as a view of the file, or laid out as it is here; extra state of a module is copied."""
+        if isinstance(data, dict) and data.get(TAG) == "tensor":
+            return decode(data, lambda name: read_like(self.checkpoint, name, here))
+        return decode(data, self.checkpoint.copy)
+
+    def _outline(self, data: Any) -> Any:
+        """Return the same without reading it, as far as it is tensors."""
+        if isinstance(data, dict) and data.get(TAG) == "tensor" and data.get("of") in self.checkpoint.places:
+            place = self.checkpoint.places[data["of"]]
+            return torch.empty(place.shape, dtype=place.dtype, device="meta")
+        return self._value(data, None)
 
     def problems(self) -> list[str]:
         """See `Restorer`."""
-        here, there = self.model.state_dict(), dict(self.state)
+        here, there = self.model.state_dict(), {name: self._outline(data) for name, data in self.state}
         missing = {name: _shape(value) for name, value in here.items() if name not in there}
         extra = {name: _shape(value) for name, value in there.items() if name not in here}
         lines = [f"`{name}`{shape} is in the model, but was not saved" for name, shape in missing.items()]
@@ -93,9 +122,9 @@ class ModelRestorer(Restorer):
         lines = [] if self.strict else self.problems()
         here = self.model.state_dict()
         fitting = OrderedDict(
-            (name, value)
-            for name, value in self.state
-            if self.strict or (name in here and not any(_misfit(name, here[name], value)))
+            (name, self._value(data, here.get(name)))
+            for name, data in self.state
+            if self.strict or (name in here and not any(_misfit(name, here[name], self._outline(data))))
         )
         metadata = decode(self.saved["metadata"], self.checkpoint.copy)
         if metadata is not None:
@@ -184,7 +213,7 @@ class OptimizerRestorer(Restorer):
         if not isinstance(self.optimizer, Optimizer):
             return self._apply_to_torchs()
         with self._lent_names():
-            report = self.optimizer.load_state_dict(self._state_dict(self.checkpoint.tensor), strict=self.strict)
+            report = self.optimizer.load_state_dict(self._state_dict(), strict=self.strict)
         lines = [f"{self.label}: {kind}: {line}" for kind, lines in report._asdict().items() for line in lines]
         return [*([] if self.strict else self.another_class(self.optimizer)), *lines]
 
@@ -192,7 +221,7 @@ class OptimizerRestorer(Restorer):
         """Load all or nothing: torch's optimizers check nothing.  They keep the tensors that they are given."""
         lines = self.problems()
         if not lines:
-            self.optimizer.load_state_dict(self._state_dict(self.checkpoint.copy))
+            self.optimizer.load_state_dict(self._state_dict(copied=True))
         return lines
 
     def undo(self) -> None:
@@ -201,8 +230,27 @@ class OptimizerRestorer(Restorer):
             self.optimizer.__dict__.clear()
             self.optimizer.__dict__.update(self.before)
 
-    def _state_dict(self, fetch: Fetch) -> dict[str, Any]:
-        state = [(decode(key, fetch), decode(entry, fetch)) for key, entry in self.saved["state"]]
+    def _fetch(self, key: object, *, copied: bool) -> Fetch:
+        """Return what reads the tensors of a parameter's state, laid out as the parameter is."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        order = [parameter["number"] for parameter in self.parameters]
+        if self.by_name and self.names:
+            here = dict(zip(self.names, params, strict=True))
+            of = {parameter["number"]: here.get(parameter["name"]) for parameter in self.parameters}
+        else:
+            of = dict(zip(order, params, strict=False))
+        like = of.get(key) if isinstance(key, int) else None
+        if copied and not is_sharded(like):
+            return self.checkpoint.copy
+        return lambda name: read_like(self.checkpoint, name, like)
+
+    def _state_dict(self, *, copied: bool = False) -> dict[str, Any]:
+        fetch = self._fetch(None, copied=copied)
+        keys = [decode(key, fetch) for key, _ in self.saved["state"]]
+        entries = [entry for _, entry in self.saved["state"]]
+        state = [
+            (key, decode(entry, self._fetch(key, copied=copied))) for key, entry in zip(keys, entries, strict=True)
+        ]
         groups: list[Any] = [decode(group["options"], fetch) for group in self.saved["groups"]]
         if not all(isinstance(group, dict) for group in groups) or not all(isinstance(k, int | str) for k, _ in state):
             raise CheckpointError(f"{self.checkpoint.path} is not readable: `{self.label}` is malformed")
@@ -331,9 +379,9 @@ _ORDER: Sequence[type[Restorer]] = (OptimizerRestorer, StatefulRestorer, Generat
 
 
 def restore_objects(
-    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
+    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, ranks: Ranks, *, rng: bool, strict: bool
 ) -> list[str]:
-    """Check every part, then change every object; if one refuses, all are as they were.
+    """Check every part, then change every object; if one refuses, on any rank, all are as they were.
 
     Returns:
         What did not match; nothing when strict.
@@ -342,22 +390,31 @@ def restore_objects(
         ValueError: something does not fit; the message lists it.
         CheckpointError: a part is malformed.
     """
-    parts = list(_restorers(checkpoint, objects, renaming, rng=rng, strict=strict))
-    lines = [line for part in parts for line in part.problems()] + renaming.problems()
-    vital = lines if strict else [line for line in lines if line.startswith("rename")]
-    if vital:
-        _refuse(checkpoint, vital)
-    return _apply(checkpoint, sorted(parts, key=lambda part: _ORDER.index(type(part))))
+    parts: list[Restorer] = []
+
+    def check() -> None:
+        parts.extend(_restorers(checkpoint, objects, renaming, ranks, rng=rng, strict=strict))
+        lines = [line for part in parts for line in part.problems()] + renaming.problems()
+        vital = lines if strict else [line for line in lines if line.startswith("rename")]
+        if vital:
+            _refuse(checkpoint, vital)
+
+    ranks.do(check, f"loading {checkpoint.path}")
+    return _apply(checkpoint, sorted(parts, key=lambda part: _ORDER.index(type(part))), ranks)
 
 
-def _apply(checkpoint: Checkpoint, parts: Sequence[Restorer]) -> list[str]:
+def _apply(checkpoint: Checkpoint, parts: Sequence[Restorer], ranks: Ranks) -> list[str]:
     """Change every object, or none."""
     begun: list[Restorer] = []
-    report = []
-    try:
+    report: list[str] = []
+
+    def change() -> None:
         for part in parts:
             begun.append(part)
-            report += part.apply()
+            report.extend(part.apply())
+
+    try:
+        ranks.do(change, f"loading {checkpoint.path}")
     except BaseException as error:
         error.add_note(f"Raised while loading `{begun[-1].label}` of {checkpoint.path}; everything is as it was.")
         for part in reversed(begun):
@@ -374,7 +431,7 @@ def _undo(part: Restorer, error: BaseException) -> None:
 
 
 def _restorers(
-    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, *, rng: bool, strict: bool
+    checkpoint: Checkpoint, objects: Objects, renaming: Renaming, ranks: Ranks, *, rng: bool, strict: bool
 ) -> Iterator[Restorer]:
     known, found = names_in_models(objects), checkpoint.manifest["parts"]
     for label, value in objects.items():
@@ -383,9 +440,9 @@ def _restorers(
             raise ValueError(_absent(checkpoint, label))
         if found[label]["kind"] != kind:
             raise ValueError(f"`{label}` of {checkpoint.path} is a {found[label]['kind']}, not a {kind}")
-        yield make(label, found[label], checkpoint, strict=strict)
+        yield make(label, *checkpoint.part(label, ranks.rank, ranks.world), strict=strict)
     if rng and "rng" in found:
-        yield RngRestorer("rng", found["rng"], checkpoint, strict=strict)
+        yield RngRestorer("rng", *checkpoint.part("rng", ranks.rank, ranks.world), strict=strict)
 
 
 def _maker(value: Any, renaming: Renaming, known: Mapping[Tensor, str]) -> tuple[Callable[..., Restorer], str]:

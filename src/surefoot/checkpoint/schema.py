@@ -71,10 +71,43 @@ _TOP: Mapping[str, Check] = {
 }
 
 
+def _is_file_name(value: Any) -> bool:
+    """Whether a text is the name of a file and leads to no other folder."""
+    return type(value) is str and not value.startswith(".") and bool(value) and not set(value) & {"/", "\\", "\0"}
+
+
+def _tuple_of(*checks: Check) -> Check:
+    return lambda value: (
+        type(value) is list
+        and len(value) == len(checks)
+        and all(fine(one) for fine, one in zip(checks, value, strict=True))
+    )
+
+
+def _table_of(check: Check) -> Check:
+    return lambda value: type(value) is dict and all(map(check, value.values()))
+
+
+def _is_shape(value: Any) -> bool:
+    return _NUMBERS(value) and all(size >= 0 for size in value)
+
+
+_SHARDS = _object(
+    folder=_is_file_name,
+    files=_list_of(_tuple_of(_is_file_name, _is(int), _is(str))),
+    tensors=_table_of(_tuple_of(_is(str), _is_shape)),
+)
+_CHUNKS = _table_of(_tuple_of(_is(str), _is_shape))
+"""What a checkpoint of sharded tensors, and a file of shards, have beside `_TOP`."""
+
+
 def check(manifest: Mapping[str, Any]) -> None:
     """Raise TypeError unless a manifest of the present version is well formed."""
     for name, fine in _TOP.items():
         if not fine(manifest[name]):
+            raise TypeError(f"`{name}` is {manifest[name]!r:.99}")
+    for name, fine in (("shards", _SHARDS), ("chunks", _CHUNKS)):
+        if name in manifest and not fine(manifest[name]):
             raise TypeError(f"`{name}` is {manifest[name]!r:.99}")
     for label, part in manifest["parts"].items():
         kind = part.get("kind") if isinstance(part, dict) else None

@@ -141,6 +141,29 @@ def _lock(file: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Make a file and hold its lock inside of the `with` block; the file stays."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | BINARY, 0o666)
+    try:
+        _lock(file)
+        yield
+    finally:
+        os.close(file)
+
+
+def is_unlocked(path: Path) -> bool:
+    """Return whether a file is there whose lock nobody holds; False where locks cannot tell."""
+    if fcntl is None:
+        return False
+    try:
+        with open_regular(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the hidden files of writes that never ended."""
     if fcntl is None:

@@ -147,12 +147,17 @@ def convert(
     target: Annotated[Path, typer.Argument(help="A .safetensors file to write, or a .pt file for torch.load.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the target if it is there.")] = False,
 ) -> None:
-    """Convert a file of torch.save to a checkpoint, or a checkpoint to a file for torch.load(weights_only=True)."""
+    """Convert a file of torch.save to a checkpoint, or a checkpoint to a file for torch.load(weights_only=True).
+
+    A checkpoint of sharded tensors is also converted to one file, as a process without other ranks would save it.
+    """
     from surefoot.checkpoint import folder  # noqa: PLC0415
 
     with _errors():
         _check_target(target, force=force)
         to_ours = target.suffix == folder.SUFFIX
+        if to_ours and (source.is_dir() or source.suffix == folder.SUFFIX) and _to_one_file(source, target):
+            return
         if to_ours == (source.suffix == folder.SUFFIX or source.is_dir()):
             raise ValueError(
                 f"one of the two must be a {folder.SUFFIX} file, the other a file of torch: {source}, {target}"
@@ -170,8 +175,8 @@ def _check_target(target: Path, *, force: bool) -> None:
 
 
 def _from_torch(source: Path, target: Path) -> None:
-    from surefoot.checkpoint import manifest_of  # noqa: PLC0415
     from surefoot.checkpoint.convert import from_torch  # noqa: PLC0415
+    from surefoot.checkpoint.manifest import manifest_of  # noqa: PLC0415
     from surefoot.checkpoint.writer import write  # noqa: PLC0415
 
     contents, step, taken = from_torch(source)
@@ -179,6 +184,19 @@ def _from_torch(source: Path, target: Path) -> None:
     for one in taken:
         typer.echo(f"{one.key} -> {one.label}")
     typer.echo(f"wrote {target}")
+
+
+def _to_one_file(source: Path, target: Path) -> bool:
+    """Write a checkpoint of sharded tensors as one file; return whether it is one."""
+    from surefoot.checkpoint import inspection  # noqa: PLC0415
+    from surefoot.checkpoint.convert import to_one_file  # noqa: PLC0415
+
+    checkpoint = inspection.open_chosen(source)
+    if not checkpoint.files:
+        return False
+    to_one_file(checkpoint, target)
+    typer.echo(f"wrote {target}, of one file")
+    return True
 
 
 def _to_torch(source: Path, target: Path) -> None:

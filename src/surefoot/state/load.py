@@ -18,7 +18,14 @@ from surefoot.rule import EMA, STEP, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
 from surefoot.state.make import scalar_device
-from surefoot.tensors.shards import sharding_mismatch
+from surefoot.tensors.shards import (
+    is_sharded,
+    lay_out,
+    misplaced_shard,
+    needs_ranks,
+    refused_together,
+    sharding_mismatch,
+)
 
 # What a script asks for around the update: it is not part of what was trained, and stays as the script has it.
 _STEP_OPTIONS = ("max_grad_norm", "max_grad_value", "ema")
@@ -96,27 +103,58 @@ class LoadTarget:
     check_group: Callable[[Mapping[str, Any]], None]
 
 
+class _Unlike(NamedTuple):
+    """State that fits its parameter, and is laid out over ranks in another way."""
+
+    value: Tensor
+    param: Tensor
+
+    def laid_out(self) -> Tensor:
+        """Return a copy that is laid out as the parameter is."""
+        return lay_out(self.value, self.param).to(self.param.device, copy=True)  # type: ignore[no-any-return]
+
+
 def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
-    """Prepare the loading of a state dict; see `Optimizer.load_state_dict`."""
+    """Prepare the loading of a state dict; see `Optimizer.load_state_dict`.
+
+    State that is laid out over ranks unlike its parameter is laid out anew, after all ranks have found that it fits.
+    """
     saved_groups, saved_state = _parts(state_dict)
     report = _empty_report()
     partners, pairs = _match(target.groups, saved_groups, report)
-    groups = [_merged(target, index, partner, report) for index, partner in enumerate(partners)]
-    if strict:
-        _refuse(target.spec, report, saved_groups)
-    for group in groups:
-        target.check_group(group)
-    state = {} if strict else {key: copy(entry) for key, entry in target.state.items()}
-    for group, group_pairs in zip(groups, pairs, strict=True):
-        for pair in group_pairs:
-            entry = _entry(target.spec, group, pair, saved_state.get(pair.key) or {}, report)
-            if entry is not None:
-                state[pair.param] = entry
-    state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
-    state.update(_other_state(saved_state, saved_groups, report))
-    if strict:
-        _refuse(target.spec, report, saved_groups)
+    with refused_together(_meshes(target.spec, pairs, saved_state)):
+        groups = [_merged(target, index, partner, report) for index, partner in enumerate(partners)]
+        if strict:
+            _refuse(target.spec, report, saved_groups)
+        for group in groups:
+            target.check_group(group)
+        state = {} if strict else {key: copy(entry) for key, entry in target.state.items()}
+        for group, group_pairs in zip(groups, pairs, strict=True):
+            for pair in group_pairs:
+                entry = _entry(target.spec, group, pair, saved_state.get(pair.key) or {}, report)
+                if entry is not None:
+                    state[pair.param] = entry
+        state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
+        state.update(_other_state(saved_state, saved_groups, report))
+        if strict:
+            _refuse(target.spec, report, saved_groups)
+    for pair in chain.from_iterable(pairs):
+        entry = state.get(pair.param, {})
+        # Ranks may have their state in different order, and must come to the same collectives.
+        for name in sorted(name for name, value in entry.items() if isinstance(value, _Unlike)):
+            entry[name] = entry[name].laid_out()
     return Loaded(state, groups, report)
+
+
+def _meshes(spec: AlgorithmSpec, pairs: Iterable[Iterable[_Pair]], saved: Mapping[Any, Any]) -> list[Any]:
+    """Return the meshes whose ranks must speak to lay out what is loaded."""
+    slots = {slot.name for slot in spec.all_slots} if spec.is_declared else set()
+    found = []
+    for pair in chain.from_iterable(pairs):
+        for name, value in (saved.get(pair.key) or {}).items():
+            if name in slots and needs_ranks(value, pair.param):
+                found += [value.device_mesh, getattr(pair.param, "device_mesh", value.device_mesh)]
+    return found
 
 
 def _parts(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
@@ -359,11 +397,23 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
         )
     elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
-    elif (reason := sharding_mismatch(value, param)) is not None:
-        problems.mismatched.append(f"{pair.label}: state `{slot.name}` {reason}")
     else:
-        dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
+        return _placed_slot(slot, pair, value, problems)
+    return None
+
+
+def _placed_slot(slot: Slot, pair: _Pair, value: Tensor, problems: LoadReport) -> Any:
+    """Copy a slot of the right shape, or return what is to be laid out as its parameter is."""
+    param, asks = pair.param, needs_ranks(value, pair.param)
+    if asks and (reason := misplaced_shard(value)) is not None:
+        raise ValueError(f"{pair.label}: state `{slot.name}` {reason}")  # the others cannot go on without this rank
+    dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
+    reason = sharding_mismatch(dense, param)
+    if reason is None:
         return dense.to(param.device, copy=True)
+    if asks or not is_sharded(dense):
+        return _Unlike(dense, param)
+    problems.mismatched.append(f"{pair.label}: state `{slot.name}` {reason}")
     return None
 
 

@@ -1,8 +1,10 @@
-"""Sharded tensors (DTensor): the part of one that this process holds, and whether two are laid out alike."""
+"""Sharded tensors (DTensor): the part of one that this process holds, and laying one out as another is."""
 
 import functools
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -111,6 +113,119 @@ def layout_of(tensor: Any) -> str:
 def _layout(placements: Sequence[Any], mesh: Any) -> str:
     shown = ", ".join(map(str, placements))
     return f"a DTensor of placements ({shown}) on a mesh of shape {tuple(mesh.shape)}"
+
+
+def needs_ranks(tensor: Any, param: Any) -> bool:
+    """Return whether `lay_out` asks other ranks; of tensors that all ranks describe alike, all get the same answer."""
+    if not is_sharded(tensor):
+        return False
+    if not is_sharded(param) or tensor.device_mesh != param.device_mesh:
+        return True
+    return bool(tensor.placements != placements_for(tensor.shape, param))
+
+
+def lay_out(tensor: Any, param: Any) -> Any:
+    """Return state laid out over ranks as belongs to its parameter (`placements_for`); itself if it is so already.
+
+    A plain tensor is cut by each rank for itself. All ranks of the meshes must come here if `needs_ranks`.
+
+    Args:
+        tensor: state of the parameter, in any layout, without a history of gradients.
+        param: the parameter.
+    """
+    if sharding_mismatch(tensor, param) is None:
+        return tensor
+    if is_sharded(tensor) and is_sharded(param) and _are_redistributed(tensor, param):
+        return tensor.redistribute(param.device_mesh, placements_for(tensor.shape, param))
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return _cut(whole, param) if is_sharded(param) else whole
+
+
+def _are_redistributed(tensor: Any, param: Any) -> bool:
+    """Return whether torch gets from one layout to the other; of strided shards torch 2.13 makes wrong ones."""
+    strided = any(map(_is_strided, (*tensor.placements, *param.placements)))
+    return tensor.device_mesh == param.device_mesh and not strided
+
+
+def _cut(whole: Tensor, param: Any) -> Tensor:
+    """Return the part of a plain tensor that this process holds of a sharded one."""
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 (there is a sharded parameter)
+
+    part = distribute_tensor(whole, param.device_mesh, placements_for(whole.shape, param), src_data_rank=None)
+    if whole.shape != param.shape:
+        return part
+    made: Tensor = torch.empty_like(param, dtype=whole.dtype, requires_grad=False)
+    sharded_type().to_local(made).copy_(part.to_local())
+    return made
+
+
+def _is_strided(placement: Any) -> bool:
+    """Return whether a placement is that of FSDP on top of tensor parallelism, where shards interleave."""
+    from torch.distributed.tensor.placement_types import _StridedShard  # noqa: PLC0415
+
+    return isinstance(placement, _StridedShard)
+
+
+def has_blocks(tensor: Any) -> bool:
+    """Return whether every rank holds one block of a sharded tensor, as DTensors without strided shards do."""
+    sizes, placements = tensor.device_mesh.shape, tensor.placements
+    for index, placement in enumerate(placements):
+        if placement.is_partial():
+            return False
+        if _is_strided(placement):
+            later = zip(sizes[index + 1 :], placements[index + 1 :], strict=True)
+            factor = math.prod(size for size, other in later if other.is_shard(placement.dim))
+            if factor != placement.split_factor:
+                return False
+    return True
+
+
+def block_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and offsets of the block of a sharded tensor that this rank holds; it must have `has_blocks`."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415
+
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offsets)
+
+
+def misplaced_shard(tensor: Any) -> str | None:
+    """Return how this rank's shard is not what the placements of its tensor say, None if it is."""
+    expected, held = block_of(tensor)[0], tuple(sharded_type().to_local(tensor).shape)
+    return None if expected == held else f"has a shard of shape {held} on this rank, its placements say {expected}"
+
+
+@contextmanager
+def refused_together(meshes: Iterable[Any]) -> Iterator[None]:
+    """Let all ranks of meshes raise if one of them raises inside of the `with` block; nothing without meshes.
+
+    Raises:
+        ValueError: another rank has raised.
+    """
+    asked = list(dict.fromkeys(meshes))
+    asked = asked * min(len(asked), 2)  # what one mesh has told, another's ranks must hear too
+    try:
+        yield
+    except BaseException:
+        for mesh in asked:
+            _count(mesh, 1)
+        raise
+    others = 0
+    for mesh in asked:
+        others = max(others, _count(mesh, int(others > 0)))
+    if others:
+        raise ValueError("the state dict was refused on another rank; nothing was loaded")
+
+
+def _count(mesh: Any, failing: int) -> int:
+    """Return on how many ranks of a mesh something has failed."""
+    from torch import distributed  # noqa: PLC0415 (there is a mesh)
+
+    if mesh.get_coordinate() is None:
+        return failing
+    told = torch.tensor([failing], dtype=torch.int64, device=mesh.device_type)
+    for dimension in range(mesh.ndim):
+        distributed.all_reduce(told, group=mesh.get_group(dimension))
+    return int(told)
 
 
 class ShardGuard:

@@ -59,7 +59,7 @@ def overview(checkpoint: Checkpoint) -> RenderableType:
             _bad(found.nonfinite),
         ]
         parts.add_row(_text(label), _text(part.get("class")), *row)
-    head = f"{step}{size(checkpoint.header.file_size)}, saved {manifest['saved_at']}, format {manifest['format']}"
+    head = f"{step}{size(checkpoint.nbytes)}, saved {manifest['saved_at']}, format {manifest['format']}"
     path = Text(printable(str(checkpoint.path)), style="bold")
     return Group(path, _text(head), Text(printable(versions), style="dim"), "", parts)
 
