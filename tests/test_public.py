@@ -27,7 +27,7 @@ NAMES = {
     ),
     *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot", "StepOptions"),
     *("checkpoint", "load", "save"),
-    *("lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
+    *("functional", "lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
 }
 
 
@@ -74,6 +74,7 @@ MODULES = [
     "surefoot.optimizer",
     "surefoot.telemetry.telemetry",
     "surefoot.checkpoint",
+    "surefoot.functional.pure",
     *(getattr(surefoot.optimizers, name).__module__ for name in surefoot.optimizers.__all__),
 ]
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
 
     from surefoot import checkpoint as checkpoint
+    from surefoot import functional as functional
     from surefoot import lr_finder as lr_finder
     from surefoot import lr_scheduler as lr_scheduler
     from surefoot import swa_utils as swa_utils
@@ -34,6 +35,7 @@ else:  # type checkers read no list that is put together
         "Slot",
         "StepOptions",
         "checkpoint",
+        "functional",
         "load",
         "lr_finder",
         "lr_scheduler",

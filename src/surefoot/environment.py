@@ -1,6 +1,19 @@
-"""Switches that are environment variables: `$NAME` is 1 or 0."""
+"""Environment variables: which there are, and switches, where `$NAME` is 1 or 0."""
 
 import os
+from collections.abc import Mapping
+
+VARIABLES: Mapping[str, str] = {
+    "SUREFOOT_CACHE_DIR": "the folder of compiled kernels",
+    "SUREFOOT_CHECKED": "1 lets kernels verify every access first",
+    "SUREFOOT_ENGINE": "the engine of every step: eager, foreach or fused",
+    "SUREFOOT_NATIVE_GUARD": "0 leaves it to Python to see what has changed between steps",
+    "SUREFOOT_QUIET": "1 hides the line for those who wait for kernels",
+    "SUREFOOT_RUN": "what `surefoot run` tells its script",
+    "SUREFOOT_RUN_PREFIX": "the same: which environment it is for",
+}
+"""Every environment variable that is read, and what it is for."""
+SWITCHES = ("SUREFOOT_CHECKED", "SUREFOOT_NATIVE_GUARD", "SUREFOOT_QUIET")
 
 
 def switch(name: str, *, default: bool) -> bool:

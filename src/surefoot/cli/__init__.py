@@ -13,6 +13,7 @@ from surefoot.cli import ckpt, lr
 from surefoot.cli.bench import bench
 from surefoot.cli.cache import cache
 from surefoot.cli.demo import demo
+from surefoot.cli.doctor import doctor
 from surefoot.cli.explain import explain
 from surefoot.cli.prebuild import prebuild
 from surefoot.cli.report import report
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(cache)
 app.command()(demo)
+app.command()(doctor)
 app.command()(explain)
 app.command()(prebuild)
 app.command()(report)

@@ -70,6 +70,11 @@ def thread_number() -> int:
     return 0 if (openmp := _openmp()) is None else openmp.thread_number
 
 
+def openmp_path() -> str | None:
+    """Return the OpenMP library whose threads kernels run on; None where they run on threads of Python."""
+    return None if (openmp := _openmp()) is None else openmp.path
+
+
 @functools.cache
 def _function(address: int) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
@@ -82,11 +87,12 @@ def locked_function(address: int) -> Any:
 
 
 class _OpenMP(NamedTuple):
-    """`GOMP_parallel`, the same called with the interpreter locked, and the address of `omp_get_thread_num`."""
+    """`GOMP_parallel`, the same called with the interpreter locked, the address of `omp_get_thread_num`, the file."""
 
     parallel: Any
     locked_parallel: Any
     thread_number: int
+    path: str
 
 
 @functools.cache
@@ -105,7 +111,7 @@ def _openmp() -> _OpenMP | None:
         for function in (parallel, locked_parallel):
             function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
             function.restype = None
-        return _OpenMP(parallel, locked_parallel, number)
+        return _OpenMP(parallel, locked_parallel, number, str(path))
     return None
 
 

@@ -4,7 +4,7 @@ It is the reference for the other engines, takes whatever torch's operators take
 step when `differentiable=True`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from surefoot.engines.bucket import Bucket, reduce
 from surefoot.rule import Rule
 
-__all__ = ["evaluate", "measure", "prepare", "run", "supports"]
+__all__ = ["evaluate", "evaluate_rows", "measure", "prepare", "run", "supports"]
 
 
 def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is asked the same question)
@@ -31,16 +31,9 @@ def run(bucket: Bucket) -> None:
     With `differentiable`, the rule works on clones: what autograd keeps for the backward pass is then never
     overwritten by the results.
     """
-    dtype = bucket.compute_dtype
-    differentiable = bool(bucket.options.get("differentiable"))
     measured = []
-    for param, grad, slots, coefficients in bucket.rows():
+    for results, (param, _, slots, _) in zip(evaluate_rows(bucket), bucket.rows(), strict=True):
         targets = (param, *slots)
-        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots)]
-        if differentiable:
-            inputs = [tensor.clone() for tensor in inputs]
-        numbers = [coefficients[name] for name in bucket.rule.coefficients]
-        results = evaluate(bucket.rule.graph, [*inputs, *numbers])
         if bucket.rule.reductions:
             measured.append(reduce(bucket.rule.reductions, results[len(targets) :]))
         for target, value in zip(targets, results[: len(targets)], strict=True):
@@ -57,6 +50,18 @@ def measure(bucket: Bucket, rule: Rule) -> Tensor:
         numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
         measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
     return torch.stack(measured)
+
+
+def evaluate_rows(bucket: Bucket) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what the rule gives for each parameter of the bucket, and change nothing."""
+    dtype = bucket.compute_dtype
+    differentiable = bool(bucket.options.get("differentiable"))
+    for param, grad, slots, coefficients in bucket.rows():
+        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots)]
+        if differentiable:
+            inputs = [tensor.clone() for tensor in inputs]
+        numbers = [coefficients[name] for name in bucket.rule.coefficients]
+        yield evaluate(bucket.rule.graph, [*inputs, *numbers])
 
 
 def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:

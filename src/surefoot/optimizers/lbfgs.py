@@ -437,7 +437,7 @@ class _Variables:
         if not _is_flat(grad, param.shape) and (
             not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
         ):
-            grad = validated_gradient(self.optimizer.spec, group, param, {})
+            grad = validated_gradient(self.optimizer.spec, group, param, grad, {})
         return to_local(grad).reshape(-1)
 
     def copy(self) -> Any:

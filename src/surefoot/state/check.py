@@ -43,7 +43,7 @@ def _zero_dim(value: Any) -> Any:
 
 
 def validated_gradient(
-    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any], flags: Flags = ()
+    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, grad: Any, entry: Mapping[str, Any], flags: Flags = ()
 ) -> Tensor:
     """Return the gradient of a parameter in a layout that its algorithm takes.
 
@@ -54,7 +54,6 @@ def validated_gradient(
         AssertionError: `capturable=True` on a device where steps cannot be captured.
         TypeError: scalar state is not a number.
     """
-    grad: Any = param.grad
     if group.get("capturable") and param.device.type not in CAPTURABLE_DEVICES:
         raise AssertionError(
             f"If capturable=True, params and state_steps must be on supported devices: {list(CAPTURABLE_DEVICES)}, "

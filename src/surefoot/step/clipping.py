@@ -41,7 +41,7 @@ def refuse_unmeasurable(step: StepInput) -> None:
     """
     options = step.stepping.options
     for group in step.groups:
-        if meta := [param for param in group["params"] if param.grad is not None and param.is_meta]:
+        if meta := [param for param in group["params"] if param.is_meta and step.gradient(param) is not None]:
             raise RuntimeError(
                 f"{format_param(group, meta[0])} is on meta, where gradients cannot be measured; leave out "
                 f"`max_grad_norm` and `nonfinite`"

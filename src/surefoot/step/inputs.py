@@ -22,6 +22,7 @@ class StepInput(NamedTuple):
         found_inf: whether it has found infinities, as a number on a device.
         coefficients: the algorithm's, of the optimizer where it needs one.
         param_names: return the names of all parameters, group by group.
+        grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
     """
 
     spec: AlgorithmSpec
@@ -32,6 +33,11 @@ class StepInput(NamedTuple):
     found_inf: Any
     coefficients: Callable[..., dict[str, Any]]
     param_names: Callable[[], Sequence[str]]
+    grads: Mapping[Tensor, Tensor | None] | None = None
+
+    def gradient(self, param: Tensor) -> Any:
+        """Return the gradient of a parameter, None if it has none and is not stepped."""
+        return param.grad if self.grads is None else self.grads.get(param)
 
     def is_clipped(self, group: Mapping[str, Any]) -> bool:
         """Return whether the gradients of a group are clipped by norm."""

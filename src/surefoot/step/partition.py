@@ -61,10 +61,10 @@ def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
     for param in group["params"]:
-        if param.grad is None:
+        if (given := step.gradient(param)) is None:
             continue
         entry = step.state.get(param, {})
-        grad = validated_gradient(spec, group, param, entry, flags)
+        grad = validated_gradient(spec, group, param, given, entry, flags)
         held = [entry.get(slot.name) for slot in spec.all_slots]
         dtypes = tuple(None if slot is None else slot.dtype for slot in held)
         turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))

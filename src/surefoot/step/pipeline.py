@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surefoot.averages import Averaging
 from surefoot.distributed import Exchange
-from surefoot.engines import Bucket, Engine, cpu, gpu
+from surefoot.engines import Bucket, Engine, cpu, eager, gpu
 from surefoot.rule import EMA, bind, gradient_rule
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
@@ -33,7 +34,8 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
 
     Returns:
-        What the next step may use again; nothing while a mode is active that must see the operations.
+        What the next step may use again; nothing while a mode is active that must see the operations, or where
+        gradients are not the parameters' own.
     """
     refuse_capture(step.spec.name, step.groups)
     step.stepping.context.acquire()
@@ -41,21 +43,21 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     if exchange is None and _found_infinities(step):
         step.skip()
         return cache
-    watched = mode_is_active()
+    watched = mode_is_active() or step.grads is not None
     with failures_told(step, exchange):
         known = None if cache is None or watched else cache.revalidate(step)
         if known is None and cache is not None:
             for run in cache.runs:
                 forget_fresh(run)
                 _release_grads(run)
-        options = OptionsGuard(step) if known is None else None
+        options = OptionsGuard(step) if known is None and not watched else None
         runs = partition(step) if known is None else known
     try:
         made = _prepare(step, runs, exchange)
         if made is None:
             return cache if known is not None else None  # what was kept has been found not to hold
-        if options is not None:
-            cache = None if watched else StepCache.of(step, options, runs)
+        if known is None:
+            cache = None if options is None else StepCache.of(step, options, runs)
         for run in runs:
             if run.repeats:
                 compute_coefficients(made, run)
@@ -66,6 +68,17 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     if known is not None and cache is not None and cache.fast is None:
         cache.fast = fast_lane(step, cache) or False  # False: not again
     return cache
+
+
+def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, ...]]]]:
+    """Return the buckets of a step, each with what its rule gives for its parameters; no tensor is changed.
+
+    There are none where the step is to be skipped.  Gradients must be dense.
+    """
+    step.stepping.context.acquire()
+    runs = partition(step)
+    made = _prepare(step, runs, None)
+    return [] if made is None else [(run, list(eager.evaluate_rows(run.bucket))) for run in runs]
 
 
 def _found_infinities(step: StepInput) -> bool:

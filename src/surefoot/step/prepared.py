@@ -61,8 +61,9 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     if step.needs_gradients() and (slices or sums) and not clip_or_skip(step, slices, sums):
         return []
     rows = _rows(step, known, slices, grads)
-    known.watch(step)
-    step.stepping.validated = known
+    if step.grads is None:
+        known.watch(step)
+        step.stepping.validated = known
     return _counted(rows, known)
 
 
@@ -150,9 +151,14 @@ class _Validated:
     def __init__(self, step: StepInput) -> None:
         self.slices, self._grads = [], []
         for group in step.groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            found = [(param, step.gradient(param)) for param in group["params"]]
+            params = [param for param, grad in found if grad is not None]
             if params:
-                grads = [validated_gradient(step.spec, group, p, step.state.get(p, {})) for p in params]
+                grads = [
+                    validated_gradient(step.spec, group, p, grad, step.state.get(p, {}))
+                    for p, grad in found
+                    if grad is not None
+                ]
                 self.slices.append(ParamSlice(group, params))
                 self._grads.append(grads)
         self.guards: list[Any] | None = None

@@ -3,7 +3,12 @@
 A test holds the table against the code.
 """
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+
+from surefoot.tensors.native.layout import stable_functions
 
 
 class PrivateName(NamedTuple):
@@ -88,3 +93,53 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         for name in ("Module._load_state_dict_pre_hooks", "Module._load_state_dict_post_hooks")
     ),
 )
+
+
+def missing_names() -> list[PrivateName]:
+    """Return the names that this release of torch does not have; those of packages that it was built without too."""
+    return [row for row in PRIVATE_NAMES if not _is_there(row.name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        if name.startswith("aoti_torch_"):
+            return bool(stable_functions())
+        owner, _, attribute = name.rpartition(".")
+        if owner == "FlatParameter":  # torch sets this one by name
+            return bool(attribute == _owner("torch.distributed.fsdp._common_utils").FSDP_FLATTENED)
+        found = _owner(owner)
+        if attribute.endswith("*"):
+            return any(each.startswith(attribute[:-1]) for each in dir(found))
+        return _has(found, attribute)
+    except (ImportError, AttributeError, LookupError):
+        return False
+
+
+def _owner(name: str) -> Any:
+    """Return what a name of the table is an attribute of: a module of torch, or an object of a class that has it."""
+    if name in _OBJECTS:
+        return _OBJECTS[name]()
+    if name.startswith("torch"):
+        parent, _, last = name.rpartition(".")
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            return getattr(_owner(parent), last)
+    raise LookupError(name)
+
+
+def _has(owner: Any, attribute: str) -> bool:
+    """Return whether an object has an attribute, or a module a submodule."""
+    try:
+        return hasattr(owner, attribute) or bool(importlib.import_module(f"{owner.__name__}.{attribute}"))
+    except (ImportError, AttributeError):
+        return False
+
+
+_OBJECTS: dict[str, Any] = {
+    "Tensor": lambda: torch.zeros(1),
+    "UntypedStorage": lambda: torch.zeros(1).untyped_storage(),
+    "Module": torch.nn.Module,
+    "Optimizer": lambda: torch.optim.SGD([torch.zeros(1)]),
+    "DTensor": lambda: importlib.import_module("torch.distributed.tensor").DTensor,
+}

@@ -42,10 +42,10 @@ def _unsupported_reason(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST_NVIDIA:
             return f"Triton serves compute capability 8.0 and newer, but {device} has {'.'.join(map(str, capability))}"
-    return _missing_tool() if device.type in DEVICES and device.type != "cpu" else None
+    return missing_tool() if device.type in DEVICES and device.type != "cpu" else None
 
 
-def _missing_tool() -> str | None:
+def missing_tool() -> str | None:
     """Name what Triton needs to build its launcher and does not find."""
     if sys.platform != "linux":
         return None

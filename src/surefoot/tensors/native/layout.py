@@ -108,7 +108,7 @@ def _find() -> TensorLayout:
     geometry, (version, count) = _geometry(key_set), _version(key_set)
     if (described := key_set + 1 - geometry.start) not in DESCRIBED:
         raise LookupError
-    *getters, assign = _functions()
+    *getters, assign = stable_functions()
     api = ctypes.pythonapi
     of_python = (api.PyDict_GetItemWithError, api.PyDict_Next, api.PyList_Size, api.PyList_GetItem)
     dict_lookup, dict_next, list_size, list_item = map(_address, of_python)
@@ -222,8 +222,12 @@ def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _functions() -> tuple[int, ...]:
-    """Find torch's functions that answer questions about a tensor, and the one that assigns."""
+def stable_functions() -> tuple[int, ...]:
+    """Find torch's functions that answer questions about a tensor, and the one that assigns.
+
+    Raises:
+        LookupError: this release has not all of them.
+    """
     folder = Path(torch.__file__).parent / "lib"
     for path in (*folder.glob("libtorch_cpu.*"), *folder.glob("torch_cpu.dll")):
         try:

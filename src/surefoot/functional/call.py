@@ -1,0 +1,61 @@
+"""A step without an optimizer: what both kinds of functions hand to the step that a class would make."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from surefoot.optimizer import Optimizer
+from surefoot.rule import AlgorithmSpec, Scalar, Slot, bind
+from surefoot.step.inputs import StepInput
+from surefoot.step.options import OptimizerOptions, Stepping, StepStatistics
+from surefoot.step.pipeline import run_step
+from surefoot.step.prepared import prepare_params
+
+Stored = Slot | Scalar
+State = dict[Tensor, dict[str, Any]]
+
+
+def step_input(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    grads: Sequence[Tensor | None],
+    state: State,
+    names: Callable[[], Sequence[str]],
+    options: OptimizerOptions | None = None,
+) -> StepInput:
+    """Return a step of one group with gradients that are given, of which nothing is kept."""
+    stepping = Stepping(options or OptimizerOptions(), StepStatistics(steps=1))
+    by_param = dict(zip(group["params"], grads, strict=True))
+    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, names, by_param)
+
+
+def run(optimizer: Optimizer, step: StepInput) -> None:
+    """Make a step in place; the optimizer lends its custom step, which keeps nothing in it."""
+    with step.stepping.context:
+        if optimizer.is_rule():
+            run_step(step, None)
+        else:
+            optimizer._step_prepared(prepare_params(step))
+
+
+def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:
+    """Return the slots that exist under a group's flags, and the scalars."""
+    return (*spec.active_slots(dict(spec.settle_flags(group))), *spec.scalars)
+
+
+def begins_with_nothing(spec: AlgorithmSpec, group: Mapping[str, Any]) -> bool:
+    """Return whether an algorithm knows by missing slots that it begins, as momentum that starts as a gradient does."""
+    return spec.update is not None and "fresh" in bind(spec, spec.settle_flags(group)).coefficients
+
+
+def rounds(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield positions of parameters so that none recurs in a round: all, and what stands there twice again."""
+    left = list(range(len(params)))
+    while left:
+        first: dict[Tensor, int] = {}
+        for row in left:
+            first.setdefault(params[row], row)
+        taken = set(first.values())
+        yield list(first.values())
+        left = [row for row in left if row not in taken]

@@ -1,0 +1,183 @@
+"""How a function that steps lists of tensors is made from an algorithm: what each of its arguments is.
+
+A function is declared by its arguments alone; which of them are slots, scalars and hyperparameters is read from the
+class, and a call hands them to the step that the class would make.  Nothing of a call is kept for the next one.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+from surefoot import optimizers
+from surefoot.dynamo import opaque
+from surefoot.functional.call import Stored, active, begins_with_nothing, rounds, run, step_input
+from surefoot.optimizer import Optimizer
+from surefoot.rule import Scalar, Slot
+from surefoot.state.make import is_on_device
+
+Given = ParamSpec("Given")
+
+_LISTS: Mapping[str, tuple[str, ...]] = {
+    "step": ("state_steps",),
+    "sum": ("state_sums",),
+    "variance": ("variances",),
+    "momentum_buffer": ("momentum_buffer_list", "muon_momentum_bufs"),
+}
+"""What the list of a slot or scalar may be called, where that is not its name with an s."""
+_TUPLES: Mapping[str, tuple[str, ...]] = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+    "eps": ("eps1", "eps2"),
+}
+"""The hyperparameters that come number by number."""
+
+
+def steps_lists(name: str) -> Callable[[Callable[Given, dict[str, Any]]], Callable[Given, None]]:
+    """Make a function that steps lists by an algorithm from its declaration, which returns its arguments by name."""
+
+    def made(declared: Callable[Given, dict[str, Any]]) -> Callable[Given, None]:
+        @functools.cache
+        def arguments() -> Arguments:
+            return Arguments.of(getattr(optimizers, name), list(inspect.signature(declared).parameters))
+
+        @functools.wraps(declared)
+        @opaque
+        def step_lists(*args: Given.args, **kwargs: Given.kwargs) -> None:
+            arguments().step(declared(*args, **kwargs))
+
+        return step_lists
+
+    return made
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the arguments of a function are.
+
+    Attributes:
+        optimizer: one of the algorithm's class, for its defaults, its checks and a custom step.
+        grads: the name of the list of gradients.
+        lists: for each slot and scalar the name of its list.
+        tuples: for each hyperparameter that is a tuple the names of its numbers.
+        options: the names of the other hyperparameters and of engine options.
+    """
+
+    optimizer: Optimizer
+    grads: str
+    lists: Mapping[Stored, str]
+    tuples: Mapping[str, tuple[str, ...]]
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: Callable[..., Optimizer], names: Sequence[str]) -> "Arguments":
+        """Find what arguments of these names are to an algorithm."""
+        optimizer = kind([torch.zeros(1, 1)])
+        stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.scalars)
+        candidates = {each: _LISTS.get(each.name, (f"{each.name}s",)) for each in stored}
+        lists = {each: next(name for name in found if name in names) for each, found in candidates.items()}
+        tuples = {whole: parts for whole, parts in _TUPLES.items() if set(parts) <= set(names)}
+        known = optimizer.defaults.keys() - lists.values()
+        return cls(optimizer, names[1], lists, tuples, tuple(name for name in names if name in known))
+
+    def step(self, given: Mapping[str, Any]) -> None:
+        """Step the parameters of a call."""
+        group = self._group(given)
+        stored = active(self.optimizer.spec, group)
+        self._check_lists(given, group, stored)
+        with torch.set_grad_enabled(bool(group.get("differentiable")) and torch.is_grad_enabled()):
+            grads, scale, found_inf = given[self.grads], given.get("grad_scale"), given.get("found_inf")
+            if found_inf is not None and self._must_know(given, stored) and float(found_inf):
+                return
+            if scale is not None and not self.optimizer.is_rule():
+                grads, scale = [None if grad is None else grad / scale for grad in grads], None
+            for rows in rounds(given["params"]):
+                self._step_rows(given, group, stored, rows, [grads[row] for row in rows], (scale, found_inf))
+
+    def _group(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters of a call as those of a param group, checked."""
+        group = self.optimizer.defaults | {name: given[name] for name in self.options}
+        group |= {whole: tuple(given[part] for part in parts) for whole, parts in self.tuples.items()}
+        self.optimizer.check_group(group)
+        return group
+
+    def _check_lists(self, given: Mapping[str, Any], group: Mapping[str, Any], stored: Sequence[Stored]) -> None:
+        """Refuse lists of another length than `params`, and entries that a step cannot update.
+
+        Raises:
+            ValueError: a list is too long or too short, a slot is None that the algorithm cannot begin without, or a
+                parameter is none that it can optimize.
+            TypeError: a scalar is not of the type that the function takes.
+            RuntimeError: a scalar is not on the device where the step needs it.
+        """
+        params = given["params"]
+        for name in (self.grads, *(self.lists[each] for each in stored)):
+            if len(given[name]) != len(params):
+                raise ValueError(
+                    f"`{name}` must have one entry for each of {len(params)} params, but has {len(given[name])}"
+                )
+        self.optimizer.check_params(params)
+        for each in stored:
+            for row, value in enumerate(given[self.lists[each]]):
+                if value is None and isinstance(each, Slot):
+                    self._check_missing(each, params[row], group, row)
+                elif isinstance(each, Scalar):
+                    self._check_scalar(each, value, params[row], group, row)
+
+    def _check_missing(self, slot: Slot, param: Tensor, group: Mapping[str, Any], row: int) -> None:
+        needed = slot.shape_for(param) is not None and not begins_with_nothing(self.optimizer.spec, group)
+        if needed:
+            raise ValueError(
+                f"`{self.lists[slot]}[{row}]` must be a tensor of shape {tuple(slot.shape_for(param) or ())}, but is "
+                f"None; give what the first step begins from, such as zeros"
+            )
+
+    def _check_scalar(self, scalar: Scalar, value: Any, param: Tensor, group: Mapping[str, Any], row: int) -> None:
+        name = f"{self.lists[scalar]}[{row}]"
+        if scalar.integer:
+            if not isinstance(value, int) or value < 1:
+                raise TypeError(f"`{name}` must be an int >= 1, the number of this step, but is {value!r}")
+        elif not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a 0-d tensor, which the step updates in place, but is {value!r}")
+        elif value.device != param.device and is_on_device(group, param):
+            raise RuntimeError(
+                f"`{name}` must be on {param.device} with capturable=True or fused=True, but is on {value.device}"
+            )
+
+    def _must_know(self, given: Mapping[str, Any], stored: Sequence[Stored]) -> bool:
+        """Return whether the host must know of infinities: where slots begin in this step, or the step is custom."""
+        slots = [given[self.lists[each]] for each in stored if isinstance(each, Slot)]
+        return not self.optimizer.is_rule() or any(value is None for slot in slots for value in slot)
+
+    def _step_rows(
+        self,
+        given: Mapping[str, Any],
+        group: dict[str, Any],
+        stored: Sequence[Stored],
+        rows: Sequence[int],
+        grads: Sequence[Tensor | None],
+        scaling: tuple[Any, Any],
+    ) -> None:
+        """Step parameters of which none stands there twice, and put what was made into the lists."""
+        params = [given["params"][row] for row in rows]
+        state: dict[Tensor, dict[str, Any]] = {}
+        for row, param in zip(rows, params, strict=True):
+            entry = {each.name: given[self.lists[each]][row] for each in stored}
+            state[param] = {name: value for name, value in entry.items() if value is not None}
+        for scalar in self.optimizer.spec.scalars:
+            if scalar.integer:  # the caller counts these
+                for entry in state.values():
+                    entry[scalar.name] -= 1
+        names = [f"params[{row}]" for row in rows]
+        inside = {**group, "params": params, "param_names": names}
+        step = step_input(self.optimizer, inside, grads, state, lambda: names)
+        run(self.optimizer, step._replace(grad_scale=scaling[0], found_inf=scaling[1]))
+        for slot in (each for each in stored if isinstance(each, Slot)):
+            for row, param in zip(rows, params, strict=True):
+                if given[self.lists[slot]][row] is None and slot.name in state[param]:
+                    given[self.lists[slot]][row] = state[param][slot.name]
