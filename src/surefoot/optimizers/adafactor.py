@@ -292,7 +292,8 @@ def _square_sum(shard: Tensor, whole: Tensor) -> PartialSum:
 
 def _root(h: SimpleNamespace, squares: Tensor, whole: Tensor) -> Any:
     """Return the root mean square of a tensor from the sum of its squares."""
-    return readable(h, (squares / max(whole.numel(), 1)).sqrt())
+    mean = readable(h, squares) / max(whole.numel(), 1)
+    return mean.sqrt() if isinstance(mean, Tensor) else math.sqrt(mean)
 
 
 # On the CPU, where numbers can be read at once and the time of small tensors is in the calls
