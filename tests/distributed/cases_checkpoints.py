@@ -264,6 +264,16 @@ def of_torchs_optimizer(layout):
     return {"same": equal(state_of(model, optimizer), state_of(other, another))}
 
 
+def own_state(layout):
+    """Save state that each rank has for itself."""
+    model, optimizer = made(layout, steps=1)
+    optimizer.state[model.p0]["mine"] = torch.full((3,), float(torch.distributed.get_rank()))
+    try:
+        surefoot.save(place("own"), model=model, optimizer=optimizer)
+    except ValueError as error:
+        return {"error": str(error), "files": listed(place("own"))}
+
+
 def only_extra(layout):
     value = spread(tensor((4, 6), 0), layout)
     try:
@@ -291,4 +301,5 @@ def cases(world):
     yield "generators", functools.partial(generators, chosen)
     yield "fsdp", of_fsdp
     yield "torch", functools.partial(of_torchs_optimizer, chosen)
+    yield "own state", functools.partial(own_state, chosen)
     yield "only extra", functools.partial(only_extra, chosen)

@@ -129,6 +129,12 @@ def test_training_goes_on(found, kind):
         assert result.get("epoch", 3) == 3
 
 
+def test_state_that_each_rank_has_for_itself_is_refused(found):
+    for _, result in of_kind(found, "own state"):
+        assert "`optimizer.p0.mine` is a plain tensor beside sharded parameters, and on rank 1" in result["error"]
+        assert result["files"] == []
+
+
 def test_sharded_tensors_that_only_one_process_may_know_of_are_refused(found):
     for _, result in of_kind(found, "only extra"):
         assert "`extra.t` is sharded, but no parameter of a model or optimizer is" in result["error"]
@@ -142,6 +148,17 @@ def test_one_process_loads_what_ranks_have_saved(folder):
     loaded = surefoot.load(place / "checkpoints" / "rows", model=model, strict=False)
     assert all(torch.equal(model[name], now[name]) for name in params)
     assert loaded.extra == {"layout": "rows"}
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
+def test_another_number_of_ranks_loads_what_ranks_have_saved(folder, tmp_path, monkeypatch, ranks):
+    place, _, found = folder
+    monkeypatch.setenv("SUREFOOT_SAVED_BY_OTHERS", str(place / "checkpoints"))
+    now, after = found[0]["expected"]
+    for results in run_ranks("cases_resharding", ranks, tmp_path):
+        for name, result in of_kind([results], "loaded"):
+            assert_same(result["state"], now, name)
+            assert_same(result["next"], after, name)
 
 
 def command(*arguments, status=0):

@@ -66,7 +66,8 @@ def save(
 ) -> Path:
     """Save a training loop's state, so that `load` in a new process goes on with the same bits.
 
-    The file appears when it is whole and on the disk; until then, what was there before stays.
+    The file appears when it is whole and on the disk; until then, what was there before stays.  Where parameters are
+    sharded over ranks, all ranks call this, and each writes its shards into a folder beside the file.
 
     Args:
         path: a folder, in which the file is called `step-<step>.safetensors`; or a file ending in `.safetensors`.
@@ -89,7 +90,7 @@ def save(
         TypeError: something is not plain data, or no model, optimizer and so on; the message names it.
         ValueError: `step` or `keep` is out of range.
         OSError: it could not be written; what was there stays.
-        RuntimeError: an earlier write in the background has failed.
+        RuntimeError: an earlier write in the background has failed, or another rank has.
 
     Example:
         >>> import tempfile, torch, surefoot
@@ -119,7 +120,7 @@ def save(
             _write_and_rotate, target, number=number, sequence=sequence, keep=keep
         )
     else:
-        contents, target, write_all = _prepared_on_ranks(ranks, prepare, keep, async_=async_)
+        contents, target, write_all = _prepared_on_ranks(ranks, prepare, objects, keep, async_=async_)
     if not async_:
         write_all(contents)
         return target
@@ -138,22 +139,29 @@ def _refuse_shards(contents: Contents, ranks: Ranks) -> None:
 
 
 def _prepared_on_ranks(
-    ranks: Ranks, prepare: Callable[[], tuple[Contents, Any]], keep: int | None, *, async_: bool
+    ranks: Ranks,
+    prepare: Callable[[], tuple[Contents, Any]],
+    objects: Mapping[str, Any],
+    keep: int | None,
+    *,
+    async_: bool,
 ) -> tuple[Contents, Path, Callable[[Contents], None]]:
     """Return this rank's contents, the file, and what writes them with the other ranks.  All ranks come here."""
     from surefoot.checkpoint import sharded  # noqa: PLC0415 (imports torch.distributed.checkpoint, in 0.3 s)
 
     own: list[Contents] = []
 
-    def tell() -> tuple[int, Any, Any]:
+    def tell() -> tuple[int, dict[str, int], Any, Any]:
         contents, place = prepare()
         own.append(contents)
-        return sharded.signature(contents), place, folder.shards_of(place[0]) if place else None
+        facts = sharded.signature(contents), sharded.own_state(contents, objects)
+        return *facts, place, folder.shards_of(place[0]) if place else None
 
     told = ranks.do(tell, "saving")
-    if len({signature for signature, _, _ in told}) > 1:
+    if len({signature for signature, *_ in told}) > 1:
         raise ValueError("ranks do not have the same sharded tensors; save the same model and optimizer on all")
-    _, (target, number, sequence), shards = told[0]
+    _refuse_own_state([state for _, state, *_ in told])
+    _, _, (target, number, sequence), shards = told[0]
     writers = ranks.in_background() if async_ else ranks
 
     def write_all(contents: Contents) -> None:
@@ -162,6 +170,18 @@ def _prepared_on_ranks(
             _tidy(target, keep)
 
     return sharded.in_blocks(own[0]), target, write_all
+
+
+def _refuse_own_state(states: list[dict[str, int]]) -> None:
+    """Refuse plain state of sharded parameters that is not the same on all ranks: one rank's would be loaded by all."""
+    for rank, state in enumerate(states):
+        for name in state.keys() | states[0].keys():
+            if state.get(name) != states[0].get(name):
+                raise ValueError(
+                    f"`{name}` is a plain tensor beside sharded parameters, and on rank {rank} it is another than on "
+                    f"rank 0; state that each rank has for itself, as LBFGS's is, cannot be saved: leave the optimizer "
+                    f"out"
+                )
 
 
 def _tidy(target: Path, keep: int | None) -> None:
@@ -200,7 +220,8 @@ def load(
     """Load what `save` has saved into objects that are there.
 
     Every byte is checked, then every object is asked whether its part fits, and only then is anything changed.  What
-    is saved and not asked for is left out.
+    is saved and not asked for is left out.  Where parameters are sharded over ranks, all ranks call this, and each
+    reads what it holds, however many have saved and in whatever layout.
 
     Args:
         path: a folder, of which the newest whole checkpoint is taken; or a file.

@@ -92,5 +92,10 @@ def _tensors(objects: Mapping[str, Any]) -> list[Tensor]:
         if isinstance(value, nn.Module):
             found += [*value.parameters(), *value.buffers()]
         elif isinstance(value, torch.optim.Optimizer):
-            found += [param for group in value.param_groups for param in group["params"]]
+            found += parameters_of(value)
     return found
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all parameters of an optimizer."""
+    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -2,8 +2,7 @@
 
 The files of shards stand in a folder of a name that no other save has.  They become a checkpoint when the first rank
 writes the file that refers to them, which is as atomic as that of one process: until then what was there before stays,
-whichever rank dies.  Each file has a checkpoint's own format, of which
-no byte is ever run.
+whichever rank dies.  Each file has the format that a single process writes.
 """
 
 import zlib
@@ -22,14 +21,15 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor, Replicate
 
 from surefoot.checkpoint.collect import Contents
+from surefoot.checkpoint.dtypes import as_bytes, flat
 from surefoot.checkpoint.dtypes import name as dtype_name
 from surefoot.checkpoint.folder import writing_shards
 from surefoot.checkpoint.json_codec import tensors_in
 from surefoot.checkpoint.manifest import manifest_of
-from surefoot.checkpoint.ranks import Ranks
+from surefoot.checkpoint.ranks import Ranks, parameters_of
 from surefoot.checkpoint.reader import Checkpoint, found_shards, whole_places
 from surefoot.checkpoint.writer import sync_folder, write
-from surefoot.tensors.shards import has_blocks
+from surefoot.tensors.shards import has_blocks, is_sharded
 
 OWN = ("rng", "sampler")
 """Roles of which every rank has its own state, and keeps it in its file."""
@@ -44,6 +44,17 @@ def signature(contents: Contents) -> int:
     """Return a number that tells whether ranks mean the same sharded tensors."""
     facts = [(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in contents.sharded.items()]
     return zlib.crc32(repr(facts).encode())
+
+
+def own_state(contents: Contents, objects: Mapping[str, Any]) -> dict[str, int]:
+    """Return checksums of the plain state of optimizers of sharded parameters, which all ranks must have alike."""
+    found = {}
+    for label, value in objects.items():
+        if isinstance(value, torch.optim.Optimizer) and any(map(is_sharded, parameters_of(value))):
+            for name in tensors_in(contents.parts[label]["state"]):
+                if (tensor := contents.tensors[name]).numel() > 1 and not is_sharded(tensor):
+                    found[name] = zlib.crc32(as_bytes(flat(tensor)))
+    return found
 
 
 def in_blocks(contents: Contents) -> Contents:

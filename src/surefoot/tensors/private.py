@@ -68,6 +68,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("DTensor._local_tensor", "tensors.shards", "the shard of a sharded tensor", "sharded steps raise"),
     PrivateName("DTensor._spec", "tensors.shards", "the layout of a sharded tensor", "sharded steps raise"),
+    PrivateName("_StridedShard", "tensors.shards", "shards of FSDP on top of tensor parallelism", "laying out raises"),
+    PrivateName(
+        "torch.distributed.tensor._utils",
+        "tensors.shards",
+        "where a shard stands in its tensor",
+        "loading shards raises",
+    ),
     PrivateName("FlatParameter._fsdp_flattened", "distributed.divided", "knowing FSDP1", "norms are of one rank"),
     PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
     PrivateName("torch._utils._unflatten_dense_tensors", "optimizers.lbfgs", "views of a flat vector", "LBFGS raises"),
