@@ -461,7 +461,7 @@ def strange_values(dtype):
 def measured_of(params, grads):
     optimizer = surefoot.SGD(params)
     rule = rule_of(optimizer, optimizer.param_groups[0])
-    return gpu.read(engines.Bucket(rule, [param.detach() for param in params], grads, {}))
+    return gpu.measure(engines.Bucket(rule, [param.detach() for param in params], grads, {}), gradient_rule())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
