@@ -18,7 +18,7 @@ from surefoot.cli import app
 def folder(request, tmp_path_factory):
     """Where the ranks have run, and how many they were."""
     place = tmp_path_factory.mktemp("ranks")
-    return place, request.param, run_ranks("cases_checkpoints", request.param, place)
+    return place, request.param, run_ranks("cases_checkpoints", request.param, place, timeout=120 * request.param)
 
 
 @pytest.fixture
