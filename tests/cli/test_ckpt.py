@@ -93,13 +93,13 @@ def test_inspect_as_json(tmp_path):
 
 
 def test_inspect_as_json_stays_json_with_values_that_json_lacks(tmp_path):
-    optimizer = surefoot.SGD([nn.Parameter(torch.ones(2))], lr=torch.tensor(math.inf))
+    optimizer = surefoot.LBFGS([nn.Parameter(torch.ones(2))], tolerance_grad=-math.inf)
     path = surefoot.save(
         tmp_path, optimizer=optimizer, extra={"best": math.inf, "z": 1j, "nan": torch.tensor(math.nan)}
     )
     found = json.loads(ckpt("inspect", path, "--json").output, parse_constant=pytest.fail)
     assert found["parts"]["extra"]["state"] == {"best": "inf", "z": [0.0, 1.0], "nan": "nan"}
-    assert found["parts"]["optimizer"]["groups"][0]["lr"] == "inf"
+    assert found["parts"]["optimizer"]["groups"][0]["tolerance_grad"] == "-inf"
 
 
 def test_inspect_of_lbfgs_and_of_several_optimizers(tmp_path):
