@@ -307,7 +307,8 @@ def _list_kind(row: PreparedParam) -> Any:
         return None
     if not param.is_cpu or type(param) not in PLAIN or type(grad) not in PLAIN or type(first) not in PLAIN:
         return None
-    return id(h), dtype, readable(h, state["step"])
+    step = readable(h, state["step"])
+    return None if _is_tensor(step) else (id(h), dtype, step)  # a captured step reads no number
 
 
 def _many_of_a_shape(rows: Sequence[PreparedParam]) -> set[torch.Size]:

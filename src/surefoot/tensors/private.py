@@ -68,7 +68,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("DTensor._local_tensor", "tensors.shards", "the shard of a sharded tensor", "sharded steps raise"),
     PrivateName("DTensor._spec", "tensors.shards", "the layout of a sharded tensor", "sharded steps raise"),
-    PrivateName("_StridedShard", "tensors.shards", "shards of FSDP on top of tensor parallelism", "laying out raises"),
+    PrivateName(
+        "torch.distributed.tensor.placement_types._StridedShard",
+        "tensors.shards",
+        "shards of FSDP on top of tensor parallelism",
+        "laying out raises",
+    ),
     PrivateName(
         "torch.distributed.tensor._utils",
         "tensors.shards",
