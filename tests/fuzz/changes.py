@@ -16,6 +16,8 @@ from memory import storage_of
 from torch import Tensor, nn
 from worlds import LAYOUTS, OTHER_DTYPE, World, canaries, laid_out, options_of, values
 
+from surefoot.tensors.memory import is_dense
+
 
 class Change(NamedTuple):
     """A row of the table.
@@ -191,8 +193,8 @@ def strided_anew(world, a, b, c):
 def resize(tensor: Tensor, how: int, seed: int) -> None:
     """Resize the storage of a tensor: to nothing, to less, to less and then to more that still is too little, ..."""
     storage = storage_of(tensor)
-    if storage is None or not storage.nbytes() or not tensor.is_contiguous():
-        return
+    if storage is None or not storage.nbytes() or not is_dense(tensor):
+        return  # ours and torch's state may be ordered differently, and what is done must be the same to both
     whole, size = storage.nbytes(), tensor.element_size()
     sizes = [(0,), (whole // 2,), (size, whole - size), (0, whole - size), (0, whole), (whole * 2,), (size, whole)]
     chosen = sizes[how % len(sizes)]
@@ -206,6 +208,7 @@ def resize(tensor: Tensor, how: int, seed: int) -> None:
         with torch.no_grad():
             flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
             flat.copy_(values(flat.shape, tensor.dtype, seed))
+            tensor.detach().copy_(values(tensor.shape, tensor.dtype, seed))
 
 
 @change()
@@ -780,7 +783,10 @@ def learning_rate_a_tensor(world, a, b, c):
 @change(refusable=True)
 def option_changed(world, a, b, c):
     group = world.optimizer.param_groups[a % len(world.optimizer.param_groups)]
-    names = sorted((OPTIONS.keys() & group) - ({"momentum"} if world.setting.sparse else set()))
+    unlike = {"momentum"} if world.setting.sparse else set()
+    if world.setting.algorithm == "LBFGS":
+        unlike.add("maximize")  # which torch's has later only
+    names = sorted((OPTIONS.keys() & group) - unlike)
     if names:
         name = names[b % len(names)]
         group[name] = OPTIONS[name][c % 2]

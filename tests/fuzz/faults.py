@@ -255,5 +255,21 @@ CASES = {
         ((ShardMove("gradient laid out otherwise", 2, 0, 20),),),
         seed=1,
     ),
+    "lbfgs of a parameter that went to meta": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(moves=(("moved to meta", 4, 9, 51),)),)
+    ),
+    "count of a sparse parameter that became complex": Case(
+        "sparse adam", "default", (Kind(0, 0),), (Round(), Round(moves=(("scalar replaced", 7, 2, 54),)))
+    ),
+    "state in another order than torch's, resized": Case(
+        "sgd complex",
+        "foreach",
+        (Kind(0, 0), Kind(0, 0), Kind(2, 3), Kind(0, 0)),
+        (Round(), Round(moves=(("state storage resized", 6, 4, 72),))),
+        seed=1,
+    ),
+    "gradient of a parameter that was sharded anew, which torch cannot redistribute": ShardedCase(
+        "sgd momentum", "foreach", ((0, 1),), ((ShardMove("parameter laid out otherwise", 0, 0, 10),), ()), seed=850
+    ),
     "shard of state without memory": sharded_after_a_step("adam", 0, ShardMove("state of one shard resized", 0, 0, 1)),
 }

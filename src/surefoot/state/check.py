@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.rule import AlgorithmSpec, Flags, Sparse
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.shards import match_layout, sharding_mismatch
+from surefoot.tensors.shards import layout_of, match_layout, sharding_mismatch
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
@@ -80,7 +80,13 @@ def _dense_gradient(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor
         raise RuntimeError(f"{spec.name} does not support dense gradients, please consider Adam instead")
     if (reason := unfit_memory(grad, written=False)) is not None:
         raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
-    laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
+    try:
+        laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the gradient of {format_param(group, param)} is {layout_of(grad)}, the parameter {layout_of(param)}, and "
+            f"cannot be redistributed: {error}"
+        ) from error
     if (reason := sharding_mismatch(laid_out, param)) is not None:
         raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
     return torch.zeros_like(param) if laid_out._is_zerotensor() else laid_out

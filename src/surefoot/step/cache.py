@@ -60,7 +60,7 @@ class BucketGuard:
 
     def revalidate(self, run: BucketRun) -> bool:
         """Return the bucket this step's gradients; return whether all else is as it was."""
-        if self._replaced and not all(scalar.name in entry for entry, scalar in product(*self._replaced)):
+        if self._replaced and not _are_replaced(run):
             return False
         if run.sparse:
             return not self.tensors.changed() and self._revalidate_rows(run)
@@ -282,7 +282,7 @@ def _reusable(run: BucketRun) -> bool:
 
 
 def _scalars(run: BucketRun) -> Iterable[Any]:
-    return (entry[scalar.name] for entry in run.entries for scalar in run.spec.scalars)
+    return (entry.get(scalar.name) for entry in run.entries for scalar in run.spec.scalars)
 
 
 def _are_replaced(run: BucketRun) -> bool:
