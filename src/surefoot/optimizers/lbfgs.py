@@ -28,7 +28,6 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
-from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import LaunchSequence, TensorGuard
 from surefoot.tensors.shards import to_local
 
@@ -399,10 +398,8 @@ class _Variables:
             for group, param in self.owners:
                 if (reason := unfit_param(param)) is not None:
                     raise RuntimeError(f"{format_param(group, param)} {reason}")
-                if has_no_values(param):
-                    raise RuntimeError(
-                        f"{format_param(group, param)} has no values, being on meta or fake; LBFGS decides by values"
-                    )
+                if param.is_meta and type(param) in PLAIN:
+                    raise RuntimeError(f"{format_param(group, param)} is on meta; LBFGS decides by values")
                 check_state(optimizer.spec, group, param, optimizer.state.get(param, {}))
         self._complex = any(map(torch.is_complex, self.params))
         self._plain = all(type(param) in PLAIN and not param.is_neg() for param in self.params)
