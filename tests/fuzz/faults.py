@@ -258,6 +258,15 @@ CASES = {
     "lbfgs of a parameter that went to meta": Case(
         "lbfgs", "default", (Kind(0, 0),), (Round(moves=(("moved to meta", 4, 9, 51),)),)
     ),
+    "lbfgs state on meta": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state on meta", 6, 8, 48),))), seed=1
+    ),
+    "lbfgs state with a number of several elements": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("load altered", 0, 2, 30),))), seed=1
+    ),
+    "matrices of muon that are negated lazily": Case(
+        "muon", "default", (Kind(2, 0), Kind(2, 0)), (Round(moves=(("data negated lazily", 5, 6, 54),)),), seed=1
+    ),
     "count of a sparse parameter that became complex": Case(
         "sparse adam", "default", (Kind(0, 0),), (Round(), Round(moves=(("scalar replaced", 7, 2, 54),)))
     ),

@@ -677,7 +677,7 @@ def _refuse_overflow(move: float) -> None:
 
 def _is_flat(tensor: Any, shape: torch.Size) -> bool:
     """Return whether a tensor is surely real, contiguous memory of its own, of a shape; False where one must look."""
-    if type(tensor) not in PLAIN or tensor.shape != shape or tensor.layout is not torch.strided:
+    if type(tensor) not in PLAIN or tensor.shape != shape or tensor.layout is not torch.strided or tensor.is_meta:
         return False
     if not tensor.is_floating_point() or tensor._is_zerotensor() or not tensor.is_contiguous():
         return False
@@ -759,8 +759,12 @@ def _well_formed(incoming: Any) -> bool:
     return lists and all(isinstance(entry, Mapping) for entry in state.values())
 
 
-def _unfit_numbers(tensor: Tensor) -> str | None:
-    """Return why a tensor of state does not hold real numbers, None if it does."""
+def _unfit_numbers(tensor: Tensor, *, single: bool) -> str | None:
+    """Return why a tensor of state does not hold real numbers, or not a single one, None if it does."""
+    if single and tensor.numel() != 1:
+        return f"has shape {tuple(tensor.shape)}, must be one number"
+    if tensor.is_meta and type(tensor) in PLAIN:
+        return "is on meta, which holds no numbers"
     if is_plain(tensor) and tensor.is_floating_point() and has_memory(tensor):
         return None
     if tensor.layout is not torch.strided or tensor.is_complex():
@@ -795,7 +799,7 @@ def _vector_misfits(state: Mapping[str, Any], size: int, layout: str | None) -> 
     numbers = {name: state[name] for name in ("t", "H_diag") if state.get(name) is not None}
     numbers |= {f"{name}[{i}]": item for name in ("ro", "al") for i, item in enumerate(state.get(name) or [])}
     for name, value in (vectors | numbers).items():
-        if isinstance(value, Tensor) and (reason := _unfit_numbers(value)) is not None:
+        if isinstance(value, Tensor) and (reason := _unfit_numbers(value, single=name in numbers)) is not None:
             yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())

@@ -17,7 +17,7 @@ from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
 from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam
-from surefoot.tensors.memory import PLAIN
+from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -231,13 +231,16 @@ class Muon(Optimizer):
 def _kind(row: PreparedParam) -> Any:
     """What rows share whose directions are computed together; on the CPU nothing where a stack is no faster."""
     h, param, grad, state, _ = row
-    if type(param) not in PLAIN or (param.is_cpu and param.numel() > _LARGEST_STACKED):
+    listed = is_plain(param) and is_plain(state["momentum_buffer"])  # torch's lists take no negated ones
+    if not listed or (param.is_cpu and param.numel() > _LARGEST_STACKED):
         return None
     return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
 
 
 def _dtypes(row: PreparedParam) -> Any:
     h, param, grad, state, _ = row
+    if not is_plain(state["momentum_buffer"]):
+        return None
     return id(h), param.device, grad.dtype, state["momentum_buffer"].dtype
 
 
