@@ -26,6 +26,7 @@ from surefoot.dynamo import opaque
 from surefoot.errors import NotRestoredError
 from surefoot.rule import EMA, ENGINE_OPTIONS, STEP, AlgorithmSpec, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, storage, truth
+from surefoot.state.check import format_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.clipping import listed
@@ -419,9 +420,20 @@ class Optimizer(torch.optim.Optimizer):
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
         loss = self.evaluate(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check_again(group, param)
         with torch.no_grad():
             self._step_prepared(prepare_params(self._step_input()))
         return loss
+
+    def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
+        """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
+        try:
+            self.check_params([param])
+        except ValueError as error:
+            raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
     _prepared_step.is_prepared = True  # type: ignore[attr-defined]
 

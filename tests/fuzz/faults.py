@@ -267,6 +267,27 @@ CASES = {
     "matrices of muon that are negated lazily": Case(
         "muon", "default", (Kind(2, 0), Kind(2, 0)), (Round(moves=(("data negated lazily", 5, 6, 54),)),), seed=1
     ),
+    "lbfgs state of integers": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state of integers", 0, 0, 72),)), Round()), seed=1
+    ),
+    "muon of a matrix that became a vector": Case(
+        "muon", "default", (Kind(0, 0),), (Round(grads="some", moves=(("data of another shape", 0, 0, 1),)), Round())
+    ),
+    "parameters that overlap, one of them with state of a subclass": Case(
+        "averaged",
+        "foreach",
+        (Kind(0, 0), Kind(0, 0)),
+        (Round(), Round(moves=(("state of subclass", 1, 5, 42), ("data overlapping", 0, 8, 110)))),
+    ),
+    "adafactor with state that is negated lazily": Case(
+        "adafactor", "foreach", (Kind(0, 0),), (Round(), Round(moves=(("state zero or negated", 3, 7, 109),)))
+    ),
+    "count of adafactor that became an array": Case(
+        "adafactor", "foreach", (Kind(0, 0),), (Round(), Round(moves=(("scalar replaced", 4, 5, 19),)))
+    ),
+    "lbfgs state that is no number": Case(
+        "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state no tensor", 0, 3, 118),))), seed=1
+    ),
     "count of a sparse parameter that became complex": Case(
         "sparse adam", "default", (Kind(0, 0),), (Round(), Round(moves=(("scalar replaced", 7, 2, 54),)))
     ),

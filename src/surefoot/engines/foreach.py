@@ -17,7 +17,7 @@ from surefoot.engines.bucket import Bucket, Coefficients, overlap, reduce
 from surefoot.engines.eager import measure
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
-from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.memory import PLAIN, has_address
 
 __all__ = ["measure", "outputs", "prepare", "run", "schedule", "supports"]
 
@@ -41,7 +41,7 @@ def supports(bucket: Bucket) -> str | None:
     stored = list(chain(bucket.params, *bucket.slots))
     if any(type(tensor) in PLAIN and tensor.is_neg() for tensor in stored):
         return f"a parameter or its state is negated lazily, among {bucket.row_name(0)} and others"
-    if len(set(map(id, bucket.params))) == len(bucket.params) and all(map(is_plain, stored)):
+    if len(set(map(id, bucket.params))) == len(bucket.params) and all(map(has_address, stored)):
         return overlap(bucket, stored)
     return None
 

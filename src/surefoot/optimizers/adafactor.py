@@ -19,7 +19,7 @@ from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
 from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam
-from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
 _SECOND_MOMENTS = ("row_var", "col_var", "variance")
@@ -300,15 +300,16 @@ def _root(h: SimpleNamespace, squares: Tensor, whole: Tensor) -> Any:
 
 
 def _list_kind(row: PreparedParam) -> Any:
-    """Return what rows share that are stepped as lists; None for others: short dtypes, devices, shards, subclasses."""
+    """Return what rows share that are stepped as lists; None for others: short dtypes, devices, what is not plain."""
     h, param, grad, state, apart = row
-    dtype, first = param.dtype, state.get("variance", state.get("row_var"))
-    if apart or dtype not in _WIDE or grad.dtype is not dtype or first is None or first.dtype is not dtype:
+    moments = [state[name] for name in _SECOND_MOMENTS if state.get(name) is not None]
+    dtype = param.dtype
+    if apart or not param.is_cpu or dtype not in _WIDE or not moments:
         return None
-    if not param.is_cpu or type(param) not in PLAIN or type(grad) not in PLAIN or type(first) not in PLAIN:
+    if not all(tensor.dtype is dtype and is_plain(tensor) for tensor in (param, grad, *moments)):
         return None
     step = readable(h, state["step"])
-    return None if _is_tensor(step) else (id(h), dtype, step)  # a captured step reads no number
+    return (id(h), dtype, step) if isinstance(step, int | float) else None  # a captured step reads no number
 
 
 def _many_of_a_shape(rows: Sequence[PreparedParam]) -> set[torch.Size]:
@@ -376,9 +377,9 @@ def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
 
 def _kind(row: PreparedParam) -> Any:
     plain = [row.param, *(row.state[name] for name in _SECOND_MOMENTS if name in row.state)]
-    if not row.param.dim() or not all(map(is_plain, plain)):
-        return None
     step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]
+    if not row.param.dim() or not all(map(is_plain, plain)) or not isinstance(step, int | float | Tensor):
+        return None
     dtypes = (row.grad.dtype, *(moment if moment is None else moment.dtype for moment in moments))
     return id(row.h), row.param.shape, row.param.dtype, row.param.device, *dtypes, None if _is_tensor(step) else step
 

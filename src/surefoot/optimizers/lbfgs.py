@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import product
+from numbers import Real
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
@@ -759,16 +760,18 @@ def _well_formed(incoming: Any) -> bool:
     return lists and all(isinstance(entry, Mapping) for entry in state.values())
 
 
-def _unfit_numbers(tensor: Tensor, *, single: bool) -> str | None:
-    """Return why a tensor of state does not hold real numbers, or not a single one, None if it does."""
+def _unfit_numbers(tensor: Any, *, single: bool) -> str | None:
+    """Return why a value of state does not hold real numbers, or not a single one, None if it does."""
+    if not isinstance(tensor, Tensor):
+        return None if isinstance(tensor, Real | None) else f"is {type(tensor).__name__}, must be a number"
     if single and tensor.numel() != 1:
         return f"has shape {tuple(tensor.shape)}, must be one number"
     if tensor.is_meta and type(tensor) in PLAIN:
         return "is on meta, which holds no numbers"
     if is_plain(tensor) and tensor.is_floating_point() and has_memory(tensor):
         return None
-    if tensor.layout is not torch.strided or tensor.is_complex():
-        return f"is {tensor.dtype} of layout {tensor.layout}, must be dense and real"
+    if tensor.layout is not torch.strided or not tensor.is_floating_point():
+        return f"is {tensor.dtype} of layout {tensor.layout}, must be dense and of real floating-point numbers"
     return unfit_memory(tensor)
 
 
@@ -798,8 +801,9 @@ def _vector_misfits(state: Mapping[str, Any], size: int, layout: str | None) -> 
             yield f"state `{name}` has shape {tuple(vector.shape)}, but the parameters have {size} real elements in all"
     numbers = {name: state[name] for name in ("t", "H_diag") if state.get(name) is not None}
     numbers |= {f"{name}[{i}]": item for name in ("ro", "al") for i, item in enumerate(state.get(name) or [])}
-    for name, value in (vectors | numbers).items():
-        if isinstance(value, Tensor) and (reason := _unfit_numbers(value, single=name in numbers)) is not None:
+    known = {name: vector for name, vector in vectors.items() if isinstance(vector, Tensor)} | numbers
+    for name, value in known.items():
+        if (reason := _unfit_numbers(value, single=name in numbers)) is not None:
             yield f"state `{name}` {reason}"
     if len({len(items) for items in lists.values()}) > 1:
         yield "state " + ", ".join(f"`{name}` has length {len(items)}" for name, items in lists.items())
