@@ -266,7 +266,7 @@ def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
 
 
 def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
-    """Average gradients into the buffers and give what is to be made orthogonal."""
+    """Average gradients into the buffers and return what is to be made orthogonal."""
     h, buffers = batch[0].h, [row.state["momentum_buffer"] for row in batch]
     grads = [row.grad.to(buffer.dtype) for row, buffer in zip(batch, buffers, strict=True)]
     if len(batch) == 1:
