@@ -212,15 +212,22 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
     for step in range(STEPS):
         train(optimizer, ours, dtype, steps=[step])
         train(oracle, wide, dtype, steps=[step])
-        for tensor in row.slots_of(results(oracle, wide)).values():
-            tensor.copy_(tensor.to(dtype))
-    actual, expected = row.slots_of(results(optimizer, ours)), row.slots_of(results(oracle, wide))
-    expected = {name: value.to(dtype) for name, value in expected.items()}
-    if engine == "eager":
-        assert_same(actual, expected)
-    else:  # what differs in the last bit of float32 may round to either neighbour
-        assert_close(actual, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
-        assert (flat(actual) == flat(expected)).double().mean() > 0.99
+        actual, computed = row.slots_of(results(optimizer, ours)), row.slots_of(results(oracle, wide))
+        slow = {
+            name for slot in row.ours.slots if slot.slow for name in computed if name.startswith(f"{slot.name} of ")
+        }
+        expected = {name: value.to(dtype) for name, value in computed.items() if name not in slow}
+        nearest = {name: value for name, value in actual.items() if name not in slow}
+        if engine == "eager":
+            assert_same(nearest, expected)
+        else:  # what differs in the last bit of float32 may round to either neighbour
+            assert_close(nearest, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+            assert (flat(nearest) == flat(expected)).double().mean() > 0.99
+        for name in slow:  # rounded to one of two neighbours at random
+            between = computed[name].abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+            assert ((actual[name].float() - computed[name]).abs() <= between).all()
+        for name, value in actual.items():
+            computed[name].copy_(value)
     record_property("compared", f"{engine}: 16-bit parameters, with float32 rounded once a step")
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from surefoot.groups import parameter_groups as parameter_groups
     from surefoot.optimizer import Optimizer as Optimizer
     from surefoot.optimizers import *  # noqa: F403 (the one list of them)
+    from surefoot.precision import full_precision as full_precision
+    from surefoot.precision import full_precision_state_dict as full_precision_state_dict
     from surefoot.rule import Scalar as Scalar
     from surefoot.rule import Slot as Slot
     from surefoot.step.options import StepOptions as StepOptions
@@ -35,6 +37,8 @@ else:  # type checkers read no list that is put together
         "Slot",
         "StepOptions",
         "checkpoint",
+        "full_precision",
+        "full_precision_state_dict",
         "functional",
         "load",
         "lr_finder",
@@ -69,6 +73,8 @@ _MODULES = {
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
     "StepOptions": "surefoot.step.options",
+    "full_precision": "surefoot.precision",
+    "full_precision_state_dict": "surefoot.precision",
     "load": "surefoot.checkpoint",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",

@@ -31,11 +31,24 @@ class Default:
 class KernelOptions(StepOptions, total=False):
     """What no algorithm of torch.optim takes by position."""
 
-    state_dtype: Annotated[
-        torch.dtype | None,
+    rounding_seed: Annotated[int, Default(0), "what the random bits of stochastic rounding begin from"]
+    master_weight_bits: Annotated[
+        int | None,
         Default(None),
-        "dtype in which new state is stored, float32 beside 16-bit parameters for instance; the parameter's own if "
-        "None.  Arithmetic is in float32 or better either way.",
+        "24 or 32: keep a correction of 8 or 16 bits beside each bfloat16 or float16 parameter in the state, so that "
+        "both together hold its value in so many bits, while the model sees the rounded one.",
+    ]
+    rounding: Annotated[
+        str,
+        Default("nearest"),
+        'how bfloat16 and float16 parameters are stored: `"nearest"`, where steps of less than half the distance to '
+        'the next number are lost, or `"stochastic"`, where they count in the mean.',
+    ]
+    state_dtype: Annotated[
+        torch.dtype | str | None,
+        Default(None),
+        'dtype in which new state is stored, float32 beside 16-bit parameters for instance, or `"float8"`: 8 bits and '
+        "a scale for every 128 elements; the parameter's own if None.  Arithmetic is in float32 or better either way.",
     ]
     fused: Annotated[
         bool | None,

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from surefoot.constructor import complete_constructor
 from surefoot.dynamo import opaque
 from surefoot.errors import NotRestoredError
-from surefoot.rule import EMA, ENGINE_OPTIONS, STEP, AlgorithmSpec, Scalar, Slot, Sparse
-from surefoot.rule.hyperparameters import Check, storage, truth
+from surefoot.rule import EMA, ENGINE_OPTIONS, ROUNDING_STEP, STEP, AlgorithmSpec, Scalar, Slot, Sparse
+from surefoot.rule.hyperparameters import Check, check_storage, truth
 from surefoot.state.check import format_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
@@ -40,6 +40,7 @@ from surefoot.step.options import (
     check_changed,
     check_group_options,
     group_ranges,
+    refuse_short,
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
@@ -260,7 +261,9 @@ class Optimizer(torch.optim.Optimizer):
                 check(name, group[name])
         for name in {"maximize", *ENGINE_OPTIONS, *cls.flags} - set(cls.ranges):
             truth(name, group.get(name))
-        storage("state_dtype", group.get("state_dtype"))
+        check_storage(group)
+        if not cls.is_rule():
+            refuse_short(cls.__name__, group)
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
@@ -743,7 +746,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
     return AlgorithmSpec(
         name=cls.__name__,
         slots=cls.slots,
-        scalars=cls.scalars,
+        scalars=_scalars(cls),
         flags=cls.flags,
         update=cls.update if cls.is_rule() else None,
         rows_suffice=cls.rows_suffice,
@@ -755,6 +758,12 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         own_options=frozenset(_own_options(cls)),
         constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
     )
+
+
+def _scalars(cls: type[Optimizer]) -> tuple[Scalar, ...]:
+    """Return the numbers that a class keeps for each parameter: its own, and if it counts no steps a count of ours."""
+    counts = STEP in cls.scalars or not cls.is_rule()
+    return cls.scalars if counts else (*cls.scalars, ROUNDING_STEP)
 
 
 def _own_options(cls: type[Optimizer]) -> set[str]:

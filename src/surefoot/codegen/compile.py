@@ -92,6 +92,20 @@ def _machine() -> Any:
 
 def _compile(source: str) -> bytes:
     """Return a source compiled to object code that holds `entry`."""
+    machine, module = _optimized(source)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def assembly(source: str) -> str:
+    """Return a source compiled to what a processor's manual calls its instructions."""
+    machine, module = _optimized(source)
+    text: str = machine.emit_assembly(module)
+    return text
+
+
+def _optimized(source: str) -> tuple[Any, Any]:
+    """Return the machine that this process runs on, and a source as LLVM's passes leave it."""
     import llvmlite.binding as llvm  # noqa: PLC0415
 
     machine = _machine()
@@ -108,8 +122,7 @@ def _compile(source: str) -> bytes:
         if not function.is_declaration:
             order.run(function, builder)
     builder.getModulePassManager().run(module, builder)
-    code: bytes = machine.emit_object(module)
-    return code
+    return machine, module
 
 
 def _link(code: bytes) -> int:

@@ -1,15 +1,19 @@
 """The language of kernels, a small part of Python, lowered to LLVM IR.
 
 A source is read as Python reads it and means what it means there, but for types.  Statements outside of functions are
-executed, and give constants.  A function is compiled for the types it is called with: int64 (an address too), int32,
-uint16, uint32, uint64, float32, float64, bool, and arrays of these.  Two numbers that are combined must have one type;
-constants take that of the other, a bool becomes an integer beside one.  A variable keeps the type of its first value.
+executed, and give constants.  A function is compiled for the types it is called with: int64 (an address too), int8,
+int16, int32, uint8, uint16, uint32, uint64, float32, float64, bool, and arrays of these.  Two numbers that are combined
+must have one type; constants take that of the other, a bool becomes an integer beside one.  A variable keeps the type
+of its first value.
 There are no exceptions, and integers do not grow.  Beside `range`, `min`, `max` and `abs` there are:
 
     float32(x)            x as another type (also of the other types)
     array(address, type)  what stands at an address; `a[i]` loads and stores
+    buffer(type, n)       n elements of this call's own
     call(type, f, ...)    the C function at address f, on words; `call(None, f, ...)` for one without a result
     narrow_vectors()      this function computes in vectors of 256 bits
+    wide_vectors()        in vectors of 512 bits, where the processor has them
+    separate_arrays()     no two arrays that this function is handed overlap
     not_inlined()         this function is not copied into those that call it
     math.sqrt(x), ...     functions of floats, and all intrinsics
 """
@@ -50,12 +54,16 @@ Operand = Value | float  # what is known already is a number of Python
 
 BOOL, INT64 = Type("bool", "i1", 1), Type("int64", "i64", 64, signed=True)
 FLOAT32, FLOAT64 = Type("float32", "float", 32, is_float=True), Type("float64", "double", 64, is_float=True)
-INT32, *_UNSIGNED = Type("int32", "i32", 32, signed=True), *(Type(f"uint{n}", f"i{n}", n) for n in (16, 32, 64))
-TYPES = {kind.name: kind for kind in (BOOL, INT32, INT64, *_UNSIGNED, FLOAT32, FLOAT64)}
+_SIGNED = [Type(f"int{n}", f"i{n}", n, signed=True) for n in (8, 16, 32)]
+_UNSIGNED = [Type(f"uint{n}", f"i{n}", n) for n in (8, 16, 32, 64)]
+TYPES = {kind.name: kind for kind in (BOOL, INT64, *_SIGNED, *_UNSIGNED, FLOAT32, FLOAT64)}
 
 # Products and sums may become one operation, which rounds once; all else is as IEEE 754 says.
 _FLOAT_OPS = {ast.Add: "fadd contract", ast.Sub: "fsub contract", ast.Mult: "fmul contract", ast.Div: "fdiv contract"}
-_INT_OPS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.LShift: "shl", ast.BitAnd: "and", ast.BitOr: "or"}
+_INT_OPS = {
+    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.LShift: "shl", ast.BitAnd: "and", ast.BitOr: "or",
+    ast.BitXor: "xor",
+}  # fmt: skip
 _COMPARISONS = {ast.Eq: "eq", ast.NotEq: "ne", ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge"}
 _OF_CONSTANTS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
@@ -127,7 +135,7 @@ class _Function:
         self._slots: list[str] = []
         self._count, self._block, self._open = 0, "begin", True
         self._loops: list[tuple[str, str]] = []  # where `continue` and `break` go
-        self._attributes = "nounwind"
+        self._attributes, self._of_arrays = "nounwind", ""
 
     def define(self) -> str:
         """Compile the function and return its definition."""
@@ -136,7 +144,7 @@ class _Function:
             self._set(argument.name.removeprefix("%"), argument)
         self._do(self._definition.body)
         self._emit("ret void" if self.result is None else "unreachable")
-        parameters = ", ".join(f"{kind.llvm} {name}" for kind, name in arguments)
+        parameters = ", ".join(f"{kind.llvm}{self._of_arrays * bool(kind.element)} {name}" for kind, name in arguments)
         result = self.result.llvm if self.result else "void"
         head = f"define internal {result} @{self._definition.name}({parameters}) {self._attributes} {{\nbegin:"
         return "\n".join([head, *self._slots, *self._code, "}\n"])
@@ -450,6 +458,11 @@ class _Function:
         kind = Type(f"array of {element.name}", "ptr", 64, element=element)
         return self._value(kind, f"inttoptr i64 {address.name} to ptr")
 
+    def _call_buffer(self, element: Type, count: int) -> Value:
+        self._count += 1
+        self._slots.append(f"%buffer{self._count} = alloca [{count} x {element.llvm}], align 64")
+        return Value(Type(f"array of {element.name}", "ptr", 64, element=element), f"%buffer{self._count}")
+
     def _call_call(self, result: Type | None, address: Value, *arguments: Operand) -> Value | None:
         given = ", ".join(f"i64 {self._as(INT64, argument)}" for argument in arguments)
         function = self._value(INT64, f"inttoptr i64 {address.name} to ptr").name
@@ -457,6 +470,12 @@ class _Function:
 
     def _call_narrow_vectors(self) -> None:
         self._attributes += ' "prefer-vector-width"="256"'
+
+    def _call_wide_vectors(self) -> None:
+        self._attributes += ' "prefer-vector-width"="512"'
+
+    def _call_separate_arrays(self) -> None:
+        self._of_arrays = " noalias"
 
     def _call_not_inlined(self) -> None:
         self._attributes += " noinline"

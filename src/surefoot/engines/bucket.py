@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import Reduction, Rule
-from surefoot.storage import Format, format_of
-from surefoot.tensors.gate import Arrays, admit
-from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
+from surefoot.engines.identity import Identity
+from surefoot.rule import ROUNDING_STEP, Reduction, Rule
+from surefoot.storage import BLOCK, Format, decode, encode, format_of, random_bits
+from surefoot.tensors.gate import Arrays, admit, admit_scales
+from surefoot.tensors.memory import PLAIN, is_plain, same_dense_layout, shared_memory
 from surefoot.tensors.modes import mode_is_active
 
 Coefficients = Mapping[str, Any]
@@ -24,11 +25,14 @@ def unsupported_reasons(bucket: "Bucket", stores: Callable[[Format], bool]) -> I
         yield "kernels carry no gradients through the step"
     if mode_is_active():
         yield "a mode or transform is active that must see torch's operations, which kernels do not show"
-    if not stores(format_of(bucket.dtype)) or not stores(format_of(bucket.grads[0].dtype)):
-        yield f"kernels do not know {bucket.dtype} parameters with {bucket.grads[0].dtype} gradients"
+    param, *slots = bucket.kept
+    if not stores(param) or not stores(format_of(bucket.grads[0].dtype)):
+        yield f"kernels do not know {param.name} parameters with {bucket.grads[0].dtype} gradients"
     stored = list(chain(bucket.params, *bucket.slots))
-    if unknown := {t.dtype for t in stored if not stores(format_of(t.dtype))} - {bucket.dtype}:
-        yield f"kernels do not know state of {min(map(str, unknown))}"
+    if unknown := {kept.name for kept in slots if not stores(kept)}:
+        yield f"kernels do not know state of {min(unknown)}"
+    if bucket.is_rounded and any(who.first is None for who in bucket.identities):
+        yield "parameters are divided over ranks within their rows, whose elements rounding numbers one by one"
     unusual = next((t for t in (*stored, *bucket.grads) if type(t) not in PLAIN), None)
     if unusual is not None:
         yield f"{type(unusual).__name__} is not a plain tensor"
@@ -110,6 +114,10 @@ class Bucket:
         measured: what the last run has measured, for each parameter and each of `rule.reductions`: float64, on the
             parameters' device.
         found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
+        formats: those of the parameters and of each slot, if they are not the tensors' dtypes.
+        parts: what stands beside the tensors of these formats that have a second one, in their order, format by format.
+        identities: who the parameters are to random bits, where values are rounded by them.
+        seed: what random bits begin from.
     """
 
     rule: Rule
@@ -124,6 +132,29 @@ class Bucket:
     plan: Any = None
     measured: Tensor | None = None
     found_inf: Tensor | None = None
+    formats: tuple[Format, ...] = ()
+    parts: list[list[Tensor]] = field(default_factory=list)
+    identities: Sequence[Identity] = ()
+    seed: int = 0
+
+    @property
+    def kept(self) -> tuple[Format, ...]:
+        """Formats of the parameters and of each slot."""
+        return self.formats or tuple(format_of(column[0].dtype) for column in (self.params, *self.slots) if column)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Return whether values are rounded by random bits."""
+        return any(kept.stochastic for kept in self.formats)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether all tensors are their values, rounded to nearest."""
+        return all(kept.is_plain for kept in self.formats)
+
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """Return the tensors that a step writes: parameters, slots, and what stands beside them."""
+        return (self.params, *self.slots, *self.parts)
 
     @property
     def device(self) -> torch.device:
@@ -146,20 +177,80 @@ class Bucket:
         Raises:
             RuntimeError: a tensor's memory is not what a kernel would take it for; see `tensors.gate.admit`.
         """
-        prefixes = ("", "the gradient of ", *(f"state `{slot.name}` of " for slot in self.rule.slots))
-        arrays = admit((self.params, self.grads, *self.slots), prefixes, self.row_name)
+        prefixes = ["", "the gradient of ", *(f"state `{slot.name}` of " for slot in self.rule.slots)]
+        columns = [self.params, self.grads, *self.slots]
+        for kept, part in self._parted():
+            if kept.correction:
+                columns.append(part)
+                prefixes.append("the correction of ")
+        arrays = admit(columns, prefixes, self.row_name)
         self.gradient_addresses = arrays.addresses[1]
+        for position, (slot, kept) in enumerate(zip(self.rule.slots, self.kept[1:], strict=False), 1):
+            if kept.code:
+                prefix = f"the scale of state `{slot.name}` of "
+                arrays = admit_scales(arrays, self.part_of(position) or [], BLOCK, prefix, self.row_name)
+        if any(kept.code for kept in self.formats):  # blocks are of elements in C order
+            in_order = [all(tensor.is_contiguous() for tensor in row) for row in zip(*columns, strict=True)]
+            return arrays._replace(flat=arrays.flat & np.array(in_order, dtype=bool))
         return arrays
 
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-        """Yield param, grad and slots of one parameter after the other."""
-        slots = zip(*self.slots, strict=True) if self.slots else ((),) * len(self.params)
-        return zip(self.params, self.grads, slots, strict=True)
+    def _parted(self) -> Iterator[tuple[Format, list[Tensor]]]:
+        """Yield the formats that have a second tensor, each with these tensors."""
+        return zip((kept for kept in self.formats if kept.part), self.parts, strict=True)
 
-    def rows(self) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...], Coefficients]]:
-        """Yield param, grad, slots and coefficients of one parameter after the other."""
-        for tensors, row in zip(self.tensors(), self.row, strict=True):
-            yield *tensors, self.coefficients[row]
+    # Values, whatever format they are kept in
+
+    def part_of(self, position: int) -> list[Tensor] | None:
+        """Return what stands beside the parameters (position 0) or a slot (its number from 1), if anything does."""
+        before = sum(kept.part is not None for kept in self.formats[:position])
+        return self.parts[before] if self.formats and self.formats[position].part else None
+
+    def load(self, row: int) -> list[Tensor]:
+        """Return the values of a parameter, its gradient and its slots in the dtype of the arithmetic."""
+        loaded = []
+        for position, (kept, column) in enumerate(zip(self.kept, (self.params, *self.slots), strict=True)):
+            part = self.part_of(position)
+            loaded.append(decode(kept, column[row], None if part is None else part[row]).to(self.compute_dtype))
+        return [loaded[0], self.grads[row].to(self.compute_dtype), *loaded[1:]]
+
+    def encode(self, row: int, values: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the tensors that a step writes of a parameter, each beside what it is to become.
+
+        Args:
+            row: the parameter's position.
+            values: its new value and those of its slots.
+        """
+        drawn = count()
+        step = self.coefficients[self.row[row]].get(ROUNDING_STEP.name)
+        elements = self.element_numbers(row) if self.is_rounded else None
+        for position, (kept, value, written) in enumerate(zip(self.kept, values, self.rule.written, strict=False)):
+            if not written:
+                continue
+            random = None
+            if kept.stochastic and elements is not None:
+                random = random_bits(self.seed, self.identities[row].number, step, elements, next(drawn))
+            part = self.part_of(position)
+            targets = [(self.params, *self.slots)[position], *([] if part is None else [part])]
+            yield from zip((column[row] for column in targets), encode(kept, value, random), strict=True)
+
+    def store(self, row: int, values: Sequence[Tensor]) -> None:
+        """Write the new value of a parameter and those of its slots."""
+        for target, value in self.encode(row, values):
+            if value is not target:
+                target.copy_(value)
+
+    def element_numbers(self, row: int) -> Tensor:
+        """Return the numbers of a parameter's elements to random bits.
+
+        They count in the order of memory where all tensors of the row have the same, so that kernels pass over them as
+        they are, and in C order otherwise.
+        """
+        param, who = self.params[row], self.identities[row]
+        numbers = who.numbers(param)
+        corrections = [part for kept, part in self._parted() if kept.correction]
+        tensors = [column[row] for column in (self.params, self.grads, *self.slots, *corrections)]
+        in_order = any(kept.code for kept in self.formats) or who.first is None or not same_dense_layout(tensors)
+        return numbers if in_order else numbers.as_strided(param.shape, param.stride())
 
     def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
         """Yield the positions of the parameters that share coefficients, and those."""

@@ -31,22 +31,19 @@ def run(bucket: Bucket) -> None:
     With `differentiable`, the rule works on clones: what autograd keeps for the backward pass is then never
     overwritten by the results.
     """
-    measured = []
-    for results, (param, _, slots, _) in zip(evaluate_rows(bucket), bucket.rows(), strict=True):
-        targets = (param, *slots)
+    measured, stored = [], 1 + len(bucket.slots)
+    for row, results in enumerate(evaluate_rows(bucket)):
         if bucket.rule.reductions:
-            measured.append(reduce(bucket.rule.reductions, results[len(targets) :]))
-        for target, value in zip(targets, results[: len(targets)], strict=True):
-            if value is not target:
-                target.copy_(value)
+            measured.append(reduce(bucket.rule.reductions, results[stored:]))
+        bucket.store(row, results[:stored])
     bucket.measured = torch.stack(measured) if measured else None
 
 
 def measure(bucket: Bucket, rule: Rule) -> Tensor:
     """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
-    dtype, stored, measured = bucket.compute_dtype, 1 + len(rule.slots), []
-    for row, (param, grad, slots) in enumerate(bucket.tensors()):
-        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots[: len(rule.slots)])]
+    stored, measured = 1 + len(rule.slots), []
+    for row in range(len(bucket.params)):
+        inputs = bucket.load(row)[: 1 + stored]
         numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
         measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
     return torch.stack(measured)
@@ -54,13 +51,12 @@ def measure(bucket: Bucket, rule: Rule) -> Tensor:
 
 def evaluate_rows(bucket: Bucket) -> Iterator[tuple[Tensor, ...]]:
     """Yield what the rule gives for each parameter of the bucket, and change nothing."""
-    dtype = bucket.compute_dtype
     differentiable = bool(bucket.options.get("differentiable"))
-    for param, grad, slots, coefficients in bucket.rows():
-        inputs = [tensor.to(dtype) for tensor in (param, grad, *slots)]
+    for row, numbers_row in enumerate(bucket.row):
+        inputs = bucket.load(row)
         if differentiable:
             inputs = [tensor.clone() for tensor in inputs]
-        numbers = [coefficients[name] for name in bucket.rule.coefficients]
+        numbers = [bucket.coefficients[numbers_row][name] for name in bucket.rule.coefficients]
         yield evaluate(bucket.rule.graph, [*inputs, *numbers])
 
 

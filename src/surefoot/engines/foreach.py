@@ -5,7 +5,7 @@ or a slot on the way to its own new value, when nobody reads it later.  Gradient
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -54,16 +54,14 @@ def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
     rows: dict[int, Tensor] = {}
     for positions, coefficients in bucket.by_coefficients():
-        stored = [[tensors[i] for i in positions] for tensors in (bucket.params, bucket.grads, *bucket.slots)]
-        rows.update(zip(positions, _run_list(bucket, stored, coefficients), strict=False))
+        rows.update(zip(positions, _run_list(bucket, positions, coefficients), strict=False))
     bucket.measured = torch.stack([rows[i] for i in range(len(bucket.params))]) if rows else None
 
 
-def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients) -> list[Tensor]:
-    """Run the schedule over lists whose tensors share their coefficients; give what is measured of each."""
-    dtype = bucket.compute_dtype
+def _run_list(bucket: Bucket, positions: Sequence[int], coefficients: Coefficients) -> list[Tensor]:
+    """Run the schedule over the tensors at some positions, which share their coefficients; return what is measured."""
     graph = bucket.rule.graph
-    working = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
+    working = list(map(list, zip(*map(bucket.load, positions), strict=True)))
     numbers = [coefficients[name] for name in bucket.rule.coefficients]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(inputs, [*working, *numbers], strict=True))
@@ -71,9 +69,15 @@ def _run_list(bucket: Bucket, stored: list[Tensors], coefficients: Coefficients)
         values[call.node] = _apply(call, [values[a] if isinstance(a, fx.Node) else a for a in call.node.args])
         for node in call.last_read:
             del values[node]
-    targets, results = [stored[0], *stored[2:]], outputs(graph)
+    targets, results = [[column[i] for i in positions] for column in (bucket.params, *bucket.slots)], outputs(graph)
     extra = zip(*(values[result] for result in results[len(targets) :]), strict=True)
     measured = [reduce(bucket.rule.reductions, tensors) for tensors in extra]
+    if not bucket.is_plain:
+        for row, new in zip(
+            positions, zip(*(values[result] for result in results[: len(targets)]), strict=True), strict=True
+        ):
+            bucket.store(row, new)
+        return measured
     for target, result in zip(targets, results, strict=False):
         if any(kept is not new for kept, new in zip(target, values[result], strict=True)):
             torch._foreach_copy_(target, values[result])

@@ -41,7 +41,8 @@ def run(optimizer: Optimizer, step: StepInput) -> None:
 
 def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:
     """Return the slots that exist under a group's flags, and the scalars."""
-    return (*spec.active_slots(dict(spec.settle_flags(group))), *spec.scalars)
+    flags = dict(spec.settle_flags(group))
+    return (*spec.active_slots(flags), *spec.active_scalars(flags))
 
 
 def begins_with_nothing(spec: AlgorithmSpec, group: Mapping[str, Any]) -> bool:

@@ -78,7 +78,7 @@ class Arguments:
     def of(cls, kind: Callable[..., Optimizer], names: Sequence[str]) -> "Arguments":
         """Find what arguments of these names are to an algorithm."""
         optimizer = kind([torch.zeros(1, 1)])
-        stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.scalars)
+        stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.active_scalars({}))
         candidates = {each: _LISTS.get(each.name, (f"{each.name}s",)) for each in stored}
         lists = {each: next(name for name in found if name in names) for each, found in candidates.items()}
         tuples = {whole: parts for whole, parts in _TUPLES.items() if set(parts) <= set(names)}

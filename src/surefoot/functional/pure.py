@@ -264,7 +264,7 @@ def _evaluated(
         new = dict(entry)
         for name, value in zip(names, values[1:], strict=False):
             new[name] = _stored(value, entry[name])
-        for scalar, value in zip(made.spec.scalars, scalars, strict=True):
+        for scalar, value in zip(made.bucket.rule.scalars, scalars, strict=True):
             new[scalar.name] = _stored_scalar(value, entry[scalar.name])
         yield param, (_stored(values[0], param), new)
 

@@ -50,7 +50,7 @@ class Adadelta(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("square_avg"), Slot("acc_delta"))
+    slots = (Slot("square_avg", signed=False, slow=True), Slot("acc_delta", signed=False, slow=True))
     flags = ("weight_decay",)
 
     @staticmethod

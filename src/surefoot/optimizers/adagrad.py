@@ -55,7 +55,7 @@ class Adagrad(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("sum", init="initial_accumulator_value"),)
+    slots = (Slot("sum", init="initial_accumulator_value", signed=False, slow=True),)
     flags = ("weight_decay",)
     sparse = Sparse.ROWS
     state_at_construction = True

@@ -63,7 +63,11 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", when="amsgrad"))
+    slots = (
+        Slot("exp_avg"),
+        Slot("exp_avg_sq", signed=False, slow=True),
+        Slot("max_exp_avg_sq", when="amsgrad", signed=False),
+    )
     flags = ("amsgrad", "weight_decay", "decoupled_weight_decay")
     instead_of_sparse = ", please consider SparseAdam instead"
 

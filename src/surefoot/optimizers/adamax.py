@@ -49,7 +49,7 @@ class Adamax(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("exp_avg"), Slot("exp_inf"))
+    slots = (Slot("exp_avg"), Slot("exp_inf", signed=False, slow=True))
     flags = ("weight_decay",)
 
     @staticmethod

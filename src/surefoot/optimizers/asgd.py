@@ -56,7 +56,7 @@ class ASGD(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("ax"),)
+    slots = (Slot("ax", float8=False),)
     scalars = (STEP, Scalar("eta", init="lr"), Scalar("mu", init=1.0))
     flags = ("weight_decay",)
 

@@ -58,7 +58,7 @@ class NAdam(Optimizer):
         super().__init__(params, arguments(locals()))
 
     scalars = (STEP, Scalar("mu_product", init=1.0))
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
     flags = ("weight_decay", "decoupled_weight_decay")
 
     @staticmethod

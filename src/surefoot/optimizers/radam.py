@@ -54,7 +54,7 @@ class RAdam(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("exp_avg"), Slot("exp_avg_sq"))
+    slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
     flags = ("weight_decay", "decoupled_weight_decay")
 
     @staticmethod

@@ -65,7 +65,12 @@ class RMSprop(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("square_avg"), Slot("momentum_buffer", when="momentum"), Slot("grad_avg", when="centered"))
+    slots = (
+        # Centered, the square of one is taken from the other, of which 8 bits leave nothing.
+        Slot("square_avg", signed=False, slow=True, float8="centered"),
+        Slot("momentum_buffer", when="momentum"),
+        Slot("grad_avg", when="centered", float8=False),
+    )
     flags = ("momentum", "centered", "weight_decay")
 
     @staticmethod

@@ -57,7 +57,7 @@ class Rprop(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("prev"), Slot("step_size", init="lr"))
+    slots = (Slot("prev"), Slot("step_size", init="lr", signed=False, float8=False))
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:

@@ -3,14 +3,28 @@
 Nothing here runs a rule on tensors; that is the engines' part.
 """
 
-from surefoot.rule.declare import EMA, STEP, Reduction, Scalar, Slot, Sparse, narrow, scalar_dtype
-from surefoot.rule.spec import ENGINE_OPTIONS, AlgorithmSpec, Flags
+from surefoot.rule.declare import (
+    EMA,
+    FLOAT8,
+    ROUNDING_STEP,
+    STEP,
+    Reduction,
+    Scalar,
+    Slot,
+    Sparse,
+    narrow,
+    scalar_dtype,
+)
+from surefoot.rule.spec import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
 from surefoot.rule.trace import TELEMETRY, Rule, bind, gradient_rule
 
 __all__ = [
     "EMA",
     "ENGINE_OPTIONS",
+    "FLOAT8",
+    "ROUNDING_STEP",
     "STEP",
+    "STORAGE_OPTIONS",
     "TELEMETRY",
     "AlgorithmSpec",
     "Flags",

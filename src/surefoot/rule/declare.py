@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.tensors.shards import full_for, is_sharded
+from surefoot.storage import BLOCK
+from surefoot.tensors.shards import full_for, has_whole_blocks, is_sharded
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Slot:
         shape: shape of the slot for a parameter, None where this parameter does not have the slot;
             the parameter's own shape by default.
         wide: whether it is kept in at least float32, whatever the parameter's dtype.
+        signed: whether its values may be negative.
+        slow: whether a step may change it by less than half the distance of two 16-bit numbers, as a moving average of
+            squares: such slots are rounded stochastically in 16 bits, or they would stand still.
+        float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
     """
 
     name: str
@@ -31,18 +36,41 @@ class Slot:
     init: float | str = 0.0
     shape: Callable[[Tensor], torch.Size | None] | None = None
     wide: bool = False
+    signed: bool = True
+    slow: bool = False
+    float8: bool | str = True
 
     def shape_for(self, param: Tensor) -> torch.Size | None:
         """Shape of this slot for `param`."""
         return param.shape if self.shape is None else self.shape(param)
 
+    def takes_float8(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether the slot of a parameter is made in 8 bits where the group asks for that.
+
+        It is not where the algorithm could not work with it; where there is little to save, in tensors of at most 4096
+        elements, which are norms and biases, sensitive to rounding; and where the ranks that share a parameter would
+        cut through blocks.
+        """
+        if isinstance(self.float8, str) and group.get(self.float8):
+            return False
+        whole = self.float8 and not self.wide and self.shape is None and not param.is_complex()
+        return bool(whole) and param.numel() > SMALL and (not is_sharded(param) or has_whole_blocks(param, BLOCK))
+
+    def dtype_for(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+        """Return the dtype in which a new slot of a parameter is kept if it is a plain tensor."""
+        asked: Any = group.get("state_dtype")
+        dtype: torch.dtype = torch.float32 if asked == FLOAT8 else asked or param.dtype
+        dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
+        return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+
     def new(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """Make the slot for `param`, on its device, in its dtype (or the group's `state_dtype`) and memory format."""
+        """Make the slot for `param`, on its device and in its memory format, as a plain tensor.
+
+        Its dtype is the parameter's, or the group's `state_dtype`; float32 where that is `"float8"`.
+        """
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
         value = complex(start, start) if param.is_complex() else start
-        dtype = group.get("state_dtype") or param.dtype
-        dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
-        dtype = dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+        dtype = self.dtype_for(param, group)
         if self.shape is None:
             made = torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             return made if (carried := _carrying_gradients(self.init, group)) is None else made.zero_() + carried
@@ -61,11 +89,13 @@ class Scalar:
         name: its key.
         init: its initial value: a number, or the name of a hyperparameter.
         integer: kept as a Python int rather than as a tensor.
+        when: the flag that must be true for the scalar to exist; always, if None.
     """
 
     name: str
     init: float | str = 0.0
     integer: bool = False
+    when: str | None = None
 
     def new(self, group: Mapping[str, Any], device: torch.device) -> Tensor | int:
         """Make the scalar with its initial value."""
@@ -102,6 +132,12 @@ class Reduction:
 
 
 STEP = Scalar("step")
+ROUNDING_STEP = Scalar("rounding_step", when="rounded")
+"""Counts the steps of algorithms that do not count them, where values are rounded stochastically."""
+FLOAT8 = "float8"
+"""The `state_dtype` of floats of 8 bits."""
+SMALL = 4096
+"""Elements of a tensor up to which its state is not kept in 8 bits."""
 EMA = Slot("ema", when="ema", wide=True)
 """The exponential moving average of a parameter, which every optimizer keeps in its pass where `ema=` asks for it."""
 

@@ -5,7 +5,7 @@ The first words of every message are those of torch.optim; then follows what is 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Annotated, Any
@@ -132,13 +132,46 @@ def finite(name: str, low: float = 0.0) -> Interval:
     return Interval(f"Invalid {name} value: ", low=low, low_open=low == -math.inf, high_open=True)
 
 
-def storage(name: str, value: Any) -> None:
-    """Raise unless `value` is None or a dtype in which state can be stored."""
-    if value is not None and value not in _STORAGE:
-        raise ValueError(f"`{name}` must be None or one of {', '.join(map(str, _STORAGE))}, but got {value!r}")
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of some values, or None where that is among them."""
+    if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
+        raise ValueError(f"`{name}` must be {_listed(allowed)}, but got {value!r}")
 
 
-_STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+def _listed(allowed: Sequence[Any]) -> str:
+    *most, last = ["None" if each is None else repr(each) for each in allowed]
+    return f"{', '.join(most)} or {last}"
+
+
+STORAGE: Mapping[str, tuple[Any, ...]] = {
+    "state_dtype": (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, "float8"),
+    "rounding": (None, "nearest", "stochastic"),
+    "master_weight_bits": (None, 24, 32),
+}
+"""What options of storage may be."""
+
+
+def check_storage(group: Mapping[str, Any]) -> None:
+    """Raise when an option of storage is not what it may be.
+
+    Raises:
+        ValueError: it is another value, or gradients cannot flow through what it asks for.
+        TypeError: the seed is no whole number.
+    """
+    for name, allowed in STORAGE.items():
+        one_of(name, group.get(name), allowed)
+    seed = group.get("rounding_seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63):
+        raise ValueError(f"`rounding_seed` must be a whole number in [0, 2**63), but got {seed!r}")
+    if group.get("differentiable"):
+        short = {"state_dtype": "float8", "rounding": "stochastic"}
+        asked = [name for name, value in short.items() if group.get(name) == value]
+        asked += ["master_weight_bits"] * bool(group.get("master_weight_bits"))
+        if asked:
+            raise ValueError(
+                f"gradients cannot flow through `{asked[0]}={group[asked[0]]!r}`; leave it out, or `differentiable`"
+            )
+
 
 LR = Interval("Invalid learning rate: ", high_open=True)
 EPS = at_least_zero("epsilon")

@@ -11,6 +11,7 @@ from surefoot.tensors.modes import has_no_values
 
 Flags = tuple[tuple[str, bool], ...]
 COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
+STORAGE_OPTIONS = ("state_dtype", "rounding", "master_weight_bits", "rounding_seed")
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -61,6 +62,10 @@ class AlgorithmSpec:
     def active_slots(self, flags: Mapping[str, bool]) -> tuple[Slot, ...]:
         """Return the slots that exist under settled flags."""
         return tuple(slot for slot in self.all_slots if slot.when is None or flags[slot.when])
+
+    def active_scalars(self, flags: Mapping[str, bool]) -> tuple[Scalar, ...]:
+        """Return the scalars that exist under settled flags."""
+        return tuple(scalar for scalar in self.scalars if scalar.when is None or flags.get(scalar.when))
 
     def settle_flags(self, group: Mapping[str, Any]) -> Flags:
         """Return the flags of a group: the truth of each hyperparameter that shapes the computation."""

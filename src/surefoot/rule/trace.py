@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from surefoot.errors import RuleError
-from surefoot.rule.declare import EMA, Reduction, Slot
+from surefoot.rule.declare import EMA, ROUNDING_STEP, Reduction, Scalar, Slot
 from surefoot.rule.passes import run_passes
 from surefoot.rule.spec import AlgorithmSpec, Flags
 
@@ -33,6 +33,7 @@ class Rule:
         coefficients: names of the numbers that the graph takes, in the order of its placeholders.
         graph: the update as operations; it returns the parameter, the slots and then what is measured.
         reductions: what is measured.
+        scalars: the numbers that a parameter has under these flags.
     """
 
     name: str
@@ -41,6 +42,20 @@ class Rule:
     coefficients: tuple[str, ...]
     graph: fx.Graph
     reductions: tuple[Reduction, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Return whether the update changes anything."""
+        return any(self.written)
+
+    @functools.cached_property
+    def written(self) -> tuple[bool, ...]:
+        """Of the parameter and of each slot, whether the update changes it."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        results = next(iter(reversed(self.graph.nodes))).args[0]
+        own = (inputs[0], *inputs[2 : 2 + len(self.slots)])
+        return tuple(result is not node for result, node in zip(results, own, strict=False))
 
 
 class _Tracer(fx.Tracer):
@@ -114,9 +129,9 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     coefficients: Any = _Coefficients(tracer)
     unscaled = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
     grad = _clipped(unscaled, coefficients, settled)
-    slots = [inputs.get(slot.name) for slot in spec.slots]
+    given = [inputs.get(slot.name) for slot in spec.slots]
     try:
-        returned = update(inputs["param"], grad, *slots, coefficients, SimpleNamespace(**settled))
+        returned = update(inputs["param"], grad, *given, coefficients, SimpleNamespace(**settled))
     except TypeError as error:  # torch's own, of arguments that it takes no symbols for
         raise RuleError(f"{_place(error, tracer.file)}: {str(error).partition(', but expected')[0]}") from error
     outputs = _outputs(spec, returned, active)
@@ -124,10 +139,13 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
         new: Any = outputs[0]
         average: Any = torch.lerp(inputs[EMA.name], new, coefficients.step_ema_weight)
         outputs.append(average)
+    if settled.get("rounded"):
+        getattr(coefficients, ROUNDING_STEP.name)  # which engines read, and not the rule
     measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
     tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
     run_passes(tracer.graph, 1 + len(active) + len(averaged))
-    return Rule(spec.name, flags, (*active, *averaged), coefficients.names(), tracer.graph, tuple(measured))
+    slots, scalars = (*active, *averaged), spec.active_scalars(settled)
+    return Rule(spec.name, flags, slots, coefficients.names(), tracer.graph, tuple(measured), scalars)
 
 
 def _place(error: BaseException, file: str) -> str:

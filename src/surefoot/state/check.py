@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Sparse
+from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction
+from surefoot.storage import scale_shape
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.shards import layout_of, match_layout, sharding_mismatch
+from surefoot.tensors.shards import is_sharded, layout_of, match_layout, sharding_mismatch, to_local
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
@@ -116,13 +118,42 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
     for slot in spec.all_slots:
         if (value := entry.get(slot.name)) is None:
             continue
-        reason = unfit_state(value, param, slot.shape_for(param))
+        in_codes = isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
+        reason = unfit_state(value, param, slot.shape_for(param), kinds=not in_codes)
         if reason is not None:
-            raise RuntimeError(
-                f"state `{slot.name}` of {format_param(group, param)} on {param.device} {reason}; after replacing or "
-                f"moving a parameter, move its state with `optimizer.to()`, or delete it with "
-                f"`del optimizer.state[param]`"
-            )
+            raise _unfit_state(f"state `{slot.name}`", group, param, reason)
+        if in_codes and (reason := _unfit_scale(value, entry.get(f"{slot.name}_scale"), param)) is not None:
+            raise _unfit_state(f"state `{slot.name}_scale`", group, param, reason)
+    if (correction := entry.get(CORRECTION)) is not None and (reason := _unfit_correction(correction, param)):
+        raise _unfit_state(f"state `{CORRECTION}`", group, param, reason)
+
+
+def _unfit_state(name: str, group: Mapping[str, Any], param: Tensor, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} of {format_param(group, param)} on {param.device} {reason}; after replacing or moving a parameter, "
+        f"move its state with `optimizer.to()`, or delete it with `del optimizer.state[param]`"
+    )
+
+
+def _unfit_scale(codes: Tensor, scale: Any, param: Tensor) -> str | None:
+    """Return why a tensor is not the scale of a slot kept in 8 bits, None if it is."""
+    if not isinstance(scale, Tensor) or scale.dtype is not torch.float32:
+        return f"is {scale.dtype if isinstance(scale, Tensor) else type(scale).__name__}, must be a float32 tensor"
+    if scale.shape != scale_shape(codes.shape):
+        return f"has shape {tuple(scale.shape)}, must have {tuple(scale_shape(codes.shape))}"
+    if is_sharded(scale) != is_sharded(param) or scale.device != param.device:
+        return f"is {layout_of(scale)} on {scale.device}, the parameter {layout_of(param)} on {param.device}"
+    return None if to_local(scale).is_contiguous() else "is not contiguous"
+
+
+def _unfit_correction(correction: Any, param: Tensor) -> str | None:
+    """Return why a tensor is not the correction of a parameter, None if it is."""
+    if not isinstance(correction, Tensor) or correction.dtype not in CORRECTIONS.values():
+        kind = correction.dtype if isinstance(correction, Tensor) else type(correction).__name__
+        return f"is {kind}, must be an int8 or int16 tensor"
+    if not has_correction({"master_weight_bits": True}, param):
+        return f"belongs to a bfloat16 or float16 parameter, which this is not any more ({param.dtype})"
+    return unfit_state(correction, param, param.shape, kinds=False)
 
 
 def _check_scalar(name: str, value: Any, group: Mapping[str, Any], param: Tensor) -> None:

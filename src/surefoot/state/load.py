@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.rule import EMA, STEP, AlgorithmSpec, Scalar, Slot, scalar_dtype
+from surefoot.rule import EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
+from surefoot.state.convert import convert_state
+from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction
 from surefoot.state.make import scalar_device
+from surefoot.storage import decode, format_8_bits, scale_shape
 from surefoot.tensors.shards import (
     is_sharded,
     lay_out,
@@ -37,9 +40,12 @@ _LATE_OPTIONS = (
     "differentiable",
     "fused",
     "decoupled_weight_decay",
-    "state_dtype",
+    *STORAGE_OPTIONS,
 )
+_UNASKED = (None, "nearest", 0)
+"""What options of storage are where nothing is asked for."""
 _LINES = 20
+_NO_MISMATCH = ("kept", "restored")
 
 
 class LoadReport(NamedTuple):
@@ -51,12 +57,15 @@ class LoadReport(NamedTuple):
         mismatched: what both have in different form.
         kept: options for which the optimizer's own value was kept and the state dict says otherwise, or nothing; this
             is no mismatch.
+        restored: options of how state and weights are stored that the optimizer was made without and now has, since the
+            state dict has them; this is none either.
     """
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
     kept: list[str]
+    restored: list[str]
 
     def __bool__(self) -> bool:
         """Return whether anything did not match."""
@@ -64,7 +73,7 @@ class LoadReport(NamedTuple):
 
 
 def _empty_report() -> LoadReport:
-    return LoadReport([], [], [], [])
+    return LoadReport([], [], [], [], [])
 
 
 @dataclass
@@ -138,12 +147,19 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
         state.update(_other_state(saved_state, saved_groups, report))
         if strict:
             _refuse(target.spec, report, saved_groups)
-    for pair in chain.from_iterable(pairs):
-        entry = state.get(pair.param, {})
-        # Ranks may have their state in different order, and must come to the same collectives.
-        for name in sorted(name for name, value in entry.items() if isinstance(value, _Unlike)):
-            entry[name] = entry[name].laid_out()
+    for group, group_pairs in zip(groups, pairs, strict=True):
+        for pair in group_pairs:
+            _finish(target.spec, group, pair.param, state.get(pair.param, {}))
     return Loaded(state, groups, report)
+
+
+def _finish(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: dict[str, Any]) -> None:
+    """Lay out a parameter's state as it is, and bring it into the formats that its group asks for."""
+    # Ranks may have their state in different order, and must come to the same collectives.
+    for name in sorted(name for name, value in entry.items() if isinstance(value, _Unlike)):
+        entry[name] = entry[name].laid_out()
+    if spec.is_declared:
+        convert_state(spec, group, param, entry)
 
 
 def _meshes(spec: AlgorithmSpec, pairs: Iterable[Iterable[_Pair]], saved: Mapping[Any, Any]) -> list[Any]:
@@ -278,9 +294,14 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
     report.unexpected.extend(f"param_groups[{index}]: option `{name}` of another algorithm" for name in foreign)
     if missing or foreign:
         return dict(group)
-    of_step = _step_options(spec)
-    options = deepcopy({name: value for name, value in partner.items() if name not in ("params", *of_step)})
-    report.kept.extend(_kept_options(index, group, partner, of_step))
+    own = (*_step_options(spec), *(name for name in STORAGE_OPTIONS if group.get(name) not in _UNASKED))
+    options = deepcopy({name: value for name, value in partner.items() if name not in ("params", *own)})
+    report.kept.extend(_kept_options(index, group, partner, own))
+    report.restored.extend(
+        f"param_groups[{index}]: option `{name}` is {partner[name]}, as the state dict has it"
+        for name in STORAGE_OPTIONS
+        if name not in own and partner.get(name) not in _UNASKED
+    )
     if len(options.get("param_names") or ()) != len(group["params"]):
         options.pop("param_names", None)
     names = {"param_names": group["param_names"]} if "param_names" in group else {}
@@ -300,8 +321,8 @@ def _kept_options(
         ours, theirs = group.get(name), partner.get(name)
         if ours != theirs:
             yield f"param_groups[{index}]: option `{name}` stays {ours}, the state dict has {theirs}"
-    for name in _LATE_OPTIONS:
-        if group.get(name) and name not in partner:
+    for name in set(_LATE_OPTIONS) - set(of_step):
+        if group.get(name) not in (*_UNASKED, False) and name not in partner:
             yield f"param_groups[{index}]: option `{name}` stays {group[name]}, the state dict does not know it"
 
 
@@ -339,12 +360,17 @@ def _entry(
         if name in scalars:
             entry[name] = _scalar(scalars[name], group, pair, value, problems)
         elif name in slots:
-            entry[name] = _slot(slots[name], pair, value, problems)
+            entry |= _slot(slots[name], pair, value, saved.get(f"{name}_scale"), problems)
+        elif name == CORRECTION:
+            entry[name] = _correction(pair, value, problems)
+        elif name.removesuffix("_scale") in slots:
+            pass  # taken together with its slot
         elif saved.keys() & {*scalars, *slots} or name not in _all_state_names():
             others[name] = moved(value, pair.param.device, key=name)  # what a wrapper keeps there is its own
         else:
             problems.unexpected.append(f"{pair.label}: state `{name}`")
-    needed = [*scalars, *(s.name for s in slots.values() if _needed(s, group, pair.param))]
+    needed = [name for name, scalar in scalars.items() if scalar.when is None]
+    needed += [slot.name for slot in slots.values() if _needed(slot, group, pair.param)]
     if saved.keys() - others.keys():
         problems.missing.extend(f"{pair.label}: state `{name}`" for name in needed if name not in saved)
     for lines, new in zip(report, problems, strict=True):
@@ -385,7 +411,36 @@ def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, p
     return scalar.stored(number, scalar_device(group, pair.param), dtype)
 
 
-def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
+def _slot(slot: Slot, pair: _Pair, value: Any, scale: Any, problems: LoadReport) -> dict[str, Any]:
+    """Return a saved slot on its parameter's device, and its scale if it has one, or say why it does not fit."""
+    param, codes = pair.param, isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
+    if codes and value.shape == param.shape:
+        if not isinstance(scale, Tensor) or scale.shape != scale_shape(value.shape):
+            problems.missing.append(f"{pair.label}: state `{slot.name}_scale` for the 8-bit `{slot.name}`")
+            return {}
+        if is_sharded(value) or not is_sharded(param):
+            kept = {slot.name: value, f"{slot.name}_scale": scale}
+            return {name: _placed_slot(name, pair, part, problems) for name, part in kept.items()}
+        value = decode(format_8_bits(signed=slot.signed), value, scale)  # its blocks may end on other ranks
+    return {slot.name: _plain_slot(slot, pair, value, problems)}
+
+
+def _correction(pair: _Pair, value: Any, problems: LoadReport) -> Any:
+    """Copy the correction of a 16-bit parameter, or say why it does not fit."""
+    param = pair.param
+    if not isinstance(value, Tensor) or value.dtype not in CORRECTIONS.values() or value.shape != param.shape:
+        shown = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        problems.mismatched.append(f"{pair.label}: state `{CORRECTION}` is {shown}, must be int8 or int16 like it")
+    elif not has_correction({"master_weight_bits": True}, param):
+        problems.mismatched.append(
+            f"{pair.label}: state `{CORRECTION}` belongs to a bfloat16 or float16 parameter, this is {param.dtype}"
+        )
+    else:
+        return _placed_slot(CORRECTION, pair, value, problems)
+    return None
+
+
+def _plain_slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
     """Copy a saved slot to its parameter's device, or say why it does not fit."""
     param = pair.param
     if not isinstance(value, Tensor):
@@ -398,22 +453,22 @@ def _slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
     elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
     else:
-        return _placed_slot(slot, pair, value, problems)
+        return _placed_slot(slot.name, pair, value, problems)
     return None
 
 
-def _placed_slot(slot: Slot, pair: _Pair, value: Tensor, problems: LoadReport) -> Any:
+def _placed_slot(name: str, pair: _Pair, value: Tensor, problems: LoadReport) -> Any:
     """Copy a slot of the right shape, or return what is to be laid out as its parameter is."""
     param, asks = pair.param, needs_ranks(value, pair.param)
     if asks and (reason := misplaced_shard(value)) is not None:
-        raise ValueError(f"{pair.label}: state `{slot.name}` {reason}")  # the others cannot go on without this rank
+        raise ValueError(f"{pair.label}: state `{name}` {reason}")  # the others cannot go on without this rank
     dense = value.detach().to_dense() if value.layout is not torch.strided else value.detach()
     reason = sharding_mismatch(dense, param)
     if reason is None:
         return dense.to(param.device, copy=True)
     if asks or not is_sharded(dense):
         return _Unlike(dense, param)
-    problems.mismatched.append(f"{pair.label}: state `{slot.name}` {reason}")
+    problems.mismatched.append(f"{pair.label}: state `{name}` {reason}")
     return None
 
 
@@ -445,7 +500,9 @@ def _refuse(spec: AlgorithmSpec, report: LoadReport, groups: list[dict[str, Any]
     """Raise when anything did not match."""
     if not report:
         return
-    lines = [f"{kind}: {line}" for kind, found in report._asdict().items() if kind != "kept" for line in found]
+    lines = [
+        f"{kind}: {line}" for kind, found in report._asdict().items() if kind not in _NO_MISMATCH for line in found
+    ]
     shown = [*lines[:_LINES], *([f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])]
     alike = _lookalikes(groups) if groups else []
     known = not alike or spec.name in alike

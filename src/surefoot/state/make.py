@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.rule import EMA, STEP, AlgorithmSpec, Slot
+from surefoot.rule import EMA, STEP, AlgorithmSpec, Scalar, Slot
+from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction, slot_format
+from surefoot.storage import Format, encode, scale_shape
 from surefoot.tensors.fit import unfit_param
+from surefoot.tensors.shards import is_sharded, to_local, wrap_local
 
 State = MutableMapping[Any, dict[str, Any]]
 
@@ -18,27 +21,51 @@ def make_state(spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]], state: 
     What cannot be stepped, and is refused if it gets a gradient, has none.
     """
     for group in groups:
-        slots = [slot for slot in spec.active_slots(dict(spec.settle_flags(group))) if slot is not EMA]
+        flags = dict(spec.settle_flags(group))
+        slots = [slot for slot in spec.active_slots(flags) if slot is not EMA]
         for param in group["params"]:
             if unfit_param(param) is None:
-                ensure_state(spec, group, param, state, slots)
+                ensure_state(spec.active_scalars(flags), group, param, state, slots)
 
 
 def ensure_state(
-    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, state: State, slots: Sequence[Slot]
+    scalars: Sequence[Scalar], group: Mapping[str, Any], param: Tensor, state: State, slots: Sequence[Slot]
 ) -> dict[str, bool]:
     """Make what is missing of a parameter's state; return the names of what was made, and whether each was None."""
     entry = state.get(param, {})
-    made: dict[str, Any] = {
-        s.name: s.new(group, scalar_device(group, param)) for s in spec.scalars if s.name not in entry
-    }
+    made: dict[str, Any] = {s.name: s.new(group, scalar_device(group, param)) for s in scalars if s.name not in entry}
     for slot in slots:
         if entry.get(slot.name) is None and slot.shape_for(param) is not None:
-            made[slot.name] = slot.new(param, group)
+            made |= new_slot(slot, group, param)
+    if has_correction(group, param) and entry.get(CORRECTION) is None:
+        made[CORRECTION] = new_correction(group, param)
     was_none = {name: name in entry for name in made}
     if made:
         state[param].update(made)
     return was_none
+
+
+def new_slot(slot: Slot, group: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """Return a new slot of a parameter, and its scale where it is kept in 8 bits, each under its key."""
+    kept = slot_format(slot, group, param, None)
+    plain = slot.new(param, group)
+    return stored_slot(slot, kept, plain) if kept.code else {slot.name: plain}
+
+
+def stored_slot(slot: Slot, kept: Format, value: Tensor) -> dict[str, Tensor]:
+    """Return a slot's values, a plain tensor, as they are kept in a format, each tensor under its key."""
+    tensors = encode(kept, to_local(value))
+    names = (slot.name, f"{slot.name}_{kept.part}")
+    if not is_sharded(value):
+        return dict(zip(names, tensors, strict=False))
+    shapes = (value.shape, scale_shape(value.shape))
+    return {n: wrap_local(t, value, shape) for n, t, shape in zip(names, tensors, shapes, strict=False)}
+
+
+def new_correction(group: Mapping[str, Any], param: Tensor) -> Tensor:
+    """Return the correction of a parameter that is exactly what it is."""
+    dtype = CORRECTIONS[group["master_weight_bits"]]
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def is_on_device(group: Mapping[str, Any], param: Tensor) -> bool:

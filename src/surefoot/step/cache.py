@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
-from surefoot.rule import ENGINE_OPTIONS
+from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.inputs import StepInput
@@ -36,7 +36,7 @@ class BucketGuard:
     """Guards the tensors of one bucket, and reads and writes those of its scalars that the host has."""
 
     def __init__(self, run: BucketRun) -> None:
-        scalars, slots = run.spec.scalars, [slot.name for slot in run.bucket.rule.slots]
+        scalars, slots = run.bucket.rule.scalars, run.stored_names()
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
         names = [*held, *slots]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
@@ -45,7 +45,7 @@ class BucketGuard:
         if is_sharded(run.params[0]):
             others = chain.from_iterable(entries[name] for name in slots)
             self._shards, self._items = ShardGuard(run.params, others), make_dict_guard(run.entries)
-            columns = (run.bucket.params, *(entries[name] for name in held), *run.bucket.slots)
+            columns = (run.bucket.params, *(entries[name] for name in held), *run.bucket.slots, *run.bucket.parts)
             self.tensors = make_guard(columns, given=self._shards.local_grads(), threads=busy)
             self._wrappers = VersionCounters([*run.params, *chain.from_iterable(entries[name] for name in slots)])
         else:
@@ -162,7 +162,7 @@ class OptionsGuard:
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors."""
-    return (all_flags(step, group), *map(group.get, ENGINE_OPTIONS))
+    return (all_flags(step, group), *map(group.get, (*ENGINE_OPTIONS, *STORAGE_OPTIONS)))
 
 
 def _options(step: StepInput) -> list[object]:
@@ -263,7 +263,7 @@ def _on_device(run: BucketRun) -> bool:
 
 def _bring_home(run: BucketRun) -> None:
     """Let the host have the scalars that it reads at every step, if somebody has put them on a device."""
-    for entry, scalar in product(run.entries, run.spec.scalars):
+    for entry, scalar in product(run.entries, run.bucket.rule.scalars):
         if isinstance(value := entry[scalar.name], Tensor) and not value.is_cpu:
             entry[scalar.name] = value.cpu()
 
@@ -282,7 +282,7 @@ def _reusable(run: BucketRun) -> bool:
 
 
 def _scalars(run: BucketRun) -> Iterable[Any]:
-    return (entry.get(scalar.name) for entry in run.entries for scalar in run.spec.scalars)
+    return (entry.get(scalar.name) for entry in run.entries for scalar in run.bucket.rule.scalars)
 
 
 def _are_replaced(run: BucketRun) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.engines import Coefficients, gpu
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
-from surefoot.rule import EMA
+from surefoot.rule import EMA, ROUNDING_STEP, STEP
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.make import is_on_device
@@ -36,7 +36,7 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
     if run.group.get("differentiable") or mode_is_active() or any(map(_is_shown, _stored_scalars(run))):
         _compute_each(step, run, fresh)
         return
-    scalars = run.spec.scalars
+    scalars = run.bucket.rule.scalars
     values = run.guard.read_scalars() if run.guard else read_scalars(run.entries, scalars)
     distinct, row = _distinct(values, fresh)
     if run.shared_row is None:
@@ -55,7 +55,7 @@ def store_scalars(run: BucketRun) -> None:
     elif run.guard:
         run.guard.write_scalars(run.scalars)
     else:
-        write_scalars(run.entries, run.spec.scalars, run.scalars)
+        write_scalars(run.entries, run.bucket.rule.scalars, run.scalars)
 
 
 def _fresh(run: BucketRun) -> list[Fresh]:
@@ -82,7 +82,7 @@ def _on_host(
     step: StepInput, run: BucketRun, values: tuple[float, ...], fresh: Fresh
 ) -> tuple[Coefficients, list[float]]:
     """Return the numbers of an update and the new scalars, from the present scalars."""
-    scalars = {s.name: value for s, value in zip(run.spec.scalars, values, strict=True)}
+    scalars = {s.name: value for s, value in zip(run.bucket.rule.scalars, values, strict=True)}
     if run.options is None:
         run.options = hyperparameters(run.group)
     numbers, new = _numbers(step, run, SimpleNamespace(**vars(run.options)), scalars, fresh)
@@ -103,15 +103,23 @@ def _numbers(
     step: StepInput, run: BucketRun, h: SimpleNamespace, scalars: dict[str, Any], fresh: tuple[Any, Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """Return every number that an update may read, and the new scalars: Python's numbers, or tensors if scalars are."""
-    if "step" in scalars:
-        scalars["step"] = scalars["step"] + 1
-    derived = step.coefficients(h, **scalars)
+    own = count_step(scalars)
+    derived = step.coefficients(h, **own)
     numbers = {"fresh": fresh[0], "loss_scale": step.grad_scale, **derived}
     numbers |= {"step_clip": run.slice.clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
+    numbers[ROUNDING_STEP.name] = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
     for name in run.bucket.rule.coefficients:
         if name not in numbers:
             numbers[name] = _given(run, h, name, numbers)
     return numbers, [derived.get(name, value) for name, value in scalars.items()]
+
+
+def count_step(scalars: dict[str, Any]) -> dict[str, Any]:
+    """Count the step among a parameter's scalars; return those that are the algorithm's."""
+    for name in (STEP.name, ROUNDING_STEP.name):
+        if name in scalars:
+            scalars[name] = scalars[name] + 1
+    return {name: value for name, value in scalars.items() if name != ROUNDING_STEP.name}
 
 
 def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, Any]) -> Any:
@@ -148,7 +156,7 @@ def _compute_each(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> None:
     numbers: list[Coefficients] = []
     run.scalars = []
     for position, entry in enumerate(run.entries):
-        scalars = {scalar.name: _operand(entry[scalar.name]) for scalar in run.spec.scalars}
+        scalars = {scalar.name: _operand(entry[scalar.name]) for scalar in run.bucket.rule.scalars}
         new_to_it = fresh[position] if fresh else _NOT_FRESH
         found, new = _numbers(step, run, SimpleNamespace(**vars(h)), scalars, new_to_it)
         param = run.bucket.params[position]
@@ -166,7 +174,7 @@ def _fitting(number: Any, param: Tensor) -> Any:
 
 
 def _stored_scalars(run: BucketRun) -> Iterator[Any]:
-    return (entry[scalar.name] for entry in run.entries for scalar in run.spec.scalars)
+    return (entry[scalar.name] for entry in run.entries for scalar in run.bucket.rule.scalars)
 
 
 def _is_shown(value: Any) -> bool:
@@ -183,7 +191,7 @@ def _operand(value: Any) -> Any:
 
 def _store_each(run: BucketRun) -> None:
     for entry, values in zip(run.entries, run.scalars, strict=True):
-        for scalar, value in zip(run.spec.scalars, values, strict=True):
+        for scalar, value in zip(run.bucket.rule.scalars, values, strict=True):
             if isinstance(value, Tensor) and isinstance(old := entry[scalar.name], Tensor):
                 old.copy_(value)
             else:
@@ -199,10 +207,10 @@ def _compute_on_device(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> N
     if run.device_scalars is None:
         refuse_new_buckets(run.spec.name)
         kernels = run.engine is gpu
-        run.device_scalars = DeviceScalars(run.entries, run.spec.scalars, place, by_kernel=kernels)
+        run.device_scalars = DeviceScalars(run.entries, run.bucket.rule.scalars, place, by_kernel=kernels)
         run.fresh, run.fresh_average = (_flags_on(place, [each[i] for each in fresh]) for i in (0, 1))
     h = numbers_on(place, hyperparameters(run.group))
-    scalars = dict(zip((s.name for s in run.spec.scalars), run.device_scalars.read(), strict=True))
+    scalars = dict(zip((s.name for s in run.bucket.rule.scalars), run.device_scalars.read(), strict=True))
     numbers, run.scalars = _numbers(step, run, h, scalars, (run.fresh, run.fresh_average))
     numbers |= {name: number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}
     run.bucket.coefficients = EachParameter(

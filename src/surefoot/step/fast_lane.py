@@ -14,10 +14,12 @@ import numpy as np
 
 from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu
+from surefoot.rule import ROUNDING_STEP, STEP
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache
+from surefoot.step.coefficients import count_step
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
@@ -37,7 +39,8 @@ class _Lane:
         self.kernel = plan.kernel(run.bucket.rule)
         self.tensors: TensorGuard = guard.tensors
         self.guarding, self.releasing = self.tensors.launches()
-        self.scalar_names = [scalar.name for scalar in run.spec.scalars]
+        self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
+        self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
         values: Any = np.zeros(len(self.scalar_names) * self.count)
         self.reading: Any = None
@@ -72,9 +75,14 @@ class _Lane:
         """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""
         values, count = self.values, self.count
         scalars = dict(zip(self.scalar_names, values[::count], strict=False)) if self.scalar_names else {}
-        if "step" in scalars:
-            scalars["step"] += 1
-        derived = coefficients(SimpleNamespace(**self.options), **scalars)
+        if self.rounds:
+            own = count_step(scalars)
+            counted = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
+            derived = {**coefficients(SimpleNamespace(**self.options), **own), ROUNDING_STEP.name: counted}
+        else:
+            if STEP.name in scalars:
+                scalars[STEP.name] += 1
+            derived = coefficients(SimpleNamespace(**self.options), **scalars)
         table = self.table
         for index, name, constant in self.constants:
             table[index] = derived.get(name, constant)
@@ -123,7 +131,9 @@ class _Lane:
         """Write scalars that are Python's numbers, and hold sparse gradients no longer."""
         if self.run.sparse:
             if self.scalar_names and not self.writing:
-                write_scalars(self.run.entries, self.run.spec.scalars, np.asarray(self.values)[:: self.count, None])
+                write_scalars(
+                    self.run.entries, self.run.bucket.rule.scalars, np.asarray(self.values)[:: self.count, None]
+                )
             self.plan.release()
 
     def release_grads(self) -> None:
@@ -256,7 +266,7 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
 
 
 def _tensor_count(run: BucketRun) -> int:
-    return len(run.params) * (2 + len(run.bucket.slots))
+    return len(run.params) * (1 + len(run.bucket.columns()))
 
 
 def _is_fit(runs: Sequence[BucketRun]) -> bool:

@@ -52,6 +52,15 @@ class StepInput(NamedTuple):
         guarded = self.stepping.options.nonfinite != "ignore"
         return guarded or any(map(self.is_clipped, self.groups))
 
+    def keys(self) -> dict[Tensor, str | int]:
+        """Return the name of every parameter, or else its number among all."""
+        found: dict[Tensor, str | int] = {}
+        for group in self.groups:
+            start, names = len(found), group.get("param_names") or ()
+            numbers = range(start, start + len(group["params"]))
+            found |= zip(group["params"], names if len(names) == len(numbers) else numbers, strict=True)
+        return found
+
     def names(self) -> dict[Tensor, str]:
         """Return the name of every parameter."""
         params = (param for group in self.groups for param in group["params"])

@@ -7,7 +7,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from surefoot.distributed import dividing_group
-from surefoot.rule import AlgorithmSpec
+from surefoot.rule import FLOAT8, AlgorithmSpec
 from surefoot.rule.hyperparameters import Check, Interval
 from surefoot.step.context import StepContext, new_context
 
@@ -203,6 +203,14 @@ def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{spec.name} has a slot `ema` of its own, so that the option `ema` has no place for its average"
         )
+
+
+def refuse_short(name: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError when a group of an algorithm with a custom step asks for storage that only rules have."""
+    asked = [option for option in ("rounding", "master_weight_bits") if group.get(option) not in (None, "nearest")]
+    asked += ["state_dtype"] * (group.get("state_dtype") == FLOAT8)
+    if asked:
+        raise ValueError(f"{name} has a custom step, which takes no `{asked[0]}={group[asked[0]]!r}`; leave it out")
 
 
 def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -2,18 +2,21 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from surefoot.engines import Bucket, choose
-from surefoot.rule import EMA, ENGINE_OPTIONS, Flags, bind
+from surefoot.engines.identity import identity_of
+from surefoot.rule import EMA, ENGINE_OPTIONS, Flags, Slot, bind
 from surefoot.state.check import format_param, validated_gradient
+from surefoot.state.formats import param_format, slot_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice
+from surefoot.storage import Format, format_of
 from surefoot.tensors.memory import has_address, shared_memory
 from surefoot.tensors.shards import is_sharded, to_local
 
@@ -35,7 +38,8 @@ def partition(step: StepInput) -> list[BucketRun]:
         RuntimeError: a gradient or state does not fit its parameter, or the engine that was asked for cannot serve it.
     """
     turns: defaultdict[int, int] = defaultdict(int)
-    runs = [run for group in step.groups for run in _divide(step, group, turns)]
+    keys = functools.cache(step.keys)
+    runs = [run for group in step.groups for run in _divide(step, group, turns, keys)]
     try:
         made: dict[Tensor, dict[str, bool]] = {}
         for run in runs:
@@ -49,39 +53,76 @@ def partition(step: StepInput) -> list[BucketRun]:
     return runs
 
 
-def _divide(step: StepInput, group: dict[str, Any], turns: defaultdict[int, int]) -> Iterator[BucketRun]:
+def _divide(
+    step: StepInput, group: dict[str, Any], turns: defaultdict[int, int], keys: Callable[[], Mapping[Tensor, Any]]
+) -> Iterator[BucketRun]:
     """Yield the buckets of a group, refusing what the rule or the chosen engine cannot do.
 
     Args:
         step: the step.
         group: the group.
         turns: how often a parameter or a step count, by its id, has been met; what is met again gets a later bucket.
+        keys: return what random bits know each parameter by.
     """
     spec, flags = step.spec, all_flags(step, group)
-    of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
+    slots = spec.active_slots(dict(flags))
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
     for param in group["params"]:
         if (given := step.gradient(param)) is None:
             continue
         entry = step.state.get(param, {})
         grad = validated_gradient(spec, group, param, given, entry, flags)
-        held = [entry.get(slot.name) for slot in spec.all_slots]
-        dtypes = tuple(None if slot is None else slot.dtype for slot in held)
+        held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
+        formats = _formats(group, param, grad, entry, slots)
         turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
-        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), dtypes, turn)
+        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}
-            rule = bind(spec, of_rows if grad.is_sparse else flags)
+            rounded = any(kept.stochastic for kept in formats)
+            # Averages are of all rows.
+            settled = (
+                *((name, value and not (grad.is_sparse and name == "ema")) for name, value in flags),
+                ("rounded", rounded),
+            )
             row_name = functools.partial(_format_row, group, params)
-            buckets[key] = ParamSlice(group, params), Bucket(rule, [], [], options, row_name=row_name)
+            bucket = Bucket(bind(spec, settled), [], [], options, row_name=row_name, formats=formats)
+            bucket.seed = int(group.get("rounding_seed") or 0)
+            buckets[key] = ParamSlice(group, params), bucket
         part, bucket = buckets[key]
         part.params.append(param)
         bucket.params.append(to_local(param))
-        bucket.slots.append([to_local(slot) for slot in held if slot is not None])
+        bucket.slots.append([to_local(slot) for slot in held])
+        if bucket.is_rounded:
+            bucket.identities = [*bucket.identities, identity_of(param, keys()[param])]
         bucket.grads.append(grad if grad.is_sparse else to_local(grad))
     for (*_, turn), (part, bucket) in buckets.items():
         yield BucketRun(spec, part, bucket, choose(bucket), sparse=bucket.grads[0].is_sparse, repeats=turn > 0)
+
+
+def _formats(
+    group: Mapping[str, Any], param: Tensor, grad: Tensor, entry: Mapping[str, Any], slots: Sequence[Slot]
+) -> tuple[Format, ...]:
+    """Return the formats of a parameter and of its slots.
+
+    Raises:
+        RuntimeError: the gradient is sparse, and its rows cannot be kept so.
+    """
+    formats = (
+        param_format(group, param, entry),
+        *(slot_format(slot, group, param, entry.get(slot.name)) for slot in slots),
+    )
+    if not grad.is_sparse:
+        return formats
+    names = ("the parameter", *(f"state `{slot.name}`" for slot in slots))
+    for position, (name, kept) in enumerate(zip(names, formats, strict=True)):
+        if kept.part or (kept.stochastic and not position):
+            raise RuntimeError(
+                f"the gradient of {format_param(group, param)} is sparse, and {name} is kept as {kept.name}, which "
+                f"cannot be stepped row by row; put the parameter into a group with "
+                f"state_dtype=torch.float32, rounding='nearest', master_weight_bits=None"
+            )
+    return tuple(format_of(kept.dtype) for kept in formats)
 
 
 def _take_turn(turns: defaultdict[int, int], objects: Iterable[object]) -> int:
@@ -103,12 +144,13 @@ def _format_row(group: Mapping[str, Any], params: Sequence[Tensor], row: int) ->
 
 def _attach_state(step: StepInput, run: BucketRun) -> None:
     """Make what is missing of the state and put the slots into the bucket."""
-    slots = run.bucket.rule.slots
-    needed = (*slots, EMA) if run.group.get("ema") else slots
+    slots, scalars = run.bucket.rule.slots, run.bucket.rule.scalars
+    needed = (*slots, EMA) if run.group.get("ema") and EMA not in slots else slots
     for param in run.params:
-        run.made.append(ensure_state(step.spec, run.group, param, step.state, needed))
+        run.made.append(ensure_state(scalars, run.group, param, step.state, needed))
     run.entries = [step.state.get(param, {}) for param in run.params]
-    run.bucket.slots = [[to_local(entry[slot.name]) for entry in run.entries] for slot in slots]
+    columns = [[to_local(entry[name]) for entry in run.entries] for name in run.stored_names()]
+    run.bucket.slots, run.bucket.parts = columns[: len(slots)], columns[len(slots) :]
 
 
 def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
@@ -135,8 +177,8 @@ def _refuse_shared_memory(runs: Sequence[BucketRun]) -> None:
     """
     of_device: defaultdict[torch.device, list[_Stored]] = defaultdict(list)
     for run in runs:
-        bucket, slots = run.bucket, run.bucket.rule.slots
-        columns = {"parameter": bucket.params, **{s.name: c for s, c in zip(slots, bucket.slots, strict=True)}}
+        bucket = run.bucket
+        columns = dict(zip(("parameter", *run.stored_names()), bucket.columns(), strict=True))
         if not run.sparse:
             columns[_GRADIENT] = bucket.grads
         for name, column in columns.items():

@@ -169,7 +169,7 @@ def _count_versions(run: BucketRun) -> None:
     if run.guard:
         run.guard.count_versions()
     elif is_sharded(run.params[0]):
-        slots = [entry[slot.name] for slot in run.bucket.rule.slots for entry in run.entries]
+        slots = [entry[name] for name in run.stored_names() for entry in run.entries]
         written = [tensor for tensor in (*run.params, *slots) if not tensor.is_inference()]
         torch.autograd.graph.increment_version(written)
 

@@ -103,9 +103,10 @@ def _rows(
     made: list[tuple[Tensor, dict[str, bool]]] = []
     try:
         for part in () if known.has_state else slices:
-            slots = step.spec.active_slots(dict(step.spec.settle_flags(part.group)))
+            flags = dict(step.spec.settle_flags(part.group))
+            slots, scalars = step.spec.active_slots(flags), step.spec.active_scalars(flags)
             for param in part.params:
-                names = ensure_state(step.spec, part.group, param, step.state, slots)
+                names = ensure_state(scalars, part.group, param, step.state, slots)
                 made.append((param, names))
         if made:
             known.entries = [[step.state.get(param, {}) for param in part.params] for part in slices]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from surefoot.engines import Bucket, Engine
 from surefoot.rule import AlgorithmSpec
+from surefoot.state.formats import part_names
 from surefoot.step.device import DeviceScalars
 
 Fresh = tuple[bool, bool]
@@ -85,6 +86,11 @@ class BucketRun:
     def params(self) -> list[Tensor]:
         """The parameters."""
         return self.slice.params
+
+    def stored_names(self) -> list[str]:
+        """Return the keys of what of the state an engine writes, in the order of the bucket's columns."""
+        slots = self.bucket.rule.slots
+        return [*(slot.name for slot in slots), *part_names(slots, self.bucket.formats)]
 
     def grads(self) -> list[Any]:
         """Return the gradients of now."""

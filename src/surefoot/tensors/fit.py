@@ -52,15 +52,16 @@ def unfit(
     return sharding_mismatch(tensor, param, placements=placements)
 
 
-def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None) -> str | None:
+def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None, *, kinds: bool = True) -> str | None:
     """Return why a tensor of state, which a step writes, does not belong to a parameter, None if it does.
 
     Args:
         tensor: the state.
         param: the parameter.
         shape: the shape that it must have.
+        kinds: whether it must be real or complex as the parameter is; else it may hold codes.
     """
-    if (reason := unfit(tensor, param, shape)) is not None:
+    if (reason := unfit(tensor, param, shape, kinds=kinds)) is not None:
         return reason
     if tensor.layout is not torch.strided or tensor._is_zerotensor() or tensor.is_conj():
         return f"is {_layout(tensor)}, must be a dense tensor with memory of its own"

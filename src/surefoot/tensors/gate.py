@@ -57,6 +57,31 @@ def admit(columns: Sequence[Sequence[Tensor]], prefixes: Sequence[str], row_name
     )
 
 
+def admit_scales(
+    arrays: Arrays, scales: Sequence[Tensor], block: int, prefix: str, row_name: Callable[[int], str]
+) -> Arrays:
+    """Return arrays with one more behind them: a scale for each block of a row's elements, in C order.
+
+    Raises:
+        RuntimeError: scales are not plain memory that follows one after the other, or there are fewer than blocks.
+    """
+    more = admit([scales], [prefix], row_name)
+    for position, scale in enumerate(scales):
+        needed = -(-int(arrays.sizes[position]) // block)
+        if scale.numel() < needed or not scale.is_contiguous():
+            raise RuntimeError(
+                f"{prefix}{row_name(position)} has shape {tuple(scale.shape)} and strides {scale.stride()}, must be "
+                f"contiguous and have at least {needed} elements"
+            )
+    return Arrays(
+        addresses=np.concatenate([arrays.addresses, more.addresses]),
+        available=np.concatenate([arrays.available, more.available]),
+        sizes=arrays.sizes,
+        dtypes=arrays.dtypes + more.dtypes,
+        flat=arrays.flat,
+    )
+
+
 def _table(columns: Sequence[Sequence[Tensor]], value: Callable[[Tensor], int]) -> np.ndarray:
     return np.array([[value(tensor) for tensor in column] for column in columns], dtype=np.int64)
 

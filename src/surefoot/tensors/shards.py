@@ -73,12 +73,33 @@ def local_shape_for(shape: torch.Size, param: Any) -> torch.Size:
     return torch.Size(local[dim] if dim in divided else size for dim, size in enumerate(shape))
 
 
+def has_whole_blocks(param: Any, block: int) -> bool:
+    """Return whether blocks of so many elements along the last dimension of a sharded tensor lie on one rank each."""
+    divided = set(map(sharded_dim, param.placements))
+    last = param.dim() - 1
+    return last > 0 and param.shape[-1] % block == 0 and not divided & {last, -1}
+
+
 def full_for(shape: torch.Size, param: Any, value: Any, dtype: torch.dtype) -> Any:
     """Return a new sharded tensor of one value that belongs to a sharded parameter, laid out by `placements_for`."""
     local = to_local(param).new_full(local_shape_for(shape, param), value, dtype=dtype)
     whole = torch.empty(shape, device="meta")
     return sharded_type().from_local(
         local, param.device_mesh, placements_for(shape, param), run_check=False, shape=shape, stride=whole.stride()
+    )
+
+
+def wrap_local(local: Tensor, like: Any, shape: torch.Size) -> Any:
+    """Return this process's shard of what belongs to a sharded tensor as a sharded tensor, laid out as that is.
+
+    Args:
+        local: the shard.
+        like: the sharded tensor.
+        shape: of the whole; as that of `like` in all dimensions that are divided.
+    """
+    whole = torch.empty(shape, device="meta")
+    return sharded_type().from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=whole.stride()
     )
 
 

@@ -18,9 +18,14 @@ _TABLES = {
 }
 
 
-def print_checks(slot: Mapping[str, int], itemsizes: Sequence[int]) -> str:
-    """Print the functions that check an item: `slot` has the number of each slot of the launch, by its name."""
-    arrays = (_ARRAY.format(array=i, itemsize=size, what=-1 - i) for i, size in enumerate(itemsizes))
+def print_checks(slot: Mapping[str, int], held: Sequence[tuple[int, int]]) -> str:
+    """Print the functions that check an item.
+
+    Args:
+        slot: the number of each slot of the launch, by its name.
+        held: for each array the bytes of an element, and for how many elements of the tensor there is one.
+    """
+    arrays = (_ARRAY.format(array=i, itemsize=s, per=p, what=-1 - i) for i, (s, p) in enumerate(held))
     return _CHECKS.format(slot=slot, arrays="".join(arrays))
 
 
@@ -72,6 +77,7 @@ def fits(launch, item):
 
 _ARRAY = """\
         limit = max(limits[{array} * tensors + tensor] // {itemsize}, 0) if pointers[{array} * tensors + tensor] else 0
-        if start < 0 or not 0 <= size <= limit or start > limit - size:
+        limit = limit * {per}
+        if start < 0 or start % {per} or not 0 <= size <= limit or start > limit - size:
             return violated(launch, {what}, tensor, start, size, limit)
 """

@@ -11,4 +11,6 @@ from surefoot.rule import Rule
 def compiled_kernel(rule: Rule, layout: Layout, checked: bool = False) -> Kernel:
     """Return the kernel of a rule for a layout."""
     kernel = build_kernel(print_kernel(rule, layout, checked=checked), rule.name.lower() + "_checked" * checked)
-    return kernel._replace(arrays=("param", "grad", *(slot.name for slot in rule.slots)), checked=checked)
+    names = ("param", "grad", *(slot.name for slot in rule.slots))
+    parts = (f"{name} {kept.part}" for name, kept in zip(names, layout.stored, strict=True) if kept.part)
+    return kernel._replace(arrays=(*names, *parts), checked=checked)

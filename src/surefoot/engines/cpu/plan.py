@@ -19,8 +19,8 @@ from surefoot.engines.cpu.compile import compiled_kernel
 from surefoot.engines.cpu.source import LAUNCH, Layout
 from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Reduction, Rule
-from surefoot.storage import format_of
-from surefoot.tensors.gate import admit
+from surefoot.storage import BLOCK, format_of
+from surefoot.tensors.gate import admit, admit_scales
 from surefoot.tensors.native.guards import VersionCounters
 
 CHUNK = 16384
@@ -28,9 +28,13 @@ CHUNK = 16384
 LARGEST_ITEM, FEWEST_ITEMS = 262144, 64
 TILE = 32768
 """Elements of an irregular tensor that are copied at a time."""
-_NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS = map(
-    LAUNCH.index, ("next_work_item", "coefficients", "measured", "rows", "limits", "only_checks")
-)
+_NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS, _SEED, _PARAMETER, _FIRST = map(
+    LAUNCH.index,
+    (
+        "next_work_item", "coefficients", "measured", "rows", "limits", "only_checks", "seed", "parameter",
+        "first_element",
+    ),
+)  # fmt: skip
 _VIOLATION = slice(LAUNCH.index(VIOLATION[0]), None)
 
 
@@ -86,6 +90,12 @@ class Launch:
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
             self.start(kernel, threads)
         return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))
+
+    def set_random(self, seed: int, parameters: Sequence[int], first: Sequence[int]) -> None:
+        """Set what random bits begin from, and for each tensor who it is and the number of its first element."""
+        self._random = np.array(parameters, dtype=np.int64), np.array(first, dtype=np.int64)
+        self.words[_SEED] = np.array(seed, dtype=np.uint64).astype(np.int64)
+        self.words[_PARAMETER], self.words[_FIRST] = (part.ctypes.data for part in self._random)
 
     def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
         """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
@@ -204,14 +214,18 @@ class Plan:
 
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
-        self._compute, self._stored = bucket.compute_dtype, tuple(map(format_of, arrays.dtypes))
+        param, *slots = bucket.kept
+        self._compute, self._stored = bucket.compute_dtype, (param, format_of(arrays.dtypes[1]), *slots)
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
         self.launch = TensorLaunch(len(arrays.addresses), arrays.sizes[self.regular])
         self.launch.pointers[:] = arrays.addresses[:, self.regular]
+        if bucket.is_rounded:
+            known = [bucket.identities[index] for index in self.regular.tolist()]
+            self.launch.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
         self._kernels: dict[Rule, Kernel] = {}
         self.row: np.ndarray | None = None
         self.checked = checked()
-        self.versions = VersionCounters([*bucket.params, *chain.from_iterable(bucket.slots)])
+        self.versions = VersionCounters(list(chain.from_iterable(bucket.columns())))
 
     def kernel(self, rule: Rule) -> Kernel:
         """Return the kernel of a rule."""
@@ -229,7 +243,10 @@ class Plan:
     def prepare(self, rule: Rule) -> None:
         """Compile the kernel of a rule."""
         if rule not in self._kernels:
-            layout = Layout(self._compute, self._stored[: 2 + len(rule.slots)])
+            stored = self._stored[: 2 + len(rule.slots)]
+            if not rule.writes:
+                stored = (format_of(stored[0].dtype), *stored[1:])
+            layout = Layout(self._compute, stored)
             self._kernels[rule] = compiled_kernel(rule, layout, self.checked)
 
     def run(self, bucket: Bucket) -> None:
@@ -248,7 +265,7 @@ class Plan:
         return self._run(rule, bucket, numbers_of(bucket, rule), rows)
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
-        arrays, kernel = 2 + len(rule.slots), self._kernels[rule]
+        kernel = self._kernels[rule]
         if bucket.gradient_addresses is None:
             raise InternalError("a kernel was run on gradients that no guard has seen")
         self.launch.pointers[1] = self._regular(bucket.gradient_addresses)
@@ -259,25 +276,36 @@ class Plan:
         if self.irregular:
             regular, measured = measured, np.zeros((len(bucket.params), len(rule.reductions)))
             measured[self.regular] = regular
+        columns = (bucket.params, bucket.grads, *bucket.slots, *bucket.parts)
         for index in self.irregular:
-            tensors = [tensors[index] for tensors in (bucket.params, bucket.grads, *bucket.slots)][:arrays]
-            row = int(rows[index])
-            parts = [
-                _run_tile(kernel, views, numbers[row : row + 1], rule.reductions) for views in tiles(tensors, TILE)
-            ]
+            tensors = [tensors[index] for tensors in columns][: len(kernel.arrays)]
+            row, who = int(rows[index]), None
+            cut = list(tiles(tensors, TILE)) if bucket.is_plain else [tensors]
+            if bucket.is_rounded:
+                who = bucket.seed, [bucket.identities[index].number], [bucket.identities[index].first or 0]
+            parts = [_run_tile(kernel, views, numbers[row : row + 1], rule.reductions, who) for views in cut]
             if parts:
                 measured[index] = combined(rule.reductions, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
         return torch.from_numpy(measured) if rule.reductions else None
 
 
 def _run_tile(
-    kernel: Kernel, views: Sequence[Tensor], numbers: Sequence[Sequence[float]], reductions: Sequence[Reduction]
+    kernel: Kernel,
+    views: Sequence[Tensor],
+    numbers: Sequence[Sequence[float]],
+    reductions: Sequence[Reduction],
+    random: tuple[int, list[int], list[int]] | None,
 ) -> np.ndarray:
     """Run on contiguous copies of some views, and copy back what is not the gradient."""
     copies = [view.contiguous() for view in views]
-    arrays = admit([[copy] for copy in copies], [""] * len(copies), "a copy".format)
+    shaped = [copy for copy in copies if copy.shape == copies[0].shape]
+    arrays = admit([[copy] for copy in shaped], [""] * len(shaped), "a copy".format)
+    for scale in copies[len(shaped) :]:
+        arrays = admit_scales(arrays, [scale], BLOCK, "", "a copy".format)
     launch = TensorLaunch(len(copies), arrays.sizes)
     launch.pointers[:] = arrays.addresses
+    if random is not None:
+        launch.set_random(*random)
     if kernel.checked:
         launch.set_limits(arrays.addresses, arrays.available)
     measured = launch.run(kernel, numbers, reductions)

@@ -3,34 +3,73 @@
 `codegen/lower.py` describes the language; what is printed here is both what people read and what is compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
+from surefoot.codegen.lower import TYPES
 from surefoot.engines.cpu.checks import VIOLATION, print_checks
 from surefoot.engines.cpu.passes import use_reciprocals
 from surefoot.engines.expressions import COMMON
-from surefoot.rule import Reduction, Rule
-from surefoot.storage import Format, format_of
+from surefoot.rule import ROUNDING_STEP, Reduction, Rule
+from surefoot.storage import BLOCK, Format, format_8_bits, format_16_bits, format_of
 
 # Slots of the launch that a kernel is handed: addresses and counts, each an int64.
 LAUNCH = ("next_work_item", "status", "work_items", "first_segment", "segment_tensor", "segment_start", "segment_size",
           "pointers", "coefficients", "coefficient_row", "tensors", "measured", "segments", "rows", "limits",
-          "only_checks", *VIOLATION)  # fmt: skip
+          "only_checks", "seed", "parameter", "first_element", *VIOLATION)  # fmt: skip
 
 _AHEAD, _FETCHED = 2, 128
 """How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
 
-# For each format: the type of an element, and how to load it into and store it from arithmetic.
-_STORAGE: dict[Format, tuple[str, str, str]] = {
-    format_of(torch.float32): ("float32", "real({0})", "float32({0})"),
-    format_of(torch.float64): ("float64", "real({0})", "float64({0})"),
-    format_of(torch.bfloat16): ("uint16", "real(from_bfloat16({0}))", "to_bfloat16(float32({0}))"),
-    format_of(torch.float16): ("uint16", "real(from_half({0}))", "to_half(float32({0}))"),
-}
+
+class _Stored(NamedTuple):
+    """How kernels keep a format.
+
+    Attributes:
+        type: the type of an element.
+        load: its value, given {at}, the element, and {part}, the element of a correction or the scale.
+        store: the element of {value}, a float32, with {random}, 16 random bits; of a format in blocks what is stored in
+            the end, of the value in units of its scale.
+        part: the type of the second array, if there is one, and for a correction what is stored there.
+    """
+
+    type: str
+    load: str
+    store: str
+    part: tuple[str, str] = ("", "")
+
+
+_BITS_16 = {torch.bfloat16: "bfloat16", torch.float16: "half"}
+
+
+def _storage() -> Iterator[tuple[Format, _Stored]]:
+    """Yield each format with how kernels keep it."""
+    yield format_of(torch.float32), _Stored("float32", "real({at})", "float32({value})")
+    yield format_of(torch.float64), _Stored("float64", "real({at})", "float64({value})")
+    for dtype, name in _BITS_16.items():
+        load, word = f"real(from_{name}({{at}}))", f"{name}_word(float32({{value}}))"
+        yield format_of(dtype), _Stored("uint16", load, f"to_{name}(float32({{value}}))")
+        stochastic = format_16_bits(dtype, stochastic=True)
+        yield stochastic, _Stored("uint16", load, f"stochastic_16({word}, {{random}})")
+        for kept in (format_16_bits(dtype, stochastic=s, correction=torch.int8) for s in (False, True)):
+            both = f"stochastic_24({word}, {{random}})" if kept.stochastic else f"nearest_24({word})"
+            load = f"real(from_{name}_word(joined({{at}}, int32({{part}}) << 8)))"
+            store = f"uint16(({both} + 0x80) >> 8)"
+            yield kept, _Stored("uint16", load, store, ("int8", f"int8({both})"))
+        exact = format_16_bits(dtype, stochastic=False, correction=torch.int16)
+        load = f"real(from_{name}_word(joined({{at}}, int32({{part}}))))"
+        yield exact, _Stored("uint16", load, f"uint16(({word} + 0x8000) >> 16)", ("int16", f"int16({word})"))
+    for signed, code in ((True, "e4m3"), (False, "e5m3")):
+        load, store = f"real(from_{code}({{at}}, {{part}}))", f"to_{code}({{value}}, {{random}})"
+        yield format_8_bits(signed=signed), _Stored("uint8", load, store, ("float32", ""))
+
+
+_STORAGE: dict[Format, _Stored] = dict(_storage())
 
 _EXPRESSIONS: dict[str, str] = COMMON | {
     "div": "{0} / {1}",
@@ -71,69 +110,186 @@ class Layout:
     stored: tuple[Format, ...]
 
 
+class _Array(NamedTuple):
+    """A parameter, its gradient or a slot as a kernel sees it.
+
+    Attributes:
+        name: its name; the array is called so with an underscore.
+        kept: its format.
+        new: what its new value is called, None if it is not written.
+        random: which of the numbers drawn for an element it is rounded by, None if by none.
+    """
+
+    name: str
+    kept: Format
+    new: str | None
+    random: int | None
+
+    @property
+    def stored(self) -> _Stored:
+        return _STORAGE[self.kept]
+
+    @property
+    def part(self) -> str:
+        """What its second array is called, without the underscore."""
+        return f"{self.name}_{self.kept.part}" if self.kept.part else ""
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.kept.code is not None
+
+    def random_bits(self) -> str:
+        """Print the bits that it is rounded by."""
+        if self.random is None:
+            return ""
+        drawn = f"random{self.random // 2}"
+        return f"{drawn} >> 16" if self.random % 2 else f"{drawn} & 0xFFFF"
+
+    def load(self, at: str) -> str:
+        """Print the line that loads the element at an index."""
+        part = "" if not self.part else self.part if self.in_blocks else f"{self.part}_[{at}]"
+        return f"{self.name} = {self.stored.load.format(at=f'{self.name}_[{at}]', part=part)}"
+
+    def stores(self, at: str) -> Iterator[str]:
+        """Print the lines that store the element at an index; in blocks, put it by until the scale is known."""
+        if self.new is None:
+            return
+        if self.in_blocks:
+            yield f"{self.name}_new[i] = float32({self.new})"
+            yield f"{self.name}_largest = max({self.name}_largest, as_uint32(float32({self.new})) & 0x7FFFFFFF)"
+            return
+        given = {"value": self.new, "random": self.random_bits()}
+        yield f"{self.name}_[{at}] = {self.stored.store.format(**given)}"
+        if self.part:
+            yield f"{self.part}_[{at}] = {self.stored.part[1].format(**given)}"
+
+
+def _arrays(graph: fx.Graph, inputs: Sequence[fx.Node], stored: Sequence[Format]) -> list[_Array]:
+    """Return what a kernel sees; those that are rounded at random are numbered in order."""
+    results = next(iter(reversed(graph.nodes))).args[0]
+    new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
+    numbers = count()
+    return [
+        _Array(
+            _identifier(node),
+            kept,
+            _identifier(new[node]) if (written := new.get(node, node) is not node) else None,
+            next(numbers) if kept.stochastic and written else None,
+        )
+        for node, kept in zip(inputs, stored, strict=True)
+    ]
+
+
 def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     """Print the source of a rule's kernel; one that is checked verifies every item before it computes it."""
     graph = use_reciprocals(rule.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
-    arrays = [_identifier(node) for node in inputs]
+    arrays = _arrays(graph, inputs, layout.stored)
     numbers = [f"c_{name}" for name in rule.coefficients]
     measured = _measured(graph, rule.reductions, len(inputs) - 1, layout)
-    body = "\n".join(f"        {line}" for line in [*_body(graph, inputs, layout.stored), *measured.body])
-    stored = ", ".join(f"{array} {kept.name}" for array, kept in zip(arrays, layout.stored, strict=True))
+    stored = ", ".join(f"{array.name} {array.kept.name}" for array in arrays)
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     slot = {name: index for index, name in enumerate(LAUNCH)}
+    # Array by array: its name, its type, the bytes of an element, elements of the tensor for each of its own.
+    held = [(array.name, array.stored.type, array.kept.itemsize, 1) for array in arrays]
+    held += [
+        (a.part, a.stored.part[0], TYPES[a.stored.part[0]].bits // 8, BLOCK if a.in_blocks else 1)
+        for a in arrays
+        if a.part
+    ]
+    random = any(array.random is not None for array in arrays)
+    given = [*["measured", "segment"] * bool(rule.reductions), *["first", "key"] * random]
+    places = {name: f"start * {size}" if per == 1 else f"start // {per} * {size}" for name, _, size, per in held}
     return _TEMPLATE.format(
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
         real=str(layout.compute).removeprefix("torch."),
-        parameters=", ".join(
-            [*(f"{a}_" for a in arrays), "n", *(["measured", "segment"] * bool(rule.reductions)), *numbers]
-        ),
+        parameters=", ".join([*(f"{name}_" for name, *_ in held), "n", *given, *numbers]),
+        vectors=_WIDE if any(array.in_blocks for array in arrays) else "    narrow_vectors()\n",
         starts="".join(f"    {line}\n" for line in measured.starts),
-        body=body or "        pass",
+        loop=_print_loop(graph, arrays, measured.body),
         keep="".join(
             f"    measured[segment * {len(rule.reductions)} + {index}] = {result}\n"
             for index, result in enumerate(measured.results)
         ),
         slot=slot,
-        checks=print_checks(slot, [kept.itemsize for kept in layout.stored]) if checked else "",
+        checks=print_checks(slot, [(size, per) for _, _, size, per in held]) if checked else "",
         check=_CHECK.format(slot=slot) if checked else "",
         views="\n".join(
-            f"            {a} = array(pointers[{i} * tensors + tensor] + start * {d.itemsize}, {_STORAGE[d][0]})"
-            for i, (a, d) in enumerate(zip(arrays, layout.stored, strict=True))
+            f"            {name} = array(pointers[{i} * tensors + tensor] + {places[name]}, {kind})"
+            for i, (name, kind, *_) in enumerate(held)
         ),
-        fetch="" if checked else _print_fetch(layout.stored),
+        fetch="" if checked else _print_fetch(list(places.values())),
         row=f"row = coefficient_row[tensor] * {len(numbers)}" if numbers else "row = 0",
+        random=_RANDOM.format(slot=slot, step=rule.coefficients.index(ROUNDING_STEP.name)) if random else "",
         arguments=", ".join(
-            [*arrays, "size", *(["measured", "segment"] * bool(rule.reductions)), *_numbers(graph, rule.coefficients)]
+            [
+                *(name for name, *_ in held),
+                "size",
+                *["measured", "segment"] * bool(rule.reductions),
+                *["uint32(first)", "key"] * random,
+                *_numbers(graph, rule.coefficients),
+            ]
         ),
     )
 
 
-def _print_fetch(stored: tuple[Format, ...]) -> str:
+def _print_fetch(places: Sequence[str]) -> str:
     """Print the lines that begin to load a later segment."""
     fetches = "\n".join(
-        f"                    prefetch(pointers[{i} * tensors + tensor] + start * {kept.itemsize} + line)"
-        for i, kept in enumerate(stored)
+        f"                    prefetch(pointers[{i} * tensors + tensor] + {place} + line)"
+        for i, place in enumerate(places)
     )
     return _FETCH.format(ahead=_AHEAD, fetched=_FETCHED, fetches=fetches)
 
 
-def _body(graph: fx.Graph, inputs: list[fx.Node], stored: tuple[Format, ...]) -> list[str]:
-    """Print the loop's body: loads, operations, stores."""
-    lines = []
-    for node, kept in zip(inputs, stored, strict=True):
-        name = _identifier(node)
-        lines.append(f"{name} = {_STORAGE[kept][1].format(f'{name}_[i]')}")
+def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str]) -> str:
+    """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end."""
+    drawn = 1 + max((array.random // 2 for array in arrays if array.random is not None), default=-1)
+    keys = [f"key{i} = {'key' if i == 0 else f'next_key(key{i - 1})'}" for i in range(drawn)]
+    blocks = [array for array in arrays if array.in_blocks]
+    at, element = ("block + i", "first + uint32(block) + uint32(i)") if blocks else ("i", "first + uint32(i)")
+    body = [array.load(at) for array in arrays]
     for node in graph.nodes:
         if node.op == "call_function":
             expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args))
-            lines.append(f"{_identifier(node)} = {expression}")
-    results = next(iter(reversed(graph.nodes))).args[0]
-    own = [(inputs[0], stored[0]), *zip(inputs[2:], stored[2:], strict=True)]
-    for (target, kept), result in zip(own, results, strict=False):
-        if result is not target:
-            lines.append(f"{_identifier(target)}_[i] = {_STORAGE[kept][2].format(_identifier(result))}")
-    return lines
+            body.append(f"{_identifier(node)} = {expression}")
+    body += [f"random{i} = random_32({element}, key{i})" for i in range(drawn)]
+    body += [line for array in arrays for line in array.stores(at)]
+    body += measuring
+    if not blocks:
+        lines = [*keys, "for i in range(n):", *(f"    {line}" for line in body or ["pass"])]
+        return "\n".join(f"    {line}" for line in lines)
+    kept = sorted({array.random // 2 for array in blocks if array.random is not None})
+    body += [f"drawn{i}[i] = random{i}" for i in kept]
+    written = [array for array in blocks if array.new is not None]
+    buffers = [f"{array.name}_new = buffer(float32, {BLOCK})" for array in written]
+    buffers += [f"drawn{i} = buffer(uint32, {BLOCK})" for i in kept]
+    lines = [*keys, *buffers, f"for block in range(0, n, {BLOCK}):", f"    count = min({BLOCK}, n - block)"]
+    for array in blocks:
+        lines.append(f"    {array.part} = {array.part}_[block // {BLOCK}]")
+    lines += [f"    {array.name}_largest = uint32(0)" for array in written]
+    lines += ["    for i in range(count):", *(f"        {line}" for line in body)]
+    for array in written:
+        lines += [f"    {line}" for line in _end_of_block(array)]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _end_of_block(array: _Array) -> Iterator[str]:
+    """Print the lines that store the scale and codes of a block."""
+    name, code = array.name, array.kept.code
+    bits = array.random_bits().replace(f"random{(array.random or 0) // 2}", f"drawn{(array.random or 0) // 2}[i]")
+    stored = array.stored.store.format(value=f"{name}_new[i] * {name}_inverse", random=bits)
+    yield f"{name}_finite = {name}_largest < 0x7F800000"
+    yield f"if not {name}_finite:"
+    yield f"    {name}_largest = largest_finite({name}_new, count)"
+    yield f"{name}_exponent = block_exponent_{code}({name}_largest)"
+    yield f"{array.part}_[block // {BLOCK}] = as_float32({name}_exponent)"
+    yield f"{name}_inverse = as_float32(0x7F000000 - {name}_exponent)"
+    yield "for i in range(count):"
+    yield f"    {name}_[block + i] = {stored}"
+    yield f"if not {name}_finite:"
+    yield "    for i in range(count):"
+    yield f"        {name}_[block + i] = special_{code}({name}_new[i], {name}_[block + i])"
 
 
 class _Measured(NamedTuple):
@@ -198,9 +354,7 @@ real = {real}
 
 
 def update({parameters}):
-    narrow_vectors()
-{starts}    for i in range(n):
-{body}
+{vectors}{starts}{loop}
 {keep}
 
 {checks}def kernel(launch):
@@ -222,9 +376,20 @@ def update({parameters}):
 {fetch}            tensor, start, size = segment_tensor[segment], segment_start[segment], segment_size[segment]
             {row}
 {views}
-            update({arguments})
+{random}            update({arguments})
         item = atomic_increment(launch)
 '''
+
+_WIDE = """\
+    wide_vectors()
+    separate_arrays()
+"""
+
+_RANDOM = """\
+            first = array(slots[{slot[first_element]}], int64)[tensor] + start
+            key = random_key(slots[{slot[seed]}], array(slots[{slot[parameter]}], int64)[tensor],
+                             coefficients[row + {step}], first)
+"""
 
 _FETCH = """\
             if segment + {ahead} < segments:
