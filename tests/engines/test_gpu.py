@@ -3,6 +3,7 @@
 What needs a device is in test_gpu_device.py; what the compiler makes of the kernels, in test_gpu_compiled.py.
 """
 
+import functools
 import inspect
 import os
 import subprocess
@@ -36,6 +37,7 @@ from surefoot.tensors.native import guards as native
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
 import triton.language as tl
+from triton.runtime import interpreter as interpreting
 from triton.runtime.interpreter import InterpretedFunction
 
 from surefoot.engines.gpu import compile as compiling
@@ -66,6 +68,8 @@ def language():
 def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # At each call of a function the interpreter replaces the language anew, which takes longer than the call.
+    monkeypatch.setattr(interpreting, "_patch_lang", functools.cache(interpreting._patch_lang))
     for name in ("sum", "max"):  # written in Triton themselves, for its compiler if it was imported before
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
