@@ -9,7 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/surefoot demo
 
-test: lint types suite
+# The checks of types need one processor only, so the suite begins beside them.
+test: $(INSTALLED)
+	$(MAKE) --jobs 2 lint types suite
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

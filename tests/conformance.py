@@ -215,7 +215,8 @@ def label(options: Mapping[str, Any]) -> str:
 def cases(rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool = False) -> pytest.MarkDecorator:
     """Parametrize a test over rows and their variants, and over the engines that each row takes.
 
-    With `only_flags` the variants are combinations of flags, for compiled engines none and all of them.
+    With `only_flags` the variants are combinations of flags, for compiled engines none and all of them; combinations of
+    some are for the long run.
     """
     found = []
     for row in rows:
@@ -223,9 +224,11 @@ def cases(rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool 
             variants = row.variants(few=engine in COMPILED)
             if only_flags:
                 variants = [{}, row.all_flags()] if engine in COMPILED else [*row.flag_variants()]
+            few = [*row.flag_variants(few=True)] if only_flags else variants
             for options in variants:
-                asked = [engine] if engine else []
-                found.append(pytest.param(*asked, row, options, id="-".join((*asked, row.name, label(options)))))
+                asked, marks = [engine] if engine else [], [] if options in few or not options else [pytest.mark.long]
+                name = "-".join((*asked, row.name, label(options)))
+                found.append(pytest.param(*asked, row, options, id=name, marks=marks))
     return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
 
 

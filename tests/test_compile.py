@@ -1,5 +1,6 @@
 """`torch.compile` around a training function: it breaks off at the optimizer's calls, and changes nothing."""
 
+import itertools
 import subprocess
 import sys
 
@@ -16,6 +17,16 @@ ALGORITHMS = {
     "Muon": {"lr": 0.1},
     "LBFGS": {"lr": 0.1},
 }
+WHOLE = {"max_grad_norm": 0.1, "ema": 0.9, "telemetry": True, "nonfinite": "skip"}
+
+
+def ways():
+    """Give every algorithm with and without a closure, and options; all of them for one algorithm, others for long."""
+    for name, closure, options in itertools.product(ALGORITHMS, (False, True), ({}, WHOLE)):
+        if name != "LBFGS" or (closure and not options):  # which needs one, and takes no options
+            marks = [] if name == "AdamW" or (closure and not options) else [pytest.mark.long]
+            text = f"{name}-{'closure' if closure else 'backward'}-{'whole' if options else 'plain'}"
+            yield pytest.param(name, closure, options, id=text, marks=marks)
 
 
 def trained(name, compiled, *, closure, **options):
@@ -46,14 +57,8 @@ def trained(name, compiled, *, closure, **options):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
-@pytest.mark.parametrize(
-    "options", [{}, {"max_grad_norm": 0.1, "ema": 0.9, "telemetry": True, "nonfinite": "skip"}], ids=["plain", "whole"]
-)
-@pytest.mark.parametrize("closure", [False, True], ids=["backward", "closure"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(("name", "closure", "options"), list(ways()))
 def test_a_compiled_function_trains_as_an_uncompiled_one(name, closure, options):
-    if name == "LBFGS" and (options or not closure):
-        pytest.skip("it needs a closure, and takes no options")
     torch._dynamo.reset()
     assert_same(*(trained(name, compiled, closure=closure, **options) for compiled in (False, True)))
 

@@ -37,7 +37,6 @@ from conformance import (
 
 DENSE, ELEMENTWISE = (*DENSE, BEYOND_TORCH), (*ELEMENTWISE, BEYOND_TORCH)
 OTHERS = [name for name in ENGINES if name != "eager"]
-number_or_tensor = pytest.mark.parametrize("lr", ["number", "tensor"])
 
 
 def dtypes(*names: str) -> pytest.MarkDecorator:
@@ -71,8 +70,15 @@ def test_every_flag_of_a_class_is_tried(row):
 # The eager engine: the bits of torch's for-loop
 
 
-@number_or_tensor
-@dtypes("float32", "float64")
+@pytest.mark.parametrize(
+    ("dtype", "lr"),
+    [
+        pytest.param(torch.float32, "number", id="float32-number"),
+        pytest.param(torch.float32, "tensor", id="float32-tensor"),
+        pytest.param(torch.float64, "number", id="float64-number"),
+        pytest.param(torch.float64, "tensor", id="float64-tensor", marks=pytest.mark.long),
+    ],
+)
 @cases(DENSE)
 def test_eager_has_the_bits_of_the_for_loop(row, options, dtype, lr, record_property):
     options = with_lr(row, options, lr)

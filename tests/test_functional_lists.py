@@ -116,7 +116,7 @@ def train(callers, dtype, engine):
             caller.step(gradients(caller.params, step, dtype), **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.long)])
 @cases(DENSE)
 def test_eager_steps_have_torchs_bits(row, options, dtype, record_property):
     dtype = getattr(torch, dtype)

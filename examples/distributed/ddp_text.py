@@ -13,7 +13,7 @@ def main():
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
-    text = "".join(pydoc_data.topics.topics.values())[:20_000].encode("ascii", "replace")
+    text = "".join(pydoc_data.topics.topics.values())[:6_000].encode("ascii", "replace")
     letters = torch.tensor(list(text), dtype=torch.long)
     contexts, following = letters[:-1].unfold(0, 8, 1), letters[8:]
     own = slice(rank, None, world)  # every rank trains on its part of the data

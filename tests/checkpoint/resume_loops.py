@@ -86,10 +86,9 @@ def _cases() -> Iterator[Case]:
     for row in ROWS:
         # An iteration of LBFGS is a step of the others.
         variants = [{"max_iter": 3}] if row.needs_closure else list(row.flag_variants())
-        engines = row.engines(["eager", "foreach"])
-        turns = max(len(variants) * len(engines), len(SCHEDULERS))
-        pairs = [(options, engine) for options in variants for engine in engines]
-        for _, (options, engine), scheduler in zip(range(turns), cycle(pairs), cycle(SCHEDULERS), strict=False):
+        engines, turns = row.engines(["eager", "foreach"]), max(len(variants), len(SCHEDULERS))
+        turning = cycle(variants), cycle(engines), cycle(SCHEDULERS)
+        for _, options, engine, scheduler in zip(range(turns), *turning, strict=False):
             yield Case(row, options, engine, scheduler)
         for options in ({}, {"lr": torch.tensor(1e-3)}, *row.more):
             yield Case(row, options, row.engines(["cpu"])[0], "StepLR")

@@ -43,7 +43,7 @@ def test_optimizers_made_one_after_the_other_do_not_share_a_file(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is forked there")
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.long), "spawn"])
 def test_processes_of_multiprocessing_report_and_have_files_of_their_own(tmp_path, method):
     script = tmp_path / "train.py"
     script.write_text(

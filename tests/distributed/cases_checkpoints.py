@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def state_of(model, optimizer):
 
 
 def place(name=""):
-    return Path(sys.argv[3]) / "checkpoints" / name
+    return Path.cwd() / "checkpoints" / name
 
 
 def together(action):

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from pathlib import Path
 
 from cases_checkpoints import loaded
@@ -10,6 +9,6 @@ from cases_layouts import layouts
 
 
 def cases(world):
-    source, known = Path(os.environ["SUREFOOT_SAVED_BY_OTHERS"]), layouts(world)
+    source, known = Path("saved by others").resolve(), layouts(world)
     for saved, layout in itertools.product(("rows", "columns", "copies", "columns of two"), known):
         yield f"loaded / {saved} / {layout}", functools.partial(loaded, source / saved, known[layout])

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import sys
 from pathlib import Path
 
 import torch
@@ -116,9 +115,9 @@ def compared(row, one, two):
 
 def cases(_world):
     for row in ROWS_HERE:
-        yield f"{row.name} / surefoot", functools.partial(through_surefoot, row, Path(sys.argv[3]) / row.name)
+        yield f"{row.name} / surefoot", functools.partial(through_surefoot, row, Path.cwd() / row.name)
     for row, kind in itertools.product(ROWS_HERE, KINDS):
         yield f"{row.name} / {kind}", functools.partial(through_torch, row, kind)
     for row, kind in itertools.product(ROWS_HERE, ("sharded", "flat")):
-        folder = Path(sys.argv[3]) / f"{row.name} {kind}"
+        folder = Path.cwd() / f"{row.name} {kind}"
         yield f"{row.name} / {kind} / dcp", functools.partial(through_torch, row, kind, folder)

@@ -79,7 +79,7 @@ def test_an_error_in_a_kernel_raises_in_the_fast_lane(monkeypatch):
     train(optimizer, params, steps=4)
     grads = [weakref.ref(param.grad) for param in params]
     before, kernel = [param.detach().clone() for param in params], raising()
-    optimizer._step_cache.fast._after._entries[0, 0] = kernel.address
+    optimizer._step_cache.fast._whole._entries[0, 0] = kernel.address
     with pytest.raises(KernelError, match="was stopped by an error.*may be updated in part"):
         optimizer.step()
     assert {state["step"].item() for state in optimizer.state.values()} == {4}

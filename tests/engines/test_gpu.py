@@ -3,6 +3,7 @@
 What needs a device is in test_gpu_device.py; what the compiler makes of the kernels, in test_gpu_compiled.py.
 """
 
+import functools
 import inspect
 import os
 import subprocess
@@ -36,6 +37,7 @@ from surefoot.tensors.native import guards as native
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
 import triton.language as tl
+from triton.runtime import interpreter as interpreting
 from triton.runtime.interpreter import InterpretedFunction
 
 from surefoot.engines.gpu import compile as compiling
@@ -66,6 +68,8 @@ def language():
 def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # At each call of a function the interpreter replaces the language anew, which takes longer than the call.
+    monkeypatch.setattr(interpreting, "_patch_lang", functools.cache(interpreting._patch_lang))
     for name in ("sum", "max"):  # written in Triton themselves, for its compiler if it was imported before
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
@@ -81,11 +85,17 @@ def few(dtype):
     return kinds | {"blocks": normals(dtype, seed=7)(4 * 1024 + 72).requires_grad_()}
 
 
+def three(dtype):
+    """Make parameters for what does not depend on their kinds."""
+    return {name: param for name, param in few(dtype).items() if name in ("odd", "matrix", "blocks")}
+
+
 def variants(*names, plain=True):
-    """Every rule, or those named, with all of its flags, and unless not `plain` without any."""
+    """Every rule, or those named, with all of its flags, and without any unless `plain` is false; it may be a mark."""
     rows = [row for row in ELEMENTWISE if not names or row.name in names]
-    sets = [(row, options) for row in rows for options in ([{}] * plain + [row.all_flags()])]
-    found = [pytest.param(row, options, id=f"{row.name}-{bool(options)}") for row, options in sets]
+    marks = () if plain is True else plain
+    found = [pytest.param(row, {}, id=f"{row.name}-False", marks=marks) for row in rows] if plain else []
+    found += [pytest.param(row, row.all_flags(), id=f"{row.name}-True") for row in rows]
     return pytest.mark.parametrize(("row", "options"), found)
 
 
@@ -136,14 +146,14 @@ def test_no_farther_with_numbers_of_the_device(row, options, record_property):
     record_property("compared", "gpu, interpreted, capturable: no farther from float64 than torch's foreach")
 
 
-@variants()
+@variants(plain=pytest.mark.long)
 def test_float64_agrees_with_the_for_loop(row, options, record_property):
     actual = trained(row, options, torch.float64, **FUSED)
     assert_close(actual, by_torch(row, options, torch.float64), rtol=1e-11, atol=1e-11)
     record_property("compared", "gpu, interpreted: to rounding with the for-loop, float64")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16], ids=str)
 @variants(plain=False)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
     """The interpreter fuses no multiplication with an addition, so there is hardly anything to differ."""
@@ -228,7 +238,7 @@ def test_every_operation_of_a_rule_is_known(monkeypatch):
         monkeypatch.setattr(libdevice, name, by_numpy(function))
     found = []
     for way in (FUSED, {"foreach": False}):
-        params = few(torch.float32)
+        params = three(torch.float32)
         optimizer = Everything(list(params.values()), **way)
         train(optimizer, params, torch.float32, steps=range(3))
         found.append(results(optimizer, params))
@@ -275,7 +285,7 @@ def test_a_capturable_step_reads_nothing(row, options):
     options = {name: value for name, value in options.items() if name not in tensors} | tensors
     found = []
     for way in (CAPTURABLE, {"foreach": False}):
-        params = few(torch.float32)
+        params = three(torch.float32)
         optimizer = row.ours(list(params.values()), **options, **way)
         train(optimizer, params, torch.float32, steps=range(STEADY))
         for step in range(STEADY, STEADY + 3):
@@ -377,7 +387,7 @@ def test_a_step_with_infinities_changes_nothing_and_reads_nothing(cls):
     options = {"momentum": 0.9, "dampening": 0.5} if cls is surefoot.SGD else {}
     found = []
     for skipped in (False, True):
-        params = few(torch.float32)
+        params = three(torch.float32)
         optimizer = cls(list(params.values()), **options, **CAPTURABLE)
         for step in range(STEADY, STEADY + 3):
             _set_all_gradients(params, step)
@@ -527,7 +537,7 @@ def test_measuring_changes_nothing_and_keeps_the_plan(way):
     """Also where only some steps are measured."""
     found = []
     for telemetry in (None, surefoot.telemetry.Telemetry(every=2)):
-        params = few(torch.float32)
+        params = three(torch.float32)
         optimizer = surefoot.NAdam(list(params.values()), **way, telemetry=telemetry)
         train(optimizer, params, torch.float32, steps=range(STEADY + 1))
         works = optimizer._step_cache.runs
@@ -566,7 +576,7 @@ def test_clipping_waits_for_nothing(monkeypatch):
     found = []
     for clip in (torch.tensor(0.25, dtype=torch.float64), 0.25):
         monkeypatch.setattr(clipping, "_factor", lambda *_, clip=clip: clip)
-        params = few(torch.float32)
+        params = three(torch.float32)
         optimizer = surefoot.Adam(list(params.values()), max_grad_norm=1.0, **FUSED, telemetry=True)
         train(optimizer, params, torch.float32, steps=range(STEADY + 1))
         for step in range(3):
@@ -597,7 +607,7 @@ def test_a_captured_step_may_be_clipped(monkeypatch):
     found = []
     for capture in (False, True):
         with monkeypatch.context() as patch:
-            params = few(torch.float32)
+            params = three(torch.float32)
             optimizer = surefoot.Adam(list(params.values()), max_grad_norm=0.1, **CAPTURABLE)
             train(optimizer, params, torch.float32, steps=range(STEADY + 1))
             kept = len(tables._kept_for_graphs)
@@ -914,7 +924,7 @@ def test_a_captured_step_goes_on_from_the_last(monkeypatch):
     found = []
     for capture in (False, True):
         with monkeypatch.context() as patch:
-            params = few(torch.float32)
+            params = three(torch.float32)
             optimizer = surefoot.NAdam(list(params.values()), **CAPTURABLE)
             train(optimizer, params, torch.float32, steps=range(STEADY + 1))
             works = optimizer._step_cache.runs

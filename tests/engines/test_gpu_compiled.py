@@ -3,10 +3,11 @@
 Expected sources stand in `golden`; with `SUREFOOT_UPDATE_GOLDEN=1` they are written anew.
 """
 
+import io
 import os
 import re
-import subprocess
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,10 @@ ARCHITECTURES = (80, 90, 100)
 MOST_REGISTERS = 96
 """At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16."""
 rows = pytest.mark.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
+each_architecture = pytest.mark.parametrize(
+    "architecture", [pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)]
+)
+"""For tests that compile much: the default run compiles for one of them."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,27 +73,20 @@ def compiled(source, stored, architecture, *, found_inf=False):
     constants = {"BLOCK": launch.block, "REPEAT": launch.repeat} | absent
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    unit = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.warps, "enable_fp_fusion": True},
-    )
-    return unit.asm["ptx"], {"barriers": unit.asm["ptx"].count("bar.sync"), "shared": unit.metadata.shared} | usage(
-        unit.asm["ptx"]
-    )
+    source = ASTSource(kernel, signature, constants, aligned)
+    return assembled(source, architecture, num_warps=launch.warps, enable_fp_fusion=True)
 
 
-def usage(ptx):
-    """Assemble again, for what the assembler says of registers and spills."""
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx"
-    path.write_text(ptx)
-    target = "--gpu-name=" + re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    tools = triton.knobs.nvidia
-    tool = getattr(tools, "ptxas_blackwell", tools.ptxas)  # from Triton 3.6 on there are two, of which this knows more
-    command = [tool.path, "-v", target, str(path), "-o", os.devnull]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stderr  # noqa: S603 (Triton's own)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "spills": int(spills[1]) + int(spills[2])}
+def assembled(source, architecture, **options):
+    """Compile; give the assembly, and what the assembler says of registers and spills."""
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        unit = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx, text = unit.asm["ptx"], log.getvalue()
+    registers = int(re.search(r"Used (\d+) registers", text)[1])
+    spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()))
+    used = {"registers": registers, "spills": spills}
+    return ptx, used | {"barriers": ptx.count("bar.sync"), "shared": unit.metadata.shared}
 
 
 def accesses(ptx):
@@ -131,7 +129,7 @@ def written_by(source, stored):
     return [f"tl.store({name} + lanes" in source for name in names]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 @rows
 def test_float32(row, architecture, record_property):
     source, stored = source_of(row.ours, row.all_flags(), torch.float32)
@@ -181,7 +179,7 @@ def test_gradients_are_read_in_wide_accesses(dtype, architecture):
 
 
 @pytest.mark.parametrize("found_inf", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_measuring_updates(dtype, architecture, found_inf):
     source, stored = source_of(surefoot.AdamW, {}, dtype, torch.float32, measured=True)
@@ -193,13 +191,16 @@ def test_measuring_updates(dtype, architecture, found_inf):
     assert used["spills"] == 0
 
 
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.float64], ids=["float32", "float64"]
+)
 @rows
-def test_every_rule_measures(row):
-    for dtype in (torch.float32, torch.float64):
-        source, stored = source_of(row.ours, row.all_flags(), dtype, measured=True)
-        ptx, used = compiled(source, stored, 90, found_inf=True)
-        check_singles(ptx, accesses(ptx), stored)
-        assert used["spills"] == 0
+def test_every_rule_measures(row, dtype):
+    """In float64, which needs most registers, in every run."""
+    source, stored = source_of(row.ours, row.all_flags(), dtype, measured=True)
+    ptx, used = compiled(source, stored, 90, found_inf=True)
+    check_singles(ptx, accesses(ptx), stored)
+    assert used["spills"] == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -207,11 +208,8 @@ def test_parts_are_put_together(architecture):
     kernel = triton.jit(measured.combine, do_not_specialize=["chunks"])
     signature = {"parts": "*fp64", "firsts": "*i64", "results": "*fp64", "chunks": "i32"}
     constants = {"LARGEST": 2, "BLOCK": measured._BLOCK}
-    unit = triton.compile(
-        ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants),
-        target=GPUTarget("cuda", architecture, 32),
-    )
-    assert usage(unit.asm["ptx"])["spills"] == 0
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    assert assembled(source, architecture)[1]["spills"] == 0
 
 
 def without_last_branch(source):

@@ -71,7 +71,15 @@ def test_averages_are_right_or_refused(data):
     fuzz.run(draw_averages(lambda below: data.draw(st.integers(0, below - 1))))
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("--few", 400), ("--averages", 400), ("--sharded", 60)])
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("--few", 120),
+        ("--averages", 120),
+        ("--sharded", 25),
+        *(pytest.param(kind, 1000, marks=pytest.mark.long) for kind in ("--few", "--averages", "--sharded")),
+    ],
+)
 def test_memory_stays_whole(kind, cases):
     """No case crashes while the allocator checks every block."""
     found = drive("--malloc", kind, "--cases", str(cases))

@@ -95,14 +95,10 @@ class _Lane:
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
-        kernel = [(self.kernel.address, self.launch.address)] if with_kernel and self.launch.work_items else []
+        some = with_kernel and (self.run.sparse or self.launch.work_items)
+        kernel = [(self.kernel.address, self.launch.address)] if some else []
         scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
         return [each for each in (*kernel, self.plan.versions.launch, *scalars, self.releasing) if each]
-
-    @property
-    def is_small(self) -> bool:
-        """Return whether its kernel always runs on one thread, so that it can be one of the compiled calls."""
-        return not self.run.sparse and self.launch.size < ONE_THREAD
 
     def take(self) -> bool:
         """Take what compiled code has not guarded: rows of sparse gradients, scalars that are Python's numbers.
@@ -158,11 +154,14 @@ class FastLane:
         for lane in self._lanes:
             self._guarded += lane.launches_before()
         self._guard_options()
-        small = all(lane.is_small for lane in self._lanes)
-        self._after = LaunchSequence(
-            [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=small)]
+        self._of_rows = [lane for lane in self._lanes if lane.run.sparse]
+        self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
+        after, whole = (
+            [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
+            for with_kernel in (False, True)
         )
-        self._by_itself = [] if small else self._lanes
+        self._after = LaunchSequence(after)
+        self._whole = LaunchSequence([*(lane.launch.finding for lane in self._of_rows), *whole])
 
     def _guard_options(self) -> None:
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
@@ -197,10 +196,9 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
-                if not all(lane.take() for lane in self._lanes):
+                if not (all(lane.take() for lane in self._lanes) and self._update(coefficients)):
                     self._release()
                     return False
-                self._update(coefficients)
             except BaseException:
                 self._release()
                 raise
@@ -221,18 +219,27 @@ class FastLane:
         self._guard_options()
         return True
 
-    def _update(self, coefficients: Callable[..., dict[str, Any]]) -> None:
+    def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
+        """Update, in one compiled call where kernels need one thread; return False if gradients have unusual rows."""
         for lane in self._lanes:
             lane.compute(coefficients)
-        for lane in self._by_itself:
-            lane.launch.start(
-                lane.kernel, 1 if lane.launch.size < ONE_THREAD else min(thread_count(), lane.launch.work_items)
-            )
-        if self._after.run():
+        if self._adds_up and all(lane.launch.size < ONE_THREAD for lane in self._lanes):
+            found = self._whole.run()
+            if found and any(lane.launch.status for lane in self._of_rows):
+                return False
+        else:
+            if not all(lane.plan.find_rows(lane.run.grads()) for lane in self._of_rows):
+                return False
+            for lane in self._lanes:
+                threads = 1 if lane.launch.size < ONE_THREAD else min(thread_count(), lane.launch.work_items)
+                lane.launch.start(lane.kernel, threads)
+            found = self._after.run()
+        if found:
             for lane in self._lanes:
                 lane.launch.raise_if_stopped(lane.kernel)
         for lane in self._lanes:
             lane.finish()
+        return True
 
     def _leave(self, found: int) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""

@@ -7,7 +7,7 @@ tables of a launch: where in each array each row stands, and how rows are cut in
 
 # Places in bytes: in what the kernel is handed, in what it is told of each table, in the launch that it writes.
 (
-    O_RESULT, O_COUNT, O_LAUNCH, O_TABLES, O_TABLE_SIZE, O_ARRAYS, O_DIMENSIONS, O_SCRATCH, O_COUNTS, O_SUMS,
+    O_STATUS, O_COUNT, O_LAUNCH, O_TABLES, O_TABLE_SIZE, O_ARRAYS, O_DIMENSIONS, O_SCRATCH, O_COUNTS, O_SUMS,
     O_KIND, O_OWNER, O_SIZE,
 ) = OURS  # fmt: skip
 (
@@ -174,8 +174,8 @@ def write_tables(ours, launch, total):
 def kernel(ours):
     """Write a launch of the rows of tables.
 
-    The result is 1 if an index is outside, 2 if there are repeated rows of values that are not added up here; then
-    nothing is written.
+    The status, which ends a sequence of launches, is -1 if an index is outside, -2 if there are repeated rows of values
+    that are not added up here; then nothing is written.
     """
     launch, scratch, counts, repeated = at(ours, O_LAUNCH), at(ours, O_SCRATCH), at(ours, O_COUNTS), False
     rows, total = int64(0), int64(0)
@@ -186,7 +186,7 @@ def kernel(ours):
         store(table + T_PLACES, scratch + size)
         largest = read_keys(table, scratch, scratch + size)
         if largest == OUTSIDE:
-            store(ours + O_RESULT, 1)
+            store(ours + O_STATUS, -1)
             return
         if largest != ASCENDING:
             sort(table, scratch, scratch + size, scratch + 2 * size, counts, largest)
@@ -196,9 +196,8 @@ def kernel(ours):
         total += found * at(table, T_ELEMENTS)
         scratch += 4 * size
     if repeated and at(ours, O_KIND) == OTHER:
-        store(ours + O_RESULT, 2)
+        store(ours + O_STATUS, -2)
         return
-    store(ours + O_RESULT, 0)
     store(launch + L_TENSORS, rows)
     store(ours + O_SIZE, total)
     write_tables(ours, launch, total)

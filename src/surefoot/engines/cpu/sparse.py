@@ -26,20 +26,19 @@ from surefoot.tensors.memory import PLAIN, bytes_available, has_memory
 from surefoot.tensors.native.guards import VersionCounters
 
 # What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
-_OURS = ("", "status", "result", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
+_OURS = ("", "status", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
          "sums", "kind", "owner", "size")  # fmt: skip
 _TABLE = ("number", "coefficient_row", "count", "dimensions", "indices", "values", "elements", "bytes", "keys",
           "places", "sizes")  # fmt: skip
 _WRITTEN = ("work_items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
             "coefficient_row", "tensors", "segments")  # fmt: skip
-_RESULT, _LAUNCH_ADDRESS, _SCRATCH, _SUMS, _OWNER, _SIZE = map(
-    _OURS.index, ("result", "launch", "scratch", "sums", "owner", "size")
-)
+_SCRATCH, _SUMS, _OWNER, _SIZE = map(_OURS.index, ("scratch", "sums", "owner", "size"))
 _COEFFICIENT_ROW, _COUNT, _INDICES, _VALUES = map(_TABLE.index, ("coefficient_row", "count", "indices", "values"))
 _WORK_ITEMS, _SEGMENTS, _TENSORS = map(LAUNCH.index, ("work_items", "segments", "tensors"))
 _KINDS = {torch.float32: 1, torch.float64: 2}
 """Values that the rows kernel adds up where a row is there several times; torch does so with all others."""
-_OUTSIDE, _REPEATED = 1, 2
+_REPEATED = -2
+"""The status where a row is there several times, and its values are such as the rows kernel does not add up."""
 _DIGITS, _KEPT = 256, 1 << 20
 """Counters that sorting needs, and words of working memory that are kept between steps."""
 
@@ -48,7 +47,7 @@ _DIGITS, _KEPT = 256, 1 << 20
 def _rows_kernel() -> int:
     """Return the address of the compiled rows kernel."""
     places = {
-        "OURS": [8 * _OURS.index(name) for name in _OURS[2:]],
+        "OURS": [8 * _OURS.index(name) for name in _OURS[1:]],
         "TABLE": [8 * position for position in range(len(_TABLE))],
         "LAUNCH": [8 * LAUNCH.index(name) for name in _WRITTEN],
         "CUTS": [CHUNK, LARGEST_ITEM, FEWEST_ITEMS],
@@ -59,6 +58,10 @@ def _rows_kernel() -> int:
 
 class RowsLaunch(Launch):
     """A launch of the rows of tables, which the rows kernel writes.
+
+    Attributes:
+        finding: the address of the rows kernel and that of its own launch.
+        adds_up: whether it adds up the values of a row that is there several times.
 
     Args:
         arrays: addresses of the arrays of each table, the gradient left out: of shape (arrays, tables).
@@ -104,29 +107,45 @@ class RowsLaunch(Launch):
             "kind": _KINDS.get(values, 0),
         }
         self._ours = array("q", [given.get(name, 0) for name in _OURS])
-        self._address, self._call = self._ours.buffer_info()[0], locked_function(_rows_kernel())
+        self.finding, self.adds_up = (_rows_kernel(), self._ours.buffer_info()[0]), values in _KINDS
 
     def set_coefficient_rows(self, rows: np.ndarray) -> None:
         """Set for each table its row of coefficients."""
         self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
 
-    def write(self, indices: Sequence[Tensor], values: Sequence[Tensor]) -> int:
-        """Write the launch of the rows that contiguous indices and values tell; return what the kernel has found."""
-        rows = segments = numbers = place = 0
+    def take(self, indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Take contiguous indices and values; `size` then is that of all rows, repeated ones included."""
+        self.size = rows = segments = numbers = place = 0
         for index, value, elements in zip(indices, values, self._elements, strict=True):
             count = value.shape[0]
             self._tables[place + _COUNT] = count
             self._tables[place + _INDICES], self._tables[place + _VALUES] = index.data_ptr(), value.data_ptr()
             rows += count
             segments += count * -(-elements // CHUNK)
+            self.size += count * elements
             numbers += value.numel() * value.element_size()
             place += self._table_size
         self._reserve(rows, segments, numbers // 8 + 1)
-        self._call(self._address)
-        if self._ours[STATUS]:
-            raise KernelError(f"the rows kernel was stopped by an error (status {self._ours[STATUS]})")
-        self.size, self.work_items = self._ours[_SIZE], int(self.words[_WORK_ITEMS])
-        return self._ours[_RESULT]
+
+    def find_rows(self) -> int:
+        """Write the launch of the rows that indices and values tell; return the status of the rows kernel."""
+        kernel, address = self.finding
+        locked_function(kernel)(address)
+        if not (status := self.status):
+            self.size, self.work_items = self._ours[_SIZE], int(self.words[_WORK_ITEMS])
+        return status
+
+    @property
+    def status(self) -> int:
+        """Return 0, or why rows were not found, below 0, and be ready for others.
+
+        Raises:
+            KernelError: an error has stopped the rows kernel.
+        """
+        status, self._ours[STATUS] = self._ours[STATUS], 0
+        if status > 0:
+            raise KernelError(f"the rows kernel was stopped by an error (status {status})")
+        return status
 
     def _reserve(self, rows: int, segments: int, sums: int) -> None:
         """Have working memory for so many rows, segments, and words of added values."""
@@ -213,7 +232,7 @@ class RowsPlan:
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
         self._dtype, self._kept = grad, format_of(grad).dtype
         self._kinds = [
-            (each.shape, dimensions, param.shape[dimensions:])
+            (each.shape, dimensions, list(param.shape[dimensions:]))
             for each, param, dimensions in zip(bucket.grads, bucket.params, leading, strict=True)
         ]
         self.launch = RowsLaunch(arrays.addresses, strides, [param.shape for param in bucket.params], self._kept)
@@ -241,25 +260,31 @@ class RowsPlan:
         return self.dense
 
     def take(self, grads: Sequence[Any]) -> bool:
-        """Take the rows of gradients, held until `release`; return False if one is not such as the plan is for."""
+        """Take gradients, held until `release`; return False if one is not such as the plan is for."""
         indices, values, kept = [], [], self._kept
         for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
                 return False
             index, value = _contiguous(grad._indices()), _contiguous(grad._values())
-            if grad.shape != shape or index is None or value is None:
+            if grad.shape != shape or index is None or value is None or value.dtype is not kept:
                 return False
-            if index.shape != (dimensions, value.shape[0]) or value.shape[1:] != dense or value.dtype is not kept:
+            count, *rest = value.shape
+            if index.shape != (dimensions, count) or rest != dense:
                 return False
             # What the step writes is read before: one row's values might stand in another row.
             aliased = value.untyped_storage().data_ptr() in self._written
             indices.append(index)
             values.append(value.clone() if aliased else value)
         self._held = indices, values
-        found = self.launch.write(indices, values)
-        if found == _REPEATED:
-            return self.take([_coalesced(grad) for grad in grads])
-        return found != _OUTSIDE
+        self.launch.take(indices, values)
+        return True
+
+    def find_rows(self, grads: Sequence[Any]) -> bool:
+        """Find the rows of gradients that have been taken; return False if one is outside."""
+        found = self.launch.find_rows()
+        if found == _REPEATED and self.take([_coalesced(grad) for grad in grads]):
+            found = self.launch.find_rows()
+        return not found
 
     def release(self) -> None:
         """Hold the gradients no longer."""
@@ -271,7 +296,7 @@ class RowsPlan:
         if self.row is not bucket.row:
             self.row = bucket.row
             self.launch.set_coefficient_rows(bucket.row)
-        if not self.take(bucket.grads):
+        if not (self.take(bucket.grads) and self.find_rows(bucket.grads)):
             raise InternalError("a kernel was to run on sparse gradients that were not validated")
         rule, kernel = bucket.rule, self.kernel(bucket.rule)
         if kernel.checked:

@@ -1,33 +1,14 @@
 """Two processes: state that is not laid out over ranks as its parameter is never reaches a kernel."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-SCRIPT = Path(__file__).with_name("two_ranks.py")
-SOURCE = Path(__file__).parents[2] / "src"
+from ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What became of each case, by rank."""
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "MALLOC_PERTURB_": "165"}
-    processes = [
-        subprocess.Popen(  # noqa: S603 (our own script)
-            [sys.executable, SCRIPT, str(rank), store], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    results = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors.decode()
-    return [json.loads(output) for output, _ in results]
+    return run_ranks("cases_state", 2, tmp_path_factory.mktemp("ranks"))
 
 
 def test_both_ranks_take_the_same_way(found):
