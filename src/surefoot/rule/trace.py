@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MethodDescriptorType, SimpleNamespace, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -43,6 +43,25 @@ class Rule:
     reductions: tuple[Reduction, ...] = ()
 
 
+class _Symbol(fx.Proxy):
+    """Stands for a tensor while tracing."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> fx.Proxy:
+        """Record a function, or a method of tensors that is called as one.
+
+        `fx.Proxy` tells the two apart by a table of all of torch, which takes longer to make than all else of a rule.
+        """
+        symbols: list[fx.Proxy] = []
+        fx.node.map_aggregate((args, kwargs), lambda each: symbols.append(each) if isinstance(each, cls) else None)
+        tracer = symbols[0].tracer
+        if isinstance(function, MethodDescriptorType | WrapperDescriptorType):
+            return tracer.create_proxy("call_method", function.__name__, args, kwargs or {})
+        return tracer.create_proxy("call_function", function, args, kwargs or {})
+
+
 class _Tracer(fx.Tracer):
     """Records with each node the line of the rule that made it."""
 
@@ -56,6 +75,9 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = self.source()
         return node
+
+    def proxy(self, node: fx.Node) -> _Symbol:
+        return _Symbol(node, self)
 
     def source(self) -> str:
         """`file:line` of the innermost frame inside the rule's file."""
