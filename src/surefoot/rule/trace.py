@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodDescriptorType, SimpleNamespace, WrapperDescriptorType
+from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,18 +48,22 @@ class _Symbol(fx.Proxy):
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        orig_method: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> fx.Proxy:
         """Record a function, or a method of tensors that is called as one.
 
         `fx.Proxy` tells the two apart by a table of all of torch, which takes longer to make than all else of a rule.
         """
+        given = args or (), kwargs or {}
         symbols: list[fx.Proxy] = []
-        fx.node.map_aggregate((args, kwargs), lambda each: symbols.append(each) if isinstance(each, cls) else None)
-        tracer = symbols[0].tracer
-        if isinstance(function, MethodDescriptorType | WrapperDescriptorType):
-            return tracer.create_proxy("call_method", function.__name__, args, kwargs or {})
-        return tracer.create_proxy("call_function", function, args, kwargs or {})
+        fx.node.map_aggregate(given, lambda each: symbols.append(each) if isinstance(each, cls) else None)
+        if isinstance(orig_method, MethodDescriptorType):
+            return symbols[0].tracer.create_proxy("call_method", orig_method.__name__, *given)
+        return symbols[0].tracer.create_proxy("call_function", orig_method, *given)
 
 
 class _Tracer(fx.Tracer):
