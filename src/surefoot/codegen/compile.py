@@ -106,10 +106,9 @@ def _compile(source: str, processor: Processor) -> bytes:
     # by what else stands around it once functions are put into each other: the bits of kernels depend on it.
     first = llvm.create_new_function_pass_manager()
     first.add_sroa_pass()
+    first.add_instruction_combine_pass()
+    first.add_simplify_cfg_pass()
     first.add_reassociate_pass()
-    if lowered.few_passes:
-        first.add_simplify_cfg_pass()
-        first.add_instruction_combine_pass()
     for function in module.functions:
         if not function.is_declaration:
             first.run(function, builder)
