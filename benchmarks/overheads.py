@@ -121,10 +121,14 @@ def _line(what: str, of: str, case: str, values: Sequence[float], unit: str, mos
 
 def _child(*arguments: str, cache: str | None = None) -> Any:
     """Run this script in a fresh process and give what it measured."""
+    return json.loads(_fresh([sys.executable, __file__, "--child", *arguments], cache))
+
+
+def _fresh(command: Sequence[str], cache: str | None = None) -> str:
+    """Run a command in a fresh process, which finds Python's bytecode on disk as that of an installed package is."""
     environment = {**os.environ, **({"SUREFOOT_CACHE_DIR": cache} if cache else {})}
-    command = [sys.executable, __file__, "--child", *arguments]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603 (ourselves)
-    return json.loads(done.stdout)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout  # noqa: S603
 
 
 # Imports
@@ -133,8 +137,8 @@ def _child(*arguments: str, cache: str | None = None) -> Any:
 def imports(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
     """Time `import surefoot` where torch is imported already."""
     command = [sys.executable, "-c", IMPORT]
-    run = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(2 * repeat + 1)]  # noqa: S603
-    yield _line("import", "surefoot", "after torch", [float(done.stdout) for done in run], "s", 0.1)
+    times = [float(_fresh(command)) for _ in range(2 * repeat + 1)]
+    yield _line("import", "surefoot", "after torch", times, "s", 0.1)
 
 
 # First steps
@@ -143,25 +147,26 @@ def imports(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
 def first_steps(variants: Sequence[str], repeat: int) -> Iterator[Line]:
     """Time a first step: in an empty cache folder, with all but the kernel in it, with that too, and in use already."""
     for variant in variants:
-        yield from _first_steps(variant, "tiny", repeat)
-    for shapes in ("overhead", "large"):
-        yield from _first_steps("Adam", shapes, repeat)
+        yield from _first_steps(variant, ONE, repeat)
+    for shapes in ("overhead", "tiny", "large"):
+        yield from _first_steps("Adam", SHAPE_LISTS[shapes], repeat)
 
 
-def _first_steps(variant: str, shapes: str, repeat: int) -> Iterator[Line]:
+def _first_steps(variant: str, shapes: ShapeList, repeat: int) -> Iterator[Line]:
     cold, new, warm = [], [], []
-    for _ in range(repeat):
+    for _ in range(max(5, repeat)):
         with tempfile.TemporaryDirectory() as cache:
-            cold.append(_child("first", variant, shapes, cache=cache))
-            warm.append(_child("first", variant, shapes, cache=cache))
+            cold.append(_child("first", variant, shapes.name, cache=cache))
+            warm.append(_child("first", variant, shapes.name, cache=cache))
             for kernel in Path(cache).glob(f"{VARIANTS[variant].optimizer.lower()}_*"):
                 kernel.unlink()
-            new.append(_child("first", variant, shapes, cache=cache))
-    title = SHAPE_LISTS[shapes].title
-    yield _line("first step", variant, f"{title}, nothing cached", [first for first, _ in cold], "s", 0.5)
-    yield _line("first step", variant, f"{title}, kernel new", [first for first, _ in new], "s", 0.35)
-    yield _line("first step", variant, f"{title}, kernel on disk", [first for first, _ in warm], "s", 0.2)
-    yield _line("first step", variant, f"{title}, kernel in use", [second for _, second in (*cold, *warm)], "s")
+            new.append(_child("first", variant, shapes.name, cache=cache))
+    limits = (0.5, 0.2, 0.15) if shapes is ONE else (np.nan,) * 3
+    for state, values, most in zip(
+        ("nothing cached", "kernel new", "kernel on disk"), (cold, new, warm), limits, strict=True
+    ):
+        yield _line("first step", variant, f"{shapes.title}, {state}", [first for first, _ in values], "s", most)
+    yield _line("first step", variant, f"{shapes.title}, kernel in use", [second for _, second in (*cold, *warm)], "s")
 
 
 def _first_step(variant: str, shapes: str) -> tuple[float, float]:
@@ -170,7 +175,7 @@ def _first_step(variant: str, shapes: str) -> tuple[float, float]:
 
 
 def _new_optimizer(variant: str, shapes: str) -> float:
-    params = [Parameter(torch.zeros(shape)) for shape in SHAPE_LISTS[shapes].shapes]
+    params = [Parameter(torch.zeros(shape)) for shape in (SHAPE_LISTS.get(shapes) or ONE).shapes]
     for param in params:
         param.grad = torch.ones_like(param)
     return _timed(_ours(variant, params).step)
@@ -209,11 +214,12 @@ def _kernel(of: str) -> Mapping[str, float]:
     times = {"import of llvmlite": _timed(lambda: importlib.import_module("llvmlite.binding"))}
     from surefoot.codegen import compile as compiling  # noqa: PLC0415
     from surefoot.codegen.lower import lower  # noqa: PLC0415
+    from surefoot.codegen.processor import host  # noqa: PLC0415
 
-    times["processor"] = _timed(lambda: compiling._key(text))
+    times["processor"] = _timed(lambda: compiling._key(text, host()))
     times["lowering"] = _timed(lambda: lower(text))
-    times["LLVM, with lowering"] = _timed(lambda: compiling._compile(text))
-    code = compiling._compile(text)
+    times["LLVM, with lowering"] = _timed(lambda: compiling._compile(text, host()))
+    code = compiling._compile(text, host())
     times["linking"] = _timed(lambda: compiling._link(code))
     times["new, all of it"] = _timed(lambda: compiling.build_kernel(f"{text}\n# {os.getpid()}", "new"))
     compiling.build_kernel(text, "old")
@@ -238,18 +244,11 @@ def processes(_variants: Sequence[str], repeat: int) -> Iterator[Line]:
     Both make an optimizer, which in torch imports a good part of what compiles models.
     """
     with tempfile.TemporaryDirectory() as cache:
-        for of, package, most in (("surefoot", "surefoot", np.nan), ("torch foreach", "torch.optim", np.nan)):
+        for of, package, most in (("surefoot", "surefoot", 0.15), ("torch foreach", "torch.optim", np.nan)):
             command = [sys.executable, "-c", PROCESS.format(package=package, options="foreach=True" * (of != package))]
-            environment = {**os.environ, "SUREFOOT_CACHE_DIR": cache}
-            for _ in range(2):  # fills the cache
-                subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603
-            done = [
-                subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
-                for _ in range(max(5, repeat))
-            ]
-            yield _line(
-                "import, constructor and first step", of, "after torch", [float(d.stdout) for d in done], "s", most
-            )
+            _fresh(command, cache)  # fills the cache
+            times = [float(_fresh(command, cache)) for _ in range(max(5, repeat))]
+            yield _line("import, constructor and first step", of, "after torch", times, "s", most)
 
 
 # Memory

@@ -85,7 +85,8 @@ class Row:
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
         """Return all combinations of the flags that the constructor takes; if `few`, none, each by itself, and all."""
-        takers = (self.ours, self.oracle) if isinstance(self.oracle, type) else (self.ours,)  # torch may be older
+        of_torch = getattr(torch.optim, self.name, None)
+        takers = (self.ours, self.oracle) if self.oracle is of_torch else (self.ours,)  # torch may be older
         known = [inspect.signature(taker).parameters for taker in takers]
         flags = [name for name in FLAGS if all(name in parameters for parameters in known)]
         for setting in itertools.product((0, 1), repeat=len(flags)):

@@ -252,6 +252,10 @@ def tensor_for_number(param, grad, first, second, c, flags):
     return param, first, torch.addcmul(grad, grad, grad, value=second)  # WRONG
 
 
+def listed(param, grad, first, second, c, flags):
+    return param, first, torch.stack([grad, second])  # WRONG
+
+
 def inside_a_helper(param, grad, first, second, c, flags):
     return param, first, helper(grad)
 
@@ -273,6 +277,7 @@ WRONG = {
     rounding_mode: "",
     number_for_tensor: r"lerp\(\) received an invalid combination of arguments",
     tensor_for_number: "`addcmul`",
+    listed: "`stack` is not among the operations of a rule",
     inside_a_helper: "`sin` is not among the operations of a rule",
 }
 

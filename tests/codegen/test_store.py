@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ import pytest
 
 from surefoot.codegen import compile as compiling
 from surefoot.codegen import notice, store
+from surefoot.codegen import processor as processor_module
+from surefoot.codegen.processor import host, named, runs_here
 
 SOURCE = "def kernel(launch):\n    store(launch + 8, {number})\n"
 
@@ -30,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 def compilations(monkeypatch):
     """How often something is compiled."""
     sources, compile_ = [], compiling._compile
-    monkeypatch.setattr(compiling, "_compile", lambda source: [sources.append(source), compile_(source)][1])
+    monkeypatch.setattr(compiling, "_compile", lambda *given: [sources.append(given[0]), compile_(*given)][1])
     return sources
 
 
@@ -207,20 +210,64 @@ def test_what_is_read_counts_as_used(cache):
 
 def test_another_processor_version_or_compiler_has_kernels_of_its_own(cache, monkeypatch):
     names = {build().name}
-    for circumstances in (("0.1", "cpu", "+avx"), ("0.2", "cpu", "+avx"), ("0.1", "cpu2", "+avx"), ("0.1", "cpu", "")):
-        monkeypatch.setattr(compiling, "_circumstances", lambda given=circumstances: given)
+    for compiler in (("0.1",), ("0.2",), ("0.1", "# changed")):
+        monkeypatch.setattr(compiling, "_compiler", lambda given=compiler: given)
         names.add(build().name)
-    assert len(names) == 5
-    assert len(list(cache.glob("*.o"))) == 5
+    for processor in (host()._replace(name="another"), host()._replace(features=host().features + ",+less")):
+        names.add(f"small_{compiling._key(SOURCE.format(number=1), processor)}")
+    assert len(names) == 6
+    assert len(list(cache.glob("*.o"))) == 4
+
+
+def prebuild(processor):
+    compiling.prebuild_kernel(SOURCE.format(number=1), "small", processor)
+
+
+def test_a_kernel_prebuilt_for_a_processor_of_this_name_is_used(cache, compilations):
+    prebuild(named(host().name))
+    prebuild(named(host().name))
+    (path,) = cache.glob("*.o")
+    assert build().name == path.stem
+    assert len(compilations) == 1
+
+
+def test_a_kernel_prebuilt_for_this_machine_is_used(cache, compilations):
+    prebuild(host())
+    build()
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("reason", ["its name is another", "this machine has less"])
+def test_a_kernel_prebuilt_for_another_processor_is_not_used(cache, compilations, monkeypatch, reason):
+    if reason == "its name is another":
+        prebuild(named("nocona" if "sse2" in host().features else "generic"))
+    else:
+        prebuild(named(host().name))
+        monkeypatch.setattr(compiling, "runs_here", lambda processor: processor == host())
+    build()
+    assert len(compilations) == 2
+    assert len(list(cache.glob("*.o"))) == 2
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
+def test_which_processors_this_one_can_stand_for(monkeypatch):
+    assert runs_here(host())
+    assert runs_here(named("x86-64"))
+    less = host()._replace(features=host().features.replace("+sse4.2", "-sse4.2").replace("+avx", "-avx"))
+    monkeypatch.setattr(processor_module, "host", lambda: less)
+    runs_here.cache_clear()
+    assert runs_here(named("x86-64"))
+    assert not runs_here(named("haswell"))
+    runs_here.cache_clear()
 
 
 def _build_and_count(barrier, compiled):
     compile_ = compiling._compile
 
-    def slow(source):
+    def slow(*given):
         compiled.put(os.getpid())
         time.sleep(0.3)
-        return compile_(source)
+        return compile_(*given)
 
     compiling._compile = slow
     barrier.wait()
@@ -250,7 +297,7 @@ def test_eight_processes_compile_each_kernel_once(cache):
 _KILLED = """
 import os, time
 from surefoot.codegen import compile as compiling
-def compile_(source):
+def compile_(*given):
     print("begun", flush=True)
     time.sleep(100)
 compiling._compile = compile_

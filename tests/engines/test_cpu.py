@@ -14,11 +14,13 @@ from helpers import make_sized as make
 from helpers import train_sized as train
 from surefoot.codegen import compile as compiling
 from surefoot.codegen import threads
+from surefoot.codegen.processor import host
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu import plan
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
+from surefoot.step import coefficients, fast_lane
 from surefoot.storage import format_of
 from surefoot.tensors import guards
 from surefoot.tensors.native import guards as native
@@ -298,6 +300,32 @@ def test_a_plan_is_used_again_and_given_up():
     optimizer.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
     train(optimizer, params, steps=1)
     assert optimizer._step_cache.runs is not works
+
+
+def test_scalars_that_a_plan_knows_are_not_asked_one_by_one(monkeypatch):
+    optimizer, params = make(surefoot.Adam)
+    monkeypatch.setattr(fast_lane, "MOST_TENSORS", 0)
+    train(optimizer, params)
+    monkeypatch.setattr(coefficients, "_is_shown", None)
+    train(optimizer, params, steps=1)
+    optimizer.state[params[0]]["step"].requires_grad_()
+    with pytest.raises(TypeError):
+        train(optimizer, params, steps=1)
+
+
+@pytest.mark.skipif("+fma" not in host().features, reason="the processor cannot multiply and add at once")
+@pytest.mark.parametrize("weight_decay", [0, 0.5])
+def test_momentum_is_rounded_before_the_gradient_is_added(weight_decay):
+    param = torch.linspace(-3, 3, 1000, requires_grad=True)
+    optimizer = surefoot.SGD([param], momentum=0.9, dampening=0.3, weight_decay=weight_decay, fused=True)
+    param.grad = torch.linspace(1, -2, 1000)
+    optimizer.step()
+    before = optimizer.state[param]["momentum_buffer"].double()
+    grad = (param.grad.double() + weight_decay * param.detach().double()).float().double()
+    optimizer.step()
+    momentum, weight = (torch.tensor(number).double() for number in (0.9, 1 - 0.3))
+    expected = ((momentum * before).float().double() + weight * grad).float()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], expected)
 
 
 @IN_BOTH_MODES

@@ -1,5 +1,6 @@
 """The command `surefoot cache`: the compiled kernels on disk."""
 
+import contextlib
 import time
 from typing import Annotated
 
@@ -9,12 +10,15 @@ import typer
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove all of them.")] = False,
 ) -> None:
-    """Show where compiled kernels are kept, how many there are, and whether they are used; or remove them."""
+    """Show where compiled kernels are kept, how many, for which processor, whether they are used; or remove them."""
     from surefoot.codegen import store  # noqa: PLC0415 (commands import when they run)
+    from surefoot.codegen.processor import host  # noqa: PLC0415 (the same)
 
     try:
         folder = store.cache_dir()
         typer.echo(f"folder: {folder}")
+        with contextlib.suppress(ImportError):  # without llvmlite there are no kernels
+            typer.echo(f"processor: {host().name}")
         if clear:
             store.clear()
         files = store.entries()

@@ -16,6 +16,8 @@ There are no exceptions, and integers do not grow.  Beside `range`, `min`, `max`
     separate_arrays()     no two arrays that this function is handed overlap
     not_inlined()         this function is not copied into those that call it
     math.sqrt(x), ...     functions of floats, and all intrinsics
+
+A source with `FEW_PASSES = True` waits for memory more than it computes: it is compiled in less time, to slower code.
 """
 
 import ast
@@ -86,8 +88,15 @@ _INT64_OPS = {
 }
 
 
-def lower(source: str) -> str:
-    """Return the LLVM IR of a source: its function `kernel`, of the address of a launch, under the name `entry`.
+class Lowered(NamedTuple):
+    """A source in LLVM IR, and whether few of LLVM's passes are enough for it."""
+
+    text: str
+    few_passes: bool
+
+
+def lower(source: str) -> Lowered:
+    """Return a source in LLVM IR: its function `kernel`, of the address of a launch, under the name `entry`.
 
     Raises:
         InternalError: the source says what the language cannot.
@@ -95,7 +104,7 @@ def lower(source: str) -> str:
     module = _Module(source)
     module.function("kernel", (INT64,))
     entry = "define void @entry(i64 %launch) {\n  call void @kernel(i64 %launch)\n  ret void\n}\n"
-    return "\n".join([*module.declarations, *module.text, entry])
+    return Lowered("\n".join([*module.declarations, *module.text, entry]), module.constants.get("FEW_PASSES", False))
 
 
 class _Module:

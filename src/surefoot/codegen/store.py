@@ -74,6 +74,18 @@ def read(name: str) -> bytes | None:
     return code if code and _digest(name, code) == digest else None
 
 
+def sources(folder: Path) -> dict[str, str]:
+    """Return the sources of the kernels in a folder, which nobody else can write to, by their names.
+
+    Raises:
+        OSError: there are none, or the folder or one of them cannot be used; the message says why.
+    """
+    _check_folder(folder)
+    if not (kernels := sorted(folder.glob("*.o"))):
+        raise FileNotFoundError(f"{folder} has no kernels in it")
+    return {path.stem: _content(path.with_suffix(".py")).decode() for path in kernels}
+
+
 def write(name: str, source: str, code: bytes) -> None:
     """Keep object code under a name, and its source beside it; or leave it."""
     with contextlib.suppress(OSError):
@@ -127,11 +139,15 @@ def _folder(*, make: bool = False) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o755)
+    _check_folder(folder)
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"{folder} is not a folder" + " but a link" * stat.S_ISLNK(found.st_mode))
     _check(folder, found)
-    return folder
 
 
 def _check(path: Path, found: os.stat_result) -> None:

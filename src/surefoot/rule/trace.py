@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +58,29 @@ class Rule:
         return tuple(result is not node for result, node in zip(results, own, strict=False))
 
 
+class _Symbol(fx.Proxy):
+    """Stands for a tensor while tracing."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        orig_method: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Proxy:
+        """Record a function, or a method of tensors that is called as one.
+
+        `fx.Proxy` tells the two apart by a table of all of torch, which takes longer to make than all else of a rule.
+        """
+        given = args or (), kwargs or {}
+        symbols: list[fx.Proxy] = []
+        fx.node.map_aggregate(given, lambda each: symbols.append(each) if isinstance(each, cls) else None)
+        if isinstance(orig_method, MethodDescriptorType):
+            return symbols[0].tracer.create_proxy("call_method", orig_method.__name__, *given)
+        return symbols[0].tracer.create_proxy("call_function", orig_method, *given)
+
+
 class _Tracer(fx.Tracer):
     """Records with each node the line of the rule that made it."""
 
@@ -71,6 +94,9 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["source"] = self.source()
         return node
+
+    def proxy(self, node: fx.Node) -> _Symbol:
+        return _Symbol(node, self)
 
     def source(self) -> str:
         """`file:line` of the innermost frame inside the rule's file."""

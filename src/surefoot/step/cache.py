@@ -25,6 +25,7 @@ from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
@@ -33,7 +34,11 @@ _CONSTANT = (int, float, bool, str, type(None))
 
 
 class BucketGuard:
-    """Guards the tensors of one bucket, and reads and writes those of its scalars that the host has."""
+    """Guards the tensors of one bucket, and reads and writes those of its scalars that the host has.
+
+    Attributes:
+        scalars: the tensors of those, where they are tensors.
+    """
 
     def __init__(self, run: BucketRun) -> None:
         scalars, slots = run.bucket.rule.scalars, run.stored_names()
@@ -52,10 +57,11 @@ class BucketGuard:
             columns = (run.params, *entries.values())
             self.tensors = make_guard(columns, run.entries, names, gradients=not run.sparse, threads=busy)
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
-        of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
+        self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
         self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
         self._replaced = None if held or not scalars else (run.entries, scalars)
+        self._in_memory = self._replaced is None and not any(map(has_no_values, of_host))
         self._shape = (len(scalars), len(run.params))
 
     def revalidate(self, run: BucketRun) -> bool:
@@ -100,8 +106,8 @@ class BucketGuard:
 
     @property
     def reads(self) -> bool:
-        """Whether scalars stand in memory; else they are Python's numbers, replaced at every step."""
-        return self._replaced is None
+        """Whether scalars stand in memory; else they are replaced at every step, or have no values."""
+        return self._in_memory
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""

@@ -1,6 +1,7 @@
 """The numbers of an update: from hyperparameters and scalars, on the host or on the parameters' device."""
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Mapping
 from itertools import compress
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from surefoot.step.types import BucketRun, Fresh
 from surefoot.tensors.modes import has_no_values, mode_is_active
 
 _NOT_FRESH = (False, False)
+_needs_grad = operator.attrgetter("requires_grad")
 
 
 def compute_coefficients(step: StepInput, run: BucketRun) -> None:
@@ -33,7 +35,7 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
     if is_on_device(run.group, run.params[0]) and not run.group.get("differentiable"):
         _compute_on_device(step, run, fresh)
         return
-    if run.group.get("differentiable") or mode_is_active() or any(map(_is_shown, _stored_scalars(run))):
+    if run.group.get("differentiable") or mode_is_active() or _are_shown(run):
         _compute_each(step, run, fresh)
         return
     scalars = run.bucket.rule.scalars
@@ -173,8 +175,11 @@ def _fitting(number: Any, param: Tensor) -> Any:
     return number
 
 
-def _stored_scalars(run: BucketRun) -> Iterator[Any]:
-    return (entry[scalar.name] for entry in run.entries for scalar in run.bucket.rule.scalars)
+def _are_shown(run: BucketRun) -> bool:
+    """Return whether a scalar must stay a tensor; of those that a guard reads only the need of a gradient is new."""
+    if run.guard and run.guard.reads:
+        return any(map(_needs_grad, run.guard.scalars))
+    return any(_is_shown(entry[scalar.name]) for entry in run.entries for scalar in run.bucket.rule.scalars)
 
 
 def _is_shown(value: Any) -> bool:

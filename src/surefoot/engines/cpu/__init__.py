@@ -32,10 +32,14 @@ def _has_compiler() -> bool:
 def prepare(bucket: Bucket) -> None:
     """Make the bucket's plan, for which its tensors pass the gate, and its kernel."""
     if bucket.plan is None:
-        from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (NumPy and the compiler, on first use)
-        from surefoot.engines.cpu.sparse import RowsPlan  # noqa: PLC0415 (the same)
+        if bucket.grads[0].is_sparse:
+            from surefoot.engines.cpu.sparse import RowsPlan  # noqa: PLC0415 (NumPy and the compiler, on first use)
 
-        bucket.plan = (RowsPlan if bucket.grads[0].is_sparse else Plan)(bucket)
+            bucket.plan = RowsPlan(bucket)
+        else:
+            from surefoot.engines.cpu.plan import Plan  # noqa: PLC0415 (the same)
+
+            bucket.plan = Plan(bucket)
     bucket.plan.prepare(bucket.rule)
 
 

@@ -9,6 +9,8 @@ its last element; the words of the implementation that describe it.  Those that 
 compared by facts: dimensions, kind, dtype, sizes, strides.
 """
 
+FEW_PASSES = True
+
 # Places in bytes, constants of the compiled code, in the order of `guards`.
 (
     A_TENSOR, A_STORAGE, A_DATA, A_DELETER, A_DESCRIPTION, A_KIND, A_AUTOGRAD, A_VERSION, A_COUNT, A_GRAD, DESCRIBED,
