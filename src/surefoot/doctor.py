@@ -60,7 +60,8 @@ def examine() -> Diagnosis:
 
 
 def _versions(_: Diagnosis) -> Facts:
-    return {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
+    packages = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "torch": torch.__version__}  # which names its build
 
 
 def _version(package: str) -> str | None:
