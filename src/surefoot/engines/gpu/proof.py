@@ -69,15 +69,17 @@ def _difference(rule: Rule, dtypes: Sequence[torch.dtype], device: torch.device,
     Elements are left out at which torch's operations give something else when numbers of the update change in their
     last bits: a root of what nearly cancels, for instance.
     """
-    (memory, ours), (base, theirs), (shifted, others) = (_small(rule, dtypes, device, launch, s) for s in (0, 0, 1))
-    Plan(ours).run(ours)
-    for bucket in (theirs, others):
-        foreach.run(bucket)
-    for found, bucket in ((memory, ours), (base, theirs), (shifted, others)):
-        found += [] if bucket.measured is None else [bucket.measured]
+    results = []
+    for by_kernel, shift in ((True, 0), (False, 0), (False, 1)):
+        memory, bucket = _small(rule, dtypes, device, launch, shift)
+        if by_kernel:
+            Plan(bucket).run(bucket)
+        else:
+            foreach.run(bucket)
+        results.append(memory if bucket.measured is None else [*memory, bucket.measured])
     names = ("parameters", "gradients", *(f"`{slot.name}`" for slot in rule.slots), "what it measures")
-    for name, actual, expected, other in zip(names, memory, base, shifted, strict=False):
-        if differing := _differing(actual, expected, other, ours.compute_dtype):
+    for name, actual, expected, other in zip(names, *results, strict=False):
+        if differing := _differing(actual, expected, other, bucket.compute_dtype):
             return f"{differing} of {actual.numel()} elements of {name} are not what torch's operations give"
     return _difference_of_scalars(device)
 
