@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.dynamo import opaque
-from surefoot.engines import Bucket, Engine, choose, cpu, gpu
+from surefoot.engines import Bucket, Engine, choose, cpu, gpu, proved
 from surefoot.rule import AlgorithmSpec, bind
 from surefoot.tensors.fit import unfit, unfit_memory
 from surefoot.tensors.guards import make_dict_guard, make_guard
@@ -74,7 +74,8 @@ class Averaging:
         for bucket in kinds.values():
             bucket.row_name = "average {}".format
             bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
-        self._works: list[tuple[Engine, Bucket]] = [(choose(bucket), bucket) for bucket in kinds.values()]
+        chosen = ((proved(choose(bucket), bucket, bucket.rule), bucket) for bucket in kinds.values())
+        self._works: list[tuple[Engine, Bucket]] = list(chosen)
         for engine, bucket in self._works:
             engine.prepare(bucket)
         self._guards: list[Any] | None = None

@@ -60,7 +60,8 @@ def examine() -> Diagnosis:
 
 
 def _versions(_: Diagnosis) -> Facts:
-    return {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
+    packages = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "torch": torch.__version__}  # which names its build
 
 
 def _version(package: str) -> str | None:
@@ -104,7 +105,8 @@ def _engines(found: Diagnosis) -> Facts:
     for (device, reason), dtypes in slow.items():
         found.problems.append(f"no kernels serve {', '.join(dtypes)} on {device}: {reason}")
     if not told and not slow:
-        _try_kernel(found)
+        for served in (each for each in _devices() if each.type in _KERNELS):
+            _try_kernel(found, served)
     return {"told": told, "choices": rows}
 
 
@@ -127,16 +129,16 @@ def _engine(device: torch.device, dtype: torch.dtype) -> Facts:
     return {**row, "engine": choice.engine, "refusals": list(choice.refusals)}
 
 
-def _try_kernel(found: Diagnosis) -> None:
-    """Take a step by a kernel, which shows that the compiler works."""
-    param = torch.ones(4)
-    param.grad = torch.ones(4)
+def _try_kernel(found: Diagnosis, device: torch.device) -> None:
+    """Take a step by a kernel, which shows that the compiler works and, on a GPU, that the kernel has proved itself."""
+    param = torch.ones(4, device=device)
+    param.grad = torch.ones_like(param)
     try:
         optimizers.SGD([param], lr=0.5, fused=True).step()
         if param.tolist() != [0.5] * 4:
-            found.problems.append(f"a kernel of the CPU engine gives {param.tolist()}, must give {[0.5] * 4}")
+            found.problems.append(f"a kernel on {device} gives {param.tolist()}, must give {[0.5] * 4}")
     except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
-        found.problems.append(f"a kernel of the CPU engine cannot be made: {type(error).__name__}: {error}")
+        found.problems.append(f"a kernel on {device} cannot be made: {type(error).__name__}: {error}")
 
 
 def _threads(_: Diagnosis) -> Facts:

@@ -359,7 +359,7 @@ def windows(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is open")
 def test_saves_rename_nothing_that_is_open(tmp_path, windows):
     model = torch.nn.Linear(3, 2)
-    optimizer = surefoot.AdamW(model.named_parameters())
+    optimizer = surefoot.AdamW(model.named_parameters(), foreach=False)  # with kernels it might read one, or keep it
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     path = tmp_path / "last.safetensors"

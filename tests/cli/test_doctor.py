@@ -107,7 +107,7 @@ def test_a_compiler_that_fails(monkeypatch):
     monkeypatch.setattr(doctor.optimizers, "SGD", Broken)
     code, text = said()
     assert code == 1
-    assert "problem:  a kernel of the CPU engine cannot be made: OSError: no such instruction" in text
+    assert "problem:  a kernel on cpu cannot be made: OSError: no such instruction" in text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no mode on Windows")

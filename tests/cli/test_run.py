@@ -268,7 +268,7 @@ def test_under_torchrun_the_first_rank_reports(script, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     code, output, error = start(*launcher, "-m", "surefoot", "run", "--json", tmp_path / "r.json", path)
     assert code == 0, error
-    assert output == "surefoot.optimizers.adam\n"
+    assert output.splitlines()[-1] == "surefoot.optimizers.adam"  # torch 2.9 says before who is connected
     assert error.count("surefoot run: train.py took") == 1
     assert "engine   eager for 2 parameters of float32 on cpu" in error
     ranks = [json.loads((tmp_path / name).read_text())["rank"] for name in ("r.json", "r.rank1.json")]

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import surefoot
 from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, zoo
 from helpers import Noted
-from surefoot import averages, engines
+from surefoot import averages, doctor, engines
 from surefoot.engines import gpu
 from surefoot.engines.bucket import reduce
 from surefoot.errors import NonFiniteGradientError
@@ -41,10 +42,10 @@ from triton.runtime import interpreter as interpreting
 from triton.runtime.interpreter import InterpretedFunction
 
 from surefoot.engines.gpu import compile as compiling
-from surefoot.engines.gpu import plan, tables
+from surefoot.engines.gpu import plan, proof, tables
 from surefoot.engines.gpu.measured import combined
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy on inf and NaN
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy on inf and NaN
 FUSED = {"fused": True}
 CAPTURABLE = {"fused": True, "capturable": True}
 ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "capturable"])
@@ -1056,3 +1057,159 @@ def test_the_benchmark_says_that_it_measured_nothing():
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
     assert result.returncode == 1
     assert "benchmarks/gpu.py needs a CUDA device, and there is none: nothing was measured" in result.stderr
+
+
+# Proved before it serves by default
+
+
+@pytest.fixture
+def unproved(monkeypatch, tmp_path):
+    """Forget what is known of kernels, in this process and on disk."""
+    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "kernels"))
+    proof.doubt.cache_clear()
+    engines._warn_once.cache_clear()
+    yield
+    proof.doubt.cache_clear()
+
+
+def break_kernels(monkeypatch, right, wrong):
+    """Let kernels have something else in one place."""
+    whole = compiling.print_kernel
+
+    def broken(*arguments):
+        text = whole(*arguments)
+        assert right in text
+        return text.replace(right, wrong)
+
+    for place in (compiling, proof):
+        monkeypatch.setattr(place, "print_kernel", broken)
+    compiling.load.cache_clear()
+
+
+def one_step(cls=surefoot.AdamW, **options):
+    """Return the engine that makes a step, and the parameter after it."""
+    param = torch.linspace(-1, 1, 50).requires_grad_()
+    param.grad = torch.linspace(0.5, 2, 50)
+    optimizer = cls([param], lr=0.1, **options)
+    optimizer.step()
+    runs = optimizer._step_cache.runs
+    return runs[0].engine if runs else None, param.detach()
+
+
+WRONG = {
+    "an operation": ("root(", "(1.001 *"),
+    "an end is left": ("lanes < rest, ", "lanes < rest - 1, "),
+    "a neighbour is written": ("lanes < rest, ", "lanes <= rest, "),
+    "an end in wide accesses is left": ("lanes < rest // 8 * 8", "lanes < rest // 8 * 8 - 8"),
+    "a block is left": ("while rest > end:", "while rest > end + BLOCK:"),
+    "numbers of another tensor": ("row = coefficients + tl.load(entry + 5 * tensors)", "row = coefficients"),
+    "it does not compile": ("lanes = tl.arange(0, BLOCK)", "lanes = tl.no_such_thing(0, BLOCK)"),
+}
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_kernel_does_not_serve(monkeypatch, wrong):
+    break_kernels(monkeypatch, *WRONG[wrong])
+    with pytest.warns(
+        RuntimeWarning, match="the kernel of AdamW for torch.float32 has failed its test on cpu: "
+    ) as seen:
+        engine, param = one_step()
+    assert engine is None  # nothing is kept for a step by torch's operations
+    assert len([warning for warning in seen if "failed its test" in str(warning.message)]) == 1
+    assert torch.equal(param, one_step(foreach=True)[1])
+    assert torch.equal(param, one_step()[1])  # and no second warning, which would be an error
+    before = torch.linspace(-1, 1, 50).requires_grad_()
+    before.grad = torch.ones(50)
+    optimizer = surefoot.AdamW([before], fused=True)
+    with pytest.raises(
+        RuntimeError, match="`fused=True` cannot serve here: the kernel of AdamW .* has failed its test"
+    ):
+        optimizer.step()
+    assert torch.equal(before.detach(), torch.linspace(-1, 1, 50))
+    assert not optimizer.state[before]
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize("right", [True, False])
+def test_what_was_found_is_remembered(monkeypatch, right):
+    if not right:
+        break_kernels(monkeypatch, "lanes < rest, ", "lanes < rest - 1, ")
+    with nullcontext() if right else pytest.warns(RuntimeWarning, match="has failed its test"):
+        one_step()
+    proof.doubt.cache_clear()  # another process
+    engines._warn_once.cache_clear()
+    monkeypatch.setattr(proof, "_difference", lambda *arguments: pytest.fail("compared again"))
+    with nullcontext() if right else pytest.warns(RuntimeWarning, match="elements of parameters are not what torch's"):
+        assert one_step()[0] is (gpu if right else None)
+
+
+@pytest.mark.usefixtures("unproved")
+def test_what_was_found_holds_for_its_driver_and_releases_only(monkeypatch, tmp_path):
+    compared = []
+    monkeypatch.setattr(proof, "_difference", lambda *arguments: compared.append(arguments))
+    driver = tmp_path / "version"
+    monkeypatch.setattr(proof, "_DRIVERS", (driver,))
+    for release in ("1", "2", "2"):
+        driver.write_text(release)
+        proof.doubt.cache_clear()
+        one_step()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    proof.doubt.cache_clear()
+    one_step()
+    assert len(compared) == 3
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_failure_is_not_remembered(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(proof, "_difference", mock.Mock(side_effect=RuntimeError("out of memory")))
+        with pytest.warns(RuntimeWarning, match="RuntimeError: out of memory. The foreach engine serves instead"):
+            one_step()
+    proof.doubt.cache_clear()  # another process
+    assert one_step()[0] is gpu
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"telemetry": True}], ids=str)
+def test_kernels_that_measure_are_proved_too(monkeypatch, options):
+    """The update's kernel is right; the one that measures is first used in a later step."""
+    param = torch.linspace(-1, 1, 50).requires_grad_()
+    optimizer = surefoot.AdamW([param])
+    for _ in range(2):
+        param.grad = torch.ones(50)
+        optimizer.step()
+    assert optimizer._step_cache.runs[0].engine is gpu
+    monkeypatch.setattr(proof, "_small", mock.Mock(side_effect=RuntimeError("broken")))
+    for name, value in options.items():
+        setattr(optimizer.step_options, name, value)
+    param.grad = torch.ones(50)
+    with pytest.warns(RuntimeWarning, match="has failed its test on cpu: RuntimeError: broken"):
+        optimizer.step()
+    assert param.isfinite().all()
+
+
+@pytest.mark.usefixtures("unproved")
+def test_averages_have_kernels_that_are_proved(monkeypatch):
+    break_kernels(monkeypatch, "lanes < rest, ", "lanes < rest - 1, ")
+    average, value = torch.zeros(5), torch.ones(5)
+    with pytest.warns(RuntimeWarning, match="the kernel of Average for torch.float32 has failed its test"):
+        averages.Averaging([average], [value]).move(0.5)
+    assert average.tolist() == [0.5] * 5
+
+
+@pytest.mark.usefixtures("unproved")
+def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(proof, "_difference", lambda *arguments: pytest.fail("compared"))
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    bucket = mock.Mock(device=torch.device("cpu"))
+    assert gpu.doubt(bucket, rule_of(surefoot.SGD([torch.zeros(1)]), {"lr": 1})) is None
+
+
+@pytest.mark.usefixtures("unproved")
+def test_the_doctor_says_that_a_kernel_has_failed(monkeypatch):
+    break_kernels(monkeypatch, "lanes < rest, ", "lanes < rest - 1, ")
+    found = doctor.Diagnosis()
+    doctor._try_kernel(found, torch.device("cpu"))
+    assert len(found.problems) == 1
+    assert "the kernel of SGD for torch.float32 has failed its test on cpu" in found.problems[0]

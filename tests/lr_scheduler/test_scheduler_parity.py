@@ -188,7 +188,8 @@ def test_reduce_on_plateau_equals_torchs(arguments, metrics):
 def test_swalr_equals_torchs(arguments):
     mine, theirs = SWALR(sgd(), **arguments), torch.optim.swa_utils.SWALR(sgd(), **arguments)
     assert run(mine, STEPS) == run(theirs, STEPS)
-    assert set(mine.state_dict()) == set(theirs.state_dict())
+    names = {"_anneal_strategy" if name == "anneal_func" else name for name in theirs.state_dict()}  # so in torch 2.9
+    assert set(mine.state_dict()) == names
 
 
 @pytest.mark.parametrize("name", ALL)

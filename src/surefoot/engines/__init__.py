@@ -3,10 +3,13 @@
 An engine is a module with `supports(bucket)`, which answers None or the reason why not, `prepare(bucket)`, which proves
 that the tensors are what a kernel takes them for, `run(bucket)`, which updates, and `measure(bucket, rule)`, which
 measures what another rule on the same tensors asks for, of gradients for instance, and changes nothing.
-It knows graphs and tensors, never an algorithm.
+What the GPU engine makes is `proved` on a device before it serves there.  An engine knows graphs and tensors,
+never an algorithm.
 """
 
+import functools
 import os
+import warnings
 from typing import Protocol
 
 from torch import Tensor
@@ -16,7 +19,7 @@ from surefoot.engines.bucket import Bucket, Coefficients
 from surefoot.rule import Rule
 from surefoot.tensors.modes import mode_is_active
 
-__all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu"]
+__all__ = ["ENGINES", "Bucket", "Coefficients", "Engine", "choose", "cpu", "eager", "foreach", "gpu", "proved"]
 
 _FOREACH_DEVICES = ("cuda", "xpu", "mtia", "privateuseone")
 
@@ -67,6 +70,30 @@ def choose(bucket: Bucket) -> Engine:
     raise RuntimeError(
         f"`{asked_by}` cannot serve {bucket.rule.name} here: {'; '.join(reasons)}. Leave it out to use another engine"
     )
+
+
+def proved(engine: Engine, bucket: Bucket, *rules: Rule) -> Engine:
+    """Return the engine that was chosen for a bucket, or foreach if the GPU engine does otherwise there than torch.
+
+    Raises:
+        RuntimeError: the GPU engine was asked for.
+    """
+    if engine is not gpu:
+        return engine
+    reason = next(filter(None, (gpu.doubt(bucket, rule) for rule in rules)), None)
+    if reason is None:
+        return gpu
+    wish, asked_by = _wish(bucket)
+    doubt = f"the kernel of {bucket.rule.name} for {bucket.dtype} has failed its test on {bucket.device}: {reason}"
+    if wish:
+        raise RuntimeError(f"`{asked_by}` cannot serve here: {doubt}. Leave it out to use another engine")
+    _warn_once(f"{doubt}. The foreach engine serves instead; foreach=True asks for it and does not test")
+    return foreach
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _wish(bucket: Bucket) -> tuple[str | None, str]:

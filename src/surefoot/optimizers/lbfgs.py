@@ -481,7 +481,7 @@ class _Variables:
 
     def _parts(self, vector: Tensor, values: list[Tensor]) -> list[Tensor]:
         """Return a vector cut into parts of the shapes of values."""
-        if self.totals is not None:  # shards may be empty
+        if self.totals is not None or 0 in self.sizes:  # torch 2.9's function loses the shape of what is empty
             sizes = [value.numel() for value in values]
             return [part.view(v.shape) for part, v in zip(torch.split(vector, sizes), values, strict=True)]
         if len(values) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surefoot.averages import Averaging
 from surefoot.distributed import Exchange
-from surefoot.engines import Bucket, Engine, cpu, eager, gpu
+from surefoot.engines import Bucket, Engine, cpu, eager, gpu, proved
 from surefoot.rule import EMA, bind, gradient_rule
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
@@ -115,6 +115,7 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
         part = run.slice
         part.gradients, part.clip, part.before, part.fresh = None, 1.0, None, None
         _bind_metrics(run, wanted=context.wants_metrics)
+        _prove(run, measuring=step.needs_gradients())
         if run.engine is not gpu or not run.sparse:  # rows are gathered for it
             run.engine.prepare(run.bucket)
     if step.needs_gradients():
@@ -124,6 +125,16 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
                 measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
             )
             run.slice.gradients = measured
+
+
+def _prove(run: BucketRun, *, measuring: bool) -> None:
+    """Let a bucket be run by another engine if its own cannot be relied on for what it is to do."""
+    rules = (run.bucket.rule, *([gradient_rule()] if measuring and not run.sparse else ()))
+    engine = proved(run.engine, run.bucket, *rules)
+    if engine is not run.engine:
+        run.engine, run.bucket.plan = engine, None
+        # Of those of a bucket that is used again a kernel needs the addresses only.
+        run.bucket.grads = run.bucket.grads or list(map(to_local, run.grads()))
 
 
 def _is_to_be_made(step: StepInput, sums: RankSums | None) -> bool:

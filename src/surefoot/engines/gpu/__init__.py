@@ -56,6 +56,22 @@ def missing_tool() -> str | None:
     return None
 
 
+def doubt(bucket: Bucket, rule: Rule) -> str | None:
+    """Return what speaks against the kernel of a rule on a bucket's device; None if it does what torch's operations do.
+
+    That is found out at the kernel's first use there, unless a graph is being captured, in which nothing can be read.
+    """
+    from surefoot.engines.gpu import proof, tables  # noqa: PLC0415 (Triton, on first use)
+
+    if tables.capturing(bucket.device):
+        return None
+    if bucket.plan is None:
+        dtypes = tuple(tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
+    else:  # the gradients may have been given up
+        dtypes = bucket.plan.dtypes
+    return proof.doubt(rule, dtypes[: 2 + len(rule.slots)], bucket.device)
+
+
 def prepare(bucket: Bucket) -> None:
     """Make the bucket's plan, for which its tensors pass the gate."""
     from surefoot.engines.gpu.plan import Plan  # noqa: PLC0415 (Triton, on first use)

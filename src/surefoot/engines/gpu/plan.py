@@ -59,13 +59,19 @@ def firsts_of(sizes: np.ndarray, chunk: int) -> np.ndarray:
 
 
 class Plan:
-    """A bucket's kernels, its tables on the device, and the tensors that cannot be seen as flat memory."""
+    """A bucket's kernels, its tables on the device, and the tensors that cannot be seen as flat memory.
+
+    Attributes:
+        dtypes: those of parameters, gradients and slots.
+        irregular: positions of the tensors that cannot be seen as flat memory.
+    """
 
     checked = False
 
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
-        self._stored, sizes = tuple(map(format_of, arrays.dtypes)), arrays.sizes
+        self.dtypes, sizes = arrays.dtypes, arrays.sizes
+        self._stored = tuple(map(format_of, self.dtypes))
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._dialect = dialect_of(bucket.device)
         self._launch = LAUNCH[max(kept.itemsize for kept in self._stored)]

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 WORD = 8
 DESCRIBED = range(8, 16)
 """How many words may describe a tensor in an implementation: from sizes and strides to the kind."""
-_IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 22, 12, 8
+_IMPLEMENTATION_WORDS, _METADATA_WORDS, _STORAGE_WORDS = 24, 12, 8
 Place = TypeVar("Place")
 _FUNCTIONS = ("get_data_ptr", "get_dtype", "get_dim", "get_sizes", "get_strides", "assign_tensors")
 
