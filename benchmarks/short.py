@@ -5,8 +5,8 @@
     python benchmarks/short.py --csv results/short.csv
 
 All contenders step the same gradients in turns, in rounds of random order; a round's ratio is to surefoot's float32
-step of that round.  `in cache` is one thread on one tensor of 64 k elements, `instructions` those of the loops per element,
-counted in what LLVM prints for this processor.
+step of that round.  `in cache` is one thread on one tensor of 64 k elements, `instructions` those of the loops per
+element, counted in what LLVM prints for this processor.
 """
 
 import argparse
