@@ -16,7 +16,7 @@ ALGORITHMS = [getattr(optimizers, name) for name in optimizers.__all__ if name n
 EAGER = {"foreach": False}
 """Options of the eager engine, which gives torch's bits and needs no compiler."""
 ENGINES = {"eager": EAGER, "default": {}}
-OURS_ONLY = {"fused", "capturable", "state_dtype"}
+OURS_ONLY = {"fused", "capturable", "state_dtype", "rounding", "rounding_seed", "master_weight_bits"}
 """Options that surefoot has for every rule, torch for some."""
 
 

@@ -13,7 +13,17 @@ from surefoot.constructor import EngineOptions, arguments
 from surefoot.rule.hyperparameters import Interval, LearningRate, at_least_zero, number
 
 each_algorithm = pytest.mark.parametrize("cls", ALGORITHMS, ids=name_of)
-ENGINE = ["foreach", "maximize", "capturable", "differentiable", "fused", "state_dtype"]
+ENGINE = [
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "fused",
+    "state_dtype",
+    "rounding",
+    "master_weight_bits",
+    "rounding_seed",
+]
 
 
 def parameters(cls, *kinds):

@@ -128,7 +128,7 @@ def test_values_out_of_range_are_refused_everywhere(cls, name, value):
 
 
 def test_every_number_of_every_algorithm_has_a_range():
-    free = {"etas", "max_iter", "max_eval", "history_size"}
+    free = {"etas", "max_iter", "max_eval", "history_size", "rounding_seed"}
     for cls in ALGORITHMS:
         numbers = {
             name

@@ -27,7 +27,16 @@ NAMES = {
     ),
     *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot", "StepOptions"),
     *("checkpoint", "load", "save"),
-    *("functional", "lr_finder", "lr_scheduler", "parameter_groups", "swa_utils", "telemetry"),
+    *(
+        "full_precision",
+        "full_precision_state_dict",
+        "functional",
+        "lr_finder",
+        "lr_scheduler",
+        "parameter_groups",
+        "swa_utils",
+        "telemetry",
+    ),
 }
 
 

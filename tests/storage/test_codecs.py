@@ -305,5 +305,5 @@ def test_kernels_draw_the_same_bits():
     ]
     run_kernel(lines, {"out": found}, 256, "draws")
     elements = torch.arange(256) + (1 << 33) + 256
-    low, high = (random_bits(7, -3, 5, elements, number) for number in (2, 3))
+    low, high = (random_bits(7, -3, 5, elements, number) for number in (3, 4))
     assert torch.equal(found.to(torch.int64) & 0xFFFFFFFF, low | (high << 16))

@@ -102,8 +102,9 @@ def lower(source: str) -> Lowered:
         InternalError: the source says what the language cannot.
     """
     module = _Module(source)
-    module.function("kernel", (INT64,))
-    entry = "define void @entry(i64 %launch) {\n  call void @kernel(i64 %launch)\n  ret void\n}\n"
+    # The entry is compiled as the kernel asks, which becomes a part of it.
+    attributes = module.function("kernel", (INT64,)).attributes
+    entry = f"define void @entry(i64 %launch) {attributes} {{\n  call void @kernel(i64 %launch)\n  ret void\n}}\n"
     return Lowered("\n".join([*module.declarations, *module.text, entry]), module.constants.get("FEW_PASSES", False))
 
 
@@ -144,7 +145,7 @@ class _Function:
         self._slots: list[str] = []
         self._count, self._block, self._open = 0, "begin", True
         self._loops: list[tuple[str, str]] = []  # where `continue` and `break` go
-        self._attributes, self._of_arrays = "nounwind", ""
+        self.attributes, self._of_arrays = "nounwind", ""
 
     def define(self) -> str:
         """Compile the function and return its definition."""
@@ -155,7 +156,7 @@ class _Function:
         self._emit("ret void" if self.result is None else "unreachable")
         parameters = ", ".join(f"{kind.llvm}{self._of_arrays * bool(kind.element)} {name}" for kind, name in arguments)
         result = self.result.llvm if self.result else "void"
-        head = f"define internal {result} @{self._definition.name}({parameters}) {self._attributes} {{\nbegin:"
+        head = f"define internal {result} @{self._definition.name}({parameters}) {self.attributes} {{\nbegin:"
         return "\n".join([head, *self._slots, *self._code, "}\n"])
 
     # Code
@@ -478,16 +479,16 @@ class _Function:
         return self._call(result, f"{function}({given})")
 
     def _call_narrow_vectors(self) -> None:
-        self._attributes += ' "prefer-vector-width"="256"'
+        self.attributes += ' "prefer-vector-width"="256"'
 
     def _call_wide_vectors(self) -> None:
-        self._attributes += ' "prefer-vector-width"="512"'
+        self.attributes += ' "prefer-vector-width"="512"'
 
     def _call_separate_arrays(self) -> None:
         self._of_arrays = " noalias"
 
     def _call_not_inlined(self) -> None:
-        self._attributes += " noinline"
+        self.attributes += " noinline"
 
     def _call_min(self, one: Operand, other: Operand) -> Value:
         return self._pick(ast.Lt, one, other)

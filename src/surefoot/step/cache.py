@@ -12,6 +12,7 @@ from itertools import chain, product
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from surefoot.codegen.threads import needs_threads
@@ -30,7 +31,7 @@ from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounter
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
-_CONSTANT = (int, float, bool, str, type(None))
+_CONSTANT = (int, float, bool, str, type(None), torch.dtype)
 
 
 class BucketGuard:

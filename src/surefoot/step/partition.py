@@ -65,13 +65,15 @@ def _divide(
         keys: return what random bits know each parameter by.
     """
     spec, flags = step.spec, all_flags(step, group)
-    slots = spec.active_slots(dict(flags))
+    of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
     for param in group["params"]:
         if (given := step.gradient(param)) is None:
             continue
         entry = step.state.get(param, {})
         grad = validated_gradient(spec, group, param, given, entry, flags)
+        settled = of_rows if grad.is_sparse else flags
+        slots = spec.active_slots(dict(settled))
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
         formats = _formats(group, param, grad, entry, slots)
         turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
@@ -79,14 +81,9 @@ def _divide(
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}
-            rounded = any(kept.stochastic for kept in formats)
-            # Averages are of all rows.
-            settled = (
-                *((name, value and not (grad.is_sparse and name == "ema")) for name, value in flags),
-                ("rounded", rounded),
-            )
+            rule = bind(spec, (*settled, ("rounded", any(kept.stochastic for kept in formats))))
             row_name = functools.partial(_format_row, group, params)
-            bucket = Bucket(bind(spec, settled), [], [], options, row_name=row_name, formats=formats)
+            bucket = Bucket(rule, [], [], options, row_name=row_name, formats=formats)
             bucket.seed = int(group.get("rounding_seed") or 0)
             buckets[key] = ParamSlice(group, params), bucket
         part, bucket = buckets[key]

@@ -5,7 +5,8 @@ So they are the same on every engine, for any number of threads, after a resume,
 
 A key of 64 bits is mixed from seed, parameter and step as by SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable
 pseudorandom number generators", section 4); then 32 bits of an element's number are mixed with it, by the constants
-that Wellons found for hashes of two multiplications ("lowbias32", 2018).
+that Wellons found for hashes of two multiplications ("lowbias32", 2018).  They give three numbers of 16 bits: their
+lower and their upper half, and the upper half of their product with an odd number.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def random_bits(seed: int, parameter: int, step: Tensor | float, elements: Tenso
     counted = torch.as_tensor(step, dtype=torch.float64, device=elements.device).detach().reshape(()).view(torch.int64)
     key = _mixed(_mixed(_mixed(counted.new_tensor(_signed(seed ^ GOLDEN))) ^ parameter) ^ counted)
     key = _mixed(key ^ (elements >> 32))
-    for _ in range(number // 2):
+    for _ in range(number // 3):
         key = _mixed(key + _signed(GOLDEN))
     x = (elements ^ key) & _HALF
     x = x ^ (x >> 16)
@@ -45,7 +46,7 @@ def random_bits(seed: int, parameter: int, step: Tensor | float, elements: Tenso
     x = x ^ (x >> 15)
     x = ((x + (key >> 32)) & _HALF) * 0x846CA68B & _HALF
     x = x ^ (x >> 16)
-    return x >> 16 if number % 2 else x & _WORD
+    return (x & _WORD, x >> 16, (x * 0x9E3779B1 & _HALF) >> 16)[number % 3]
 
 
 def _mixed(x: Tensor) -> Tensor:

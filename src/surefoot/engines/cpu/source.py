@@ -110,6 +110,11 @@ class Layout:
     stored: tuple[Format, ...]
 
 
+_OF_DRAW = ("{} & 0xFFFF", "{} >> 16", "({} * 0x9E3779B1) >> 16")
+"""The numbers of 16 bits that 32 random bits give."""
+_NUMBERS = len(_OF_DRAW)
+
+
 class _Array(NamedTuple):
     """A parameter, its gradient or a slot as a kernel sees it.
 
@@ -142,8 +147,8 @@ class _Array(NamedTuple):
         """Print the bits that it is rounded by."""
         if self.random is None:
             return ""
-        drawn = f"random{self.random // 2}"
-        return f"{drawn} >> 16" if self.random % 2 else f"{drawn} & 0xFFFF"
+        drawn, number = divmod(self.random, _NUMBERS)
+        return _OF_DRAW[number].format(f"random{drawn}")
 
     def load(self, at: str) -> str:
         """Print the line that loads the element at an index."""
@@ -204,7 +209,7 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
         real=str(layout.compute).removeprefix("torch."),
         parameters=", ".join([*(f"{name}_" for name, *_ in held), "n", *given, *numbers]),
-        vectors=_WIDE if any(array.in_blocks for array in arrays) else "    narrow_vectors()\n",
+        vectors=_VECTORS[sum((random or len(held) > len(arrays), any(array.in_blocks for array in arrays)))],
         starts="".join(f"    {line}\n" for line in measured.starts),
         loop=_print_loop(graph, arrays, measured.body),
         keep="".join(
@@ -244,7 +249,7 @@ def _print_fetch(places: Sequence[str]) -> str:
 
 def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str]) -> str:
     """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end."""
-    drawn = 1 + max((array.random // 2 for array in arrays if array.random is not None), default=-1)
+    drawn = 1 + max((array.random // _NUMBERS for array in arrays if array.random is not None), default=-1)
     keys = [f"key{i} = {'key' if i == 0 else f'next_key(key{i - 1})'}" for i in range(drawn)]
     blocks = [array for array in arrays if array.in_blocks]
     at, element = ("block + i", "first + uint32(block) + uint32(i)") if blocks else ("i", "first + uint32(i)")
@@ -259,7 +264,7 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
     if not blocks:
         lines = [*keys, "for i in range(n):", *(f"    {line}" for line in body or ["pass"])]
         return "\n".join(f"    {line}" for line in lines)
-    kept = sorted({array.random // 2 for array in blocks if array.random is not None})
+    kept = sorted({array.random // _NUMBERS for array in blocks if array.random is not None})
     body += [f"drawn{i}[i] = random{i}" for i in kept]
     written = [array for array in blocks if array.new is not None]
     buffers = [f"{array.name}_new = buffer(float32, {BLOCK})" for array in written]
@@ -277,7 +282,8 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
 def _end_of_block(array: _Array) -> Iterator[str]:
     """Print the lines that store the scale and codes of a block."""
     name, code = array.name, array.kept.code
-    bits = array.random_bits().replace(f"random{(array.random or 0) // 2}", f"drawn{(array.random or 0) // 2}[i]")
+    number = (array.random or 0) // _NUMBERS
+    bits = array.random_bits().replace(f"random{number}", f"drawn{number}[i]")
     stored = array.stored.store.format(value=f"{name}_new[i] * {name}_inverse", random=bits)
     yield f"{name}_finite = {name}_largest < 0x7F800000"
     yield f"if not {name}_finite:"
@@ -359,8 +365,7 @@ def update({parameters}):
 
 {checks}def kernel(launch):
     """Update the tensors of a launch; any number of threads may run it on the same launch at once."""
-    narrow_vectors()
-    slots = array(launch, int64)
+{vectors}    slots = array(launch, int64)
     items, tensors, segments = slots[{slot[work_items]}], slots[{slot[tensors]}], slots[{slot[segments]}]
     first_segment = array(slots[{slot[first_segment]}], int64)
     segment_tensor = array(slots[{slot[segment_tensor]}], int64)
@@ -380,10 +385,9 @@ def update({parameters}):
         item = atomic_increment(launch)
 '''
 
-_WIDE = """\
-    wide_vectors()
-    separate_arrays()
-"""
+# Plain kernels wait for memory.  What also packs numbers computes in the widest vectors, and in blocks, where it would be
+# looked again for each whether arrays overlap, it is told that they do not.
+_VECTORS = ("    narrow_vectors()\n", "    wide_vectors()\n", "    wide_vectors()\n    separate_arrays()\n")
 
 _RANDOM = """\
             first = array(slots[{slot[first_element]}], int64)[tensor] + start
