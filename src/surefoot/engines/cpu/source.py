@@ -385,8 +385,8 @@ def update({parameters}):
         item = atomic_increment(launch)
 '''
 
-# Plain kernels wait for memory.  What also packs numbers computes in the widest vectors, and in blocks, where it would be
-# looked again for each whether arrays overlap, it is told that they do not.
+# Plain kernels wait for memory.  What also packs numbers computes in the widest vectors; in blocks it is told that no
+# arrays overlap, which it would look at again for each.
 _VECTORS = ("    narrow_vectors()\n", "    wide_vectors()\n", "    wide_vectors()\n    separate_arrays()\n")
 
 _RANDOM = """\
