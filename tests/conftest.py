@@ -19,6 +19,12 @@ torch.sparse.check_sparse_tensor_invariants.enable()
 
 KNOWN_BUGS: dict[str, str] = {}
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""
+if torch.__version__.startswith("2.9."):
+    KNOWN_BUGS |= {
+        r"test_added_group_is_stepped\[Adagrad\]": "torch's own Adagrad makes state in its constructor only",
+        r"_between_steps_counts\[.*-Adagrad-(cleared|removed|added|exchanged|other)": "the same",
+        r"test_mistakes_with_swalr_are_named\[options0-anneal_strategy": "torch's own message says `must by`",
+    }
 
 
 def pytest_ignore_collect(collection_path, config):
