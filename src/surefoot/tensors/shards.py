@@ -160,6 +160,8 @@ def lay_out(tensor: Any, param: Any) -> Any:
     """
     if sharding_mismatch(tensor, param) is None:
         return tensor
+    if tensor.dtype is torch.int16:  # which gloo and NCCL do not carry
+        return lay_out(tensor.to(torch.int32), param).to(torch.int16)
     if is_sharded(tensor) and is_sharded(param) and _are_redistributed(tensor, param):
         return tensor.redistribute(param.device_mesh, placements_for(tensor.shape, param))
     whole = tensor.full_tensor() if is_sharded(tensor) else tensor
