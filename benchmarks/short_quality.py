@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = corpus(), []
@@ -100,7 +101,8 @@ def main() -> None:
         for seed in range(options.seeds)
     }
     print("| storage | " + " | ".join(titles) + " |\n" + "|---" * (1 + len(titles)) + "|")
-    for name, (dtype, formats) in FORMATS.items():
+    for name in options.formats:
+        dtype, formats = FORMATS[name]
         cells = []
         for title, setting in zip(titles, SETTINGS, strict=True):
             gaps = [

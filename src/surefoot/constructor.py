@@ -28,8 +28,8 @@ class Default:
 # What an algorithm of torch.optim takes by position stands in its signature, where these cannot name it again.
 
 
-class KernelOptions(StepOptions, total=False):
-    """What no algorithm of torch.optim takes by position."""
+class WeightOptions(StepOptions, total=False):
+    """How 16-bit parameters are stored."""
 
     rounding_seed: Annotated[int, Default(0), "what the random bits of stochastic rounding begin from"]
     master_weight_bits: Annotated[
@@ -44,6 +44,11 @@ class KernelOptions(StepOptions, total=False):
         'how bfloat16 and float16 parameters are stored: `"nearest"`, where steps of less than half the distance to '
         'the next number are lost, or `"stochastic"`, where they count in the mean.',
     ]
+
+
+class KernelOptions(WeightOptions, total=False):
+    """What no algorithm of torch.optim takes by position."""
+
     state_dtype: Annotated[
         torch.dtype | str | None,
         Default(None),
@@ -151,7 +156,7 @@ def _engine_options(annotation: Any) -> Iterator[inspect.Parameter]:
 def _bundle(annotation: Any) -> Any:
     """Return the options that `Unpack[...]` stands for, if they are ours."""
     inner = next(iter(get_args(annotation)), None)
-    return inner if inner in (KernelOptions, ModeOptions, EngineOptions) else None
+    return inner if inner in (WeightOptions, KernelOptions, ModeOptions, EngineOptions) else None
 
 
 def _plain(annotation: Any) -> Any:

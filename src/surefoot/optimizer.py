@@ -44,7 +44,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
-from surefoot.step.prepared import PreparedParam, prepare_again, prepare_params
+from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
 from surefoot.step.ranks import due_exchange, failures_told
 from surefoot.tensors.modes import mode_is_active
 
@@ -263,7 +263,7 @@ class Optimizer(torch.optim.Optimizer):
             truth(name, group.get(name))
         check_storage(group)
         if not cls.is_rule():
-            refuse_short(cls.__name__, group)
+            refuse_short(cls.spec, group)
         if group.get("fused") and group.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
@@ -427,8 +427,9 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._check_again(group, param)
-        with torch.no_grad():
-            self._step_prepared(prepare_params(self._step_input()))
+        step = self._step_input()
+        with torch.no_grad(), full_precision_rows(step, prepare_params(step)) as rows:
+            self._step_prepared(rows)
         return loss
 
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
@@ -762,7 +763,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
 
 def _scalars(cls: type[Optimizer]) -> tuple[Scalar, ...]:
     """Return the numbers that a class keeps for each parameter: its own, and if it counts no steps a count of ours."""
-    counts = STEP in cls.scalars or not cls.is_rule()
+    counts = any(scalar.name == STEP.name for scalar in cls.scalars) or not (cls.is_rule() or cls.prepares_params)
     return cls.scalars if counts else (*cls.scalars, ROUNDING_STEP)
 
 

@@ -298,6 +298,45 @@ def test_32_bits_train_bit_for_bit_as_float32():
     assert (short.float() - exact).abs().max() <= 2.0**-8
 
 
+CUSTOM = {"Muon": {"lr": 1e-3}, "Adafactor": {"lr": 1e-3}}
+
+
+@pytest.mark.parametrize("cls", CUSTOM)
+@pytest.mark.parametrize(
+    "options", [{"rounding": "stochastic"}, {"master_weight_bits": 24}, {"master_weight_bits": 32}]
+)
+def test_custom_steps_do_not_lose_small_steps_either(cls, options):
+    def trained(dtype, **given):
+        param = nn.Parameter(torch.ones(64, 32, dtype=dtype))
+        optimizer = getattr(surefoot, cls)([param], weight_decay=0, **CUSTOM[cls], **given)
+        for step in range(30):
+            optimizer.param_groups[0]["lr"] = 1e-4
+            param.grad = torch.rand(64, 32, generator=torch.Generator().manual_seed(step)).to(BF16).to(dtype)
+            optimizer.step()
+        return surefoot.full_precision(optimizer, param), param, optimizer
+
+    held, param, optimizer = trained(BF16, **options)
+    exact, _, _ = trained(torch.float32)
+    assert (held - exact).mean().abs() <= (exact - 1).mean().abs() * 0.2
+    again, _, _ = trained(BF16, **options)
+    assert torch.equal(held, again)
+    copied, other = copy.deepcopy((param, optimizer))
+    for each, with_ in ((param, optimizer), (copied, other)):
+        each.grad = torch.ones_like(each)
+        with_.step()
+    assert torch.equal(param, copied)
+    lost, _, _ = trained(BF16)
+    assert (lost - exact).mean().abs() > (held - exact).mean().abs()
+
+
+def test_what_a_custom_step_does_not_take_is_refused():
+    for cls, options in (("Muon", {"state_dtype": "float8"}), ("LBFGS", {"rounding": "stochastic"})):
+        param = nn.Parameter(torch.ones(4, 4))
+        optimizer = getattr(surefoot, cls)([param])
+        with pytest.raises(ValueError, match=f"{cls} has a custom step, which takes no"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))], **options})
+
+
 # Checkpoints
 
 

@@ -10,14 +10,13 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from surefoot.constructor import arguments
+from surefoot.constructor import WeightOptions, arguments
 from surefoot.distributed import PartialSum, sum_over_shards
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, in_turns, larger, local_row, readable, smaller
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
-from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
@@ -119,7 +118,7 @@ class Adafactor(Optimizer):
             bool,
             "keep the step count on the parameters' device, so that steps can be captured in a graph; not on a CPU",
         ] = False,
-        **options: Unpack[StepOptions],
+        **options: Unpack[WeightOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Unpack
 import torch
 from torch import Tensor
 
-from surefoot.constructor import arguments
+from surefoot.constructor import WeightOptions, arguments
 from surefoot.distributed import MatrixExchange
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, in_turns, local_row, readable
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
-from surefoot.step.options import StepOptions
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
@@ -143,7 +142,7 @@ class Muon(Optimizer):
         ] = None,
         *,
         capturable: Annotated[bool, "allow steps to be captured in a graph; not on a CPU"] = False,
-        **options: Unpack[StepOptions],
+        **options: Unpack[WeightOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

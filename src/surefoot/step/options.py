@@ -205,12 +205,14 @@ def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_short(name: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError when a group of an algorithm with a custom step asks for storage that only rules have."""
+def refuse_short(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
+    """Raise ValueError when a group of an algorithm with a custom step asks for storage that it does not take."""
     asked = [option for option in ("rounding", "master_weight_bits") if group.get(option) not in (None, "nearest")]
+    asked = [option for option in asked if option not in spec.constructor]
     asked += ["state_dtype"] * (group.get("state_dtype") == FLOAT8)
     if asked:
-        raise ValueError(f"{name} has a custom step, which takes no `{asked[0]}={group[asked[0]]!r}`; leave it out")
+        option = asked[0]
+        raise ValueError(f"{spec.name} has a custom step, which takes no `{option}={group[option]!r}`; leave it out")
 
 
 def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -10,8 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from surefoot.rule import EMA
+from surefoot.engines.identity import identity_of
+from surefoot.rule import EMA, ROUNDING_STEP, STEP
 from surefoot.state.check import hyperparameters, validated_gradient
+from surefoot.state.convert import plain_param
+from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.cache import is_constant
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
@@ -20,6 +24,7 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
 from surefoot.step.ranks import due_exchange, failures_told, refuse_irregular, sums_over_ranks
 from surefoot.step.types import ParamSlice
+from surefoot.storage import Format, encode, random_bits
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
@@ -103,7 +108,7 @@ def _rows(
     made: list[tuple[Tensor, dict[str, bool]]] = []
     try:
         for part in () if known.has_state else slices:
-            flags = dict(step.spec.settle_flags(part.group))
+            flags = dict(step.spec.settle_flags(part.group)) | {"rounded": part.group.get("rounding") == "stochastic"}
             slots, scalars = step.spec.active_slots(flags), step.spec.active_scalars(flags)
             for param in part.params:
                 names = ensure_state(scalars, part.group, param, step.state, slots)
@@ -121,6 +126,9 @@ def _rows(
 
 def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedParam]:
     """Count the step of every parameter; one that is there twice has a count of its own each time."""
+    for row in rows:
+        if ROUNDING_STEP.name in row.state:
+            row.state[ROUNDING_STEP.name] += 1
     counts = [row.state["step"] for row in rows if "step" in row.state]
     if not known.repeated and all(isinstance(count, Tensor) for count in counts):
         if counts:
@@ -135,6 +143,40 @@ def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedPar
                 continue
         found.append(row)
     return found
+
+
+@contextmanager
+def full_precision_rows(step: StepInput, rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+    """Let a custom step see parameters that are kept in short formats as float32 copies; store these in the end.
+
+    Raises:
+        RuntimeError: such a parameter shares its memory with another one.
+    """
+    copies: dict[Tensor, tuple[PreparedParam, Format, Tensor]] = {}
+    for row in rows:
+        kept = param_format(vars(row.h), row.param, row.state)
+        if not kept.is_plain and row.param not in copies:
+            if row.apart:
+                raise RuntimeError(
+                    "parameters or their state share memory, so that they cannot be kept with rounding='stochastic' or "
+                    "master_weight_bits; put them into a group without these options"
+                )
+            copies[row.param] = row, kept, plain_param(vars(row.h), row.param, row.state).float()
+    if not copies:
+        yield list(rows)
+        return
+    yield [row._replace(param=copies[row.param][2]) if row.param in copies else row for row in rows]
+    keys = step.keys()
+    for param, (row, kept, value) in copies.items():
+        random = None
+        if kept.stochastic:
+            who = identity_of(param, keys[param])
+            counts = [row.state[name] for name in (STEP.name, ROUNDING_STEP.name) if name in row.state]
+            count, local = counts[0], to_local(param)
+            random = random_bits(vars(row.h).get("rounding_seed") or 0, who.number, count, who.numbers(local), 0)
+        targets = (param, row.state[CORRECTION]) if kept.part else (param,)
+        for target, stored in zip(targets, encode(kept, to_local(value), random), strict=True):
+            to_local(target).copy_(stored)
 
 
 class _Validated:
@@ -188,7 +230,7 @@ class _Validated:
         if self.guards is not None:
             return
         rows: defaultdict[Any, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
-        slots = [*(scalar.name for scalar in step.spec.scalars), *(slot.name for slot in step.spec.all_slots)]
+        slots = [*(s.name for s in step.spec.scalars), *(slot.name for slot in step.spec.all_slots), CORRECTION]
         for part in self.slices:
             for param in part.params:
                 entry = step.state.get(param, {})
@@ -247,7 +289,9 @@ class _Validated:
             for param, entry in zip(part.params, entries, strict=True)
         ]
         self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
-        asked = any(group.get(name) for group in step.groups for name in ("maximize", "max_grad_value", "ema"))
+        around = ("maximize", "max_grad_value", "ema", "master_weight_bits")
+        asked = any(group.get(name) for group in step.groups for name in around)
+        asked = asked or any(group.get("rounding") == "stochastic" for group in step.groups)
         if (
             asked
             or step.stepping.options.requested()
