@@ -123,7 +123,10 @@ def from_e5m3(code, scale):
 
 def to_e5m3(scaled, random):
     """Return the code of a value in units of its scale, rounded by 16 random bits; what is finite only."""
-    code = min(max((small_word(as_uint32(scaled)) + (random << 4)) >> 20, uint32(1)), uint32(0xF7))
+    word = small_word(as_uint32(scaled))
+    fraction = (word & 0xFFFFF) >> 4
+    bend = (fraction * (65536 - fraction)) >> 16
+    code = min(max((word + ((bend + (bend >> 4)) >> 1) + (random << 4)) >> 20, uint32(1)), uint32(0xF7))
     return uint8(code if scaled > 0 else uint32(0))
 
 
