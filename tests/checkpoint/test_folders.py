@@ -30,7 +30,7 @@ def saved(place, step, **options):
 @pytest.fixture(autouse=True)
 def alarm():
     """A test that waits for a pipe fails, rather than wait for ever."""
-    signal.alarm(30)
+    signal.alarm(120)
     yield
     signal.alarm(0)
 

@@ -274,3 +274,39 @@ def test_sparse_and_dense_parameters_take_it_together():
     assert optimizer.state[table]["step"] == optimizer.state[weight]["step"] == 4
     assert torch.equal(table[3], torch.ones(3))
     assert len(set(table[2].tolist())) == 1
+
+
+def test_buckets_are_kept_where_momentum_makes_sparse_gradients_dense():
+    """One table has a dense gradient at times, one in every step."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(40, 6, generator=generator).requires_grad_() for _ in range(3)]
+    theirs = [param.detach().clone().requires_grad_() for param in ours]
+    options = {"lr": 0.1, "momentum": 0.9}
+    optimizer, other = surefoot.SGD(ours, **options), torch.optim.SGD(theirs, **options)
+
+    def give(rows, *, dense=False):
+        for number, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+            values = torch.randn(len(rows), 6, generator=generator)
+            own.grad = torch.sparse_coo_tensor([rows], values, (40, 6), check_invariants=False)
+            other.grad = own.grad.to_dense()  # torch's step takes no sparse gradient after a dense one
+            own.grad = other.grad.clone() if number == 2 or (dense and number) else own.grad
+
+    give([3, 39, 3])
+    optimizer.step()
+    other.step()
+    runs = optimizer._step_cache.runs
+    for dense in (False, True, False):
+        give([5, 0, 5, 7], dense=dense)
+        optimizer.step()
+        other.step()
+        assert optimizer._step_cache.runs is runs
+    torch.testing.assert_close(ours, theirs)
+    before = [param.detach().clone() for param in ours]
+    ours[1].grad = torch.sparse_coo_tensor([[40]], torch.ones(1, 6), (40, 6), check_invariants=False)
+    with pytest.raises(IndexError, match=r"`params\[1\]` of shape"):
+        optimizer.step()
+    assert all(map(torch.equal, ours, before))
+    ours[1].grad = None
+    optimizer.step()
+    assert torch.equal(ours[1], before[1])
+    assert not torch.equal(ours[0], before[0])

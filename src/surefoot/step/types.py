@@ -95,3 +95,7 @@ class BucketRun:
     def grads(self) -> list[Any]:
         """Return the gradients of now."""
         return [param.grad for param in self.slice.params]
+
+    def is_made_dense(self) -> bool:
+        """Return whether gradients are sparse, but stepped as dense ones, since rows do not suffice."""
+        return not self.sparse and any(getattr(grad, "is_sparse", False) for grad in self.grads())
