@@ -7,13 +7,13 @@ one flat vector of real numbers, made anew whenever it is needed, so that nothin
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import c_float
 from dataclasses import dataclass, field, fields
 from itertools import product
 from numbers import Real
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -326,20 +326,23 @@ class _Memory:
         self, grad: Tensor, weighted: Weight, history_size: int, dot: Callable[[Tensor, Tensor], float]
     ) -> Tensor:
         """Do the same where numbers are read at once: by Python's, rounded as tensors of the gradient's dtype are."""
-        kind: Any = np.float32 if grad.dtype is torch.float32 else float
-        rhos = [kind(rho.item() if isinstance(rho, Tensor) else rho) for rho in self.ro]
+        single = grad.dtype is torch.float32
+        rhos = [rho.item() if isinstance(rho, Tensor) else rho for rho in self.ro]
         pairs = list(zip(self.old_dirs, self.old_stps, rhos, strict=True))
         direction, parts = grad.neg(), []
-        with np.errstate(all="ignore"):
-            for change, step, rho in reversed(pairs):
-                part = kind(dot(step, direction)) * rho
-                direction.add_(change, alpha=-float(part))
-                parts.append(part)
-            parts.reverse()
-            direction = weighted(direction.mul(self.H_diag))
-            for (change, step, rho), part in zip(pairs, parts, strict=True):
-                direction.add_(step, alpha=float(part - kind(dot(change, direction)) * rho))
-        self.al = [*map(float, parts), *[None] * (history_size - len(parts))]
+        # A product or difference of two numbers of float32, computed in float64 and rounded, is that of float32.
+        for change, step, rho in reversed(pairs):
+            part = dot(step, direction) * rho
+            part = c_float(part).value if single else part
+            direction.add_(change, alpha=-part)
+            parts.append(part)
+        parts.reverse()
+        direction = weighted(direction.mul(self.H_diag))
+        for (change, step, rho), part in zip(pairs, parts, strict=True):
+            other = dot(change, direction) * rho
+            left = c_float(part - c_float(other).value).value if single else part - other
+            direction.add_(step, alpha=left)
+        self.al = [*parts, *[None] * (history_size - len(parts))]
         return direction
 
     def entry(self) -> dict[str, Any]:
