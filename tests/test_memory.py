@@ -36,7 +36,7 @@ def bytes_of(optimizer):
             found["weights"] += param.nbytes
             found["gradients"] += param.nbytes
         for name, value in optimizer.state[param].items() if param in optimizer.state else ():
-            found[name] += value.nbytes
+            found[name] += value.nbytes if isinstance(value, torch.Tensor) else 0
     return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 

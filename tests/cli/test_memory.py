@@ -1,6 +1,7 @@
 """The command `surefoot memory`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,17 @@ def test_the_largest_parameters_come_first():
     )
     assert "... 128 more, shown by --all" in lines
     assert not any("more, shown" in line for line in memory("gpt2-small", "--all")[1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["llama-7b --compare", "llama-7b --dtype bfloat16 --rounding stochastic --state-dtype float8"],
+)
+def test_the_tables_of_the_page(arguments):
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text(encoding="utf-8")
+    shown = [" ".join(line.split()) for line in page.splitlines()]
+    _, lines = memory(*arguments.split())
+    assert set(lines) <= set(shown)
 
 
 @pytest.mark.parametrize(
