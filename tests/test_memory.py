@@ -46,7 +46,7 @@ def test_it_is_what_a_step_makes(name, storage):
     algorithm = getattr(surefoot, name)
     if storage not in memory.common_storages(algorithm):
         pytest.skip("no option of this algorithm")
-    options = {**storage.options, "ema": None if algorithm is surefoot.SparseAdam else 0.9}
+    options = {**storage.options, "ema": 0.9}
     optimizer = stepped(algorithm, storage.dtype, **options)
     shapes = [param.shape for param in optimizer.state]
     weights = memory.converted(memory.weights_of_shapes(shapes), storage.dtype)
