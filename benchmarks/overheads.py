@@ -227,11 +227,12 @@ def _kernel(of: str) -> Mapping[str, float]:
     return times
 
 
-def _optimizer_of_kernel(name: str, **options: Any) -> Callable[[], tuple[surefoot.Optimizer, torch.dtype]]:
-    return lambda: (getattr(surefoot, name)([torch.zeros(2, 2)], **options), torch.float32)
+def _optimizer_of_kernel(name: str, **options: Any) -> Callable[[], tuple[surefoot.Optimizer, torch.Tensor]]:
+    param = torch.zeros(2, 2)
+    return lambda: (getattr(surefoot, name)([param], **options), param)
 
 
-KERNELS: Mapping[str, Callable[[], tuple[surefoot.Optimizer, torch.dtype]] | None] = {
+KERNELS: Mapping[str, Callable[[], tuple[surefoot.Optimizer, torch.Tensor]] | None] = {
     "the guard": None,
     "SGD": _optimizer_of_kernel("SGD"),
     "NAdam, weight decay": _optimizer_of_kernel("NAdam", weight_decay=0.1),

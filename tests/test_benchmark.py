@@ -101,9 +101,9 @@ def test_cases_are_all_combinations_each_once():
 # The floor
 
 
-def loads_and_stores(optimizer, dtype):
+def loads_and_stores(optimizer, param):
     """Count what the loop of an optimizer's kernel loads and stores."""
-    source = explain.source(optimizer, dtype)
+    source = explain.source(optimizer, param)
     return len(re.findall(r"^ +\w+ = .*\w_\[i\]", source, re.MULTILINE)), len(
         re.findall(r"^ +\w+_\[i\] =", source, re.MULTILINE)
     )
@@ -116,9 +116,9 @@ def test_the_floor_moves_the_same_bytes_by_the_same_engine(variant, dtype):
     optimizer = getattr(surefoot, variant.optimizer)(params, **variant.options)
     floor = floor_of(optimizer)
     arrays = 2 + len(explain.rule_of(optimizer, optimizer.param_groups[0]).slots)
-    assert loads_and_stores(floor, dtype) == loads_and_stores(optimizer, dtype) == (arrays, arrays - 1)
-    layouts = [explain.layout_of(explain.rule_of(o, o.param_groups[0]), dtype) for o in (optimizer, floor)]
-    assert layouts[0] == layouts[1]
+    assert loads_and_stores(floor, *params) == loads_and_stores(optimizer, *params) == (arrays, arrays - 1)
+    ours, least = (explain.layout_of(o, o.param_groups[0], *params) for o in (optimizer, floor))
+    assert (ours.compute, explain.traffic(ours)) == (least.compute, explain.traffic(least))
     assert [choice.engine for o in (optimizer, floor) for choice in explain.choices(o)] == ["cpu", "cpu"]
 
 

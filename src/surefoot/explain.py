@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from surefoot.engines import ENGINES, Bucket, choose
-from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.engines.cpu import source as native
+from surefoot.engines.cpu.source import Layout
 from surefoot.engines.gpu import source as triton
 from surefoot.rule import Rule, bind
-from surefoot.storage import format_of
+from surefoot.state.formats import param_format, slot_format
+from surefoot.storage import BLOCK, Format, format_of
 from surefoot.tensors.shards import to_local
 
 if TYPE_CHECKING:
@@ -22,12 +24,12 @@ if TYPE_CHECKING:
 class Traffic:
     """Bytes that one step moves for each element of a parameter, read and written once."""
 
-    read: int
-    written: int
+    read: float
+    written: float
 
     def __str__(self) -> str:
         """Write the sum and its parts."""
-        return f"{self.read + self.written} bytes per element ({self.read} read, {self.written} written)"
+        return f"{self.read + self.written:.4g} bytes per element ({self.read:.4g} read, {self.written:.4g} written)"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Choice:
     refusals: tuple[str, ...]
 
 
-def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
-    """Return the rule of an optimizer under a group's flags.
+def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | None = None) -> Rule:
+    """Return the rule of an optimizer under a group's flags, and as a parameter is kept if one is given.
 
     Raises:
         ValueError: the algorithm is no rule.
@@ -53,13 +55,23 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any]) -> Rule:
             f"{spec.name} is not elementwise: it has a custom step, which torch's operators run, and "
             f"neither a graph nor a kernel"
         )
-    return bind(spec, (("scaled", False), *spec.settle_flags(group)))
+    formats = () if param is None else formats_of(optimizer, group, param).values()
+    rounded = (("rounded", True),) if any(kept.stochastic for kept in formats) else ()
+    return bind(spec, (("scaled", False), *spec.settle_flags(group), *rounded))
 
 
-def layout_of(rule: Rule, dtype: torch.dtype, state_dtype: torch.dtype | None = None) -> Layout:
-    """Return the layout of a rule's kernel for parameters of a dtype."""
-    stored = map(format_of, (dtype, dtype, *(state_dtype or dtype for _ in rule.slots)))
-    return Layout(torch.promote_types(dtype, torch.float32), tuple(stored))
+def formats_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> dict[str, Format]:
+    """Return the formats of a parameter, under `param`, and of its slots, as they are or are to be made."""
+    slots = optimizer.spec.active_slots(dict(optimizer.spec.settle_flags(group)))
+    entry = optimizer.state.get(param, {})
+    found = {slot.name: slot_format(slot, group, param, entry.get(slot.name)) for slot in slots}
+    return {"param": param_format(group, param, entry), **found}
+
+
+def layout_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> Layout:
+    """Return the layout of a parameter's kernel; its gradient is of its dtype."""
+    own, *slots = formats_of(optimizer, group, param).values()
+    return Layout(torch.promote_types(own.dtype, torch.float32), (own, format_of(own.dtype), *slots))
 
 
 def operations(graph: fx.Graph) -> Iterator[str]:
@@ -75,18 +87,29 @@ def operations(graph: fx.Graph) -> Iterator[str]:
 
 def traffic(layout: Layout) -> Traffic:
     """Count the bytes that a kernel moves for each element: everything read, all but the gradient written."""
-    sizes = [kept.itemsize for kept in layout.stored]
+    sizes = [kept.itemsize + _part_size(kept) for kept in layout.stored]
     return Traffic(sum(sizes), sum(sizes) - sizes[1])
 
 
-def source(optimizer: "Optimizer", dtype: torch.dtype, *, gpu: bool = False) -> str:
-    """Print the kernel that would be generated for a dtype, for the first group's options, for CPU or GPU."""
+def _part_size(kept: Format) -> float:
+    """Return the bytes, for each element, of what stands beside a tensor."""
+    return kept.correction.itemsize if kept.correction else torch.float32.itemsize / BLOCK if kept.code else 0
+
+
+def source(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> str:
+    """Print the kernel that would be generated for a parameter, under the first group's options, for CPU or GPU.
+
+    Raises:
+        ValueError: there are no such kernels.
+    """
     group = optimizer.param_groups[0]
-    rule = rule_of(optimizer, group)
-    layout = layout_of(rule, dtype, group.get("state_dtype"))
+    rule, layout = rule_of(optimizer, group, param), layout_of(optimizer, group, param)
+    printer = triton if gpu else native
+    if unknown := [kept.name for kept in layout.stored if not printer.stores(kept)]:
+        raise ValueError(f"there are no kernels of the {'GPU' if gpu else 'CPU'} engine for {unknown[0]}")
     if gpu:
         return triton.print_kernel(rule, layout.compute, layout.stored, triton.Dialect.PTX)
-    return print_kernel(rule, layout)
+    return native.print_kernel(rule, layout)
 
 
 def choices(optimizer: "Optimizer") -> list[Choice]:
@@ -95,17 +118,19 @@ def choices(optimizer: "Optimizer") -> list[Choice]:
 
 
 def _choices_of_group(optimizer: "Optimizer", group: Mapping[str, Any]) -> Iterator[Choice]:
-    rule = rule_of(optimizer, group)
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype, tuple[tuple[str, Format], ...]], list[Tensor]] = {}
     for param in group["params"]:
-        kinds.setdefault((param.device, param.dtype), []).append(param)
-    for (device, dtype), params in kinds.items():
+        formats = tuple(formats_of(optimizer, group, param).items())
+        kinds.setdefault((param.device, param.dtype, formats), []).append(param)
+    for (device, dtype, named), params in kinds.items():
         real = list(map(to_local, params))
-        bucket = Bucket(rule, real, real, dict(group))
+        rule = rule_of(optimizer, group, params[0])
+        bucket = Bucket(rule, real, real, dict(group), formats=tuple(kept for _, kept in named))
         engine = choose(bucket)
         before = ENGINES[: ENGINES.index(engine)]
         refusals = tuple(f"{_name(other)}: {reason}" for other in before if (reason := other.supports(bucket)))
-        kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+        unusual = [f"{name} {kept.name}" for name, kept in named if kept != format_of(dtype)]
+        kind = f"{str(dtype).removeprefix('torch.')} on {device}" + f" ({'; '.join(unusual)})" * bool(unusual)
         yield Choice(len(params), sum(p.numel() for p in params), kind, _name(engine), refusals)
 
 

@@ -64,6 +64,34 @@ def test_inspect_shows_what_is_not_finite_and_what_is_tied(tmp_path):
     assert "model ModuleDict 1 4 16 B 2" in shown
 
 
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inspect_shows_norms_of_values_where_they_are_kept_in_two_tensors(tmp_path, dtype, bits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 101), nn.Conv2d(8, 64, 3).to(memory_format=torch.channels_last)).to(dtype)
+    short = {"state_dtype": "float8", "master_weight_bits": bits, "foreach": False}
+    optimizer = surefoot.AdamW(model.parameters(), lr=1e-3, **short)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    optimizer.state[model[0].weight]["exp_avg"][3, 4] = 0x80  # NaN
+    path = surefoot.save(tmp_path, model=model, optimizer=optimizer)
+    shown = lines(ckpt("inspect", tmp_path))
+    assert "parameter shape dtype norm step exp_avg exp_avg_sq" in shown
+    found = json.loads(ckpt("inspect", path, "--json").output)["tensors"]
+    for name, param in model.named_parameters():
+        values = [surefoot.full_precision(optimizer, param, slot) for slot in (None, "exp_avg", "exp_avg_sq")]
+        norms = [value.where(value.isfinite(), 0).double().norm().item() for value in values]
+        keys = [f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"]
+        assert [found[key]["norm"] for key in keys] == pytest.approx(norms, rel=1e-6)
+        written = [f"{norm:.4g}" for norm in norms]
+        bad = " 1 not finite" if name == "0.weight" else ""
+        shape = " x ".join(map(str, param.shape))
+        row = f"{name} {shape} {str(dtype)[6:]} {written[0]} 2 {written[1]}{bad} {written[2]}"
+        assert row in shown
+
+
 def test_inspect_of_an_optimizer_alone_and_of_long_lists(tmp_path):
     params = [nn.Parameter(torch.ones(2)) for _ in range(50)]
     optimizer = surefoot.SGD(params, lr=torch.tensor(0.5), momentum=0.9, foreach=False)

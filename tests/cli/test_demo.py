@@ -77,6 +77,12 @@ def test_options_that_cannot_be(option, value, message, told):
     assert not told
 
 
+def test_a_dtype_that_cannot_be(told):
+    status, printed = invoke("demo", "--dtype", "int8")
+    assert (status, told) == (2, [])
+    assert "Invalid value for --dtype: must be one of float32, float64, bfloat16, float16, but is 'int8'" in printed
+
+
 def test_pictures_that_cannot_be_written(told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
@@ -114,6 +120,10 @@ def test_options_become_a_plan(told, tmp_path):
     arguments = ("--optimizer", "sgd", "--steps", "7", "--lr", "0.5", "--seed", "3", "--threads", threads)
     assert invoke("demo", *arguments, "--out", str(out)) == (0, "")
     assert told == [(TrainingSetup("SGD", steps=7, lr=0.5, seed=3), out.resolve())]
+    short = ("--dtype", "bfloat16", "--rounding", "stochastic", "--state-dtype", "float32")
+    assert invoke("demo", *arguments, "--out", str(out), *short) == (0, "")
+    kept = {"dtype": torch.bfloat16, "storage": {"rounding": "stochastic", "state_dtype": torch.float32}}
+    assert told[1] == (TrainingSetup("SGD", steps=7, lr=0.5, seed=3, **kept), out.resolve())
 
 
 def test_what_is_left_out_suits_the_optimizer(told, tmp_path):

@@ -51,6 +51,25 @@ def test_every_optimizer_runs_with_both_libraries(optimizer):
         assert 0 < outcome.clock.share < 1
 
 
+def test_short_numbers_are_those_of_the_second_library():
+    short = {"master_weight_bits": 24, "state_dtype": "float8"}
+    plan = plan_of("AdamW", dtype=torch.bfloat16, storage=short)
+    model = build_model(len(CORPUS.alphabet), TINY, 0).to(torch.bfloat16)
+    groups = [Training(library, plan, model)._optimizers["AdamW"].param_groups[0] for library in plan.libraries]
+    assert [{name: group[name] for name in short if name in group} for group in groups] == [{}, short]
+    comparison = compare(plan, CORPUS)
+    one, other = comparison.outcomes
+    assert one.losses[0] == other.losses[0]
+    assert one.losses == pytest.approx(other.losses, abs=1e-2)
+    assert not comparison.last_gap.same_bits
+    assert {param.dtype for param in comparison.model.parameters()} == {torch.float32}
+
+
+def test_options_that_an_optimizer_has_not_are_said():
+    with pytest.raises(DemoError, match="Muon.* unexpected keyword argument 'rounding'"):
+        compare(plan_of("Muon", storage={"rounding": "stochastic"}), CORPUS)
+
+
 def test_the_loss_falls_on_text_it_has_not_seen():
     comparison = compare(plan_of("AdamW", steps=60, lr=1e-2), CORPUS)
     for outcome in comparison.outcomes:

@@ -19,14 +19,27 @@ def test_it_shows_operations_source_traffic_and_engine():
     assert "lerp(exp_avg, add_scaled, c_weight1)" in output
     assert "# nadam.py:" in output
     assert "exp_avg = real(from_bfloat16(exp_avg_[i]))" in output
-    assert output.endswith("1 parameters (16 elements) of bfloat16 on cpu: cpu")
+    assert output.endswith("1 parameters (16,384 elements) of bfloat16 on cpu (exp_avg_sq bfloat16, stochastic): cpu")
 
 
 def test_it_shows_the_kernel_for_a_gpu():
-    code, output = explain("nadam", "--dtype", "bfloat16", "--gpu")
+    code, output = explain("SGD", "--dtype", "bfloat16", "--gpu", "-o", "momentum=0.9")
     assert code == 0
     assert "generated source (GPU)" in output
-    assert "exp_avg = tl.load(exp_avg_ + lanes, mask).to(tl.float32)" in output
+    assert "momentum_buffer = tl.load(momentum_buffer_ + lanes, mask).to(tl.float32)" in output
+
+
+def test_it_says_how_everything_is_kept():
+    short = ("--dtype", "bfloat16", "--state-dtype", "float8", "--master-weight-bits", "24")
+    code, output = explain("AdamW", *short, "--no-source")
+    assert code == 0
+    kept = "param bfloat16 + int8; exp_avg float8 e4m3; exp_avg_sq float8 e5m3"
+    assert f"kept as: {kept} traffic: 12.12 bytes per element (7.062 read, 5.062 written)" in output
+    assert output.endswith(f"1 parameters (16,384 elements) of bfloat16 on cpu ({kept}): cpu")
+    code, output = explain("SGD", "--dtype", "float16", "--rounding", "stochastic")
+    assert code == 0
+    assert "kept as: param float16, stochastic" in output
+    assert "param_[i] = stochastic_16(" in output
 
 
 def test_it_says_who_gets_a_model_and_why(tmp_path):
@@ -54,11 +67,14 @@ def test_an_algorithm_with_a_step_of_its_own():
     [
         (["Nadan"], "there is no optimizer 'Nadan'; did you mean NAdam? There are SGD, Adam, AdamW"),
         (["SGD", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
+        (["Adam", "--state-dtype", "float9"], "torch.float16 or 'float8', but got 'float9'"),
         (["SGD", "-o", "lr"], "must be name=value with a Python literal as value, but is 'lr'"),
         (["SGD", "-o", "lr=x y"], "must be name=value with a Python literal as value, but is 'lr=x y'"),
         (["SGD", "-o", "lr=-1"], "Invalid learning rate: -1; `lr` must be a number in [0, inf)"),
         (["SGD", "-o", "speed=1"], "unexpected keyword argument 'speed'"),
-        (["SGD", "--model", "nothing.py:f"], "must be FILE.py:FUNCTION of a file, but is 'nothing.py:f'"),
+        (["SGD", "--model", "nothing"], "must be FILE.py:FUNCTION or MODULE:FUNCTION, but is 'nothing'"),
+        (["SGD", "--model", "json:load_s"], "json has no function 'load_s'"),
+        (["SGD", "--model", "nothing.py:f"], "there is no file or module nothing.py"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):

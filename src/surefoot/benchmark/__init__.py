@@ -3,7 +3,7 @@
 Nothing here prints or draws; `surefoot bench` and the scripts in `benchmarks/` do.
 """
 
-from surefoot.benchmark.cases import DTYPES, SHAPE_LISTS, VARIANTS, Case, ShapeList, Variant, cases
+from surefoot.benchmark.cases import DTYPES, LARGE_SHAPE_LISTS, SHAPE_LISTS, VARIANTS, Case, ShapeList, Variant, cases
 from surefoot.benchmark.contenders import (
     COMPILED,
     FLOOR,
@@ -43,6 +43,7 @@ __all__ = [
     "FOREACH",
     "FOR_LOOP",
     "FUSED",
+    "LARGE_SHAPE_LISTS",
     "OURS",
     "SECONDS",
     "SHAPE_LISTS",

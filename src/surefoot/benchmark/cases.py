@@ -93,11 +93,11 @@ def _linear(inputs: int, outputs: int) -> Iterator[Shape]:
     yield from ((outputs, inputs), (outputs,))
 
 
-def gpt2_small() -> Iterator[Shape]:
-    """Return the parameter shapes of GPT-2 small (Radford et al. 2019); the output layer is the token embedding."""
-    width, norm = 768, ((768,), (768,))
+def gpt2(width: int, blocks: int) -> Iterator[Shape]:
+    """Return the parameter shapes of a GPT-2 (Radford et al. 2019, table 2); the output layer is the embedding."""
+    norm = ((width,), (width,))
     yield from ((50257, width), (1024, width))
-    for _ in range(12):
+    for _ in range(blocks):
         yield from norm
         yield from _linear(width, 3 * width)
         yield from _linear(width, width)
@@ -105,6 +105,22 @@ def gpt2_small() -> Iterator[Shape]:
         yield from _linear(width, 4 * width)
         yield from _linear(4 * width, width)
     yield from norm
+
+
+def llama(width: int, blocks: int) -> Iterator[Shape]:
+    """Return the parameter shapes of a LLaMA (Touvron et al. 2023, section 2.2 and table 2).
+
+    The inner layers are two thirds of four times as wide, rounded up to a multiple of 256 as in the authors' code; the
+    32,000 tokens have an embedding and an output layer of its shape.
+    """
+    inner = -(-(8 * width // 3) // 256) * 256
+    yield (32000, width)
+    for _ in range(blocks):
+        yield (width,)
+        yield from ((width, width),) * 4
+        yield (width,)
+        yield from ((inner, width), (inner, width), (width, inner))
+    yield from ((width,), (32000, width))
 
 
 SHAPE_LISTS: Mapping[str, ShapeList] = MappingProxyType(
@@ -117,10 +133,22 @@ SHAPE_LISTS: Mapping[str, ShapeList] = MappingProxyType(
             ShapeList("large", "8 x 4 M", ((2000, 2000),) * 8),
             ShapeList("mlp1000", "1000-layer MLP", tuple(_linear(64, 64)) * 1000),
             ShapeList("resnet50", "ResNet-50", tuple(resnet50())),
-            ShapeList("gpt2-small", "GPT-2 small", tuple(gpt2_small())),
+            ShapeList("gpt2-small", "GPT-2 small", tuple(gpt2(768, 12))),
         )
     }
 )
+
+LARGE_SHAPE_LISTS: Mapping[str, ShapeList] = MappingProxyType(
+    {
+        shapes.name: shapes
+        for shapes in (
+            ShapeList("gpt2-xl", "GPT-2 XL", tuple(gpt2(1600, 48))),
+            ShapeList("llama-7b", "LLaMA 7B", tuple(llama(4096, 32))),
+            ShapeList("llama-65b", "LLaMA 65B", tuple(llama(8192, 80))),
+        )
+    }
+)
+"""Models whose memory can be told, but which few machines could time."""
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 

@@ -1,15 +1,26 @@
-"""What a checkpoint contains, as facts for people and programs; only its header is read."""
+"""What a checkpoint contains, as facts for people and programs; all but `summarize_values` read its header only."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from surefoot import optimizers
 from surefoot.checkpoint.dtypes import name as dtype_name
 from surefoot.checkpoint.folder import is_file_name, open_headers
 from surefoot.checkpoint.header import Place
 from surefoot.checkpoint.json_codec import TAG, tensors_in
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.errors import CheckpointError
+from surefoot.state.formats import CORRECTION
+from surefoot.storage import BLOCK, Format, decode, format_8_bits, format_16_bits
+
+_BLOCKS = 1 << 13
+"""Blocks that are decoded at a time."""
 
 
 class TensorTotals(NamedTuple):
@@ -64,6 +75,71 @@ def open_chosen(path: Path) -> Checkpoint:
     return found[0]
 
 
+def summarize_values(checkpoint: Checkpoint) -> None:
+    """Let norms and counts of what is kept in two tensors be those of its values, for which these tensors are read.
+
+    That is state in 8 bits, whose norm would be one of codes, of algorithms of this library; and weights with a
+    correction in the state of their optimizer.
+    """
+    found = dict(checkpoint.places)
+    for first, second, kept in _pairs(checkpoint):
+        stored, part = checkpoint.tensor(first).reshape(-1), checkpoint.tensor(second).reshape(-1)
+        norm, nonfinite = _measured(kept, stored, part)
+        summary = found[first].summary._replace(norm=norm, nonfinite=nonfinite)
+        found[first] = replace(found[first], summary=summary)
+    checkpoint.places = found
+
+
+def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
+    """Yield the names of two tensors that together hold values, and their format."""
+    parts = checkpoint.manifest["parts"]
+    weights: dict[str | None, str] = {
+        _full_name(label, name): tensor
+        for label, part in parts.items()
+        for name, data in (part["state"] if part["kind"] == "model" else ())
+        for tensor in places_of(checkpoint, data)
+    }
+    for part in (part for part in parts.values() if part["kind"] == "optimizer"):
+        known = part["class"] in optimizers.__all__
+        slots = getattr(optimizers, part["class"]).spec.all_slots if known else ()
+        named = {one["number"]: one["name"] for one in part["parameters"]}
+        for key, entry in part["state"]:
+            held = _tensor_names(checkpoint, entry)
+            pairs = [(held.get(s.name), held.get(f"{s.name}_scale"), format_8_bits(signed=s.signed)) for s in slots]
+            weight, correction = weights.get(named.get(key) if isinstance(key, int) else None), held.get(CORRECTION)
+            if weight is not None and correction is not None:
+                dtype, rest = (checkpoint.places[name].dtype for name in (weight, correction))
+                pairs.append((weight, correction, format_16_bits(dtype, stochastic=False, correction=rest)))
+            for first, second, kept in pairs:
+                if first is not None and second is not None and _fit(checkpoint, first, second, kept):
+                    yield first, second, kept
+
+
+def _tensor_names(checkpoint: Checkpoint, entry: Any) -> dict[str, str]:
+    """Return under which names the tensors of a parameter's state stand in the file."""
+    entry = entry if isinstance(entry, dict) and TAG not in entry else {}
+    return {slot: name for slot, data in entry.items() for name in places_of(checkpoint, data)}
+
+
+def _fit(checkpoint: Checkpoint, first: str, second: str, kept: Format) -> bool:
+    """Return whether two tensors are what a format says."""
+    stored, part = checkpoint.places[first], checkpoint.places[second]
+    expected = (torch.float32, -(-stored.elements // BLOCK)) if kept.code else (kept.correction, stored.elements)
+    return stored.dtype is kept.dtype and (part.dtype, part.elements) == expected
+
+
+def _measured(kept: Format, stored: Tensor, part: Tensor) -> tuple[float, int]:
+    """Return the norm of the finite values, and how many are not finite."""
+    sizes = (_BLOCKS * BLOCK, _BLOCKS if kept.code else _BLOCKS * BLOCK)
+    norms, nonfinite = [], 0
+    for piece, its_part in zip(torch.split(stored, sizes[0]), torch.split(part, sizes[1]), strict=True):
+        values = decode(kept, piece, its_part)
+        finite = values.isfinite()
+        nonfinite += values.numel() - int(finite.sum())
+        norms.append(float(torch.linalg.vector_norm(values.where(finite, 0).double())))
+    return math.hypot(*norms), nonfinite
+
+
 def total(places: Iterable[Place]) -> TensorTotals:
     """Sum up tensors."""
     found = list(places)
@@ -107,12 +183,16 @@ def parameters_of(checkpoint: Checkpoint, label: str) -> list[ParameterInfo]:
     part = checkpoint.manifest["parts"][label]
     if part["kind"] == "optimizer":
         return [*_of_optimizer(checkpoint, part)]
-    key = label.partition(".")[2]
     state = _states(checkpoint)
     return [
-        _of_model(checkpoint, name, data, part, state.get(f"{key}.{name}" if key else name, {}))
-        for name, data in part["state"]
+        _of_model(checkpoint, name, data, part, state.get(_full_name(label, name), {})) for name, data in part["state"]
     ]
+
+
+def _full_name(label: str, name: str) -> str:
+    """Return what optimizers call a model's parameter."""
+    key = label.partition(".")[2]
+    return f"{key}.{name}" if key else name
 
 
 def _of_model(

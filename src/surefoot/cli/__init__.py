@@ -15,6 +15,7 @@ from surefoot.cli.cache import cache
 from surefoot.cli.demo import demo
 from surefoot.cli.doctor import doctor
 from surefoot.cli.explain import explain
+from surefoot.cli.memory import memory
 from surefoot.cli.prebuild import prebuild
 from surefoot.cli.report import report
 from surefoot.cli.run import run
@@ -37,6 +38,7 @@ app.command()(cache)
 app.command()(demo)
 app.command()(doctor)
 app.command()(explain)
+app.command()(memory)
 app.command()(prebuild)
 app.command()(report)
 app.command(context_settings={"allow_interspersed_args": False})(run)

@@ -55,11 +55,16 @@ def _group() -> None:
 
 @app.command()
 def inspect(path: PathArgument, as_json: AsJson = False, everything: Everything = False) -> None:
-    """Show parts, groups, parameters, state, sizes, norms and non-finite values.  Reads the header only."""
+    """Show parts, groups, parameters, state, sizes, norms and non-finite values.
+
+    Reads the header only, and the tensors of state in 8 bits and of weights with a correction, for the norms of what
+    they mean.
+    """
     from surefoot.checkpoint import inspection  # noqa: PLC0415 (commands import when they run)
 
     with _errors():
         checkpoint = inspection.open_chosen(path)
+        inspection.summarize_values(checkpoint)
         if as_json:
             _print_json(inspection.as_json(checkpoint))
         else:

@@ -5,13 +5,14 @@ This file reads the options and tells the story; the parts are in `_demo`.
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.output import check_writable
 from surefoot.cli._demo.recipes import RECIPES, resolve
+from surefoot.cli._storage import DTYPES, MasterWeightBits, Rounding, StateDtype, dtype_of, storage_options
 
 INTERRUPTED = 130
 MOST_THREADS = 1024
@@ -92,6 +93,12 @@ def demo(
             show_default="torch's own choice",
         ),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Dtype of both models' weights: {', '.join(DTYPES)}.")
+    ] = "float32",
+    state_dtype: StateDtype = None,
+    rounding: Rounding = None,
+    master_weight_bits: MasterWeightBits = None,
 ) -> None:
     """Train a small model twice, with torch.optim and with surefoot, and compare.
 
@@ -99,9 +106,11 @@ def demo(
     English text. Printed are their losses, how far the two models are apart and
     the time of the optimizers' steps; then the model that surefoot trained writes
     some text, and a picture is drawn. It takes about a minute on two cores.
+    How state and 16-bit weights are kept is an option of surefoot's side only.
     """
+    kept = storage_options(state_dtype, rounding, master_weight_bits)
     try:
-        _run(optimizer, steps, lr, seed, out, threads)
+        _run(optimizer, steps, lr, seed, out, threads, dtype=dtype_of(dtype, "--dtype"), storage=kept)
     except DemoError as error:
         typer.echo(f"surefoot demo: {error}.", err=True)
         raise typer.Exit(1) from None
@@ -110,7 +119,9 @@ def demo(
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _run(optimizer: str, steps: int | None, lr: float | None, seed: int, out: Path, threads: int | None) -> None:
+def _run(
+    optimizer: str, steps: int | None, lr: float | None, seed: int, out: Path, threads: int | None, **kept: Any
+) -> None:
     # torch takes two seconds to import, for which `--help` and a misspelt option need not wait.
     import torch  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
@@ -121,4 +132,4 @@ def _run(optimizer: str, steps: int | None, lr: float | None, seed: int, out: Pa
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = RECIPES[optimizer]
-    tell(TrainingSetup(optimizer, steps or recipe.steps, lr or recipe.lr, seed), out, Console())
+    tell(TrainingSetup(optimizer, steps or recipe.steps, lr or recipe.lr, seed, **kept), out, Console())

@@ -2,20 +2,18 @@
 
 import ast
 import difflib
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from surefoot.cli._storage import DTYPES, MasterWeightBits, Rounding, StateDtype, dtype_of, storage_options
+from surefoot.cli._target import build
 
+if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from surefoot import Optimizer
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def explain(
@@ -27,6 +25,9 @@ def explain(
     model: Annotated[
         str | None, typer.Option(help="FILE.py:FUNCTION that returns a model, to tell which engine it would get.")
     ] = None,
+    state_dtype: StateDtype = None,
+    rounding: Rounding = None,
+    master_weight_bits: MasterWeightBits = None,
     source: Annotated[bool, typer.Option(help="Show the generated source.")] = True,
     gpu: Annotated[bool, typer.Option("--gpu", help="Show the source for a GPU rather than for the CPU.")] = False,
 ) -> None:
@@ -34,42 +35,41 @@ def explain(
     import torch  # noqa: PLC0415 (only when the command runs)
     from rich.console import Console  # noqa: PLC0415
 
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, but is {dtype!r}", param_hint="--dtype")
     options = dict(parse_option(text) for text in option or ())
+    options |= storage_options(state_dtype, rounding, master_weight_bits)
     if model is None:
-        params = [torch.nn.Parameter(torch.zeros(4, 4, dtype=getattr(torch, dtype)))]
+        params = [torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype_of(dtype, "--dtype")))]
     else:
-        params = [param for param in _build(model).parameters() if param.requires_grad]
+        params = [param for param in build(model, "--model").parameters() if param.requires_grad]
     try:
         optimizer = algorithm(name)(params, **options)
         console = Console(highlight=False)
         if not optimizer.is_rule():
             console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run its custom step.")
             return
-        _show(console, optimizer, params[0].dtype, source=source, gpu=gpu)
+        _show(console, optimizer, max(params, key=torch.numel), source=source, gpu=gpu)
     except (TypeError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: bool, gpu: bool) -> None:
+def _show(console: "Console", optimizer: "Optimizer", param: "Tensor", *, source: bool, gpu: bool) -> None:
     from rich.syntax import Syntax  # noqa: PLC0415
 
     from surefoot import explain as facts  # noqa: PLC0415
 
     group = optimizer.param_groups[0]
-    rule = facts.rule_of(optimizer, group)
-    layout = facts.layout_of(rule, dtype, group.get("state_dtype"))
+    rule = facts.rule_of(optimizer, group, param)
+    kept = "; ".join(f"{name} {one.name}" for name, one in facts.formats_of(optimizer, group, param).items())
+    printed = facts.source(optimizer, param, gpu=gpu) if source else ""
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     console.print(f"[bold]{rule.name}[/bold]   flags that are on: {flags}")
-    console.print(f"traffic: {facts.traffic(layout)}\n")
+    console.print(f"kept as: {kept}")
+    console.print(f"traffic: {facts.traffic(facts.layout_of(optimizer, group, param))}\n")
     console.print("[bold]operations[/bold]")
     console.print("\n".join(f"  {line}" for line in facts.operations(rule.graph)), markup=False, soft_wrap=True)
     if source:
         console.print(f"\n[bold]generated source ({'GPU' if gpu else 'CPU'})[/bold]")
-        console.print(
-            Syntax(facts.source(optimizer, dtype, gpu=gpu), "python", word_wrap=True, background_color="default")
-        )
+        console.print(Syntax(printed, "python", word_wrap=True, background_color="default"))
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):
         console.print(
@@ -80,7 +80,7 @@ def _show(console: "Console", optimizer: "Optimizer", dtype: Any, *, source: boo
             console.print(f"    not {refusal}", soft_wrap=True, markup=False)
 
 
-def algorithm(name: str) -> "Callable[..., Optimizer]":
+def algorithm(name: str) -> "type[Optimizer]":
     """Return the optimizer of a name, in whatever case."""
     from surefoot import optimizers  # noqa: PLC0415
 
@@ -89,7 +89,7 @@ def algorithm(name: str) -> "Callable[..., Optimizer]":
         near = difflib.get_close_matches(name.lower(), names, n=1)
         hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise typer.BadParameter(f"there is no optimizer {name!r}{hint} There are {', '.join(names.values())}.")
-    found: Callable[..., Optimizer] = getattr(optimizers, names[name.lower()])
+    found: type[Optimizer] = getattr(optimizers, names[name.lower()])
     return found
 
 
@@ -106,19 +106,3 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 def _missing(text: str) -> Any:
     raise ValueError(text)
-
-
-def _build(place: str) -> Any:
-    """Call the function that makes the user's model."""
-    file, colon, function = place.rpartition(":")
-    path = Path(file)
-    if not colon or not path.is_file():
-        raise typer.BadParameter(f"must be FILE.py:FUNCTION of a file, but is {place!r}", param_hint="--model")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise typer.BadParameter(f"{file} is not a Python file", param_hint="--model")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise typer.BadParameter(f"{file} has no {function!r}", param_hint="--model")
-    return getattr(module, function)()

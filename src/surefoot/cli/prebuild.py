@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from surefoot.cli.explain import DTYPES, algorithm, parse_option
+from surefoot.cli._storage import DTYPES
+from surefoot.cli.explain import algorithm, parse_option
 
 
 def prebuild(

@@ -12,6 +12,7 @@ from surefoot.checkpoint import Checkpoint
 from surefoot.checkpoint.diff import Difference
 from surefoot.checkpoint.header import Place
 from surefoot.checkpoint.inspection import ParameterInfo, groups_of, parameters_of, places_of, total
+from surefoot.state.formats import CORRECTION
 from surefoot.terminal import printable
 
 _PREFIXES = ("B", "kB", "MB", "GB", "TB")
@@ -94,7 +95,9 @@ def _option(value: Any) -> str:
 def parameters(checkpoint: Checkpoint, label: str, *, everything: bool) -> Table:
     """Show parameters and buffers with norms, and the norms of their state."""
     found = parameters_of(checkpoint, label)
-    slots = list(dict.fromkeys(slot for one in found for slot in one.state))
+    held = dict.fromkeys(slot for one in found for slot in one.state)
+    parts = {CORRECTION, *(f"{slot}_scale" for slot in held)}  # counted in what they belong to
+    slots = [slot for slot in held if slot not in parts]
     result = table("parameter", "shape", "dtype", "norm", *slots, right=("norm", *slots), title=f"{label}: norms")
     few = not everything and len(found) > _FEW
     for one in found[: _FEW // 2] if few else found:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +33,10 @@ def introduce(console: Console, setup: TrainingSetup, characters: int, threads: 
     )
     if recipe.note:
         console.print(recipe.note, highlight=False)
+    if setup.storage or setup.dtype is not torch.float32:
+        options = ", ".join(f"{name}={value!r}" for name, value in setup.storage.items())
+        text = f"Both keep weights in {setup.dtype}" + f"; surefoot's optimizers have {options}" * bool(options)
+        console.print(f"{text}.", highlight=False, soft_wrap=True)
     console.print()
 
 

@@ -7,14 +7,16 @@ also take turns at going first, so that whatever else the machine does falls on 
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own documentation names it so
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import CharacterModel, Shape, build_model
@@ -35,6 +37,8 @@ class TrainingSetup:
         seed: of the weights, the batches and the text written in the end.
         shape: the size of the model.
         libraries: the two modules that have the optimizers.
+        dtype: in which both keep the weights; what is computed with them is float32.
+        storage: options of the second library's optimizers about how weights and state are kept.
     """
 
     optimizer: str
@@ -43,6 +47,8 @@ class TrainingSetup:
     seed: int = 0
     shape: Shape = field(default_factory=Shape)
     libraries: tuple[str, str] = ("torch.optim", "surefoot")
+    dtype: torch.dtype = torch.float32
+    storage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -65,11 +71,11 @@ class Gap:
 
     @classmethod
     def between(cls, one: nn.Module, other: nn.Module) -> "Gap":
-        """Measure two float32 models of the same structure."""
+        """Measure two models of the same structure."""
         largest, same_bits = 0.0, True
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             largest = max(largest, (a - b).abs().max().item())
-            same_bits = same_bits and torch.equal(a.view(torch.int32), b.view(torch.int32))
+            same_bits = same_bits and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         return cls(largest, same_bits)
 
 
@@ -131,17 +137,24 @@ def _part_of(model: CharacterModel, part: TrainedPart) -> list[nn.Parameter]:
 def _build_optimizers(library: str, setup: TrainingSetup, model: CharacterModel) -> dict[str, torch.optim.Optimizer]:
     recipe = setup.recipe
     own = _part_of(model, recipe.part)
-    built = {setup.optimizer: _optimizer_class(library, setup.optimizer)(own, lr=setup.lr, **recipe.options)}
-    if recipe.companion is not None:
-        taken = {id(param) for param in own}
-        others = [param for param in model.parameters() if id(param) not in taken]
-        companion = _optimizer_class(library, recipe.companion)
-        built[recipe.companion] = companion(others, lr=recipe.companion_lr)
+    storage = setup.storage if library == setup.libraries[1] else {}
+    try:
+        first = _optimizer_class(library, setup.optimizer)
+        built = {setup.optimizer: first(own, lr=setup.lr, **recipe.options, **storage)}
+        if recipe.companion is not None:
+            taken = {id(param) for param in own}
+            others = [param for param in model.parameters() if id(param) not in taken]
+            companion = _optimizer_class(library, recipe.companion)
+            built[recipe.companion] = companion(others, lr=recipe.companion_lr, **storage)
+    except (TypeError, ValueError) as error:
+        raise DemoError(str(error)) from None
     return built
 
 
 def _loss(model: CharacterModel, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+    wide = {name: param.float() for name, param in model.named_parameters() if param.dtype is not torch.float32}
+    scores = functional_call(model, wide, (batch.inputs,)) if wide else model(batch.inputs)
+    return F.cross_entropy(scores.flatten(0, 1), batch.targets.flatten())
 
 
 class Training:
@@ -288,6 +301,7 @@ def compare(setup: TrainingSetup, corpus: Corpus, watch: Watch | None = None) ->
         DemoError: if a library lacks an optimizer, or a loss becomes infinite or not a number.
     """
     model = build_model(len(corpus.alphabet), setup.shape, setup.seed, pairs=setup.recipe.part is TrainedPart.TABLE)
+    model.to(setup.dtype)
     one, other = (Training(library, setup, copy.deepcopy(model)) for library in setup.libraries)
     first_gap = Gap(0.0, same_bits=True)
     for step, batch in enumerate(_batches(setup, corpus.train)):
@@ -298,4 +312,5 @@ def compare(setup: TrainingSetup, corpus: Corpus, watch: Watch | None = None) ->
         if watch is not None:
             watch(one, other)
     outcomes = _outcome(one, setup, corpus), _outcome(other, setup, corpus)
-    return Comparison(setup, outcomes, first_gap, Gap.between(one.model, other.model), other.model)
+    last_gap = Gap.between(one.model, other.model)
+    return Comparison(setup, outcomes, first_gap, last_gap, other.model.float())

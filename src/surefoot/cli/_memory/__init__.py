@@ -1,0 +1,1 @@
+"""What `surefoot memory` prints and draws."""
