@@ -88,6 +88,9 @@ def _storage(dialect: Dialect) -> Iterator[tuple[Format, _Stored]]:
         yield format_8_bits(signed=signed), stored
 
 
+_OF_DRAW = ("{} & 0xFFFF", "{} >> 16", "({} * 0x9E3779B1) >> 16")
+"""The numbers of 16 bits that 32 random bits give; see `storage/random_bits.py`."""
+
 _STORAGE: dict[Dialect, dict[Format, _Stored]] = {dialect: dict(_storage(dialect)) for dialect in Dialect}
 
 _EXPRESSIONS: dict[str, str] = COMMON | {
@@ -241,7 +244,8 @@ class _Array:
             return
         given = {"value": _converted(self.new, real, self.stored.value), "exponent": f"{self.name}_exponent"}
         if self.random is not None:
-            given["random"] = f"random{self.random // 2} " + (">> 16" if self.random % 2 else "& 0xFFFF")
+            drawn, number = divmod(self.random, len(_OF_DRAW))
+            given["random"] = _OF_DRAW[number].format(f"random{drawn}")
         if self.in_blocks:
             yield f"{given['exponent']} = exponent_{self.kept.code}({given['value']}, mask)"
             yield f"{self.name}_scaled = {given['value']} * of_each(scale(0x7F000000 - {given['exponent']}))"
@@ -460,8 +464,8 @@ def _size_row(stored: Sequence[Format]) -> int:
 
 
 def _drawn(arrays: Sequence[_Array]) -> int:
-    """Return how often 32 random bits are drawn for an element, each for two arrays."""
-    return -(-sum(array.random is not None for array in arrays) // 2)
+    """Return how often 32 random bits are drawn for an element."""
+    return -(-sum(array.random is not None for array in arrays) // len(_OF_DRAW))
 
 
 def _random(drawn: int) -> Iterator[str]:
