@@ -25,12 +25,14 @@ from helpers import Noted
 from surefoot import averages, doctor, engines
 from surefoot.engines import gpu
 from surefoot.engines.bucket import reduce
+from surefoot.engines.identity import Identity
 from surefoot.errors import NonFiniteGradientError
 from surefoot.explain import rule_of
 from surefoot.optimizers.muon import newton_schulz
-from surefoot.rule import TELEMETRY, Reduction, gradient_rule
+from surefoot.rule import TELEMETRY, Reduction, bind, gradient_rule
 from surefoot.state import check
 from surefoot.step import clipping, device
+from surefoot.storage import format_8_bits, format_16_bits, format_of
 from surefoot.tensors import guards, modes
 from surefoot.tensors.memory import same_dense_layout
 from surefoot.tensors.native import guards as native
@@ -453,6 +455,109 @@ def test_an_average_whose_first_steps_were_skipped_is_still_new():
     optimizer.step()
     assert torch.equal(param, torch.zeros(5))
     assert torch.equal(optimizer.state[param]["ema"], param)
+
+
+# Short formats
+
+
+class Converts(surefoot.Optimizer):
+    """Stores the gradient in every format, and what was loaded from them in slots of float32."""
+
+    slots = tuple(map(surefoot.Slot, ("signed", "unsigned", "weights", "codes", "unsigned_codes")))
+
+    def __init__(self, params, lr=0.5):
+        super().__init__(params, {"lr": lr})
+
+    @staticmethod
+    def update(param, grad, signed, unsigned, weights, codes, unsigned_codes, c, flags):
+        return grad, grad, grad, param, signed, unsigned
+
+
+FORMATS_16_BITS = [
+    format_16_bits(dtype, stochastic=stochastic, correction=correction)
+    for dtype in (torch.bfloat16, torch.float16)
+    for stochastic, correction in ((True, None), (False, torch.int8), (True, torch.int8), (False, torch.int16))
+]
+
+
+def converted(engine, kept, step):
+    """Load every pattern of 16 bits and of 8, and store floats of any pattern, from an odd element on."""
+    generator, count = torch.Generator().manual_seed(step), 1 << 16
+
+    def drawn(low, high, dtype, size=count):
+        return torch.randint(low, high, (size,), generator=generator).to(dtype)
+
+    params = [torch.arange(count).to(torch.uint16).view(kept.dtype)]
+    grads = drawn(-(1 << 31), 1 << 31, torch.int32).view(torch.float32)
+    grads[::3] = torch.randn(len(grads[::3]), generator=generator) * 2.0 ** drawn(-30, 4, torch.float32)[::3]
+    grads[::100], grads[1::100], grads[2::100] = torch.nan, torch.inf, -torch.inf
+    grads[4096:4736] = torch.tensor([0.0, -0.0, 1e-40, -1e-45, 2.0**-126]).repeat(128)
+    every = torch.arange(count).to(torch.uint8)
+    scales = [2.0 ** drawn(-126, 127, torch.float32, count // 128) for _ in range(2)]
+    corrections = [[drawn(-(1 << 15), 1 << 15, kept.correction)]] if kept.correction else []
+    bucket = engines.Bucket(
+        bind(Converts.spec, (*Converts.spec.settle_flags({}), ("rounded", True))),
+        params,
+        [grads],
+        {},
+        slots=[[every], [every.clone()], *([torch.zeros(count)] for _ in range(3))],
+        coefficients=[{"rounding_step": float(step)}],
+        row=np.zeros(1, dtype=np.int64),
+        formats=(kept, format_8_bits(signed=True), format_8_bits(signed=False), *[format_of(torch.float32)] * 3),
+        parts=[*corrections, *([scale] for scale in scales)],
+        identities=[Identity(-(1 << 63) + 5, (1 << 20,), (4095,), (count,))],
+        seed=(1 << 63) - 7,
+    )
+    engine.run(bucket)
+    return {str(index): column[0] for index, column in enumerate(bucket.columns())}
+
+
+@pytest.fixture
+def large_blocks(monkeypatch):
+    """Work on more elements at a time, which the interpreter takes no longer for; no random bit depends on it."""
+    monkeypatch.setattr(plan, "LAUNCH", {2: plan.Launch(2048, 4, 2), 4: plan.Launch(16384, 4, 2)})
+
+
+@pytest.mark.parametrize("kept", FORMATS_16_BITS, ids=lambda kept: kept.name)
+def test_short_formats_are_those_of_the_reference(kept, large_blocks):
+    """All 256 codes, all 65,536 numbers of 16 bits, and rounding by the same random bits."""
+    assert_same(converted(gpu, kept, 3), converted(engines.eager, kept, 3))
+
+
+FLOAT8 = {"state_dtype": "float8", "rounding": "stochastic"}
+BITS_24 = {"state_dtype": "float8", "master_weight_bits": 24}
+STOCHASTIC_STATE = {"master_weight_bits": 32}
+
+
+@pytest.mark.parametrize("options", [FLOAT8 | FUSED, BITS_24 | CAPTURABLE, STOCHASTIC_STATE | FUSED], ids=str)
+def test_steps_with_short_formats_are_those_of_the_eager_engine(options, large_blocks):
+    """Whatever the layout: blocks and random bits go by elements in C order unless all tensors are alike."""
+    normal, found = normals(torch.bfloat16, seed=9), []
+    values = [normal(4225), normal(66, 65).t(), normal(2, 3, 5, 7).to(memory_format=torch.channels_last)]
+    for way in ({}, {"fused": None, "capturable": False, "foreach": False}):
+        params = {str(index): value.clone().requires_grad_() for index, value in enumerate(values)}
+        optimizer = surefoot.AdamW(list(params.values()), lr=2**-8, weight_decay=0.5, **(options | way))
+        for step in range(2):
+            _set_all_gradients(params, step)
+            optimizer.step()
+        assert way or all(run.engine is gpu for run in optimizer._step_cache.runs)
+        found.append(results(optimizer, params))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    equal = [torch.isclose(ours[name].float(), value.float(), rtol=1e-6, atol=1e-7) for name, value in theirs.items()]
+    assert min(each.float().mean() for each in equal) > 0.99, "the last place of the arithmetic explains a few"
+
+
+def test_a_skipped_step_changes_no_code_and_no_scale(large_blocks):
+    param = torch.randn(4225).to(torch.bfloat16).requires_grad_()
+    optimizer = surefoot.AdamW([param], **BITS_24, **CAPTURABLE, max_grad_norm=1e6, telemetry=True)
+    for skipped in (0.0, 1.0):
+        before = {name: value.clone() for name, value in results(optimizer, {"p": param}).items()}
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(skipped)
+        param.grad = torch.full_like(param, torch.inf if skipped else 1.0)
+        optimizer.step()
+    assert len(before) == 1 + 6
+    assert_same(results(optimizer, {"p": param}), before)
 
 
 # What is measured

@@ -18,7 +18,7 @@ from conformance import ELEMENTWISE
 from surefoot.engines.gpu.source import Dialect, print_kernel
 from surefoot.explain import rule_of
 from surefoot.rule import bind, gradient_rule
-from surefoot.storage import format_of
+from surefoot.storage import format_8_bits, format_16_bits, format_of
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs Triton, which is there on Linux")
 
@@ -36,6 +36,12 @@ GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = (80, 90, 100)
 MOST_REGISTERS = 96
 """At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16."""
+FLOAT8 = (format_8_bits(signed=True), format_8_bits(signed=False))
+SHORT = {
+    "float8": (format_16_bits(torch.bfloat16, stochastic=True), *FLOAT8),
+    "24_bits": (format_16_bits(torch.float16, stochastic=True, correction=torch.int8), *FLOAT8),
+}
+"""For AdamW: formats of the parameter and its slots."""
 rows = pytest.mark.parametrize("row", ELEMENTWISE, ids=lambda row: row.name)
 each_architecture = pytest.mark.parametrize(
     "architecture", [pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)]
@@ -55,6 +61,14 @@ def source_of(cls, options, dtype, state_dtype=None, dialect=Dialect.PTX, *, mea
     rule = bind(cls.spec, (("measured", True), *rule.flags)) if measured else rule
     stored = tuple(map(format_of, (dtype, dtype, *(state_dtype or dtype for _ in rule.slots))))
     return print_kernel(rule, torch.promote_types(dtype, torch.float32), stored, dialect), stored
+
+
+def short_source(name, dialect=Dialect.PTX, *, measured=False):
+    """Return the source of AdamW's kernel on short formats."""
+    param, *slots = SHORT[name]
+    flags = (*surefoot.AdamW.spec.settle_flags({"weight_decay": 0.1}), ("rounded", True), ("measured", measured))
+    stored = (param, format_of(param.dtype), *slots)
+    return print_kernel(bind(surefoot.AdamW.spec, flags), torch.float32, stored, dialect), stored
 
 
 def gradients_source(dtype, dialect=Dialect.PTX):
@@ -212,6 +226,33 @@ def test_parts_are_put_together(architecture):
     assert assembled(source, architecture)[1]["spills"] == 0
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_short_formats(name):
+    """Codes and corrections are moved 8 bytes at a time, 16-bit numbers 16; a block's largest is found by shuffles."""
+    source, stored = short_source(name)
+    ptx, used = compiled(source, stored, 90)
+    narrow = 2 + (stored[0].correction is not None)
+    wide = {
+        "ld.global.v4.b32": 4,
+        "ld.global.v2.b32": 2 * narrow,
+        "st.global.v4.b32": 2,
+        "st.global.v2.b32": 2 * narrow,
+    }
+    assert {kind: count for kind, count in accesses(ptx).items() if ".v" in kind} == wide
+    check_singles(ptx, accesses(ptx), stored)
+    assert used["registers"] <= 2 * MOST_REGISTERS
+    assert used["spills"] == 0
+    _, used = compiled(without_last_branch(source), stored, 90)
+    assert used["registers"] <= 128
+    assert used["shared"] == 32, "the scales of a block, on their way to memory, and no value"
+
+
+def test_short_formats_are_measured():
+    source, stored = short_source("float8", measured=True)
+    _, used = compiled(source, stored, 90, found_inf=True)
+    assert used["spills"] == 0
+
+
 def without_last_branch(source):
     start = source.rindex("        else:\n")
     return source[:start] + source[source.index("False)\n", start) + 7 :]
@@ -363,7 +404,9 @@ SOURCES = {
     "names": (Sign, {}, torch.float32),
     "library": (Transcendental, {}, torch.float16),
 }
-MEASURED = {
+OTHERS = {
+    "adamw_float8": lambda: short_source("float8"),
+    "adamw_24_bits_portable": lambda: short_source("24_bits", Dialect.PORTABLE),
     "adamw_measured_bfloat16": lambda: source_of(surefoot.AdamW, {}, torch.bfloat16, torch.float32, measured=True),
     "sgd_measured_float64": lambda: source_of(surefoot.SGD, {}, torch.float64, measured=True),
     "gradients_float32": lambda: gradients_source(torch.float32),
@@ -371,9 +414,9 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *MEASURED])
+@pytest.mark.parametrize("name", [*SOURCES, *OTHERS])
 def test_sources_are_as_expected(name):
-    source, _ = source_of(*SOURCES[name]) if name in SOURCES else MEASURED[name]()
+    source, _ = source_of(*SOURCES[name]) if name in SOURCES else OTHERS[name]()
     path = GOLDEN / f"{name}.py.txt"
     if os.environ.get("SUREFOOT_UPDATE_GOLDEN"):
         path.write_text(source)
@@ -381,7 +424,7 @@ def test_sources_are_as_expected(name):
 
 
 def test_every_expected_source_is_printed():
-    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.py.txt" for name in (*SOURCES, *MEASURED))
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted(f"{name}.py.txt" for name in (*SOURCES, *OTHERS))
 
 
 def test_names_that_are_taken_compile():

@@ -138,7 +138,7 @@ def _encode_8_bits(kept: Format, value: Tensor, random: Tensor | None) -> tuple[
         code = code.clamp(max=0x7E).masked_fill(infinite, 0x7F)
         code = torch.where((blocks < 0) & (code > 0), code | 0x80, code).masked_fill(nan, 0x80)
     else:
-        code = torch.where(blocks > 0, code.clamp(1, 0xF7), 0).masked_fill(infinite, 0xF8).masked_fill(nan, 0xFF)
+        code = torch.where(scaled > 0, code.clamp(1, 0xF7), 0).masked_fill(infinite, 0xF8).masked_fill(nan, 0xFF)
     codes = code.to(torch.uint8).reshape(-1)[: value.numel()].view(value.shape)
     return codes, exponent.view(torch.float32).view(scale_shape(value.shape))
 

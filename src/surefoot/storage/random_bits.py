@@ -1,7 +1,7 @@
 """Random bits for rounding: a function of a seed, a parameter, a step and an element, and of nothing else.
 
 So they are the same on every engine, for any number of threads, after a resume, and for a shard as for the whole.
-`codegen/conversions.py` and `engines/gpu/source.py` say the same in their languages.
+`codegen/conversions.py` says the same for kernels; `engines/gpu/conversions.py` prints that for Triton.
 
 A key of 64 bits is mixed from seed, parameter and step as by SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable
 pseudorandom number generators", section 4); then 32 bits of an element's number are mixed with it, by the constants

@@ -29,6 +29,8 @@ def _reasons(bucket: Bucket) -> Iterator[str]:
     if bucket.device.type not in DEVICES:
         yield f"parameters are on {bucket.device}, this engine serves {' and '.join(DEVICES)}"
     yield from unsupported_reasons(bucket, stores)
+    if not (bucket.is_plain or bucket.options.get("fused")):
+        yield "kernels on short formats are not compared with torch's operations first; fused=True asks for them"
     if importlib.util.find_spec("triton") is None:
         yield "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
     if (complaint := _unsupported_reason(bucket.device)) is not None:
@@ -63,7 +65,7 @@ def doubt(bucket: Bucket, rule: Rule) -> str | None:
     """
     from surefoot.engines.gpu import proof, tables  # noqa: PLC0415 (Triton, on first use)
 
-    if tables.capturing(bucket.device):
+    if tables.capturing(bucket.device) or not bucket.is_plain:  # which serve only where they are asked for
         return None
     if bucket.plan is None:
         dtypes = tuple(tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))

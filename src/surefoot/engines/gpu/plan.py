@@ -69,15 +69,15 @@ class Plan:
     checked = False
 
     def __init__(self, bucket: Bucket) -> None:
-        arrays = bucket.arrays()
+        arrays, (param, *slots) = bucket.arrays(), bucket.kept
         self.dtypes, sizes = arrays.dtypes, arrays.sizes
-        self._stored = tuple(map(format_of, self.dtypes))
+        self._stored = (param, format_of(self.dtypes[1]), *slots)
         self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
         self._dialect = dialect_of(bucket.device)
         self._launch = LAUNCH[max(kept.itemsize for kept in self._stored)]
         self.irregular = np.flatnonzero(~arrays.flat).tolist()
-        self._versions = VersionCounters([*bucket.params, *chain.from_iterable(bucket.slots)])
-        self._entries = np.array([*arrays.addresses, sizes, np.zeros_like(sizes)])
+        self._versions = VersionCounters(list(chain.from_iterable(bucket.columns())))
+        self._entries = np.array([*arrays.addresses, *_random_rows(bucket), sizes, np.zeros_like(sizes)])
         # A step sends addresses twice if it reads gradients before the update.
         sends = 2 if bucket.options.get("capturable") else 0
         self._table = Table(self._entries, self._device, for_graphs=sends)
@@ -91,7 +91,7 @@ class Plan:
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, in one launch on the current stream, and measure what is asked."""
         with on(self._device), torch.no_grad():
-            lent = list(self._lend(bucket, (bucket.params, bucket.grads, *bucket.slots)))
+            lent = list(self._lend(bucket, (bucket.params, bucket.grads, *bucket.slots, *bucket.parts)))
             numbers = self._send_numbers(bucket.coefficients, bucket.row)
             self._table.update(self._entries)
             bucket.measured = self._start(bucket.rule, numbers, bucket.found_inf)
@@ -195,10 +195,18 @@ class Plan:
         self._entries[1] = bucket.gradient_addresses
         for index in self.irregular:
             tensors = [tensors[index] for tensors in stored]
-            copies = laid_out_alike(tensors)
-            arrays = admit([[copy] for copy in copies], [""] * len(copies), bucket.row_name)
-            self._entries[: len(copies), index] = arrays.addresses[:, 0]
+            # Blocks and random bits of tensors that are not alike go by elements in C order.
+            copies = laid_out_alike(tensors) if bucket.is_plain else [tensor.contiguous() for tensor in tensors]
+            for position, copy in enumerate(copies):
+                self._entries[position, index] = admit([[copy]], [""], bucket.row_name).addresses[0, 0]
             yield tensors, copies
+
+
+def _random_rows(bucket: Bucket) -> np.ndarray:
+    """Return what random bits begin from, if any are drawn, for each tensor: seed, parameter and first element."""
+    if not bucket.is_rounded:
+        return np.zeros((0, len(bucket.params)), dtype=np.int64)
+    return np.array([(bucket.seed, who.number, who.first or 0) for who in bucket.identities], dtype=np.int64).T
 
 
 def _give_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:

@@ -4,19 +4,25 @@ A program of the kernel updates a chunk of one tensor, a few blocks one after th
 the tensor's arrays stand, so that one kernel serves any number of tensors of any sizes.  Blocks that are full and
 aligned are moved in accesses of 128 bits without masks; so are, under a mask, ends that have a multiple of eight
 elements; only what is left goes by elements.
+
+Short formats are converted by functions that `conversions.py` prints.  A format in blocks is stored when all of a block
+has its new value: the block's largest gives the scale, which a reduction within a few threads finds.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from surefoot.engines.expressions import COMMON
-from surefoot.rule import Reduction, Rule
-from surefoot.storage import Format, format_of
+from surefoot.engines.gpu.conversions import definitions, print_called
+from surefoot.rule import ROUNDING_STEP, Reduction, Rule
+from surefoot.storage import BLOCK, Format, format_8_bits, format_16_bits, format_of
 
 
 class Dialect(Enum):
@@ -29,20 +35,63 @@ class Dialect(Enum):
 ALIGNMENT = 16
 """Bytes of the widest access; a block uses it where every address is a multiple of this."""
 LANES = 8
-"""Elements of which an end must have a multiple to be moved in such accesses: 16 bytes of the smallest dtype."""
+"""Elements of which an end must have a multiple to be moved in wide accesses: 16 bytes of 16-bit numbers."""
 
-# For each format: Triton's name, and how values are loaded from it and stored into it, by dialect.
-_PLAIN = ("{0}.to({real})", "{0}.to({stored})")
-_HALF = ("{0}.to({real})", "{0}.to(tl.float32).to({stored})")
-_STORAGE: dict[Format, tuple[str, dict[Dialect, tuple[str, str]]]] = {
-    format_of(torch.float32): ("tl.float32", dict.fromkeys(Dialect, _PLAIN)),
-    format_of(torch.float64): ("tl.float64", dict.fromkeys(Dialect, _PLAIN)),
-    format_of(torch.float16): ("tl.float16", dict.fromkeys(Dialect, _HALF)),
-    format_of(torch.bfloat16): (
-        "tl.bfloat16",
-        {Dialect.PTX: _HALF, Dialect.PORTABLE: ("from_bfloat16({0}).to({real})", "to_bfloat16({0}.to(tl.float32))")},
-    ),
-}
+
+class _Stored(NamedTuple):
+    """How kernels keep a format.
+
+    Attributes:
+        type: the type of an element.
+        load: its value, given {at}, the element, and {part}, the element of a correction or the scale.
+        store: the element of {value}, with {random}, 16 random bits; of a format in blocks that in units of the scale.
+        loaded: the type of what is loaded.
+        value: the type of what is stored.
+        part: the type of the second array, if there is one, and what is stored there, a scale of an {exponent}.
+    """
+
+    type: str
+    load: str
+    store: str
+    loaded: str = "tl.float32"
+    value: str = "tl.float32"
+    part: tuple[str, str] = ("", "")
+
+
+def _storage(dialect: Dialect) -> Iterator[tuple[Format, _Stored]]:
+    """Yield each format with how kernels keep it."""
+    for kind in ("float32", "float64"):
+        yield format_of(getattr(torch, kind)), _Stored(f"tl.{kind}", "{at}", "{value}", f"tl.{kind}", f"tl.{kind}")
+    for kind, word in (("bfloat16", "bfloat16"), ("float16", "half")):
+        dtype = getattr(torch, kind)
+        plain = _Stored(f"tl.{kind}", "{at}", f"{{value}}.to(tl.{kind})", f"tl.{kind}")
+        if kind == "bfloat16" and dialect is Dialect.PORTABLE:
+            plain = _Stored("tl.uint16", "from_bfloat16({at})", "to_bfloat16({value})")
+        yield format_of(dtype), plain
+        bits = f"{word}_word({{value}})"
+        rounded = f"stochastic_16({bits}, {{random}}).to({plain.type}, bitcast=True)"
+        yield format_16_bits(dtype, stochastic=True), plain._replace(store=rounded)
+        for stochastic in (False, True):
+            both = f"stochastic_24({bits}, {{random}})" if stochastic else f"nearest_24({bits})"
+            load = f"from_{word}_word(joined({{at}}, {{part}}.to(tl.int32) << 8))"
+            stored = _Stored(
+                "tl.uint16", load, f"(({both} + 0x80) >> 8).to(tl.uint16)", part=("tl.int8", f"{both}.to(tl.int8)")
+            )
+            yield format_16_bits(dtype, stochastic=stochastic, correction=torch.int8), stored
+        load, store = f"from_{word}_word(joined({{at}}, {{part}}))", f"(({bits} + 0x8000) >> 16).to(tl.uint16)"
+        exact = _Stored("tl.uint16", load, store, part=("tl.int16", f"{bits}.to(tl.int16)"))
+        yield format_16_bits(dtype, stochastic=False, correction=torch.int16), exact
+    for signed, code in ((True, "e4m3"), (False, "e5m3")):
+        load = f"from_{code}({{at}}, of_each({{part}}))"
+        store = f"special_{code}({{value}}, to_{code}({{value}}, {{random}}))"
+        stored = _Stored("tl.uint8", load, store, part=("tl.float32", "scale({exponent})"))
+        yield format_8_bits(signed=signed), stored
+
+
+_OF_DRAW = ("{} & 0xFFFF", "{} >> 16", "({} * 0x9E3779B1) >> 16")
+"""The numbers of 16 bits that 32 random bits give; see `storage/random_bits.py`."""
+
+_STORAGE: dict[Dialect, dict[Format, _Stored]] = {dialect: dict(_storage(dialect)) for dialect in Dialect}
 
 _EXPRESSIONS: dict[str, str] = COMMON | {
     "div": "quotient({0}, {1})",
@@ -62,6 +111,7 @@ _EXPRESSIONS: dict[str, str] = COMMON | {
     "lerp": "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1.0 - {2}))",
     "addcdiv": "{0} + quotient({3} * {1}, {2})",
     "where": "tl.where({0} != 0, {1}, {2})",
+    "fill": "tl.broadcast_to({1}, {0}.shape)",
 }
 
 
@@ -88,12 +138,6 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "exponential": _in_float64("exp", "x"),
     "logarithm": _in_float64("log", "x"),
     "hyperbolic_tangent": _in_float64("tanh", "x"),
-    "from_bfloat16": ("x", "(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)"),
-    "nearest": ("bits", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16"),
-    "to_bfloat16": (
-        "x",
-        "tl.where(x == x, nearest(x.to(tl.uint32, bitcast=True)), 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)",
-    ),
     "within": ("x, mask", "x if mask is None else tl.where(mask, x, 0)"),
     # Among the bit patterns of absolute values NaN is the greatest.
     "bits": (
@@ -110,37 +154,110 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     ),
     "sum_of": ("x", "tl.sum(x, axis=0).to(tl.float64)"),
     "greatest_of": ("x", "tl.max(x, axis=0)"),
+    # Of formats in blocks: the scale, and what stands once for each block, for its elements.
+    "scale": ("exponent", "exponent.to(tl.float32, bitcast=True)"),
+    "of_each": (
+        "x",
+        f"tl.reshape(tl.broadcast_to(tl.expand_dims(x, 1), (x.shape[0], {BLOCK})), (x.shape[0] * {BLOCK},))",
+    ),
+    "greatest_of_blocks": (
+        "x, mask",
+        f"tl.max(tl.reshape(within(tl.where(x < 0x7F800000, x, 0), mask), (x.shape[0] // {BLOCK}, {BLOCK})), axis=1)",
+    ),
+    "exponent_e4m3": (
+        "x, mask",
+        "block_exponent_e4m3(greatest_of_blocks(x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, mask))",
+    ),
+    # Among the patterns themselves all that is negative comes after infinity.
+    "exponent_e5m3": ("x, mask", "block_exponent_e5m3(greatest_of_blocks(x.to(tl.uint32, bitcast=True), mask))"),
 }
-_RESERVED = {*_FUNCTIONS, "inf", "lanes", "libdevice", "mask", "nan", "skipped", "tl", "triton"}
+_RESERVED = {*_FUNCTIONS, "inf", "libdevice", "nan", "tl", "triton"}
+_RESERVED |= {"block_mask", "blocks", "element", "key", "lanes", "mask", "skipped"}
+_RESERVED |= {f"random{number}" for number in range(16)}
 
 
 def stores(kept: Format) -> bool:
     """Return whether kernels can load and store a format."""
-    return kept in _STORAGE
+    return kept in _STORAGE[Dialect.PTX]
+
+
+class _Address(NamedTuple):
+    """Where an array stands: what the address is called, the type there, the elements of the tensor for each, bytes."""
+
+    name: str
+    type: str
+    per: int
+    itemsize: int
+
+    def after(self, elements: str) -> str:
+        """Print the bytes that some elements of the tensor take."""
+        return f"{elements} * {self.itemsize}" if self.per == 1 else f"{elements} // {self.per} * {self.itemsize}"
 
 
 @dataclass(frozen=True)
 class _Array:
-    """A parameter, its gradient or a slot as a kernel sees it: a name, a format, and its new value if it is written."""
+    """A parameter, its gradient or a slot as a kernel sees it.
+
+    Attributes:
+        name: its name.
+        kept: its format.
+        stored: how kernels keep that.
+        new: its new value, None if it is not written.
+        random: which of the numbers drawn for an element it is rounded by, None if by none.
+    """
 
     name: str
     kept: Format
+    stored: _Stored
     new: str | None
+    random: int | None
 
     @property
-    def type(self) -> str:
-        return _STORAGE[self.kept][0]
+    def address(self) -> _Address:
+        return _Address(f"{self.name}_", self.stored.type, 1, self.kept.itemsize)
 
-    def load(self, real: str, dialect: Dialect) -> str:
-        value = f"tl.load({self.name}_ + lanes, mask)"
-        return f"{self.name} = " + (value if self.type == real else self._converted(0, value, real, dialect))
+    @property
+    def part(self) -> _Address | None:
+        """Where its second array stands, if it has one."""
+        if self.kept.correction is not None:
+            return _Address(f"{self.name}_correction_", self.stored.part[0], 1, self.kept.correction.itemsize)
+        return _Address(f"{self.name}_scale_", self.stored.part[0], BLOCK, 4) if self.in_blocks else None
 
-    def store(self, real: str, dialect: Dialect) -> str:
-        value = str(self.new) if self.type == real else self._converted(1, str(self.new), real, dialect)
-        return f"tl.store({self.name}_ + lanes, {value}, mask)"
+    @property
+    def in_blocks(self) -> bool:
+        return self.kept.code is not None
 
-    def _converted(self, direction: int, value: str, real: str, dialect: Dialect) -> str:
-        return _STORAGE[self.kept][1][dialect][direction].format(value, real=real, stored=self.type)
+    @property
+    def _part_lanes(self) -> tuple[str, str]:
+        return ("blocks", "block_mask") if self.in_blocks else ("lanes", "mask")
+
+    def load(self, real: str) -> str:
+        """Print the line that loads it."""
+        given = {"at": f"tl.load({self.address.name} + lanes, mask)"}
+        if self.part is not None:
+            given["part"] = f"tl.load({self.part.name} + {', '.join(self._part_lanes)})"
+        return f"{self.name} = {_converted(self.stored.load.format(**given), self.stored.loaded, real)}"
+
+    def store(self, real: str) -> Iterator[str]:
+        """Print the lines that store its new value."""
+        if self.new is None:
+            return
+        given = {"value": _converted(self.new, real, self.stored.value), "exponent": f"{self.name}_exponent"}
+        if self.random is not None:
+            drawn, number = divmod(self.random, len(_OF_DRAW))
+            given["random"] = _OF_DRAW[number].format(f"random{drawn}")
+        if self.in_blocks:
+            yield f"{given['exponent']} = exponent_{self.kept.code}({given['value']}, mask)"
+            yield f"{self.name}_scaled = {given['value']} * of_each(scale(0x7F000000 - {given['exponent']}))"
+            given["value"] = f"{self.name}_scaled"
+        yield f"tl.store({self.address.name} + lanes, {self.stored.store.format(**given)}, mask)"
+        if self.part is not None:
+            places, mask = self._part_lanes
+            yield f"tl.store({self.part.name} + {places}, {self.stored.part[1].format(**given)}, {mask})"
+
+
+def _converted(value: str, given: str, wanted: str) -> str:
+    return value if given == wanted else f"{value}.to({wanted})"
 
 
 def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dialect: Dialect) -> str:
@@ -152,37 +269,51 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dia
         stored: formats of param, grad and the slots, in this order; a rule of fewer slots leaves the last alone.
         dialect: how the device is spoken to.
     """
-    arrays, real = _arrays(rule.graph, stored), _STORAGE[format_of(compute)][0]
-    places = [f"{array.name}_" for array in arrays]
+    arrays, real = _arrays(rule.graph, stored, dialect), f"tl.{str(compute).removeprefix('torch.')}"
+    parts = [array.part for array in arrays if array.part is not None]
+    addresses = [*(array.address for array in arrays), *parts]
+    names, wide = [address.name for address in addresses], [address.name for address in addresses if address.per == 1]
     numbers = [f"c_{name}" for name in rule.coefficients]
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
-    stores = [array.store(real, dialect) for array in arrays if array.new]
+    in_blocks, drawn = any(array.in_blocks for array in arrays), _drawn(arrays)
+    stores = [*_random(drawn), *(line for array in arrays for line in array.store(real))]
     skipped = ("skipped",) if rule.reductions and stores else ()
-    call = "update(" + ", ".join([*places, "lanes", "{}", *numbers, *skipped, "{}"]) + ")"
+    given = ["element", "key"] * bool(drawn)
+
+    def call(mask: str, block_mask: str, *, aligned: bool) -> str:
+        masks = ["lanes", mask, *["blocks", block_mask] * in_blocks]
+        return f"update({', '.join([*names, *masks, *given, *numbers, *skipped, str(aligned)])})"
+
+    blocks = f"blocks * {BLOCK} < rest"
     calls = {
-        "whole": call.format("None", True),
-        "end": call.format(f"lanes < rest // {LANES} * {LANES}", True),
-        "elements": call.format("lanes < rest", False),
+        "whole": call("None", "None", aligned=True),
+        "end": call(f"lanes < rest // {LANES} * {LANES}", blocks, aligned=True),
+        "elements": call("lanes < rest", blocks, aligned=False),
     }
-    steps = [f"{array.name}_ += BLOCK * {array.kept.itemsize}" for array in arrays]
+    steps = [f"{address.name} += {address.after('BLOCK')}" for address in addresses] + ["element += BLOCK"] * bool(
+        drawn
+    )
     measured = _measured(rule, real, calls, steps) if rule.reductions else _Measured()
     body = [
-        *(array.load(real, dialect) for array in arrays),
+        *(array.load(real) for array in arrays),
         *_operations(rule.graph, real, skipped),
         *(["if not skipped:", *(f"    {store}" for store in stores)] if skipped else stores),
         *measured.results,
     ]
     kernel = _TEMPLATE.format(
-        parameters=", ".join([*places, "lanes", "mask", *numbers, *skipped]),
-        pointers=_lines(f"{array.name}_ = {array.name}_.to(tl.pointer_type({array.type}))" for array in arrays),
-        hints=_lines(f"    {place} = tl.multiple_of({place}, {ALIGNMENT})" for place in places),
+        parameters=", ".join(
+            [*names, "lanes", "mask", *["blocks", "block_mask"] * in_blocks, *given, *numbers, *skipped]
+        ),
+        pointers=_lines(f"{name} = {name}.to(tl.pointer_type({kind}))" for name, kind, *_ in addresses),
+        hints=_lines(f"    {name} = tl.multiple_of({name}, {ALIGNMENT})" for name in wide),
         body=_lines(body),
         argument="measured, " if rule.reductions else "",
-        count=len(stored),
+        size=_size_row(stored),
         skip=_SKIP_STORES if skipped else "" if rule.reductions else _SKIP,
-        reads=_lines(_reads(arrays, numbers, len(stored))),
-        together=" | ".join(places),
+        reads=_lines(_reads(arrays, stored, numbers)),
+        together=" | ".join(wide),
         below=ALIGNMENT - 1,
+        blocks=f"    blocks = tl.arange(0, BLOCK // {BLOCK})\n" * in_blocks,
         starts=measured.starts,
         block=measured.block or _BLOCK.format(**calls, lanes=LANES),
         steps=_lines(f"    {step}" for step in steps),
@@ -192,12 +323,20 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dia
     return _HEAD.format(title=title) + _preamble(kernel, real, dialect) + kernel
 
 
-def _arrays(graph: fx.Graph, stored: Sequence[Format]) -> list[_Array]:
+def _arrays(graph: fx.Graph, stored: Sequence[Format], dialect: Dialect) -> list[_Array]:
+    """Return what a kernel sees; those that are rounded at random are numbered in order."""
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
     results = next(iter(reversed(graph.nodes))).args[0]
     new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
+    numbers = count()
     return [
-        _Array(_identifier(node), kept, _argument(new[node]) if new.get(node, node) is not node else None)
+        _Array(
+            _identifier(node),
+            kept,
+            _STORAGE[dialect][kept],
+            _argument(new[node]) if (written := new.get(node, node) is not node) else None,
+            next(numbers) if kept.stochastic and written else None,
+        )
         for node, kept in zip(inputs, stored, strict=False)
     ]
 
@@ -299,14 +438,42 @@ class _Number:
         return f"tl.store(measured + {self.index} * tl.num_programs(0) + tl.program_id(0), {value})"
 
 
-def _reads(arrays: Sequence[_Array], numbers: Sequence[str], stored: int) -> Iterator[str]:
-    """Read from the table where a block's arrays begin, and its numbers."""
-    for position, array in enumerate(arrays):
-        yield f"{array.name}_ = tl.load(entry + {position} * tensors) + first * {array.kept.itemsize}"
+def _reads(arrays: Sequence[_Array], stored: Sequence[Format], numbers: Sequence[str]) -> Iterator[str]:
+    """Read from the table where a chunk's arrays begin, its numbers, and what its random bits begin from.
+
+    The rows of the table are: the arrays; what stands beside them; seed, parameter and first element, if random bits
+    are drawn; the size; the row of numbers.
+    """
+    parts = [array.part for array in arrays if array.part is not None]
+    for position, address in (*enumerate(array.address for array in arrays), *enumerate(parts, len(stored))):
+        yield f"{address.name} = tl.load(entry + {position} * tensors) + {address.after('first')}"
     if numbers:
-        yield f"row = coefficients + tl.load(entry + {stored + 1} * tensors)"
+        yield f"row = coefficients + tl.load(entry + {_size_row(stored) + 1} * tensors)"
     for position, number in enumerate(numbers):
         yield f"{number} = tl.load(row + {position} * rows)"
+    if _drawn(arrays):
+        seed, parameter, first = (f"tl.load(entry + {_size_row(stored) - back} * tensors)" for back in (3, 2, 1))
+        yield f"element = {first} + first"
+        yield f"key = random_key({seed}, {parameter}, c_{ROUNDING_STEP.name}.to(tl.float64), element)"
+        yield "element = element.to(tl.uint32)"
+
+
+def _size_row(stored: Sequence[Format]) -> int:
+    """Return the row of the table in which sizes stand."""
+    return sum(1 + (kept.part is not None) for kept in stored) + 3 * any(kept.stochastic for kept in stored)
+
+
+def _drawn(arrays: Sequence[_Array]) -> int:
+    """Return how often 32 random bits are drawn for an element."""
+    return -(-sum(array.random is not None for array in arrays) // len(_OF_DRAW))
+
+
+def _random(drawn: int) -> Iterator[str]:
+    """Print the lines that draw the random bits of each element."""
+    for index in range(drawn):
+        if index:
+            yield "key = next_key(key)"
+        yield f"random{index} = random_32(element + lanes, key)"
 
 
 def _operations(graph: fx.Graph, real: str, skipped: Sequence[str]) -> Iterator[str]:
@@ -330,7 +497,7 @@ def _argument(argument: object, real: str = "") -> str:
 def _identifier(node: fx.Node) -> str:
     if "coefficient" in node.meta:
         return f"c_{node.meta['coefficient']}"
-    return f"{node.name}_0" if node.name in _RESERVED else str(node.name)
+    return f"{node.name}_0" if node.name in _RESERVED or node.name in definitions() else str(node.name)
 
 
 def _preamble(kernel: str, real: str, dialect: Dialect) -> str:
@@ -340,6 +507,7 @@ def _preamble(kernel: str, real: str, dialect: Dialect) -> str:
         if f"{name}(" in kernel + "".join(functions):
             functions.insert(0, _function(name, real, dialect))
     text = "".join(functions)
+    text = print_called(kernel + text) + text
     library = "from triton.language.extra import libdevice\n" if "libdevice." in text else ""
     constants = [
         f'{name} = tl.constexpr(float("{name}"))\n' for name in ("inf", "nan") if re.search(rf"\b{name}\b", kernel)
@@ -384,11 +552,11 @@ def kernel(table, chunks, coefficients, found_inf, {argument}tensors, rows, BLOC
     chunk = tl.load(chunks + tl.program_id(0))
     entry = table + (chunk & 0xFFFFFFFF)
     first = (chunk >> 32) * (BLOCK * REPEAT)
-    rest = tl.load(entry + {count} * tensors) - first
+    rest = tl.load(entry + {size} * tensors) - first
 {skip}{reads}
     aligned = (({together}) & {below}) == 0
     lanes = tl.arange(0, BLOCK)
-    end = tl.maximum(rest - BLOCK * REPEAT, 0)
+{blocks}    end = tl.maximum(rest - BLOCK * REPEAT, 0)
 {starts}    while rest > end:
 {block}
 {steps}
