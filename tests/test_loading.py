@@ -366,7 +366,7 @@ def test_names_that_differ_are_listed():
     message = refused(target, source.state_dict(), "missing: parameter `c`")
     assert "unexpected: parameter `a`" in message
     report = target.load_state_dict(source.state_dict(), strict=False)
-    assert report == (["parameter `c`"], ["parameter `a`"], [], [])
+    assert report == (["parameter `c`"], ["parameter `a`"], [], [], [])
     assert_same(state_of(target)[0], state_of(source)[1])
 
 

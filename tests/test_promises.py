@@ -31,6 +31,7 @@ from conformance import (
     train,
     zoo,
 )
+from helpers import difference
 
 BEFORE = range(STEADY - 2, STEADY + 2)
 AFTER = range(STEADY + 2, STEADY + 5)
@@ -63,7 +64,7 @@ def snapshot(optimizer):
 
 
 def assert_unchanged(optimizer, before):
-    torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0, equal_nan=True)
+    assert difference(snapshot(optimizer), before) is None
 
 
 # 2. Same contract: a checkpoint of either goes on in the other
@@ -130,8 +131,10 @@ def test_neighbours_in_shared_storages_stay(engine, row, dtype):
     memory, params = in_views(values)
     grad_memory, grads = in_views([normal(*value.shape) for value in values])
     alone = [value.clone().requires_grad_() for value in values]
-    optimizer = row.build([param.requires_grad_() for param in params], row.all_flags(), engine)
-    twin = row.build(alone, row.all_flags(), engine)
+    # In 16 bits elements are rounded by their order in memory, which is another one in the views.
+    options = row.all_flags() | ({"state_dtype": torch.float32} if dtype is torch.bfloat16 else {})
+    optimizer = row.build([param.requires_grad_() for param in params], options, engine)
+    twin = row.build(alone, options, engine)
     storages = [memory, grad_memory]
     for step in range(3):
         for param, other, grad in zip(params, alone, grads, strict=True):

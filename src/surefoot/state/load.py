@@ -294,13 +294,13 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
     report.unexpected.extend(f"param_groups[{index}]: option `{name}` of another algorithm" for name in foreign)
     if missing or foreign:
         return dict(group)
-    own = (*_step_options(spec), *(name for name in STORAGE_OPTIONS if group.get(name) not in _UNASKED))
+    own = (*_step_options(spec), *(name for name in STORAGE_OPTIONS if _asks(group.get(name))))
     options = deepcopy({name: value for name, value in partner.items() if name not in ("params", *own)})
     report.kept.extend(_kept_options(index, group, partner, own))
     report.restored.extend(
         f"param_groups[{index}]: option `{name}` is {partner[name]}, as the state dict has it"
         for name in STORAGE_OPTIONS
-        if name not in own and partner.get(name) not in _UNASKED
+        if name not in own and _asks(partner.get(name))
     )
     if len(options.get("param_names") or ()) != len(group["params"]):
         options.pop("param_names", None)
@@ -319,11 +319,22 @@ def _kept_options(
     """Say where a group's own options hold although the state dict has others, or does not know them."""
     for name in of_step:
         ours, theirs = group.get(name), partner.get(name)
-        if ours != theirs:
+        if not _is_same(ours, theirs):
             yield f"param_groups[{index}]: option `{name}` stays {ours}, the state dict has {theirs}"
     for name in set(_LATE_OPTIONS) - set(of_step):
-        if group.get(name) not in (*_UNASKED, False) and name not in partner:
+        if group.get(name) is not False and _asks(group.get(name)) and name not in partner:
             yield f"param_groups[{index}]: option `{name}` stays {group[name]}, the state dict does not know it"
+
+
+def _asks(value: Any) -> bool:
+    """Return whether an option asks for something; what is no option at all does, and is refused later."""
+    return not any(_is_same(value, each) for each in _UNASKED)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Return whether two options are the same, one of which may be anything."""
+    comparable = all(isinstance(each, (bool, int, float, str, torch.dtype)) for each in (value, other))
+    return value is other or (comparable and value == other)
 
 
 def _all_hyperparameters() -> set[str]:
