@@ -66,8 +66,8 @@ def test_short_numbers_are_those_of_the_second_library():
 
 
 def test_options_that_an_optimizer_has_not_are_said():
-    with pytest.raises(DemoError, match="Muon.* unexpected keyword argument 'rounding'"):
-        compare(plan_of("Muon", storage={"rounding": "stochastic"}), CORPUS)
+    with pytest.raises(DemoError, match="Muon.* unexpected keyword argument 'state_dtype'"):
+        compare(plan_of("Muon", storage={"state_dtype": "float8"}), CORPUS)
 
 
 def test_the_loss_falls_on_text_it_has_not_seen():

@@ -1104,7 +1104,7 @@ def test_reasons_against_it(monkeypatch):
     assert gpu.supports(bucket) == "a parameter stands in the group twice, and kernels update all at once"
     bucket = _bucket()
     bucket.grads = [torch.ones(3, dtype=torch.int32)]
-    assert gpu.supports(bucket) == "kernels do not know torch.float32 parameters with torch.int32 gradients"
+    assert gpu.supports(bucket) == "kernels do not know float32 parameters with torch.int32 gradients"
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.supports(_bucket()) == (
         "Triton is not installed; it comes with PyTorch for GPUs, or by pip install triton"
