@@ -457,6 +457,10 @@ class _Function:
         given = ", ".join(f"{kind.llvm} {self._as(kind, argument)}" for argument in arguments)
         return self._value(kind, f"call {flags} {kind.llvm} @{symbol}({given})")
 
+    def _call_plus(self, total: Value, value: Value) -> Value:
+        """Add a value to a sum whose order does not matter, so that several can be added at once."""
+        return self._value(total.type, f"fadd reassoc {total.type.llvm} {total.name}, {value.name}")
+
     def _call_plus_square(self, total: Value, value: Value) -> Value:
         """Add the square of a value to a sum whose order does not matter, so that several can be added at once.
 

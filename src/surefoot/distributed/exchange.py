@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.tensors.shards import is_sharded, sharded_type
+from surefoot.tensors.shards import is_sharded, sharded_type, to_local
 
 
 class _Ranks(NamedTuple):
@@ -71,6 +71,12 @@ class Exchange:
         ]
         weights = [1.0 / torch.Size(sizes).numel() for sizes in alike]
         return _Ranks(groups, torch.tensor(rows), torch.tensor(weights, dtype=torch.float64))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the numbers that are put together."""
+        own = self.params if self.process_group is not None else filter(is_sharded, self.params)
+        return next((to_local(param).device for param in own), torch.device("cpu"))
 
     @property
     def shards(self) -> Tensor:

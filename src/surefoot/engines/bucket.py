@@ -54,9 +54,9 @@ def overlap(bucket: "Bucket", stored: Sequence[Tensor]) -> str | None:
 
 
 def reduce(reductions: Sequence[Reduction], tensors: Sequence[Tensor]) -> Tensor:
-    """Measure tensors by torch's operations: a row of float64."""
+    """Measure tensors by torch's operations: a row of float64; gradients flow through it."""
     numbers = [_BY_TORCH[reduction.kind](tensor) for reduction, tensor in zip(reductions, tensors, strict=True)]
-    return torch.stack([number.detach().double() for number in numbers])
+    return torch.stack([number.double() for number in numbers])
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -64,6 +64,7 @@ def _largest(tensor: Tensor) -> Tensor:
 
 
 _BY_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda tensor: tensor.double().sum(),
     "sum_of_squares": lambda tensor: tensor.double().square().sum(),
     "largest": _largest,
     "nonfinite": lambda tensor: (~tensor.isfinite()).sum(),
@@ -71,7 +72,9 @@ _BY_TORCH: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class EachParameter(Sequence[Coefficients]):
-    """The numbers of an update where they are computed on the device: those of each parameter, as 0-d tensors.
+    """The numbers of an update where each parameter has its own, or only the device knows them.
+
+    As items they are 0-d tensors, or numbers that all parameters share.
 
     Attributes:
         numbers: for each number a tensor with one element for each parameter, or what all of them share.
@@ -82,6 +85,14 @@ class EachParameter(Sequence[Coefficients]):
 
     def __len__(self) -> int:
         return self._count
+
+    def table(self, names: Sequence[str]) -> np.ndarray:
+        """Return numbers that the host has: float64 of shape (parameters, numbers)."""
+        table = np.empty((self._count, len(names)))
+        for column, name in enumerate(names):
+            value = self.numbers[name]
+            table[:, column] = value.numpy() if isinstance(value, Tensor) else value
+        return table
 
     def __getitem__(self, position: Any) -> Any:
         if not 0 <= position < self._count:

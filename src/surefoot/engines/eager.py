@@ -36,7 +36,7 @@ def run(bucket: Bucket) -> None:
         if bucket.rule.reductions:
             measured.append(reduce(bucket.rule.reductions, results[stored:]))
         bucket.store(row, results[:stored])
-    bucket.measured = torch.stack(measured) if measured else None
+    bucket.measured = torch.stack(measured).detach() if measured else None
 
 
 def measure(bucket: Bucket, rule: Rule) -> Tensor:

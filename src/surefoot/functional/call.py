@@ -47,7 +47,7 @@ def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:
 
 def begins_with_nothing(spec: AlgorithmSpec, group: Mapping[str, Any]) -> bool:
     """Return whether an algorithm knows by missing slots that it begins, as momentum that starts as a gradient does."""
-    return spec.update is not None and "fresh" in bind(spec, spec.settle_flags(group)).coefficients
+    return spec.update is not None and "fresh" in bind(spec, spec.settle_flags(group)).given
 
 
 def rounds(params: Sequence[Tensor]) -> Iterator[list[int]]:

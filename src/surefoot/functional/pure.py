@@ -260,8 +260,11 @@ def _evaluated(
 ) -> Iterator[tuple[Tensor, tuple[Tensor, dict[str, Any]]]]:
     """Yield each parameter of a bucket with its new value and its new state."""
     names = [slot.name for slot in made.bucket.rule.slots]
-    for param, entry, values, scalars in zip(made.params, made.entries, rows, made.scalars, strict=True):
-        new = dict(entry)
+    numbers = list(zip(made.bucket.rule.number_slots, made.new_numbers, strict=True))
+    for row, (param, entry, values, scalars) in enumerate(
+        zip(made.params, made.entries, rows, made.scalars, strict=True)
+    ):
+        new = dict(entry) | {slot.name: found[row].to(entry[slot.name].dtype) for slot, found in numbers}
         for name, value in zip(names, values[1:], strict=False):
             new[name] = _stored(value, entry[name])
         for scalar, value in zip(made.bucket.rule.scalars, scalars, strict=True):

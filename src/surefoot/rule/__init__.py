@@ -3,6 +3,7 @@
 Nothing here runs a rule on tensors; that is the engines' part.
 """
 
+from surefoot.rule.bound import Rule, Stage
 from surefoot.rule.declare import (
     EMA,
     FLOAT8,
@@ -13,10 +14,11 @@ from surefoot.rule.declare import (
     Slot,
     Sparse,
     narrow,
+    one_number,
     scalar_dtype,
 )
 from surefoot.rule.spec import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
-from surefoot.rule.trace import TELEMETRY, Rule, bind, gradient_rule
+from surefoot.rule.trace import TELEMETRY, bind, gradient_rule
 
 __all__ = [
     "EMA",
@@ -33,8 +35,10 @@ __all__ = [
     "Scalar",
     "Slot",
     "Sparse",
+    "Stage",
     "bind",
     "gradient_rule",
     "narrow",
+    "one_number",
     "scalar_dtype",
 ]

@@ -13,6 +13,11 @@ from surefoot.storage import BLOCK
 from surefoot.tensors.shards import full_for, has_whole_blocks, is_sharded
 
 
+def one_number(param: Tensor) -> torch.Size:  # noqa: ARG001 (of every parameter)
+    """Return the shape of a slot that is one number for each parameter, whatever the parameter's shape."""
+    return torch.Size()
+
+
 @dataclass(frozen=True)
 class Slot:
     """A tensor of state that belongs to one parameter and, unless `shape` says otherwise, looks like it.
@@ -23,7 +28,7 @@ class Slot:
         init: the initial value of every element: a number, or the name of a hyperparameter.  A complex
             slot starts with it as real and as imaginary part, as in torch.
         shape: shape of the slot for a parameter, None where this parameter does not have the slot;
-            the parameter's own shape by default.
+            the parameter's own shape by default.  Of a rule's slots only `one_number` has another.
         wide: whether it is kept in at least float32, whatever the parameter's dtype.
         signed: whether its values may be negative.
         slow: whether a step may change it by less than half the distance of two 16-bit numbers, as a moving average of
@@ -39,6 +44,11 @@ class Slot:
     signed: bool = True
     slow: bool = False
     float8: bool | str = True
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number for each parameter, which a rule makes from reductions."""
+        return self.shape is one_number
 
     def shape_for(self, param: Tensor) -> torch.Size | None:
         """Shape of this slot for `param`."""
@@ -121,9 +131,9 @@ class Reduction:
 
     Attributes:
         of: what is measured, for messages.
-        kind: `"sum_of_squares"`; `"largest"`, which is the greatest absolute value and NaN where there is one; or
-            `"nonfinite"`, which is the count of inf and NaN.
-        precise: whether squares are summed in float64 rather than in the dtype of the arithmetic.
+        kind: `"sum"`, `"sum_of_squares"`, `"largest"`, which is the greatest absolute value and NaN where there is one,
+            or `"nonfinite"`, which is the count of inf and NaN.
+        precise: whether it is summed in float64 rather than in the dtype of the arithmetic.
     """
 
     of: str

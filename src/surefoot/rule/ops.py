@@ -1,6 +1,7 @@
 """The closed list of operations that a rule may use, each with its meaning for every engine, in one table.
 
-Arguments of an operation are tensors (all of the parameter's shape) or numbers (coefficients and constants).
+Arguments of an operation are tensors (all of the parameter's shape) or numbers (coefficients and constants).  A
+reduction makes one number out of all elements of a tensor.
 An engine reads its own column and nothing else; an operation that is not here is an error that names the rule's line.
 """
 
@@ -30,6 +31,7 @@ class Op:
             the in-place form has the same name with an underscore at the end.
         methods: further method names of tensors that mean it.
         compares: whether its value is a truth value.
+        reduces: whether its value is one number for the whole tensor.
         takes: for each argument t where it must be a tensor, n where it must be a number, a dot where it may be either.
     """
 
@@ -40,6 +42,7 @@ class Op:
     foreach: str | None = None
     methods: tuple[str, ...] = ()
     compares: bool = False
+    reduces: bool = False
     takes: str = ""
 
     @property
@@ -135,6 +138,9 @@ OPS: tuple[Op, ...] = (
     Op("le", 2, (operator.le, torch.le), operator.le, compares=True),
     Op("eq", 2, (operator.eq, torch.eq), operator.eq, compares=True),
     Op("ne", 2, (operator.ne, torch.ne), operator.ne, compares=True),
+    Op("sum", 1, (torch.sum,), torch.sum, reduces=True, takes="t"),
+    Op("mean", 1, (torch.mean,), torch.mean, reduces=True, takes="t"),
+    Op("sum_of_squares", 1, (), lambda x: x.square().sum(), reduces=True, takes="t"),
     Op("fill", 2, (torch.full_like,), _fill),
     Op("copy", 1, (torch.clone,), lambda x: x.clone(), methods=("clone",)),
 )

@@ -5,7 +5,7 @@ After each of them the graph is checked as far as it has come; engines may rely 
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -45,7 +45,8 @@ def mark_tensors(graph: fx.Graph) -> None:
         if node.op == "placeholder":
             node.meta["tensor"] = "coefficient" not in node.meta
         elif node.op == "call_function":
-            node.meta["tensor"] = any(argument.meta["tensor"] for argument in node.all_input_nodes)
+            tensors = any(argument.meta["tensor"] for argument in node.all_input_nodes)
+            node.meta["tensor"] = tensors and not _op(node).reduces
 
 
 def check_arguments(graph: fx.Graph) -> None:
@@ -142,6 +143,10 @@ def check_spec(graph: fx.Graph) -> None:
             raise InternalError(f"{node.format_node()}: unmarked")
 
 
+def _op(node: fx.Node) -> Op:
+    return cast("Op", node.target)
+
+
 def _is_tensor(argument: Argument) -> bool:
     return isinstance(argument, fx.Node) and bool(argument.meta["tensor"])
 
@@ -170,9 +175,11 @@ def _unsupported_reason(name: str, op: Op | None, node: fx.Node) -> str:
         return f"a rule sees values only, not `{node.args[-1] if node.args else name}` of a tensor"
     if name.endswith("_") and name.rstrip("_") in BY_METHOD:
         return f"`{name}` works in place; a rule is written out of place: use `{name.rstrip('_')}`"
+    if name in _REDUCTIONS:
+        return f"`{name}` takes a tensor and nothing else: a rule reduces all elements of a tensor to one number"
     if op is not None:
         return f"`{name}` takes {op.arity} arguments here, but got {len(node.args) + len(node.kwargs)}"
-    known = ", ".join(sorted({*BY_NAME, *_FORMS} - {"copy"}))
+    known = ", ".join(sorted({*BY_NAME, *_FORMS} - {"copy", "linalg_vector_norm", "sum_of_squares"}))
     return f"`{name}` is not among the operations of a rule; these are: {known}"
 
 
@@ -212,6 +219,10 @@ def _square(graph: fx.Graph, input: Argument) -> fx.Node:  # noqa: A002
     return _call(graph, "mul", input, input)
 
 
+def _norm(graph: fx.Graph, x: Argument) -> fx.Node:
+    return _call(graph, "sqrt", _call(graph, "sum_of_squares", x))
+
+
 _POWERS: dict[Any, str] = {2: "mul", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _FORMS: dict[str, Build] = {
     torch.add.__name__: _add,
@@ -222,4 +233,7 @@ _FORMS: dict[str, Build] = {
     "clamp": _clamp,
     "clip": _clamp,
     "square": _square,
+    torch.linalg.vector_norm.__name__: _norm,
+    "norm": _norm,
 }
+_REDUCTIONS = {op.name for op in OPS if op.reduces} | {name for name, form in _FORMS.items() if form is _norm}

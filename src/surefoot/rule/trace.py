@@ -1,7 +1,8 @@
 """From a rule to a graph: `bind` runs a rule's `update` once on symbols and hands the result through the passes.
 
 A graph is a `torch.fx.Graph` whose placeholders are `param`, `grad`, the active slots, and then the coefficients that
-the rule asked for; whose calls are operations of `ops.py`; and whose output is the new param and the new slots.
+the rule asked for; whose calls are operations of `ops.py`; and whose output is the new param and the new slots.  Where
+a rule reduces tensors to numbers, `stages.py` divides its graph.
 """
 
 import functools
@@ -9,7 +10,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
 
@@ -17,45 +17,11 @@ import torch
 from torch import fx
 
 from surefoot.errors import RuleError
-from surefoot.rule.declare import EMA, ROUNDING_STEP, Reduction, Scalar, Slot
+from surefoot.rule.bound import Rule
+from surefoot.rule.declare import EMA, ROUNDING_STEP, Reduction, Slot
 from surefoot.rule.passes import run_passes
 from surefoot.rule.spec import AlgorithmSpec, Flags
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """A rule with its flags settled.
-
-    Attributes:
-        name: the algorithm's name.
-        flags: the flags, as settled.
-        slots: the slots that exist under these flags, in the order in which the graph returns them.
-        coefficients: names of the numbers that the graph takes, in the order of its placeholders.
-        graph: the update as operations; it returns the parameter, the slots and then what is measured.
-        reductions: what is measured.
-        scalars: the numbers that a parameter has under these flags.
-    """
-
-    name: str
-    flags: Flags
-    slots: tuple[Slot, ...]
-    coefficients: tuple[str, ...]
-    graph: fx.Graph
-    reductions: tuple[Reduction, ...] = ()
-    scalars: tuple[Scalar, ...] = ()
-
-    @property
-    def writes(self) -> bool:
-        """Return whether the update changes anything."""
-        return any(self.written)
-
-    @functools.cached_property
-    def written(self) -> tuple[bool, ...]:
-        """Of the parameter and of each slot, whether the update changes it."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        results = next(iter(reversed(self.graph.nodes))).args[0]
-        own = (inputs[0], *inputs[2 : 2 + len(self.slots)])
-        return tuple(result is not node for result, node in zip(results, own, strict=False))
+from surefoot.rule.stages import divide
 
 
 class _Symbol(fx.Proxy):
@@ -123,6 +89,15 @@ class _Coefficients:
         self._proxies: dict[str, fx.Proxy] = {}
 
     def __getattr__(self, name: str) -> fx.Proxy:
+        return self._placeholder(name)
+
+    def of_slot(self, name: str) -> fx.Proxy:
+        """Return what stands for a slot that is one number."""
+        proxy = self._placeholder(name)
+        proxy.node.meta["slot"] = True
+        return proxy
+
+    def _placeholder(self, name: str) -> fx.Proxy:
         if name not in self._proxies:
             last = [node for node in self._tracer.graph.nodes if node.op == "placeholder"][-1]
             with self._tracer.graph.inserting_after(last):
@@ -147,12 +122,14 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     settled = dict(flags)
     averaged = (EMA,) if settled.get("ema") else ()
     active = tuple(slot for slot in spec.slots if slot.when is None or settled[slot.when])
+    tensors = (*(slot for slot in active if not slot.is_number), *averaged)
     tracer = _Tracer(inspect.getsourcefile(inspect.unwrap(update)) or "")
     inputs: dict[str, Any] = {
         name: tracer.create_proxy("placeholder", name, (), {})
-        for name in ("param", "grad", *(slot.name for slot in (*active, *averaged)))
+        for name in ("param", "grad", *(slot.name for slot in tensors))
     }
     coefficients: Any = _Coefficients(tracer)
+    inputs |= {slot.name: coefficients.of_slot(slot.name) for slot in active if slot.is_number}
     unscaled = inputs["grad"] / coefficients.loss_scale if settled.get("scaled") else inputs["grad"]
     grad = _clipped(unscaled, coefficients, settled)
     given = [inputs.get(slot.name) for slot in spec.slots]
@@ -161,17 +138,28 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     except TypeError as error:  # torch's own, of arguments that it takes no symbols for
         raise RuleError(f"{_place(error, tracer.file)}: {str(error).partition(', but expected')[0]}") from error
     outputs = _outputs(spec, returned, active)
+    numbers = {slot: outputs.pop(slot.name) for slot in active if slot.is_number}
     if averaged:
-        new: Any = outputs[0]
+        new: Any = outputs["param"]
         average: Any = torch.lerp(inputs[EMA.name], new, coefficients.step_ema_weight)
-        outputs.append(average)
+        outputs[EMA.name] = average
     if settled.get("rounded"):
         getattr(coefficients, ROUNDING_STEP.name)  # which engines read, and not the rule
-    measured = _measured(inputs["param"], unscaled, outputs[0]) if settled.get("measured") else {}
-    tracer.create_node("output", "output", (tuple(value.node for value in (*outputs, *measured.values())),), {})
-    run_passes(tracer.graph, 1 + len(active) + len(averaged))
-    slots, scalars = (*active, *averaged), spec.active_scalars(settled)
-    return Rule(spec.name, flags, slots, coefficients.names(), tracer.graph, tuple(measured), scalars)
+    measured = _measured(inputs["param"], unscaled, outputs["param"]) if settled.get("measured") else {}
+    results = (*outputs.values(), *measured.values(), *numbers.values())
+    tracer.create_node("output", "output", (tuple(value.node for value in results),), {})
+    run_passes(tracer.graph, len(outputs))
+    rule = Rule(
+        spec.name,
+        flags,
+        tensors,
+        coefficients.names(),
+        tracer.graph,
+        tuple(measured),
+        spec.active_scalars(settled),
+        tuple(numbers),
+    )
+    return divide(rule)
 
 
 def _place(error: BaseException, file: str) -> str:
@@ -215,8 +203,8 @@ def gradient_rule() -> Rule:
     return Rule("Gradients", (), (), (), graph, GRADIENT_REDUCTIONS)
 
 
-def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> list[fx.Proxy]:
-    """Check what `update` returned and leave out the slots that do not exist."""
+def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> dict[str, fx.Proxy]:
+    """Check what `update` returned, and return it by name without the slots that do not exist."""
     values = returned if isinstance(returned, tuple) else (returned,)
     declared, where = spec.slots, f"{spec.name}.update"
     if len(values) != 1 + len(declared):
@@ -227,4 +215,4 @@ def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> li
     for name, value in outputs.items():
         if not isinstance(value, fx.Proxy):
             raise RuleError(f"{where} must return a tensor for `{name}`, but returned {value!r}")
-    return list(outputs.values())
+    return outputs

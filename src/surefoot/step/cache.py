@@ -22,7 +22,6 @@ from surefoot.state.check import validated_gradient
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.inputs import StepInput
-from surefoot.step.partition import all_flags
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
@@ -186,7 +185,7 @@ class OptionsGuard:
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors."""
-    return (all_flags(step, group), *map(group.get, (*ENGINE_OPTIONS, *STORAGE_OPTIONS)))
+    return (step.flags(group), *map(group.get, (*ENGINE_OPTIONS, *STORAGE_OPTIONS)))
 
 
 def _options(step: StepInput) -> list[object]:

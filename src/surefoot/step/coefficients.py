@@ -90,7 +90,7 @@ def _on_host(
     numbers, new = _numbers(step, run, SimpleNamespace(**vars(run.options)), scalars, fresh)
     # What clips is computed on the device, which kernels there need not wait for.
     kept = ("step_clip",) * (run.engine is gpu)
-    names = run.bucket.rule.coefficients
+    names = run.bucket.rule.given
     coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in names}
     _check_numbers(run, coefficients)
     return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
@@ -110,7 +110,7 @@ def _numbers(
     numbers = {"fresh": fresh[0], "loss_scale": step.grad_scale, **derived}
     numbers |= {"step_clip": run.slice.clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
     numbers[ROUNDING_STEP.name] = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
-    for name in run.bucket.rule.coefficients:
+    for name in run.bucket.rule.given:
         if name not in numbers:
             numbers[name] = _given(run, h, name, numbers)
     return numbers, [derived.get(name, value) for name, value in scalars.items()]
@@ -162,7 +162,7 @@ def _compute_each(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> None:
         new_to_it = fresh[position] if fresh else _NOT_FRESH
         found, new = _numbers(step, run, SimpleNamespace(**vars(h)), scalars, new_to_it)
         param = run.bucket.params[position]
-        numbers.append({name: _fitting(found[name], param) for name in run.bucket.rule.coefficients})
+        numbers.append({name: _fitting(found[name], param) for name in run.bucket.rule.given})
         _check_numbers(run, numbers[-1])
         run.scalars.append(new)
     run.bucket.coefficients, run.bucket.row = numbers, np.arange(len(run.params))
@@ -218,9 +218,7 @@ def _compute_on_device(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> N
     scalars = dict(zip((s.name for s in run.bucket.rule.scalars), run.device_scalars.read(), strict=True))
     numbers, run.scalars = _numbers(step, run, h, scalars, (run.fresh, run.fresh_average))
     numbers |= {name: number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}
-    run.bucket.coefficients = EachParameter(
-        {name: numbers[name] for name in run.bucket.rule.coefficients}, len(run.params)
-    )
+    run.bucket.coefficients = EachParameter({name: numbers[name] for name in run.bucket.rule.given}, len(run.params))
     run.bucket.row = np.arange(len(run.params))
     run.bucket.found_inf = None if step.found_inf is None else step.found_inf.to(place, non_blocking=True)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from surefoot.rule import AlgorithmSpec
+from surefoot.rule import AlgorithmSpec, Flags, Stage, bind
 from surefoot.step.options import Stepping
 from surefoot.step.types import ParamSlice
 
@@ -51,6 +51,25 @@ class StepInput(NamedTuple):
         """Return whether the gradients must be measured before the update."""
         guarded = self.stepping.options.nonfinite != "ignore"
         return guarded or any(map(self.is_clipped, self.groups))
+
+    def flags(self, group: Mapping[str, Any]) -> Flags:
+        """Return a group's flags, and those of the step.
+
+        These are: whether telemetry is measured, decided later; whether a GradScaler left the gradients for the step to
+        unscale; whether they are clipped by norm.
+        """
+        flags = (("measured", False), ("scaled", self.grad_scale is not None), ("clipped", self.is_clipped(group)))
+        return (*flags, *self.spec.settle_flags(group))
+
+    def stages(self) -> list[tuple[Stage, ...]]:
+        """Return for each group that measures tensors before an update, with gradients or not, how it does so."""
+        if self.spec.update is None:
+            return []
+        return [stages for group in self.groups if (stages := bind(self.spec, self.flags(group)).stages)]
+
+    def measures_tensors(self) -> bool:
+        """Return whether the algorithm needs to know more of a tensor than a shard of it."""
+        return self.spec.whole_tensors or bool(self.stages())
 
     def keys(self) -> dict[Tensor, str | int]:
         """Return the name of every parameter, or else its number among all."""

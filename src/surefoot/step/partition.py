@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surefoot.engines import Bucket, choose
 from surefoot.engines.identity import identity_of
-from surefoot.rule import EMA, ENGINE_OPTIONS, Flags, Slot, bind
+from surefoot.rule import EMA, ENGINE_OPTIONS, Slot, bind
 from surefoot.state.check import format_param, validated_gradient
 from surefoot.state.formats import param_format, slot_format
 from surefoot.state.make import discard_state, ensure_state
@@ -19,16 +19,6 @@ from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.storage import Format, format_of
 from surefoot.tensors.memory import has_address, shared_memory
 from surefoot.tensors.shards import is_sharded, to_local
-
-
-def all_flags(step: StepInput, group: Mapping[str, Any]) -> Flags:
-    """Return a group's flags, and those of the step.
-
-    These are: whether telemetry is measured, decided later; whether a GradScaler left the gradients for the step to
-    unscale; whether they are clipped by norm.
-    """
-    flags = (("measured", False), ("scaled", step.grad_scale is not None), ("clipped", step.is_clipped(group)))
-    return (*flags, *step.spec.settle_flags(group))
 
 
 def partition(step: StepInput) -> list[BucketRun]:
@@ -64,7 +54,7 @@ def _divide(
         turns: how often a parameter or a step count, by its id, has been met; what is met again gets a later bucket.
         keys: return what random bits know each parameter by.
     """
-    spec, flags = step.spec, all_flags(step, group)
+    spec, flags = step.spec, step.flags(group)
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
     for param in group["params"]:
@@ -73,7 +63,7 @@ def _divide(
         entry = step.state.get(param, {})
         grad = validated_gradient(spec, group, param, given, entry, flags)
         settled = of_rows if grad.is_sparse else flags
-        slots = spec.active_slots(dict(settled))
+        slots = [slot for slot in spec.active_slots(dict(settled)) if not slot.is_number]
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
         formats = _formats(group, param, grad, entry, slots)
         turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
@@ -142,7 +132,9 @@ def _format_row(group: Mapping[str, Any], params: Sequence[Tensor], row: int) ->
 def _attach_state(step: StepInput, run: BucketRun) -> None:
     """Make what is missing of the state and put the slots into the bucket."""
     slots, scalars = run.bucket.rule.slots, run.bucket.rule.scalars
-    needed = (*slots, EMA) if run.group.get("ema") and EMA not in slots else slots
+    needed = (*slots, *run.bucket.rule.number_slots)
+    if run.group.get("ema") and EMA not in slots:
+        needed = (*needed, EMA)
     for param in run.params:
         run.made.append(ensure_state(scalars, run.group, param, step.state, needed))
     run.entries = [step.state.get(param, {}) for param in run.params]

@@ -25,6 +25,7 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
+from surefoot.step.reductions import measure_tensors, store_numbers
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
@@ -61,6 +62,7 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
         for run in runs:
             if run.repeats:
                 compute_coefficients(made, run)
+                measure_tensors(made, [run], exchange)
             _update(run)
     finally:
         for run in runs:
@@ -100,6 +102,7 @@ def _prepare(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | No
         if _is_to_be_made(known, sums):
             for run in runs:
                 compute_coefficients(known, run)
+            measure_tensors(known, [run for run in runs if not run.repeats], exchange)
             made = known
     finally:
         if made is None:
@@ -124,12 +127,13 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
             measured = (
                 measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
             )
-            run.slice.gradients = measured
+            run.slice.gradients = measured.detach()
 
 
 def _prove(run: BucketRun, *, measuring: bool) -> None:
     """Let a bucket be run by another engine if its own cannot be relied on for what it is to do."""
-    rules = (run.bucket.rule, *([gradient_rule()] if measuring and not run.sparse else ()))
+    rules = [run.bucket.rule, *(stage.measures for stage in run.bucket.rule.stages)]
+    rules += [gradient_rule()] * (measuring and not run.sparse)
     engine = proved(run.engine, run.bucket, *rules)
     if engine is not run.engine:
         run.engine, run.bucket.plan = engine, None
@@ -170,6 +174,7 @@ def _update(run: BucketRun) -> None:
         if made:
             _run_engine(run)
         store_device_scalars(run, run.device_scalars, made=made)
+    store_numbers(run)
     _count_versions(run)
     run.slice.sums, run.bucket.measured = run.bucket.measured, None
     run.made, run.scalars = [], None

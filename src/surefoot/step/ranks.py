@@ -36,10 +36,11 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    if step.spec.whole_tensors:
+    whole = step.measures_tensors()
+    if whole:
         refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
     asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
-    if not asked and not (step.spec.whole_tensors and _any_sharded(step)):
+    if not asked and not (whole and _any_sharded(step)):
         return None
     exchange = exchange_of(step)
     if exchange is None and step.needs_gradients():
@@ -78,7 +79,7 @@ def refuse_irregular(step: StepInput) -> None:
     Raises:
         RuntimeError: there is one; the message names it.
     """
-    if not step.spec.whole_tensors or not _any_sharded(step):
+    if not _any_sharded(step) or not step.measures_tensors():
         return
     for group in step.groups:
         for param in group["params"]:
@@ -97,9 +98,7 @@ def sums_over_ranks(step: StepInput, exchange: Exchange, slices: Sequence[ParamS
 
 
 def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, failed: bool) -> RankSums:
-    place = next((to_local(p).device for p in exchange.params if is_sharded(p)), torch.device("cpu"))
-    if exchange.process_group is not None and exchange.params:
-        place = exchange.params[0].device
+    place = exchange.device
     rows = torch.zeros(len(exchange.params), _COLUMNS, dtype=torch.float64, device=place)
     divided = torch.zeros(len(step.groups), _COLUMNS, dtype=torch.float64, device=place)
     position = {param: row for row, param in enumerate(exchange.params)}
@@ -121,11 +120,12 @@ def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, 
     rows, shared = exchange.sum(rows, torch.cat([flags, divided.flatten()]))
     captured = any(group.get("capturable") for group in step.groups)
     # On an accelerator this waits, so that there a rank that fails ends its own step only, unless others wait for it.
-    if (place.type == "cpu" or (step.spec.whole_tensors and not captured)) and not failed and shared[0]:
+    whole = step.measures_tensors()
+    if (place.type == "cpu" or (whole and not captured)) and not failed and shared[0]:
         raise RuntimeError(
             f"{step.spec.name}'s step was refused on another rank, which tells why; nothing was changed on this one"
         )
-    if step.spec.whole_tensors and not failed and not captured:
+    if whole and not failed and not captured:
         _refuse_missing(step, exchange, rows[:, _WITH_GRADIENT])
     found_inf = None if step.found_inf is None else shared[1].float()
     return RankSums(rows, shared[2:].view_as(divided), found_inf)

@@ -59,6 +59,8 @@ class BucketRun:
         shared_row: rows of coefficients where all parameters share one.
         fresh: whether slots are newly initialized, where steps may be skipped by a kernel.
         fresh_average: the same of averages.
+        new_numbers: the new values of slots that are numbers, not written yet: each of shape (n,).
+        elements: how many real numbers each parameter has, once that was needed.
     """
 
     spec: AlgorithmSpec
@@ -76,6 +78,8 @@ class BucketRun:
     shared_row: np.ndarray | None = None
     fresh: Any = False
     fresh_average: Any = False
+    new_numbers: list[Tensor] = field(default_factory=list)
+    elements: Tensor | None = None
 
     @property
     def group(self) -> dict[str, Any]:

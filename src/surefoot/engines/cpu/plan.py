@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surefoot.codegen.compile import STATUS, Kernel
 from surefoot.codegen.threads import ONE_THREAD, run_on_threads, thread_count
-from surefoot.engines.bucket import Bucket
+from surefoot.engines.bucket import Bucket, EachParameter
 from surefoot.engines.checked import VARIABLE, checked
 from surefoot.engines.cpu.checks import VIOLATION, explain_violation
 from surefoot.engines.cpu.compile import compiled_kernel
@@ -66,9 +66,7 @@ class Launch:
         self._status = memoryview(self.words)[STATUS : STATUS + 1]  # type: ignore[arg-type]
         self.coefficients = np.zeros((0, 0))
 
-    def run(
-        self, kernel: Kernel, coefficients: Sequence[Sequence[float]], reductions: Sequence[Reduction] = ()
-    ) -> np.ndarray:
+    def run(self, kernel: Kernel, coefficients: np.ndarray, reductions: Sequence[Reduction] = ()) -> np.ndarray:
         """Run a kernel on all work items; `coefficients` has for each row its numbers.
 
         Returns:
@@ -78,9 +76,9 @@ class Launch:
             KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
                 then nothing has been written.
         """
-        if self.coefficients.shape != (shape := (len(coefficients), len(coefficients[0]))):
-            self.coefficients = np.zeros(shape)
-            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, shape[0]
+        if self.coefficients.shape != coefficients.shape:
+            self.coefficients = np.zeros(coefficients.shape)
+            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, len(coefficients)
         self.coefficients[:] = coefficients
         measured = np.zeros((len(self.segment_tensor), len(reductions)))
         if self.work_items:
@@ -244,7 +242,7 @@ class Plan:
         """Compile the kernel of a rule."""
         if rule not in self._kernels:
             stored = self._stored[: 2 + len(rule.slots)]
-            if not rule.writes:
+            if len(stored) < len(self._stored):  # corrections then stand elsewhere, and the parameter is not read
                 stored = (format_of(stored[0].dtype), *stored[1:])
             layout = Layout(self._compute, stored)
             self._kernels[rule] = compiled_kernel(rule, layout, self.checked)
@@ -264,7 +262,7 @@ class Plan:
         self.prepare(rule)
         return self._run(rule, bucket, numbers_of(bucket, rule), rows)
 
-    def _run(self, rule: Rule, bucket: Bucket, numbers: Sequence[Sequence[float]], rows: np.ndarray) -> Tensor | None:
+    def _run(self, rule: Rule, bucket: Bucket, numbers: np.ndarray, rows: np.ndarray) -> Tensor | None:
         kernel = self._kernels[rule]
         if bucket.gradient_addresses is None:
             raise InternalError("a kernel was run on gradients that no guard has seen")
@@ -292,7 +290,7 @@ class Plan:
 def _run_tile(
     kernel: Kernel,
     views: Sequence[Tensor],
-    numbers: Sequence[Sequence[float]],
+    numbers: np.ndarray,
     reductions: Sequence[Reduction],
     random: tuple[int, list[int], list[int]] | None,
 ) -> np.ndarray:
@@ -316,10 +314,13 @@ def _run_tile(
     return row
 
 
-def numbers_of(bucket: Bucket, rule: Rule) -> list[list[float]]:
-    """Return the coefficients of a rule as kernels take them, a row for each set of them."""
+def numbers_of(bucket: Bucket, rule: Rule) -> np.ndarray:
+    """Return the coefficients of a rule as kernels take them: float64 of shape (sets of them, coefficients)."""
     names = rule.coefficients
-    return [[float(row[name]) for name in names] for row in bucket.coefficients] if names else [[]]
+    if isinstance(bucket.coefficients, EachParameter):
+        return bucket.coefficients.table(names)
+    rows = bucket.coefficients if names else [{}]
+    return np.array([[float(row[name]) for name in names] for row in rows]).reshape(len(rows), len(names))
 
 
 def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:

@@ -331,7 +331,8 @@ def _measured(graph: fx.Graph, reductions: tuple[Reduction, ...], stored: int, l
         else:
             real = "float64" if reduction.precise else "real"
             printed.starts.append(f"{total} = {real}(0)")
-            printed.body.append(f"{total} = plus_square({total}, {real}({value}))")
+            added = "plus" if reduction.kind == "sum" else "plus_square"
+            printed.body.append(f"{total} = {added}({total}, {real}({value}))")
             printed.results.append(f"float64({total})")
     return printed
 

@@ -4,6 +4,7 @@ A plan is a cache: it holds the kernel, the table of addresses on the device, an
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -72,19 +73,18 @@ class Plan:
         arrays, (param, *slots) = bucket.arrays(), bucket.kept
         self.dtypes, sizes = arrays.dtypes, arrays.sizes
         self._stored = (param, format_of(self.dtypes[1]), *slots)
-        self._device, self._compute, self._names = bucket.device, bucket.compute_dtype, bucket.rule.coefficients
+        self._device, self._compute = bucket.device, bucket.compute_dtype
         self._dialect = dialect_of(bucket.device)
         self._launch = LAUNCH[max(kept.itemsize for kept in self._stored)]
         self.irregular = np.flatnonzero(~arrays.flat).tolist()
         self._versions = VersionCounters(list(chain.from_iterable(bucket.columns())))
         self._entries = np.array([*arrays.addresses, *_random_rows(bucket), sizes, np.zeros_like(sizes)])
-        # A step sends addresses twice if it reads gradients before the update.
-        sends = 2 if bucket.options.get("capturable") else 0
+        # A step sends addresses for the update and for all that it measures before, gradients among it.
+        sends = 2 + len(bucket.rule.stages) if bucket.options.get("capturable") else 0
         self._table = Table(self._entries, self._device, for_graphs=sends)
         self._chunks = Table(chunks_of(sizes, self._launch.chunk), self._device).there
         self._firsts = Table(firsts_of(sizes, self._launch.chunk), self._device).there
-        self._numbers: Table | Tensor | None = None
-        self._sent: dict[str, float] = {}
+        self._numbers: dict[tuple[str, ...], _Numbers] = {}
         self._in_graphs = False
         self._stream = _stream(self._device)
 
@@ -92,7 +92,7 @@ class Plan:
         """Update the bucket's parameters and slots, in one launch on the current stream, and measure what is asked."""
         with on(self._device), torch.no_grad():
             lent = list(self._lend(bucket, (bucket.params, bucket.grads, *bucket.slots, *bucket.parts)))
-            numbers = self._send_numbers(bucket.coefficients, bucket.row)
+            numbers = self._send_numbers(bucket.coefficients, bucket.row, bucket.rule.coefficients)
             self._table.update(self._entries)
             bucket.measured = self._start(bucket.rule, numbers, bucket.found_inf)
             for tensors, copies in lent:
@@ -101,13 +101,13 @@ class Plan:
         self._versions.count()
 
     def measure(self, bucket: Bucket, rule: Rule) -> Tensor | None:
-        """Return what a rule measures, by the coefficients of the update or none, and leave everything as it is."""
-        if rule.coefficients not in ((), self._names):
-            raise InternalError(f"{rule.name} measures by other coefficients than the update has")
+        """Return what a rule measures, and leave everything as it is."""
         with on(self._device), torch.no_grad():
-            stored = (bucket.params, bucket.grads, *bucket.slots[: len(rule.slots)])
-            lent = list(self._lend(bucket, stored))
-            numbers = self._send_numbers(bucket.coefficients, bucket.row) if rule.coefficients else None
+            slots = bucket.slots[: len(rule.slots)]
+            parts = bucket.parts if len(slots) == len(bucket.slots) else []
+            lent = list(self._lend(bucket, (bucket.params, bucket.grads, *slots, *parts)))
+            names = rule.coefficients
+            numbers = self._send_numbers(bucket.coefficients, bucket.row, names) if names else None
             self._table.update(self._entries)
             measured = self._start(rule, numbers, None)
             self._note_stream()
@@ -146,45 +146,48 @@ class Plan:
 
     # ScalarIO
 
-    def _send_numbers(self, coefficients: Sequence[Coefficients], row: np.ndarray) -> Tensor:
-        """Return the numbers of the update on the device: (coefficients, rows), in the dtype of the arithmetic.
+    def _send_numbers(self, coefficients: Sequence[Coefficients], row: np.ndarray, names: tuple[str, ...]) -> Tensor:
+        """Return the numbers of a rule on the device: (coefficients, rows), in the dtype of the arithmetic.
 
-        Tensors among them are on the device already, and the same for all rows.
+        Tensors among them are on the device already; in a list of numbers they are the same for all rows.
         """
+        known = self._numbers.setdefault(names, _Numbers())
         if isinstance(coefficients, EachParameter):
             self._entries[-1] = np.arange(len(coefficients))
-            return self._compute_numbers(coefficients)
+            return self._compute_numbers(coefficients, names, known)
         self._entries[-1] = row
         shared = {name: value for name, value in coefficients[0].items() if isinstance(value, Tensor)}
-        values = [[0.0 if name in shared else float(row[name]) for row in coefficients] for name in self._names]
+        values = [[0.0 if name in shared else float(row[name]) for row in coefficients] for name in names]
         dtype = np.float64 if self._compute is torch.float64 else np.float32
-        array = np.array(values, dtype=dtype).reshape(len(self._names), len(coefficients))
-        if isinstance(self._numbers, Table) and self._numbers.there.shape == array.shape:
-            self._numbers.update(array)
+        array = np.array(values, dtype=dtype).reshape(len(names), len(coefficients))
+        if isinstance(known.table, Table) and known.table.there.shape == array.shape:
+            known.table.update(array)
         else:
-            self._numbers = Table(array, self._device)
+            known.table = Table(array, self._device)
+        there: Tensor = known.table.there
         for name, value in shared.items():
-            self._numbers.there[self._names.index(name)].copy_(value)
-        return self._numbers.there
+            if name in names:
+                there[names.index(name)].copy_(value)
+        return there
 
-    def _compute_numbers(self, coefficients: EachParameter) -> Tensor:
+    def _compute_numbers(self, coefficients: EachParameter, names: tuple[str, ...], known: "_Numbers") -> Tensor:
         """Put numbers that are on the device into their table there.
 
         Python's numbers only when they have changed; but a graph sets them too, and nobody knows when it is replayed.
         """
         self._in_graphs = self._in_graphs or capturing(self._device)
-        if not isinstance(self._numbers, Tensor):
-            shape = (len(self._names), len(coefficients))
-            self._numbers, self._sent = torch.empty(shape, dtype=self._compute, device=self._device), {}
-        for there, name in zip(self._numbers, self._names, strict=True):
+        if not isinstance(known.table, Tensor):
+            shape = (len(names), len(coefficients))
+            known.table, known.sent = torch.empty(shape, dtype=self._compute, device=self._device), {}
+        for there, name in zip(known.table, names, strict=True):
             value = coefficients.numbers[name]
             if isinstance(value, Tensor):
                 there.copy_(value)
-                self._sent.pop(name, None)
-            elif self._sent.get(name) != value or self._in_graphs:
+                known.sent.pop(name, None)
+            elif known.sent.get(name) != value or self._in_graphs:
                 there.fill_(value)
-                self._sent[name] = value
-        return self._numbers
+                known.sent[name] = value
+        return known.table
 
     # Tensors that are laid out differently
 
@@ -200,6 +203,14 @@ class Plan:
             for position, copy in enumerate(copies):
                 self._entries[position, index] = admit([[copy]], [""], bucket.row_name).addresses[0, 0]
             yield tensors, copies
+
+
+@dataclass
+class _Numbers:
+    """Numbers of a rule on the device: their table, and those of Python's in it."""
+
+    table: Table | Tensor | None = None
+    sent: dict[str, float] = field(default_factory=dict)
 
 
 def _random_rows(bucket: Bucket) -> np.ndarray:

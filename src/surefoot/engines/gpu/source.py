@@ -406,6 +406,8 @@ class _Number:
 
     def of_elements(self, value: str) -> str:
         """Of each element of a block."""
+        if self.reduction.kind == "sum":
+            return f"within({value}{'.to(tl.float64)' if self.reduction.precise else ''}, mask)"
         return f"{self.reduction.kind}({value}{'.to(tl.float64)' if self.reduction.precise else ''}, mask)"
 
     @property
@@ -416,7 +418,7 @@ class _Number:
     @property
     def nothings(self) -> str:
         """Of nothing, for each element of a block."""
-        kinds = {"sum_of_squares": self.real, "largest": self._bits, "nonfinite": "tl.int32"}
+        kinds = {"sum": self.real, "sum_of_squares": self.real, "largest": self._bits, "nonfinite": "tl.int32"}
         return f"tl.full((BLOCK,), 0, {'tl.float64' if self.reduction.precise else kinds[self.reduction.kind]})"
 
     @property

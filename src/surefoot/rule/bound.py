@@ -1,0 +1,74 @@
+"""Rules with their flags settled, as engines take them."""
+
+import functools
+from dataclasses import dataclass
+
+from torch import fx
+
+from surefoot.rule.declare import Reduction, Scalar, Slot
+from surefoot.rule.spec import Flags
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A rule with its flags settled.
+
+    Attributes:
+        name: the algorithm's name.
+        flags: the flags, as settled.
+        slots: the slots that exist under these flags and are tensors, in the order in which the graph returns them.
+        coefficients: names of the numbers that the graph takes, in the order of its placeholders.
+        graph: the update as operations; it returns the parameter, the slots and then what is measured.
+        reductions: what is measured.
+        scalars: the numbers that a parameter has under these flags.
+        number_slots: the slots that are one number for each parameter.
+        stages: what must be measured before, in order, where numbers of the update depend on all elements of a tensor.
+        given: names of the numbers that come from hyperparameters and scalars, for the graph and for stages.
+        new_numbers: for each of `number_slots` the name of the number that is its new value.
+    """
+
+    name: str
+    flags: Flags
+    slots: tuple[Slot, ...]
+    coefficients: tuple[str, ...]
+    graph: fx.Graph
+    reductions: tuple[Reduction, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    number_slots: tuple[Slot, ...] = ()
+    stages: tuple["Stage", ...] = ()
+    given: tuple[str, ...] = ()
+    new_numbers: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Return whether the update changes anything."""
+        return any(self.written)
+
+    @functools.cached_property
+    def written(self) -> tuple[bool, ...]:
+        """Of the parameter and of each slot, whether the update changes it."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        results = next(iter(reversed(self.graph.nodes))).args[0]
+        own = (inputs[0], *inputs[2 : 2 + len(self.slots)])
+        return tuple(result is not node for result, node in zip(results, own, strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What is measured of tensors before an update, and the numbers that follow from it.
+
+    Attributes:
+        measures: the rule that measures, and changes nothing.
+        sums: names of the numbers that it measures.
+        means: for each of them whether it is to be divided by the number of elements.
+        takes: names of the numbers that `numbers` takes.
+        numbers: a graph of numbers only.
+        gives: names of the numbers that it returns.
+    """
+
+    measures: Rule
+    sums: tuple[str, ...]
+    means: tuple[bool, ...]
+    takes: tuple[str, ...]
+    numbers: fx.Graph
+    gives: tuple[str, ...]
