@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from surefoot.constructor import complete_constructor
 from surefoot.dynamo import opaque
 from surefoot.errors import NotRestoredError
-from surefoot.rule import EMA, ENGINE_OPTIONS, ROUNDING_STEP, STEP, AlgorithmSpec, Scalar, Slot, Sparse
+from surefoot.rule import DIRECTED, EMA, ENGINE_OPTIONS, ROUNDING_STEP, STEP, AlgorithmSpec, Scalar, Slot, Sparse
 from surefoot.rule.hyperparameters import Check, check_storage, truth
 from surefoot.state.check import format_param
 from surefoot.state.load import LoadReport, LoadTarget, load
@@ -194,8 +194,9 @@ class Optimizer(torch.optim.Optimizer):
     @classmethod
     def supported_step_options(cls) -> set[str]:
         """Return the options of `StepOptions` that this algorithm takes."""
-        every = cls.is_rule() or cls.prepares_params
-        return set(StepOptions.__annotations__) if every else {"zero_grad_after_step"}
+        if not (cls.is_rule() or cls.prepares_params):
+            return {"zero_grad_after_step"}
+        return set(StepOptions.__annotations__) - set(DIRECTED).difference(cls.flags)
 
     @classmethod
     def is_rule(cls) -> bool:
@@ -646,7 +647,7 @@ class Optimizer(torch.optim.Optimizer):
         Parameters are matched by name where both sides have names, by position otherwise.  Tensors are copied; they
         keep their dtype and go to their parameter's device, step counters to where this optimizer keeps them; what is
         no state of ours, such as a wrapper's, is kept as it is.  The group's options become those of the state dict,
-        but for the options of the step (`max_grad_norm`, `max_grad_value`, `ema`), which say what this script wants
+        but for the options of the step (`max_grad_norm`, `ema` and others), which say what this script wants
         done around the update, and for what the state dict does not know.
 
         Args:

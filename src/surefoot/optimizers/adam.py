@@ -8,8 +8,8 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights
-from surefoot.rule import Slot
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed
+from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import BETAS, WEIGHT_DECAY, Decoupled, Eps, L2OrDecoupled, LearningRate, Number
 
 _Betas = Annotated[
@@ -68,7 +68,7 @@ class Adam(Optimizer):
         Slot("exp_avg_sq", signed=False, slow=True),
         Slot("max_exp_avg_sq", when="amsgrad", signed=False),
     )
-    flags = ("amsgrad", "weight_decay", "decoupled_weight_decay")
+    flags = ("amsgrad", "weight_decay", "decoupled_weight_decay", *DIRECTED)
     instead_of_sparse = ", please consider SparseAdam instead"
 
     @staticmethod
@@ -92,7 +92,8 @@ class Adam(Optimizer):
         if flags.amsgrad:
             maximum = torch.maximum(maximum, exp_avg_sq)
         denom = torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) / c.bias + c.eps
-        return torch.addcdiv(param, exp_avg, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maximum
+        param, direction = directed(param, exp_avg, grad, c, flags)
+        return torch.addcdiv(param, direction, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maximum
 
 
 class AdamW(Adam):

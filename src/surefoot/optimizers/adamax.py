@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import ModeOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights
+from surefoot.optimizers.common import decay_weights, directed
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import BETAS, EPS, L2Penalty, LearningRate
 
@@ -50,7 +50,7 @@ class Adamax(Optimizer):
         super().__init__(params, arguments(locals()))
 
     slots = (Slot("exp_avg"), Slot("exp_inf", signed=False, slow=True))
-    flags = ("weight_decay",)
+    flags = ("weight_decay", "cautious")
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
@@ -62,4 +62,5 @@ class Adamax(Optimizer):
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg = torch.lerp(exp_avg, grad, c.weight1)
         exp_inf = torch.maximum(exp_inf * c.beta2, torch.abs(grad) + c.eps)
-        return torch.addcdiv(param, exp_avg, exp_inf, value=c.neg_step_size), exp_avg, exp_inf
+        param, direction = directed(param, exp_avg, grad, c, flags)
+        return torch.addcdiv(param, direction, exp_inf, value=c.neg_step_size), exp_avg, exp_inf

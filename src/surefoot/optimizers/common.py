@@ -17,12 +17,38 @@ from surefoot.tensors.shards import to_local
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Weight decay: as a shrinking of the parameter where decoupled, else as a gradient (L2 penalty)."""
-    if not flags.weight_decay:
+    """Weight decay: as a shrinking of the parameter where decoupled, else as a gradient (L2 penalty).
+
+    What decays only where the step goes the same way is left to `directed`, which knows where it goes.
+    """
+    if not flags.weight_decay or getattr(flags, "cautious_weight_decay", False):
         return param, grad
     if getattr(flags, "decoupled_weight_decay", False):
         return param * c.shrink, grad
     return param, torch.add(grad, param, alpha=c.weight_decay)
+
+
+def directed(param: Tensor, direction: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Return the parameter and the direction of its step under `cautious_weight_decay` and `cautious`.
+
+    With the first, the parameter decays by `c.shrink` only where the step moves it towards zero (Chen et al. 2025,
+    algorithm 1); with the second, the direction is zero where it opposes the gradient, and longer elsewhere by as much
+    as keeps its mean length (Liang et al. 2024, algorithm 1, the share of elements that are left taken as 1e-3 at
+    least).  A rule that calls this has both names, or that of the second, among its `flags`.
+
+    Args:
+        param: the parameter.
+        direction: what the step subtracts, but for a positive factor for each element.
+        grad: the gradient.
+        c: the coefficients.
+        flags: the flags.
+    """
+    if getattr(flags, "cautious_weight_decay", False) and flags.weight_decay:
+        param = torch.where(direction * param >= 0, param * c.shrink, param)
+    if flags.cautious:
+        mask = torch.where(direction * grad > 0, 1.0, 0.0)
+        direction = direction * (mask / torch.clamp(torch.mean(mask), min=1e-3))
+    return param, direction
 
 
 def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:

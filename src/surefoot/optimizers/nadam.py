@@ -8,8 +8,8 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights
-from surefoot.rule import STEP, Scalar, Slot, narrow
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed
+from surefoot.rule import DIRECTED, STEP, Scalar, Slot, narrow
 from surefoot.rule.hyperparameters import Betas, Decoupled, Eps, L2OrDecoupled, LearningRate, at_least_zero
 
 
@@ -59,7 +59,7 @@ class NAdam(Optimizer):
 
     scalars = (STEP, Scalar("mu_product", init=1.0))
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
-    flags = ("weight_decay", "decoupled_weight_decay")
+    flags = ("weight_decay", "decoupled_weight_decay", *DIRECTED)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any, mu_product: Any) -> dict[str, Any]:
@@ -80,5 +80,9 @@ class NAdam(Optimizer):
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
         denom = torch.sqrt(exp_avg_sq / c.bias_correction2) + c.eps
+        if flags.cautious or flags.cautious_weight_decay:
+            ahead = -torch.add(grad * c.grad_scale, exp_avg, alpha=c.momentum_scale)
+            param, direction = directed(param, ahead, grad, c, flags)
+            return param - direction / denom, exp_avg, exp_avg_sq
         param = torch.addcdiv(param, grad, denom, value=c.grad_scale)
         return torch.addcdiv(param, exp_avg, denom, value=c.momentum_scale), exp_avg, exp_avg_sq

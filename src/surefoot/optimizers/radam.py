@@ -8,8 +8,8 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, larger
-from surefoot.rule import Slot
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed, larger
+from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import EPS, Betas, Decoupled, L2OrDecoupled, LearningRate
 
 
@@ -55,7 +55,7 @@ class RAdam(Optimizer):
         super().__init__(params, arguments(locals()))
 
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
-    flags = ("weight_decay", "decoupled_weight_decay")
+    flags = ("weight_decay", "decoupled_weight_decay", *DIRECTED)
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
@@ -77,7 +77,8 @@ class RAdam(Optimizer):
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
-        plain = exp_avg / c.bias_correction1 * c.lr
+        param, direction = directed(param, exp_avg, grad, c, flags)
+        plain = direction / c.bias_correction1 * c.lr
         adaptive = c.bias2 / (torch.sqrt(exp_avg_sq) + c.eps)
         change = torch.where(c.rectified, plain * adaptive * c.rectification, plain)
         return param - change, exp_avg, exp_avg_sq

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import KernelOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights, ema_of_square
+from surefoot.optimizers.common import decay_weights, directed, ema_of_square
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Eps, Interval, L2Penalty, LearningRate, Momentum
 
@@ -71,7 +71,7 @@ class RMSprop(Optimizer):
         Slot("momentum_buffer", when="momentum"),
         Slot("grad_avg", when="centered", float8=False),
     )
-    flags = ("momentum", "centered", "weight_decay")
+    flags = ("momentum", "centered", "weight_decay", "cautious")
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:  # noqa: ARG004 (counted, not used)
@@ -95,7 +95,8 @@ class RMSprop(Optimizer):
         root = torch.sqrt(variance) + c.eps
         if flags.momentum:
             buffer = torch.addcdiv(buffer * c.momentum, grad, root)
-            param = torch.add(param, buffer, alpha=c.neg_lr)
+            param, direction = directed(param, buffer, grad, c, flags)
+            param = torch.add(param, direction, alpha=c.neg_lr)
         else:
             param = torch.addcdiv(param, grad, root, value=c.neg_lr)
         return param, square_avg, buffer, grad_avg

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights
+from surefoot.optimizers.common import decay_weights, directed
 from surefoot.rule import Slot, Sparse
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, LearningRate, Momentum, Number, finite
 
@@ -52,7 +52,7 @@ class SGD(Optimizer):
 
     scalars = ()
     slots = (Slot("momentum_buffer", when="momentum"),)
-    flags = ("momentum", "nesterov", "weight_decay")
+    flags = ("momentum", "nesterov", "weight_decay", "cautious")
     sparse = Sparse.ROWS
 
     @classmethod
@@ -77,5 +77,6 @@ class SGD(Optimizer):
         param, grad = decay_weights(param, grad, c, flags)
         if flags.momentum:
             buffer = torch.where(c.fresh, grad, torch.add(buffer * c.momentum, grad, alpha=c.weight))
-            grad = torch.add(grad, buffer, alpha=c.momentum) if flags.nesterov else buffer
+            ahead = torch.add(grad, buffer, alpha=c.momentum) if flags.nesterov else buffer
+            param, grad = directed(param, ahead, grad, c, flags)
         return torch.add(param, grad, alpha=c.neg_lr), buffer

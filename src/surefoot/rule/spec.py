@@ -11,6 +11,8 @@ from surefoot.tensors.modes import has_no_values
 
 Flags = tuple[tuple[str, bool], ...]
 COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
+DIRECTED = ("cautious", "cautious_weight_decay")
+"""Flags of rules that tell where the direction of their step is; see `optimizers.common.directed`."""
 STORAGE_OPTIONS = ("state_dtype", "rounding", "master_weight_bits", "rounding_seed")
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 

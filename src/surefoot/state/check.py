@@ -101,8 +101,26 @@ def _sparse_gradient(
         raise RuntimeError(f"{spec.name} does not support sparse gradients{spec.instead_of_sparse}")
     if "weight_decay" in spec.flags and group.get("weight_decay"):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
+    if group.get("gradient_centralization"):
+        raise RuntimeError(
+            f"the gradient of {format_param(group, param)} is sparse, which gradient_centralization=True cannot do "
+            f"with; put the parameter into a group with gradient_centralization=False"
+        )
     rows = admit_rows(grad, lambda: format_param(group, param))
     return rows if spec.rows_suffice(dict(flags)) else rows.to_dense()
+
+
+def stepped_gradient(
+    spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, grad: Any, entry: Mapping[str, Any], flags: Flags
+) -> Tensor:
+    """Return the gradient that a rule steps by: what `validated_gradient` returns, its rows centralized if asked."""
+    found = validated_gradient(spec, group, param, grad, entry, flags)
+    return centralized(found) if group.get("gradient_centralization") else found
+
+
+def centralized(grad: Tensor) -> Tensor:
+    """Return a gradient, of two dimensions at least, less the mean of each of its rows; else the gradient itself."""
+    return grad - grad.mean(tuple(range(1, grad.dim())), keepdim=True) if grad.dim() > 1 else grad
 
 
 def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.rule import EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, Scalar, Slot, scalar_dtype
+from surefoot.rule import DIRECTED, EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
 from surefoot.state.convert import convert_state
@@ -31,7 +31,7 @@ from surefoot.tensors.shards import (
 )
 
 # What a script asks for around the update: it is not part of what was trained, and stays as the script has it.
-_STEP_OPTIONS = ("max_grad_norm", "max_grad_value", "ema")
+_STEP_OPTIONS = ("max_grad_norm", "max_grad_value", "gradient_centralization", *DIRECTED, "ema")
 # Hyperparameters that torch.optim gained after dicts without them had been saved, or has not got.
 _LATE_OPTIONS = (
     "foreach",

@@ -18,7 +18,7 @@ from torch import Tensor
 from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
 from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS
-from surefoot.state.check import validated_gradient
+from surefoot.state.check import stepped_gradient
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.inputs import StepInput
@@ -55,10 +55,10 @@ class BucketGuard:
             self.tensors = make_guard(columns, given=self._shards.local_grads(), threads=busy)
             self._wrappers = VersionCounters([*run.params, *chain.from_iterable(entries[name] for name in slots)])
         else:
-            columns, given = (run.params, *entries.values()), run.bucket.grads if run.is_made_dense() else None
+            columns, given = (run.params, *entries.values()), run.bucket.grads if run.derives_grads() else None
             looks = not run.sparse and given is None
             self.tensors = make_guard(columns, run.entries, names, gradients=looks, given=given, threads=busy)
-        self._made_dense = run.is_made_dense()
+        self._derived = run.derives_grads()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
@@ -75,8 +75,8 @@ class BucketGuard:
             return not self.tensors.changed() and self._revalidate_rows(run)
         if self._shards is not None:
             return self._revalidate_shards(run, self._shards)
-        if self._made_dense:
-            return self._revalidate_made_dense(run)
+        if self._derived:
+            return self._revalidate_derived(run)
         plan = run.bucket.plan
         grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self.tensors.changed() or not all(type(grad) in PLAIN for grad in grads):
@@ -91,15 +91,15 @@ class BucketGuard:
         run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, grads
         return True
 
-    def _revalidate_made_dense(self, run: BucketRun) -> bool:
+    def _revalidate_derived(self, run: BucketRun) -> bool:
         grads = run.grads()
         if any(grad is None for grad in grads):
             return False
         entries = zip(run.params, grads, run.entries, strict=True)
-        dense = [validated_gradient(run.spec, run.group, *each, run.bucket.rule.flags) for each in entries]
-        if any(grad.is_sparse for grad in dense) or self.tensors.changed(dense):
+        derived = [stepped_gradient(run.spec, run.group, *each, run.bucket.rule.flags) for each in entries]
+        if any(grad.is_sparse for grad in derived) or self.tensors.changed(derived):
             return False
-        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, dense
+        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, derived
         return True
 
     def _revalidate_rows(self, run: BucketRun) -> bool:
@@ -118,7 +118,7 @@ class BucketGuard:
     def is_compiled(self) -> bool:
         """Return whether compiled code guards the tensors, and can read and write scalars."""
         native = type(self.tensors) is TensorGuard and type(self.numbers) is ScalarIO
-        own = self._shards is None and not self._made_dense  # gradients are what parameters hold
+        own = self._shards is None and not self._derived  # gradients are what parameters hold
         return native and self.versions.launch is not None and own and self._shared is None
 
     @property
@@ -300,7 +300,7 @@ def _reusable(run: BucketRun) -> bool:
         return False  # averages are none of a sparse update's slots
     sharded = is_sharded(run.params[0])
     params = run.bucket.params if sharded else run.params
-    grads = run.bucket.grads if sharded or run.is_made_dense() else run.grads()
+    grads = run.bucket.grads if sharded or run.derives_grads() else run.grads()
     stored = params if run.sparse else (*params, *grads)
     return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
 

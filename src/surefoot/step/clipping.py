@@ -29,8 +29,8 @@ def measure_gradients(grads: Sequence[Tensor]) -> Tensor:
 
 def gradient_values(grad: Any) -> Any:
     """Return the real numbers of a gradient, or of this process's shard of it."""
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    return to_local(values.resolve_conj())
+    values = to_local((grad.coalesce().values() if grad.is_sparse else grad).resolve_conj())
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def refuse_unmeasurable(step: StepInput) -> None:

@@ -7,7 +7,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from surefoot.distributed import dividing_group
-from surefoot.rule import FLOAT8, AlgorithmSpec
+from surefoot.rule import DIRECTED, FLOAT8, AlgorithmSpec
 from surefoot.rule.hyperparameters import Check, Interval
 from surefoot.step.context import StepContext, new_context
 
@@ -26,6 +26,13 @@ class StepOptions(TypedDict, total=False):
             param group.
         nonfinite: what to do when a gradient holds inf or NaN: `"ignore"`, `"skip"` the step, changing nothing, or
             `"raise"` NonFiniteGradientError, changing nothing.
+        gradient_centralization: subtract from each row of a gradient its mean, over all dimensions but the first;
+            vectors stay as they are (Yong et al. 2020, "Gradient centralization", section 3.1).  After clipping by
+            norm, before clipping by value.  Under this key also in a param group, as the next two.
+        cautious: leave out the elements of the step's direction that oppose the gradient, and lengthen the others by as
+            much (Liang et al. 2024, "Cautious optimizers", algorithm 1).
+        cautious_weight_decay: let decoupled weight decay act only where it and the step have the same sign (Chen et
+            al. 2025, "Cautious weight decay", algorithm 1).
         ema: decay of an exponential moving average of the parameters, in (0, 1); see `Optimizer.ema_parameters`.
         zero_grad_after_step: call `zero_grad()` at the end of each step.  A GradScaler does not call the steps that it
             skips, unless `fused=True`: then call `zero_grad()` yourself.
@@ -38,22 +45,34 @@ class StepOptions(TypedDict, total=False):
     max_grad_norm: float | None
     max_grad_value: float | None
     nonfinite: str
+    gradient_centralization: bool | None
+    cautious: bool | None
+    cautious_weight_decay: bool | None
     ema: float | None
     zero_grad_after_step: bool
     process_group: Any
     telemetry: "Telemetry | bool | None"
 
 
+def check_choice(name: str, value: Any) -> None:
+    """Raise TypeError unless an option is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, but is {value!r}")
+
+
 _POSITIVE = "{} must be a number > 0, or None, but is: "
 GROUP_RANGES: Mapping[str, Check] = {
     "max_grad_norm": Interval(_POSITIVE.format("`max_grad_norm`"), low_open=True, optional=True),
     "max_grad_value": Interval(_POSITIVE.format("`max_grad_value`"), low_open=True, optional=True),
+    "gradient_centralization": check_choice,
+    "cautious": check_choice,
+    "cautious_weight_decay": check_choice,
     "ema": Interval(
         "`ema` must be a decay > 0 and < 1, or None, but is: ", high=1.0, high_open=True, low_open=True, optional=True
     ),
 }
 _NONFINITE = ("ignore", "skip", "raise")
-_PER_GROUP = ("max_grad_value", "ema")
+_PER_GROUP = ("max_grad_value", "gradient_centralization", *DIRECTED, "ema")
 _ALL = tuple(StepOptions.__annotations__)
 _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "process_group", "telemetry")
 
@@ -177,9 +196,15 @@ def _telemetry(wish: Any) -> "Telemetry | None":
 def refuse_unsupported(spec: AlgorithmSpec, requested: Iterable[str]) -> None:
     """Raise ValueError when an algorithm does not take an option."""
     if unsupported := set(requested) - spec.step_options:
-        raise ValueError(
-            f"{spec.name} takes no `{min(unsupported)}`: it has a custom step; do that in the training loop"
-        )
+        option = min(unsupported)
+        undirected = option in DIRECTED and spec.update is not None
+        if option == "cautious_weight_decay" and "cautious" in spec.flags:
+            reason = "its weight decay is part of the gradient; leave it out, or take an optimizer that decouples it"
+        elif undirected:
+            reason = "its step goes where the gradient goes, or it does not tell its direction; leave it out"
+        else:
+            reason = "it has a custom step; do that in the training loop"
+        raise ValueError(f"{spec.name} takes no `{option}`: {reason}")
 
 
 def group_ranges(spec: AlgorithmSpec) -> Iterator[tuple[str, Check]]:
@@ -198,7 +223,13 @@ def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`{min(misplaced)}` is an option of {spec.name}, not of a param group; give it to {spec.name}()"
         )
-    refuse_unsupported(spec, given)
+    refuse_unsupported(spec, {option for option in given if group[option] is not False})
+    coupled = "decoupled_weight_decay" in spec.flags and not group.get("decoupled_weight_decay")
+    if group.get("cautious_weight_decay") and coupled:
+        raise ValueError(
+            f"`cautious_weight_decay` of {spec.name} needs weight decay that is no part of the gradient: pass "
+            f"decoupled_weight_decay=True as well"
+        )
     if "ema" in given and any(slot.name == "ema" for slot in spec.slots):
         raise ValueError(
             f"{spec.name} has a slot `ema` of its own, so that the option `ema` has no place for its average"

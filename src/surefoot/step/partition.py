@@ -11,7 +11,7 @@ from torch import Tensor
 from surefoot.engines import Bucket, choose
 from surefoot.engines.identity import identity_of
 from surefoot.rule import EMA, ENGINE_OPTIONS, Slot, bind
-from surefoot.state.check import format_param, validated_gradient
+from surefoot.state.check import format_param, stepped_gradient
 from surefoot.state.formats import param_format, slot_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
@@ -61,7 +61,7 @@ def _divide(
         if (given := step.gradient(param)) is None:
             continue
         entry = step.state.get(param, {})
-        grad = validated_gradient(spec, group, param, given, entry, flags)
+        grad = stepped_gradient(spec, group, param, given, entry, flags)
         settled = of_rows if grad.is_sparse else flags
         slots = [slot for slot in spec.active_slots(dict(settled)) if not slot.is_number]
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]

@@ -124,10 +124,14 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
     if step.needs_gradients():
         refuse_unmeasurable(step)
         for run in runs:
-            measured = (
-                measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
-            )
-            run.slice.gradients = measured.detach()
+            run.slice.gradients = _measure_gradients(step, run).detach()
+
+
+def _measure_gradients(step: StepInput, run: BucketRun) -> Tensor:
+    """Return what is measured of gradients as parameters hold them: float64 of shape (parameters, 2)."""
+    if run.group.get("gradient_centralization"):
+        return measure_gradients([step.gradient(param) for param in run.params])
+    return measure_gradients(run.bucket.grads) if run.sparse else run.engine.measure(run.bucket, gradient_rule())
 
 
 def _prove(run: BucketRun, *, measuring: bool) -> None:

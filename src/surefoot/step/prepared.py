@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surefoot.engines.identity import identity_of
 from surefoot.rule import EMA, ROUNDING_STEP, STEP
-from surefoot.state.check import hyperparameters, validated_gradient
+from surefoot.state.check import centralized, hyperparameters, validated_gradient
 from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
@@ -30,6 +30,7 @@ from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 from surefoot.tensors.shards import to_local
 
+_OF_GRADIENTS = ("maximize", "max_grad_value", "gradient_centralization")
 _OPTIONS, _FIRST_OF_TENSORS = 1, 5
 
 
@@ -289,7 +290,7 @@ class _Validated:
             for param, entry in zip(part.params, entries, strict=True)
         ]
         self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
-        around = ("maximize", "max_grad_value", "ema", "master_weight_bits")
+        around = (*_OF_GRADIENTS, "ema", "master_weight_bits")
         asked = any(group.get(name) for group in step.groups for name in around)
         asked = asked or any(group.get("rounding") == "stochastic" for group in step.groups)
         if (
@@ -389,7 +390,7 @@ def _prepared(
     group = part.group
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
-    if group.get("maximize") or group.get("max_grad_value") or step.is_clipped(group):
+    if step.is_clipped(group) or any(map(group.get, _OF_GRADIENTS)):
         grads = [_seen(step, part, grad) for grad in grads]
     rows = zip(part.params, grads, entries, strict=True)
     if not group.get("capturable") and all(param.is_cpu for param in part.params):
@@ -403,6 +404,8 @@ def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:
     """Return a gradient as an algorithm is to see it."""
     group = part.group
     grad = grad * part.clip if step.is_clipped(group) else grad
+    if group.get("gradient_centralization"):
+        grad = centralized(grad)
     if limit := group.get("max_grad_value"):
         grad = grad.clamp(-limit, limit)
     return -grad if group.get("maximize") else grad

@@ -100,6 +100,7 @@ class BucketRun:
         """Return the gradients of now."""
         return [param.grad for param in self.slice.params]
 
-    def is_made_dense(self) -> bool:
-        """Return whether gradients are sparse, but stepped as dense ones, since rows do not suffice."""
-        return not self.sparse and any(getattr(grad, "is_sparse", False) for grad in self.grads())
+    def derives_grads(self) -> bool:
+        """Return whether it steps by other gradients than parameters hold: centralized, or dense instead of sparse."""
+        sparse = not self.sparse and any(getattr(grad, "is_sparse", False) for grad in self.grads())
+        return sparse or bool(self.group.get("gradient_centralization"))
