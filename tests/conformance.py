@@ -15,6 +15,7 @@ from typing import Annotated, Any, Unpack
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.testing._internal.common_optimizers import optim_db
 
 import surefoot
@@ -117,13 +118,168 @@ class Row:
         return self.oracle(params, **deepcopy(options), **wish)
 
 
+def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.optim.Optimizer]:
+    """Return an oracle that runs a rule on one parameter after the other.
+
+    Args:
+        rule: `rule(param, grad, state, **hyperparameters)` changes the parameter and its state in place and adds to the
+            state what is missing.  Complex numbers come as pairs of real ones.
+        defaults: the hyperparameters; `max_grad_norm` clips the gradients before.
+    """
+
+    class Loop(torch.optim.Optimizer):
+        def __init__(self, params: Iterable[Any], *, maximize: bool = False, **options: Any) -> None:
+            super().__init__(params, {**defaults, "maximize": maximize, **options})
+
+        @torch.no_grad()
+        def step(self) -> None:
+            limit = self.defaults.get("max_grad_norm")
+            params = [param for group in self.param_groups for param in group["params"]]
+            if limit is not None:
+                clip_grad_norm_(params, limit, foreach=False)
+            for group in self.param_groups:
+                hyperparameters = {name: group[name] for name in defaults if name != "max_grad_norm"}
+                for param in group["params"]:
+                    if param.grad is not None:
+                        grad = -param.grad if group["maximize"] else param.grad
+                        state = {name: in_pairs(value) for name, value in self.state[param].items()}
+                        known = {"dim": param.dim()} if "dim" in inspect.signature(rule).parameters else {}
+                        rule(in_pairs(param), in_pairs(grad), state, **hyperparameters, **known)
+                        paired = param.is_complex()
+                        for name in state.keys() - self.state[param].keys():
+                            self.state[param][name] = (
+                                torch.view_as_complex(state[name]) if paired and state[name].dim() else state[name]
+                            )
+
+    return Loop
+
+
+def in_pairs(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+# Algorithms that torch does not have, as their papers spell them out
+
+
+def zeros(state: Params, param: Tensor, *names: str) -> list[Tensor]:
+    """Return slots, which begin with zeros."""
+    return [state.setdefault(name, torch.zeros_like(param)) for name in names]
+
+
+def counted(state: Params) -> float:
+    """Count a step; return its number."""
+    state.setdefault("step", torch.tensor(0.0)).add_(1)
+    return state["step"].item()
+
+
+def ema_(average: Tensor, value: Tensor, beta: float) -> Tensor:
+    return average.mul_(beta).add_(value, alpha=1 - beta)
+
+
+def ratio_of(of: Tensor, by: Tensor, ratio: Tensor) -> Tensor:
+    return ratio if of > 0 and by > 0 else torch.ones_like(ratio)
+
+
+def lamb(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
+    grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    m.mul_(betas[0]).add_(grad, alpha=1 - betas[0] if grad_averaging else 1.0)
+    ema_(v, grad**2, betas[1])
+    bias1, bias2 = (1 - betas[0] ** t, 1 - betas[1] ** t) if bias_correction else (1.0, 1.0)
+    u = m / bias1 / (v.sqrt() / bias2**0.5 + eps)
+    if decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    else:
+        u += weight_decay * param
+    if weight_decay or always_adapt:
+        ratio = ratio_of(param.norm(), u.norm(), param.norm() / u.norm())
+        u *= ratio.clamp(max=1) if trust_clip else ratio
+    param.sub_(lr * u)
+
+
+def lars(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, momentum: Any, dampening: Any, weight_decay: Any,
+    nesterov: Any, trust_coeff: Any, eps: Any, trust_clip: Any, always_adapt: Any,
+) -> None:  # fmt: skip
+    if weight_decay or always_adapt:
+        w, g = param.norm(), grad.norm()
+        ratio = ratio_of(w, g, trust_coeff * w / (g + weight_decay * w + eps))
+        grad = (grad + weight_decay * param) * ((ratio / lr).clamp(max=1) if trust_clip else ratio)
+    if momentum:
+        if "momentum_buffer" in state:
+            state["momentum_buffer"].mul_(momentum).add_(grad, alpha=1 - dampening)
+        else:
+            state["momentum_buffer"] = grad.clone()
+        grad = grad + momentum * state["momentum_buffer"] if nesterov else state["momentum_buffer"]
+    param.sub_(lr * grad)
+
+
+def stable_adamw(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any, eps: Any, decouple_lr: Any,
+    max_lr: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    beta1, beta2 = ((beta**t - beta) / (beta**t - 1) for beta in betas)
+    ema_(m, grad, beta1)
+    ema_(v, grad**2, beta2)
+    rms = (grad**2 / v.clamp(min=eps**2)).mean().sqrt()
+    lr = lr / rms.clamp(min=1)
+    param.mul_(1 - lr * weight_decay / (max_lr if decouple_lr else 1))
+    param.sub_(lr * m / (v.sqrt() + eps))
+
+
+def novograd(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, grad_averaging: Any,
+    amsgrad: Any, decoupled_weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (m,) = counted(state), zeros(state, param, "exp_avg")
+    total = (grad**2).sum()
+    v = state.setdefault("exp_avg_sq", torch.zeros_like(total))
+    v.copy_(total if t == 1 else betas[1] * v + (1 - betas[1]) * total)
+    if amsgrad:
+        most = state.setdefault("max_exp_avg_sq", torch.zeros_like(total))
+        v = most.copy_(torch.maximum(most, v))
+    u = grad / (v.sqrt() + eps)
+    if decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    else:
+        u += weight_decay * param
+    m.mul_(betas[0]).add_(u, alpha=1 - betas[0] if grad_averaging else 1.0)
+    param.sub_(lr * m)
+
+
+def mars(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any,
+    gamma: Any, optimize_1d: Any, lr_1d_factor: Any, betas_1d: Any, weight_decay_1d: Any, dim: int,
+) -> None:  # fmt: skip
+    t, (m, v, last) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq", "last_grad")
+    c = grad
+    if optimize_1d or dim > 1:
+        c = grad + gamma * betas[0] / (1 - betas[0]) * (grad - last)
+        c = c / c.norm().clamp(min=1)
+        last.copy_(grad)
+    else:
+        lr, betas, weight_decay = lr * lr_1d_factor, betas_1d, weight_decay_1d
+    ema_(m, c, betas[0])
+    ema_(v, c**2, betas[1])
+    if amsgrad:
+        (most,) = zeros(state, param, "max_exp_avg_sq")
+        v = most.copy_(torch.maximum(most, v))
+    u = m / (1 - betas[0] ** t) / (v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps)
+    param.sub_(lr * (u + weight_decay * param))
+
+
 FLAGS: dict[str, tuple[Any, Any]] = {
     "amsgrad": (False, True),
     "centered": (False, True),
     "decoupled_weight_decay": (False, True),
+    "always_adapt": (False, True),
     "maximize": (False, True),
     "momentum": (0, 0.9),
     "nesterov": (False, True),
+    "trust_clip": (False, True),
     "weight_decay": (0, 0.1),
 }
 
@@ -160,43 +316,92 @@ ROWS = (
         more=({"history_size": 2, "max_iter": 7}, {"line_search_fn": "strong_wolfe", "max_iter": 4, "max_eval": 50}),
         needs_closure=True,
     ),
+    Row(
+        surefoot.LAMB,
+        loop(
+            lamb,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-6,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            bias_correction=True,
+            grad_averaging=True,
+            trust_clip=False,
+            always_adapt=False,
+            decoupled_weight_decay=False,
+        ),
+        more=({"bias_correction": False, "grad_averaging": False}, {"max_grad_norm": None, "betas": (0.0, 0.5)}),
+        exact=False,
+    ),
+    Row(
+        surefoot.LARS,
+        loop(
+            lars,
+            lr=1.0,
+            momentum=0,
+            dampening=0,
+            weight_decay=0,
+            nesterov=False,
+            trust_coeff=0.001,
+            eps=1e-8,
+            trust_clip=False,
+            always_adapt=False,
+        ),
+        more=({"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "trust_coeff": 0.1},),
+        exact=False,
+    ),
+    Row(
+        surefoot.StableAdamW,
+        loop(
+            stable_adamw,
+            lr=1e-3,
+            betas=(0.9, 0.99),
+            weight_decay=1e-2,
+            eps=1e-6,
+            decouple_lr=False,
+            max_lr=None,
+        ),
+        more=({"betas": (0.0, 0.5)}, {"decouple_lr": True, "max_lr": 0.1, "lr": 0.05}),
+        exact=False,
+    ),
+    Row(
+        surefoot.NovoGrad,
+        loop(
+            novograd,
+            lr=1e-3,
+            betas=(0.95, 0.98),
+            eps=1e-8,
+            weight_decay=0,
+            grad_averaging=False,
+            amsgrad=False,
+            decoupled_weight_decay=False,
+        ),
+        more=({"grad_averaging": True, "weight_decay": 0.1}, {"betas": (0.0, 0.0)}),
+        exact=False,
+    ),
+    Row(
+        surefoot.MARS,
+        loop(
+            mars,
+            lr=3e-3,
+            betas=(0.95, 0.99),
+            eps=1e-8,
+            weight_decay=0.0,
+            amsgrad=False,
+            gamma=0.025,
+            optimize_1d=False,
+            lr_1d_factor=1.0,
+            betas_1d=(0.9, 0.95),
+            weight_decay_1d=0.1,
+        ),
+        more=({"optimize_1d": True}, {"gamma": 0.5, "lr_1d_factor": 0.1, "weight_decay_1d": 0.0}),
+        exact=False,
+    ),
 )
 ELEMENTWISE = tuple(row for row in ROWS if row.elementwise)
 DENSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.ONLY and not row.needs_closure)
 SPARSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.REFUSED and not row.needs_closure)
-
-
-def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.optim.Optimizer]:
-    """Return an oracle that runs a rule on one parameter after the other.
-
-    Args:
-        rule: `rule(param, grad, state, **hyperparameters)` changes the parameter and its state in place and adds to the
-            state what is missing.  Complex numbers come as pairs of real ones.
-        defaults: the hyperparameters.
-    """
-
-    class Loop(torch.optim.Optimizer):
-        def __init__(self, params: Iterable[Any], *, maximize: bool = False, **options: Any) -> None:
-            super().__init__(params, {**defaults, "maximize": maximize, **options})
-
-        @torch.no_grad()
-        def step(self) -> None:
-            for group in self.param_groups:
-                hyperparameters = {name: group[name] for name in defaults}
-                for param in group["params"]:
-                    if param.grad is not None:
-                        grad = -param.grad if group["maximize"] else param.grad
-                        state = {name: in_pairs(value) for name, value in self.state[param].items()}
-                        rule(in_pairs(param), in_pairs(grad), state, **hyperparameters)
-                        paired = param.is_complex()
-                        for name in state.keys() - self.state[param].keys():
-                            self.state[param][name] = torch.view_as_complex(state[name]) if paired else state[name]
-
-    return Loop
-
-
-def in_pairs(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options]:

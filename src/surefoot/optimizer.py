@@ -242,6 +242,14 @@ class Optimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def flags_of(group: Mapping[str, Any], param: Tensor) -> Mapping[str, bool]:  # noqa: ARG004
+        """Return flags that a parameter settles by itself, by its shape for instance; they are among `flags`.
+
+        Where a group has no parameter to ask, they count as off.
+        """
+        return {}
+
     @classmethod
     def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:  # noqa: ARG003
         """Return whether an element without gradient stays as it is, so that a sparse gradient's rows are enough."""
@@ -750,6 +758,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         slots=cls.slots,
         scalars=_scalars(cls),
         flags=cls.flags,
+        flags_of=cls.flags_of,
         update=cls.update if cls.is_rule() else None,
         rows_suffice=cls.rows_suffice,
         sparse=cls.sparse,

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adam import Adam, AdamW
     from surefoot.optimizers.adamax import Adamax
     from surefoot.optimizers.asgd import ASGD
+    from surefoot.optimizers.lamb import LAMB
+    from surefoot.optimizers.lars import LARS
     from surefoot.optimizers.lbfgs import LBFGS
+    from surefoot.optimizers.mars import MARS
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
+    from surefoot.optimizers.novograd import NovoGrad
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
     from surefoot.optimizers.sgd import SGD
     from surefoot.optimizers.sparse_adam import SparseAdam
+    from surefoot.optimizers.stable_adamw import StableAdamW
 
 __all__ = [  # noqa: RUF022 (the order of tables)
     "SGD",
@@ -39,12 +44,17 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Muon",
     "LBFGS",
     "SparseAdam",
+    "LAMB",
+    "LARS",
+    "StableAdamW",
+    "NovoGrad",
+    "MARS",
 ]
 
-NOT_IN_TORCH: frozenset[str] = frozenset()
+NOT_IN_TORCH = frozenset({"LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"})
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
-_FILES = {"AdamW": "adam", "SparseAdam": "sparse_adam"}
+_FILES = {"AdamW": "adam", "SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
 """Where an algorithm's file is not its name in small letters."""
 
 

@@ -28,7 +28,9 @@ def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -
     return param, torch.add(grad, param, alpha=c.weight_decay)
 
 
-def directed(param: Tensor, direction: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def directed(
+    param: Tensor, direction: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace, shrink: Any = None
+) -> tuple[Tensor, Tensor]:
     """Return the parameter and the direction of its step under `cautious_weight_decay` and `cautious`.
 
     With the first, the parameter decays by `c.shrink` only where the step moves it towards zero (Chen et al. 2025,
@@ -42,9 +44,11 @@ def directed(param: Tensor, direction: Tensor, grad: Tensor, c: Any, flags: Simp
         grad: the gradient.
         c: the coefficients.
         flags: the flags.
+        shrink: what decoupled weight decay multiplies the parameter with; `c.shrink` if None.
     """
     if getattr(flags, "cautious_weight_decay", False) and flags.weight_decay:
-        param = torch.where(direction * param >= 0, param * c.shrink, param)
+        decayed = param * (c.shrink if shrink is None else shrink)
+        param = torch.where(direction * param >= 0, decayed, param)
     if flags.cautious:
         mask = torch.where(direction * grad > 0, 1.0, 0.0)
         direction = direction * (mask / torch.clamp(torch.mean(mask), min=1e-3))
@@ -65,6 +69,11 @@ def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
 def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> tuple[Tensor, Tensor]:
     """Return Adam's two moving averages, of the gradient and of its square; `c` has `adam_weights`."""
     return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
+
+
+def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
+    """Return a trust ratio, 1 where one of the two norms that it is made of is zero."""
+    return torch.where(of > 0, torch.where(by > 0, ratio, 1.0), 1.0)
 
 
 def smaller(x: Any, y: Any) -> Any:

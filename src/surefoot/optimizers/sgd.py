@@ -13,6 +13,17 @@ from surefoot.optimizers.common import decay_weights, directed
 from surefoot.rule import Slot, Sparse
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, LearningRate, Momentum, Number, finite
 
+Dampening = Annotated[float, finite("dampening", low=-torch.inf), "dampening of the gradient in the buffer"]
+
+
+def check_nesterov(group: Mapping[str, Any]) -> None:
+    """Raise ValueError when a group asks for Nesterov momentum without momentum, or with dampening."""
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening, but got "
+            f"momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+
 
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum and Nesterov's variant.
@@ -43,7 +54,7 @@ class SGD(Optimizer):
         params: Params,
         lr: LearningRate = 1e-3,
         momentum: Momentum = 0,
-        dampening: Annotated[float, finite("dampening", low=-torch.inf), "dampening of the gradient in the buffer"] = 0,
+        dampening: Dampening = 0,
         weight_decay: Annotated[Number, WEIGHT_DECAY, "L2 penalty, 0 with sparse gradients"] = 0,
         nesterov: Annotated[bool, "look ahead by one step; needs momentum > 0 and dampening 0"] = False,
         **options: Unpack[EngineOptions],
@@ -58,11 +69,7 @@ class SGD(Optimizer):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening, but got "
-                f"momentum={group['momentum']}, dampening={group['dampening']}"
-            )
+        check_nesterov(group)
 
     @classmethod
     def rows_suffice(cls, flags: Mapping[str, bool]) -> bool:
