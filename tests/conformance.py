@@ -15,7 +15,6 @@ from typing import Annotated, Any, Unpack
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.testing._internal.common_optimizers import optim_db
 
 import surefoot
@@ -133,15 +132,16 @@ def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.opti
 
         @torch.no_grad()
         def step(self) -> None:
-            limit = self.defaults.get("max_grad_norm")
-            params = [param for group in self.param_groups for param in group["params"]]
+            held = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+            limit, scale = self.defaults.get("max_grad_norm"), 1.0
             if limit is not None:
-                clip_grad_norm_(params, limit, foreach=False)
+                norm = sum(param.grad.abs().double().square().sum() for param in held).sqrt()
+                scale = (limit / (norm + 1e-6)).clamp(max=1.0).item()
             for group in self.param_groups:
                 hyperparameters = {name: group[name] for name in defaults if name != "max_grad_norm"}
                 for param in group["params"]:
                     if param.grad is not None:
-                        grad = -param.grad if group["maximize"] else param.grad
+                        grad = (-scale if group["maximize"] else scale) * param.grad
                         state = {name: in_pairs(value) for name, value in self.state[param].items()}
                         known = {"dim": param.dim()} if "dim" in inspect.signature(rule).parameters else {}
                         rule(in_pairs(param), in_pairs(grad), state, **hyperparameters, **known)
@@ -222,7 +222,7 @@ def stable_adamw(
 ) -> None:  # fmt: skip
     t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
     beta1, beta2 = ((beta**t - beta) / (beta**t - 1) for beta in betas)
-    ema_(m, grad, beta1)
+    m.lerp_(grad, 1 - beta1)
     ema_(v, grad**2, beta2)
     rms = (grad**2 / v.clamp(min=eps**2)).mean().sqrt()
     lr = lr / rms.clamp(min=1)
@@ -262,13 +262,13 @@ def mars(
         last.copy_(grad)
     else:
         lr, betas, weight_decay = lr * lr_1d_factor, betas_1d, weight_decay_1d
-    ema_(m, c, betas[0])
+    m.lerp_(c, 1 - betas[0])
     ema_(v, c**2, betas[1])
     if amsgrad:
         (most,) = zeros(state, param, "max_exp_avg_sq")
         v = most.copy_(torch.maximum(most, v))
-    u = m / (1 - betas[0] ** t) / (v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps)
-    param.sub_(lr * (u + weight_decay * param))
+    param.mul_(1 - lr * weight_decay)
+    param.sub_(lr / (1 - betas[0] ** t) * m / (v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps))
 
 
 FLAGS: dict[str, tuple[Any, Any]] = {

@@ -197,7 +197,7 @@ def test_nan_inf_denormals_and_signed_zero(engine, row, options, dtype, record_p
         optimizer.step()
         oracle.step()
         actual, expected = results(optimizer, ours), results(oracle, theirs)
-        if engine == "eager":
+        if engine == "eager" and row.exact:
             assert_same(actual, expected)
         else:
             assert_close(actual, expected)
@@ -228,7 +228,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
         }
         expected = {name: value.to(dtype) for name, value in computed.items() if name not in slow}
         nearest = {name: value for name, value in actual.items() if name not in slow}
-        if engine == "eager":
+        if engine == "eager" and row.exact:
             assert_same(nearest, expected)
         else:  # what differs in the last bit of float32 may round to either neighbour
             assert_close(nearest, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
@@ -306,8 +306,14 @@ def test_gradients_flow_through_steps(row, options, record_property):
     """From the first parameter and the gradients of three steps to the last parameter and its state."""
     normal = normals(torch.float64, seed=2)
     inputs = [normal(3).requires_grad_() for _ in range(4)]
+    options = options | unclipped(row)
     assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs)
     record_property("compared", "differentiable: gradcheck through three steps")
+
+
+def unclipped(row):
+    """Return the option that clips no gradients, through which none flow, where they are clipped by default."""
+    return {"max_grad_norm": None} if "max_grad_norm" in inspect.signature(row.ours).parameters else {}
 
 
 TUNED = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.8, "betas": (0.8, 0.9), "rho": 0.8, "alpha": 0.8, "eps": 1e-3}
@@ -339,7 +345,7 @@ def test_gradients_flow_to_hyperparameters(row, name):
     values = TUNED[name] if isinstance(TUNED[name], tuple) else (TUNED[name],)
     options = {
         other: TUNED[other] for other in ("momentum", "weight_decay") if other in inspect.signature(row.ours).parameters
-    }
+    } | unclipped(row)
 
     def last(*tensors):
         value = tensors if isinstance(TUNED[name], tuple) else tensors[0]

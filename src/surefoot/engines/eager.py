@@ -26,11 +26,7 @@ def prepare(bucket: Bucket) -> None:
 
 
 def run(bucket: Bucket) -> None:
-    """Update every parameter of the bucket and its slots in place.
-
-    With `differentiable`, the rule works on clones: what autograd keeps for the backward pass is then never
-    overwritten by the results.
-    """
+    """Update every parameter of the bucket and its slots in place."""
     measured, stored = [], 1 + len(bucket.slots)
     for row, results in enumerate(evaluate_rows(bucket)):
         if bucket.rule.reductions:
@@ -43,7 +39,7 @@ def measure(bucket: Bucket, rule: Rule) -> Tensor:
     """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
     stored, measured = 1 + len(rule.slots), []
     for row in range(len(bucket.params)):
-        inputs = bucket.load(row)[: 1 + stored]
+        inputs = _inputs(bucket, row)[: 1 + stored]
         numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
         measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
     return torch.stack(measured)
@@ -51,13 +47,18 @@ def measure(bucket: Bucket, rule: Rule) -> Tensor:
 
 def evaluate_rows(bucket: Bucket) -> Iterator[tuple[Tensor, ...]]:
     """Yield what the rule gives for each parameter of the bucket, and change nothing."""
-    differentiable = bool(bucket.options.get("differentiable"))
     for row, numbers_row in enumerate(bucket.row):
-        inputs = bucket.load(row)
-        if differentiable:
-            inputs = [tensor.clone() for tensor in inputs]
         numbers = [bucket.coefficients[numbers_row][name] for name in bucket.rule.coefficients]
-        yield evaluate(bucket.rule.graph, [*inputs, *numbers])
+        yield evaluate(bucket.rule.graph, [*_inputs(bucket, row), *numbers])
+
+
+def _inputs(bucket: Bucket, row: int) -> list[Tensor]:
+    """Return the values of a parameter, its gradient and its slots; where gradients flow, of clones.
+
+    What autograd keeps for the backward pass is then never overwritten by the results.
+    """
+    inputs = bucket.load(row)
+    return [tensor.clone() for tensor in inputs] if bucket.options.get("differentiable") else inputs
 
 
 def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -71,6 +71,8 @@ class Slot:
         asked: Any = group.get("state_dtype")
         dtype: torch.dtype = torch.float32 if asked == FLOAT8 else asked or param.dtype
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
+        if self.is_number:
+            return dtype.to_real()
         return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
 
     def new(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -79,8 +81,8 @@ class Slot:
         Its dtype is the parameter's, or the group's `state_dtype`; float32 where that is `"float8"`.
         """
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
-        value = complex(start, start) if param.is_complex() else start
         dtype = self.dtype_for(param, group)
+        value = complex(start, start) if dtype.is_complex else start
         if self.shape is None:
             made = torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             return made if (carried := _carrying_gradients(self.init, group)) is None else made.zero_() + carried

@@ -71,12 +71,12 @@ def _stage(rule: Rule, late: dict[fx.Node, int], level: int, kept: set[fx.Node])
     own = [param for param in rule.graph.nodes if param.op == "placeholder" and param.meta["tensor"]]
     unchanged = (own[0], *own[2:])
     names, graph = _cut(rule.graph, (*unchanged, *(node.args[0] for node in sums)), late)
-    kinds = [Reduction(_name(node), "sum" if node.target.name == "mean" else node.target.name) for node in sums]
+    kinds = [Reduction(_name(node), "sum" if _op(node).name == "mean" else _op(node).name, precise=True) for node in sums]
     measures = Rule(f"{rule.name}_measures", rule.flags, rule.slots, names, graph, tuple(kinds))
     made = [node for node, at in late.items() if at == level and node.op == "call_function" and not _reduces(node)]
     wanted = [node for node in made if node in kept or any(late.get(user) != level for user in node.users)]
     takes, numbers = _cut(rule.graph, wanted, late.keys() - set(made), tensors=False)
-    means = tuple(node.target.name == "mean" for node in sums)
+    means = tuple(_op(node).name == "mean" for node in sums)
     return Stage(measures, tuple(map(_name, sums)), means, takes, numbers, tuple(map(_name, wanted)))
 
 
@@ -131,7 +131,11 @@ def _needed(results: Iterable[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
 
 
 def _reduces(node: fx.Node) -> bool:
-    return node.op == "call_function" and cast("Op", node.target).reduces
+    return node.op == "call_function" and _op(node).reduces
+
+
+def _op(node: fx.Node) -> Op:
+    return cast("Op", node.target)
 
 
 def _name(node: fx.Node) -> str:

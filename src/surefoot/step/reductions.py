@@ -81,7 +81,10 @@ def _column(values: Sequence[Any], row: np.ndarray) -> Any:
         if len(values) == 1:
             return values[0]
         return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])[row]
-    return values[0] if values.count(values[0]) == len(values) else torch.tensor(values, dtype=torch.float64)[row]
+    if values.count(values[0]) == len(values):
+        return values[0]
+    of_truth = all(isinstance(value, bool) for value in values)
+    return torch.tensor(values, dtype=torch.bool if of_truth else torch.float64)[row]
 
 
 def _share(run: BucketRun, known: Mapping[str, Any]) -> None:
