@@ -57,6 +57,7 @@ class Row:
         admits: which parameters the oracle takes.
         needs_closure: whether `step` asks for a closure.
         exact: whether the eager engine rounds where torch's for-loop does, so that all bits are the same.
+        reduces: whether tensors are reduced to numbers, of which each is rounded once for the whole tensor.
     """
 
     ours: type[surefoot.Optimizer]
@@ -65,6 +66,7 @@ class Row:
     admits: Callable[[Tensor], bool] = any_param
     needs_closure: bool = False
     exact: bool = True
+    reduces: bool = False
 
     @property
     def name(self) -> str:
@@ -222,7 +224,7 @@ def stable_adamw(
 ) -> None:  # fmt: skip
     t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
     beta1, beta2 = ((beta**t - beta) / (beta**t - 1) for beta in betas)
-    m.lerp_(grad, 1 - beta1)
+    ema_(m, grad, beta1)
     ema_(v, grad**2, beta2)
     rms = (grad**2 / v.clamp(min=eps**2)).mean().sqrt()
     lr = lr / rms.clamp(min=1)
@@ -333,6 +335,7 @@ ROWS = (
         ),
         more=({"bias_correction": False, "grad_averaging": False}, {"max_grad_norm": None, "betas": (0.0, 0.5)}),
         exact=False,
+        reduces=True,
     ),
     Row(
         surefoot.LARS,
@@ -350,6 +353,7 @@ ROWS = (
         ),
         more=({"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "trust_coeff": 0.1},),
         exact=False,
+        reduces=True,
     ),
     Row(
         surefoot.StableAdamW,
@@ -364,6 +368,7 @@ ROWS = (
         ),
         more=({"betas": (0.0, 0.5)}, {"decouple_lr": True, "max_lr": 0.1, "lr": 0.05}),
         exact=False,
+        reduces=True,
     ),
     Row(
         surefoot.NovoGrad,
@@ -379,6 +384,7 @@ ROWS = (
         ),
         more=({"grad_averaging": True, "weight_decay": 0.1}, {"betas": (0.0, 0.0)}),
         exact=False,
+        reduces=True,
     ),
     Row(
         surefoot.MARS,
@@ -397,6 +403,7 @@ ROWS = (
         ),
         more=({"optimize_1d": True}, {"gamma": 0.5, "lr_1d_factor": 0.1, "weight_decay_1d": 0.0}),
         exact=False,
+        reduces=True,
     ),
 )
 ELEMENTWISE = tuple(row for row in ROWS if row.elementwise)

@@ -71,7 +71,9 @@ def _stage(rule: Rule, late: dict[fx.Node, int], level: int, kept: set[fx.Node])
     own = [param for param in rule.graph.nodes if param.op == "placeholder" and param.meta["tensor"]]
     unchanged = (own[0], *own[2:])
     names, graph = _cut(rule.graph, (*unchanged, *(node.args[0] for node in sums)), late)
-    kinds = [Reduction(_name(node), "sum" if _op(node).name == "mean" else _op(node).name, precise=True) for node in sums]
+    kinds = [
+        Reduction(_name(node), "sum" if _op(node).name == "mean" else _op(node).name, precise=True) for node in sums
+    ]
     measures = Rule(f"{rule.name}_measures", rule.flags, rule.slots, names, graph, tuple(kinds))
     made = [node for node, at in late.items() if at == level and node.op == "call_function" and not _reduces(node)]
     wanted = [node for node in made if node in kept or any(late.get(user) != level for user in node.users)]
