@@ -169,6 +169,7 @@ OPTIONS = {
     "foreach": {"foreach": True, "max_grad_norm": 1.0},
     "eager": {"foreach": False, "max_grad_norm": 1.0},
     "telemetry": {"telemetry": True},
+    "cautious": {"cautious": True, "gradient_centralization": True, "max_grad_norm": 1.0},
     "all": {"max_grad_norm": 1.0, "max_grad_value": 0.5, "ema": 0.9, "nonfinite": "skip", "telemetry": True},
 }
 
@@ -177,7 +178,8 @@ def cases(world):
     for name, mesh, placements in layouts(world):
         of = functools.partial(compared, mesh=mesh, placements=placements)
         for row in ELEMENTWISE:
-            yield f"{name} / {row.ours.__name__} / nothing", functools.partial(of, row.ours, {})
+            option, options = ("measured", row.all_flags()) if row.reduces else ("nothing", {})
+            yield f"{name} / {row.ours.__name__} / {option}", functools.partial(of, row.ours, options)
         for option, options in OPTIONS.items():
             yield f"{name} / SGD / {option}", functools.partial(of, surefoot.SGD, options | {"momentum": 0.9})
             yield f"{name} / AdamW / {option}", functools.partial(of, surefoot.AdamW, options)

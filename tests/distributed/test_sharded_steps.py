@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 ROUNDING = 1e-6
 COLLECTIVES = {"norm": 1, "guarded": 1, "foreach": 1, "eager": 1, "telemetry": 2, "all": 2, "skip": 1, "raise": 1}
-COLLECTIVES |= {"groups": 1, "bfloat16": 1}
+COLLECTIVES |= {"groups": 1, "bfloat16": 1, "measured": 2, "cautious": 2}
 """How many a step takes at most for each mesh."""
 
 

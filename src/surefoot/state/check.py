@@ -115,7 +115,7 @@ def stepped_gradient(
 ) -> Tensor:
     """Return the gradient that a rule steps by: what `validated_gradient` returns, its rows centralized if asked."""
     found = validated_gradient(spec, group, param, grad, entry, flags)
-    return centralized(found) if group.get("gradient_centralization") else found
+    return match_layout(param, centralized(found)) if group.get("gradient_centralization") else found
 
 
 def centralized(grad: Tensor) -> Tensor:

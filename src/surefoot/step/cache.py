@@ -73,10 +73,10 @@ class BucketGuard:
             return False
         if run.sparse:
             return not self.tensors.changed() and self._revalidate_rows(run)
-        if self._shards is not None:
-            return self._revalidate_shards(run, self._shards)
         if self._derived:
             return self._revalidate_derived(run)
+        if self._shards is not None:
+            return self._revalidate_shards(run, self._shards)
         plan = run.bucket.plan
         grads = run.grads() if plan is None or plan.irregular or plan.checked else []  # else their addresses do
         if self.tensors.changed() or not all(type(grad) in PLAIN for grad in grads):
@@ -95,11 +95,16 @@ class BucketGuard:
         grads = run.grads()
         if any(grad is None for grad in grads):
             return False
+        if self._shards is not None and (self._items.changed() or self._shards.local_grads() is None):
+            return False
         entries = zip(run.params, grads, run.entries, strict=True)
         derived = [stepped_gradient(run.spec, run.group, *each, run.bucket.rule.flags) for each in entries]
-        if any(grad.is_sparse for grad in derived) or self.tensors.changed(derived):
+        if any(grad.is_sparse for grad in derived):
             return False
-        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, derived
+        local = list(map(to_local, derived))
+        if self.tensors.changed(local):
+            return False
+        run.bucket.gradient_addresses, run.bucket.grads = self.tensors.gradients, local
         return True
 
     def _revalidate_rows(self, run: BucketRun) -> bool:
