@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.engines.draws import numbers_drawn
 from surefoot.engines.identity import Identity
 from surefoot.rule import ROUNDING_STEP, Reduction, Rule
 from surefoot.storage import BLOCK, Format, decode, encode, format_of, random_bits
@@ -231,15 +232,15 @@ class Bucket:
             row: the parameter's position.
             values: its new value and those of its slots.
         """
-        drawn = count()
         step = self.coefficients[self.row[row]].get(ROUNDING_STEP.name)
         elements = self.element_numbers(row) if self.is_rounded else None
-        for position, (kept, value, written) in enumerate(zip(self.kept, values, self.rule.written, strict=False)):
-            if not written:
+        numbers = numbers_drawn(self.rule, self.kept)
+        for position, (kept, value, number) in enumerate(zip(self.kept, values, numbers, strict=False)):
+            if not self.rule.written[position]:
                 continue
             random = None
-            if kept.stochastic and elements is not None:
-                random = random_bits(self.seed, self.identities[row].number, step, elements, next(drawn))
+            if number is not None and elements is not None:
+                random = random_bits(self.seed, self.identities[row].number, step, elements, number)
             part = self.part_of(position)
             targets = [(self.params, *self.slots)[position], *([] if part is None else [part])]
             yield from zip((column[row] for column in targets), encode(kept, value, random), strict=True)
