@@ -31,19 +31,24 @@ def run(bucket: Bucket) -> None:
     With `differentiable`, the rule works on clones: what autograd keeps for the backward pass is then never
     overwritten by the results.
     """
-    measured, stored = [], 1 + len(bucket.slots)
-    for row, results in enumerate(evaluate_rows(bucket)):
-        if bucket.rule.reductions:
-            measured.append(reduce(bucket.rule.reductions, results[stored:]))
-        bucket.store(row, results[:stored])
+    measured: list[Tensor] = []
+
+    def measured_rows() -> Iterator[Sequence[Tensor]]:
+        for results in evaluate_rows(bucket):
+            if bucket.rule.reductions:
+                measured.append(reduce(bucket.rule.reductions, results[1 + len(bucket.slots) :]))
+            yield results
+
+    bucket.store(range(len(bucket.params)), measured_rows())
     bucket.measured = torch.stack(measured).detach() if measured else None
 
 
 def measure(bucket: Bucket, rule: Rule) -> Tensor:
     """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
     stored, measured = 1 + len(rule.slots), []
+    readers = bucket.readers()[: 1 + stored]
     for row in range(len(bucket.params)):
-        inputs = bucket.load(row)[: 1 + stored]
+        inputs = [read(row) for read in readers]
         numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
         measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
     return torch.stack(measured)
@@ -52,8 +57,9 @@ def measure(bucket: Bucket, rule: Rule) -> Tensor:
 def evaluate_rows(bucket: Bucket) -> Iterator[tuple[Tensor, ...]]:
     """Yield what the rule gives for each parameter of the bucket, and change nothing."""
     differentiable = bool(bucket.options.get("differentiable"))
+    readers = bucket.readers()
     for row, numbers_row in enumerate(bucket.row):
-        inputs = bucket.load(row)
+        inputs = [read(row) for read in readers]
         if differentiable:
             inputs = [tensor.clone() for tensor in inputs]
         numbers = [bucket.coefficients[numbers_row][name] for name in bucket.rule.coefficients]
