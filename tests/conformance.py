@@ -180,6 +180,14 @@ def ratio_of(of: Tensor, by: Tensor, ratio: Tensor) -> Tensor:
     return ratio if of > 0 and by > 0 else torch.ones_like(ratio)
 
 
+def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any) -> None:
+    (m,) = zeros(state, param, "exp_avg")
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    param.add_((m * betas[0]).add_(grad, alpha=1 - betas[0]).sign_(), alpha=-lr)
+    ema_(m, grad, betas[1])
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -315,6 +323,11 @@ ROWS = (
         torch.optim.LBFGS,
         more=({"history_size": 2, "max_iter": 7}, {"line_search_fn": "strong_wolfe", "max_iter": 4, "max_eval": 50}),
         needs_closure=True,
+    ),
+    Row(
+        surefoot.Lion,
+        loop(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
+        more=({"betas": (0.0, 0.5)}, {"weight_decay": torch.tensor(0.1)}),
     ),
     Row(
         surefoot.LAMB,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.lamb import LAMB
     from surefoot.optimizers.lars import LARS
     from surefoot.optimizers.lbfgs import LBFGS
+    from surefoot.optimizers.lion import Lion
     from surefoot.optimizers.mars import MARS
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Muon",
     "LBFGS",
     "SparseAdam",
+    "Lion",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -51,7 +53,12 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "MARS",
 ]
 
-NOT_IN_TORCH = frozenset({"LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"})
+NOT_IN_TORCH = frozenset(
+    {
+        *("Lion",),
+        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
+    }
+)
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
 _FUNCTIONS = {"SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
