@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Unpack
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.testing._internal.common_optimizers import optim_db
 
 import surefoot
-from surefoot.constructor import EngineOptions, arguments
 from surefoot.rule import Sparse
-from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, LearningRate
 
 Params = dict[str, Tensor]
 Options = dict[str, Any]
@@ -182,6 +180,14 @@ def ratio_of(of: Tensor, by: Tensor, ratio: Tensor) -> Tensor:
     return ratio if of > 0 and by > 0 else torch.ones_like(ratio)
 
 
+def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any) -> None:
+    (m,) = zeros(state, param, "exp_avg")
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    param.add_((m * betas[0]).add_(grad, alpha=1 - betas[0]).sign_(), alpha=-lr)
+    ema_(m, grad, betas[1])
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -319,6 +325,11 @@ ROWS = (
         needs_closure=True,
     ),
     Row(
+        surefoot.Lion,
+        loop(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
+        more=({"betas": (0.0, 0.5)}, {"weight_decay": torch.tensor(0.1)}),
+    ),
+    Row(
         surefoot.LAMB,
         loop(
             lamb,
@@ -452,47 +463,9 @@ def each_row(rows: Iterable[Row]) -> pytest.MarkDecorator:
 each_engine = pytest.mark.parametrize("engine", list(ENGINES))
 
 
-# An algorithm that torch does not have, for the tests of this table only
-
-
-class Lion(surefoot.Optimizer):
-    """The sign of an interpolated momentum (Chen et al. 2023, "Symbolic discovery of optimization algorithms")."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: LearningRate = 1e-3,
-        betas: Betas = (0.9, 0.99),
-        weight_decay: Annotated[float, WEIGHT_DECAY, "shrinking of the parameter"] = 0.0,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        super().__init__(params, arguments(locals()))
-
-    slots = (surefoot.Slot("exp_avg"),)
-    scalars = ()
-    flags = ("weight_decay",)
-
-    @staticmethod
-    def coefficients(h: Any) -> Options:
-        beta1, beta2 = h.betas
-        return {"weight1": 1 - beta1, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay, "neg_lr": -h.lr}
-
-    @staticmethod
-    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, c: Any, flags: Any) -> tuple[Tensor, Tensor]:
-        param = param * c.shrink if flags.weight_decay else param
-        direction = torch.sign(torch.lerp(exp_avg, grad, c.weight1))
-        return torch.add(param, direction, alpha=c.neg_lr), torch.lerp(exp_avg, grad, c.weight2)
-
-
-def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any) -> None:
-    exp_avg = state.setdefault("exp_avg", torch.zeros_like(param))
-    if weight_decay:
-        param.mul_(1 - lr * weight_decay)
-    param.add_(exp_avg.lerp(grad, 1 - betas[0]).sign_(), alpha=-lr)
-    exp_avg.lerp_(grad, 1 - betas[1])
-
-
-BEYOND_TORCH = Row(Lion, loop(lion, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0), more=({"betas": (0.0, 0.5)},))
+def unclipped(row: Row) -> Options:
+    """Return the option that clips no gradients, where they are clipped by default."""
+    return {"max_grad_norm": None} if "max_grad_norm" in inspect.signature(row.ours).parameters else {}
 
 
 # What is optimized

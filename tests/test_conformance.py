@@ -13,7 +13,6 @@ from torch.autograd import gradcheck
 
 import surefoot
 from conformance import (
-    BEYOND_TORCH,
     DENSE,
     ELEMENTWISE,
     ENGINES,
@@ -32,11 +31,11 @@ from conformance import (
     normals,
     results,
     train,
+    unclipped,
     zoo,
 )
 from surefoot.rule import DIRECTED
 
-DENSE, ELEMENTWISE = (*DENSE, BEYOND_TORCH), (*ELEMENTWISE, BEYOND_TORCH)
 OTHERS = [name for name in ENGINES if name != "eager"]
 
 
@@ -311,11 +310,6 @@ def test_gradients_flow_through_steps(row, options, record_property):
     options = options | unclipped(row)
     assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs)
     record_property("compared", "differentiable: gradcheck through three steps")
-
-
-def unclipped(row):
-    """Return the option that clips no gradients, through which none flow, where they are clipped by default."""
-    return {"max_grad_norm": None} if "max_grad_norm" in inspect.signature(row.ours).parameters else {}
 
 
 TUNED = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.8, "betas": (0.8, 0.9), "rho": 0.8, "alpha": 0.8, "eps": 1e-3}

@@ -11,21 +11,8 @@ import torch
 import surefoot
 
 NAMES = {
-    *(
-        "ASGD",
-        "Adadelta",
-        "Adafactor",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "LBFGS",
-        "Muon",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-    ),
-    *("Rprop", "SGD", "SparseAdam", "Optimizer", "Scalar", "Slot", "StepOptions"),
+    *surefoot.optimizers.__all__,
+    *("Optimizer", "Scalar", "Slot", "StepOptions"),
     *("checkpoint", "load", "save"),
     *(
         "full_precision",

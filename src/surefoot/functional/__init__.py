@@ -1,17 +1,20 @@
 """The steps of the algorithms as functions: on lists in place, as in torch.optim.functional, and as pure functions.
 
 `adam`, `sgd` and the others take torch's arguments in torch's order, update `params` and the lists of state in place,
-and keep nothing: the caller has the state.  `init` and `update` take any optimizer's class and change nothing: they
-return new parameters and new state, and so work under `torch.func`.
+and keep nothing: the caller has the state.  Functions of algorithms that torch does not have follow from their classes:
+the lists in the order of the state, then options of engines, then hyperparameters by keyword.  `init` and `update` take
+any optimizer's class and change nothing: they return new parameters and new state, and so work under `torch.func`.
 """
 
 # A declaration is its arguments, in torch's order; packed, since a line for each would hide their groups.
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from surefoot.functional.lists import steps_lists
+from surefoot import optimizers
+from surefoot.functional.lists import function_of, steps_lists
 from surefoot.functional.pure import init, update
 from surefoot.rule.hyperparameters import Number
 
@@ -33,6 +36,22 @@ __all__ = [
     "sparse_adam",
     "update",
 ]
+
+_NOT_IN_TORCH = {optimizers.function_name(name): name for name in sorted(optimizers.NOT_IN_TORCH)}
+__all__ += list(_NOT_IN_TORCH)
+
+
+def __getattr__(name: str) -> Callable[..., None]:
+    """Make the function of an algorithm that torch does not have when it is first asked for."""
+    if name not in _NOT_IN_TORCH:
+        raise AttributeError(f"module 'surefoot.functional' has no attribute {name!r}")
+    function: Callable[..., None] = globals().setdefault(name, function_of(_NOT_IN_TORCH[name]))
+    return function
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 Tensors = list[Tensor]
 Buffers = list[Tensor | None]

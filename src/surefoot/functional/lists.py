@@ -1,12 +1,13 @@
 """How a function that steps lists of tensors is made from an algorithm: what each of its arguments is.
 
-A function is declared by its arguments alone; which of them are slots, scalars and hyperparameters is read from the
-class, and a call hands them to the step that the class would make.  Nothing of a call is kept for the next one.
+A function is declared by its arguments alone, and where torch has no such function they follow from the class.  Which
+of them are slots, scalars and hyperparameters is read from the class, and a call hands them to the step that the class
+would make.  Nothing of a call is kept for the next one.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -18,7 +19,9 @@ from surefoot.dynamo import opaque
 from surefoot.functional.call import Stored, active, begins_with_nothing, rounds, run, step_input
 from surefoot.optimizer import Optimizer
 from surefoot.rule import Scalar, Slot
+from surefoot.rule.spec import ENGINE_OPTIONS, STORAGE_OPTIONS
 from surefoot.state.make import is_on_device
+from surefoot.step.options import StepOptions
 
 Given = ParamSpec("Given")
 
@@ -30,12 +33,22 @@ _LISTS: Mapping[str, tuple[str, ...]] = {
 }
 """What the list of a slot or scalar may be called, where that is not its name with an s."""
 _TUPLES: Mapping[str, tuple[str, ...]] = {
-    "betas": ("beta1", "beta2"),
+    "betas": ("beta1", "beta2", "beta3"),
     "etas": ("etaminus", "etaplus"),
     "step_sizes": ("step_size_min", "step_size_max"),
     "eps": ("eps1", "eps2"),
 }
 """The hyperparameters that come number by number."""
+_ENGINE_OPTIONS: Mapping[str, Any] = {
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "grad_scale": None,
+    "found_inf": None,
+    "has_complex": False,
+}
+"""What functions take by position after the lists, and what that is if it is not given."""
 
 
 def steps_lists(name: str) -> Callable[[Callable[Given, dict[str, Any]]], Callable[Given, None]]:
@@ -54,6 +67,41 @@ def steps_lists(name: str) -> Callable[[Callable[Given, dict[str, Any]]], Callab
         return step_lists
 
     return made
+
+
+def function_of(name: str) -> Callable[..., None]:
+    """Return the function of an algorithm that torch does not have, with arguments that follow from its class."""
+    signature = inspect.Signature(list(_parameters(getattr(optimizers, name))))
+
+    def declared(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    declared.__name__ = declared.__qualname__ = optimizers.function_name(name)
+    declared.__doc__ = f"Take a step of `surefoot.{name}` on lists, in place, with the gradients as they are."
+    declared.__module__ = "surefoot.functional"
+    declared.__signature__ = signature  # type: ignore[attr-defined]
+    return steps_lists(name)(declared)
+
+
+def _parameters(kind: type[Optimizer]) -> Iterator[inspect.Parameter]:
+    """Yield the arguments of an algorithm's function: lists, options of engines, and by keyword hyperparameters."""
+    spec, given = kind.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    stored: tuple[Stored, ...] = (*spec.slots, *spec.active_scalars({}))
+    for name in ("params", "grads", *(_LISTS.get(each.name, (f"{each.name}s",))[0] for each in stored)):
+        yield inspect.Parameter(name, given)
+    for name, default in _ENGINE_OPTIONS.items():
+        yield inspect.Parameter(name, given, default=default)
+    around = {*ENGINE_OPTIONS, *STORAGE_OPTIONS, *StepOptions.__annotations__}
+    for name, default in spec.constructor.items():
+        for part in () if name in around else _names_of(name, default) or (name,):
+            yield inspect.Parameter(part, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _names_of(whole: str, value: Any) -> tuple[str, ...]:
+    """Return what the numbers of a hyperparameter are called if it is a tuple that comes number by number."""
+    return _TUPLES.get(whole, ())[: len(value)] if isinstance(value, tuple) else ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +128,9 @@ class Arguments:
         optimizer = kind([torch.zeros(1, 1)])
         stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.active_scalars({}))
         candidates = {each: _LISTS.get(each.name, (f"{each.name}s",)) for each in stored}
-        lists = {each: next(name for name in found if name in names) for each, found in candidates.items()}
-        tuples = {whole: parts for whole, parts in _TUPLES.items() if set(parts) <= set(names)}
+        lists = {each: next(name for name in tried if name in names) for each, tried in candidates.items()}
+        found = {whole: _names_of(whole, value) for whole, value in optimizer.defaults.items()}
+        tuples = {whole: parts for whole, parts in found.items() if parts and set(parts) <= set(names)}
         known = optimizer.defaults.keys() - lists.values()
         return cls(optimizer, names[1], lists, tuples, tuple(name for name in names if name in known))
 

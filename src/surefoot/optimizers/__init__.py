@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.lamb import LAMB
     from surefoot.optimizers.lars import LARS
     from surefoot.optimizers.lbfgs import LBFGS
+    from surefoot.optimizers.lion import Lion
     from surefoot.optimizers.mars import MARS
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Muon",
     "LBFGS",
     "SparseAdam",
+    "Lion",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -51,11 +53,22 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "MARS",
 ]
 
-NOT_IN_TORCH = frozenset({"LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"})
+NOT_IN_TORCH = frozenset(
+    {
+        *("Lion",),
+        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
+    }
+)
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
-_FILES = {"AdamW": "adam", "SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
-"""Where an algorithm's file is not its name in small letters."""
+_FUNCTIONS = {"SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
+_FILES = {"AdamW": "adam"}
+"""Where an algorithm's function, or its file, is not its name in small letters."""
+
+
+def function_name(name: str) -> str:
+    """Return what an algorithm is called as a function, and as a file unless it shares one."""
+    return _FUNCTIONS.get(name, name.lower())
 
 
 if not TYPE_CHECKING:  # or any name would pass for one of ours
@@ -64,7 +77,7 @@ if not TYPE_CHECKING:  # or any name would pass for one of ours
         """Import an algorithm when it is first asked for."""
         if name not in __all__:
             raise AttributeError(f"module 'surefoot.optimizers' has no attribute {name!r}")
-        module = importlib.import_module(f"surefoot.optimizers.{_FILES.get(name, name.lower())}")
+        module = importlib.import_module(f"surefoot.optimizers.{_FILES.get(name, function_name(name))}")
         return globals().setdefault(name, getattr(module, name))
 
 

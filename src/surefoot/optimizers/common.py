@@ -28,6 +28,11 @@ def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -
     return param, torch.add(grad, param, alpha=c.weight_decay)
 
 
+def shrink_weights(param: Tensor, c: Any, flags: SimpleNamespace) -> Tensor:
+    """Return the parameter after weight decay that is always decoupled, unless that is left to `directed`."""
+    return param if not flags.weight_decay or flags.cautious_weight_decay else param * c.shrink
+
+
 def directed(
     param: Tensor, direction: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace, shrink: Any = None
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +58,11 @@ def directed(
         mask = torch.where(direction * grad > 0, 1.0, 0.0)
         direction = direction * (mask / torch.clamp(torch.mean(mask), min=1e-3))
     return param, direction
+
+
+def ema(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:
+    """Exponential moving average: `decay * average + weight * value`."""
+    return torch.add(average * decay, value, alpha=weight)
 
 
 def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:
