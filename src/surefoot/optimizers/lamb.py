@@ -36,7 +36,7 @@ class LAMB(Optimizer):
         >>> (weight**2).sum().backward()
         >>> optimizer.step()
         >>> [round(value, 3) for value in weight.tolist()]
-        [2.647, -3.646]
+        [2.648, -3.645]
 
     Paper: You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes", algorithm 2, with
     the norm itself as phi; the norm of all gradients is clipped as in NVIDIA's implementation.  Numbers, options and
