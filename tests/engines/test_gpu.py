@@ -4,6 +4,7 @@ What needs a device is in test_gpu_device.py; what the compiler makes of the ker
 """
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
