@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
+    from surefoot.optimizers.schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from surefoot.optimizers.sgd import SGD
     from surefoot.optimizers.sparse_adam import SparseAdam
     from surefoot.optimizers.stable_adamw import StableAdamW
@@ -46,6 +47,9 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "LBFGS",
     "SparseAdam",
     "Lion",
+    "AdamWScheduleFree",
+    "SGDScheduleFree",
+    "RAdamScheduleFree",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -56,13 +60,16 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 NOT_IN_TORCH = frozenset(
     {
         *("Lion",),
+        *("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
 _FUNCTIONS = {"SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
+_FUNCTIONS |= {f"{name}ScheduleFree": f"{name.lower()}_schedule_free" for name in ("AdamW", "SGD", "RAdam")}
 _FILES = {"AdamW": "adam"}
+_FILES |= {f"{name}ScheduleFree": "schedule_free" for name in ("AdamW", "SGD", "RAdam")}
 """Where an algorithm's function, or its file, is not its name in small letters."""
 
 

@@ -86,6 +86,25 @@ def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
     return torch.where(of > 0, torch.where(by > 0, ratio, 1.0), 1.0)
 
 
+def rectification(beta2: Any, step: Any, tractable: float) -> tuple[Any, Any]:
+    """Return whether RAdam's variance is tractable, which it is from some rho on, and the factor that rectifies it.
+
+    Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", algorithm 2.  The factor is meant for
+    where it is; elsewhere it is some finite number.
+    """
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    # Below, the radicand may be negative or infinite.
+    least = tractable if tractable > _POLE else tractable + 1e-3
+    bounded, limit = larger(rho, least), larger(rho_inf, least)
+    radicand = (bounded - 4) * (bounded - 2) * limit / ((limit - 4) * (limit - 2) * bounded)
+    return rho > tractable, radicand**0.5
+
+
+_POLE = 4.0
+"""Where the variance of RAdam's adaptive learning rate is infinite."""
+
+
 def smaller(x: Any, y: Any) -> Any:
     """The smaller of two numbers, of which either may be a tensor."""
     return -larger(-x, -y)
