@@ -101,7 +101,8 @@ def test_a_context_puts_the_mode_back(cls):
             assert not torch.equal(params[0], before[0])
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     optimizer.eval()
     with optimizer.eval_mode():
