@@ -135,6 +135,10 @@ class _Array(NamedTuple):
         return f"{self.name}_{self.kept.part}" if self.kept.part else ""
 
     @property
+    def signed(self) -> bool:
+        return self.kept.code != "e5m3"
+
+    @property
     def in_blocks(self) -> bool:
         return self.kept.code is not None
 
@@ -158,7 +162,9 @@ class _Array(NamedTuple):
             return
         if self.in_blocks:
             yield f"{self.name}_new[i] = float32({self.new})"
-            yield f"{self.name}_largest = max({self.name}_largest, as_uint32(float32({self.new})) & 0x7FFFFFFF)"
+            bits = f"as_uint32(float32({self.new}))"
+            bits = f"{bits} & 0x7FFFFFFF" if self.signed else bits  # else what is negative comes after infinity
+            yield f"{self.name}_largest = max({self.name}_largest, {bits})"
             return
         given = {"value": self.new, "random": self.random_bits("random{}")}
         yield f"{self.name}_[{at}] = {self.stored.store.format(**given)}"
@@ -278,7 +284,8 @@ def _end_of_block(array: _Array) -> Iterator[str]:
     stored = array.stored.store.format(**given)
     yield f"{name}_finite = {name}_largest < 0x7F800000"
     yield f"if not {name}_finite:"
-    yield f"    {name}_largest = largest_finite({name}_new, count)"
+    mask = "0x7FFFFFFF" if array.signed else "0xFFFFFFFF"
+    yield f"    {name}_largest = largest_finite({name}_new, uint32({mask}), count)"
     yield f"{name}_exponent = block_exponent_{code}({name}_largest)"
     yield f"{array.part}_[block // {BLOCK}] = as_float32({name}_exponent)"
     yield f"{name}_inverse = as_float32(0x7F000000 - {name}_exponent)"
