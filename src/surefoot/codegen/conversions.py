@@ -116,6 +116,13 @@ def special_e4m3(value, code):
     return (infinite if value == value else uint8(0x80)) if value - value != 0 else code
 
 
+def special_codes_e4m3(values, codes, start, n):
+    """Give the values among n that are not finite their codes."""
+    not_inlined()
+    for i in range(n):
+        codes[start + i] = special_e4m3(values[i], codes[start + i])
+
+
 def from_e5m3(code, scale):
     """Return the value of a code: 5 bits of exponent, 3 of mantissa, no sign."""
     return from_half(uint16(code) << 7) * scale
@@ -134,6 +141,13 @@ def special_e5m3(value, code):
     """Return the code of a value that may not be finite, given what it would be if it were."""
     infinite = uint8(0xF8) if value > 0 else uint8(0)
     return (infinite if value == value else uint8(0xFF)) if value - value != 0 else code
+
+
+def special_codes_e5m3(values, codes, start, n):
+    """Give the values among n that are not finite their codes."""
+    not_inlined()
+    for i in range(n):
+        codes[start + i] = special_e5m3(values[i], codes[start + i])
 
 
 # Random bits
