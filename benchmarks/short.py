@@ -136,15 +136,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def instructions(optimizer: surefoot.Optimizer) -> float:
     """Return the instructions for each element of an optimizer's kernel, NaN if its loops are not those expected.
 
-    They are those of the loop that updates, which alone takes a square root, and of those that pack slots in 8 bits.
+    They are those of the loop that updates, which alone takes a square root, and of the one that packs slots in 8 bits.
     """
     (run,) = optimizer._step_cache.runs
     param, *slots = run.bucket.kept
     layout = Layout(run.bucket.compute_dtype, (param, format_of(run.bucket.dtype), *slots))
     printed = assembly(print_kernel(run.bucket.rule, layout))
     updating, packing = loops_with(printed, "vsqrtps"), loops_with(printed, "vpmovdb", without="vsqrtps")
-    packed = [kept for kept in slots if kept.code]
-    return max(updating) + sum(packing) if updating and len(packing) == len(packed) else float("nan")
+    packed = sum(kept.code is not None for kept in slots)
+    if not updating or (packed and not packing):
+        return float("nan")
+    return max(updating) + packed * max(packing, default=0.0)
 
 
 def in_cache(contender: Contender) -> tuple[float, float]:
