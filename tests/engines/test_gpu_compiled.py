@@ -280,7 +280,8 @@ class Transcendental(surefoot.Optimizer):
 
     @staticmethod
     def update(param, grad, c, flags):
-        return torch.exp(param) + torch.log(grad) + torch.tanh(param) + torch.pow(grad, c.lr) + torch.rsqrt(param)
+        param = torch.exp(param) + torch.log(grad) + torch.tanh(param) + torch.pow(grad, c.lr) + torch.rsqrt(param)
+        return torch.atan2(grad, param)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
