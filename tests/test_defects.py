@@ -11,7 +11,7 @@ import torch.distributed
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import surefoot
-from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals
+from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals, unclipped
 from surefoot.explain import choices
 
 each_16_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -57,7 +57,8 @@ def test_a_first_step_that_a_grad_scaler_skips_leaves_no_trace(engine, row):
 def test_a_parameter_that_joins_late_starts_as_a_new_one(engine, row):
     """Torch's fused SGD raises TypeError."""
     early, late, alone = (normals(torch.float32, seed=1)(9).requires_grad_() for _ in range(3))
-    optimizer, twin = row.build([early, late], row.all_flags(), engine), row.build([alone], row.all_flags(), engine)
+    options = row.all_flags() | unclipped(row)
+    optimizer, twin = row.build([early, late], options, engine), row.build([alone], options, engine)
     for number in range(4):
         grad = normals(torch.float32, seed=number)(9)
         early.grad = grad

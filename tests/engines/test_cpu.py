@@ -65,7 +65,7 @@ def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
     optimizer._step_cache.fast = False
     before, kernel = [param.detach().clone() for param in params], raising()
     assert kernel.name.startswith("raising_")
-    monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.launch.run(kernel, [[]]))
+    monkeypatch.setattr(plan.Plan, "run", lambda plan, bucket: plan.launch.run(kernel, np.zeros((1, 0))))
     with pytest.raises(KernelError, match=f"kernel {kernel.name} was stopped by an error.*may be updated in part"):
         train(optimizer, params)
     assert issubclass(KernelError, InternalError)

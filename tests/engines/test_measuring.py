@@ -40,8 +40,10 @@ def test_slots_are_measured_by_coefficients(engine, dtype):
     bucket.coefficients, bucket.row = [{"scale": 0.5}, {"scale": -2.0}], np.array([0, 1, 0, 1])
     before = [tensor.clone() for tensor in (*params, *slots)]
     engine.prepare(bucket)
+    versions = [tensor._version for tensor in (*params, *slots)]
     found = engine.measure(bucket, rule)
     assert all(map(torch.equal, (*params, *slots), before))
+    assert [tensor._version for tensor in (*params, *slots)] == versions
     for row, (param, slot, scale) in enumerate(zip(params, slots, (0.5, -2.0, 0.5, -2.0), strict=True)):
         exact = slot.double() * scale + param.double()
         assert found[row, 0].item() == pytest.approx(exact.square().sum().item(), rel=1e-5)

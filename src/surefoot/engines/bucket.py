@@ -1,14 +1,15 @@
 """A bucket: the parameters of a group that one call of an engine can serve."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.engines.draws import numbers_drawn
 from surefoot.engines.identity import Identity
 from surefoot.rule import ROUNDING_STEP, Reduction, Rule
 from surefoot.storage import BLOCK, Format, decode, encode, format_of, random_bits
@@ -103,6 +104,30 @@ class EachParameter(Sequence[Coefficients]):
         }
 
 
+class _Column(NamedTuple):
+    """The parameters of a bucket or one slot of theirs, as they are kept.
+
+    Attributes:
+        kept: the format.
+        arrays: the tensors of elements, and those that stand beside them if there are any.
+    """
+
+    kept: Format
+    arrays: tuple[list[Tensor], ...]
+
+    def reader(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """Return a function that gives the values at a position in a dtype."""
+        if self.kept == format_of(dtype):
+            return self.arrays[0].__getitem__
+        return lambda row: decode(self.kept, *(tensors[row] for tensors in self.arrays)).to(dtype)
+
+    def store(self, row: int, value: Tensor, random: Tensor | None) -> None:
+        """Write the values at a position, rounded by random bits where there are any."""
+        for tensors, new in zip(self.arrays, encode(self.kept, value, random), strict=True):
+            if new is not tensors[row]:
+                tensors[row].copy_(new)
+
+
 @dataclass(eq=False)
 class Bucket:
     """Parameters that share device, dtype and rule.
@@ -190,65 +215,58 @@ class Bucket:
         """
         prefixes = ["", "the gradient of ", *(f"state `{slot.name}` of " for slot in self.rule.slots)]
         columns = [self.params, self.grads, *self.slots]
-        for kept, part in self._parted():
-            if kept.correction:
-                columns.append(part)
-                prefixes.append("the correction of ")
+        param, *slots = self._stored()
+        if param.kept.correction:
+            columns.append(param.arrays[1])
+            prefixes.append("the correction of ")
         arrays = admit(columns, prefixes, self.row_name)
         self.gradient_addresses = arrays.addresses[1]
-        for position, (slot, kept) in enumerate(zip(self.rule.slots, self.kept[1:], strict=False), 1):
-            if kept.code:
+        for slot, column in zip(self.rule.slots, slots, strict=True):
+            if column.kept.code:
                 prefix = f"the scale of state `{slot.name}` of "
-                arrays = admit_scales(arrays, self.part_of(position) or [], BLOCK, prefix, self.row_name)
+                arrays = admit_scales(arrays, column.arrays[1], BLOCK, prefix, self.row_name)
         if any(kept.code for kept in self.formats):  # blocks are of elements in C order
             in_order = [all(tensor.is_contiguous() for tensor in row) for row in zip(*columns, strict=True)]
             return arrays._replace(flat=arrays.flat & np.array(in_order, dtype=bool))
         return arrays
 
-    def _parted(self) -> Iterator[tuple[Format, list[Tensor]]]:
-        """Yield the formats that have a second tensor, each with these tensors."""
-        return zip((kept for kept in self.formats if kept.part), self.parts, strict=True)
-
     # Values, whatever format they are kept in
 
-    def part_of(self, position: int) -> list[Tensor] | None:
-        """Return what stands beside the parameters (position 0) or a slot (its number from 1), if anything does."""
-        before = sum(kept.part is not None for kept in self.formats[:position])
-        return self.parts[before] if self.formats and self.formats[position].part else None
+    def _stored(self) -> list[_Column]:
+        """Return the columns of the parameters and of each slot."""
+        parts = iter(self.parts)
+        columns = zip(self.kept, (self.params, *self.slots), strict=True)
+        return [_Column(kept, (tensors, next(parts)) if kept.part else (tensors,)) for kept, tensors in columns]
 
-    def load(self, row: int) -> list[Tensor]:
-        """Return the values of a parameter, its gradient and its slots in the dtype of the arithmetic."""
-        loaded = []
-        for position, (kept, column) in enumerate(zip(self.kept, (self.params, *self.slots), strict=True)):
-            part = self.part_of(position)
-            loaded.append(decode(kept, column[row], None if part is None else part[row]).to(self.compute_dtype))
-        return [loaded[0], self.grads[row].to(self.compute_dtype), *loaded[1:]]
+    def readers(self) -> list[Callable[[int], Tensor]]:
+        """Return what gives the value at a position in the dtype of the arithmetic.
 
-    def encode(self, row: int, values: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the tensors that a step writes of a parameter, each beside what it is to become.
+        Returns:
+            Functions of a position: for the parameters, their gradients, and each slot.
+        """
+        dtype = self.compute_dtype
+        param, *slots = (column.reader(dtype) for column in self._stored())
+        return [param, lambda row: self.grads[row].to(dtype), *slots]
+
+    def store(self, rows: Iterable[int], values: Iterable[Sequence[Tensor]]) -> None:
+        """Write the new values of parameters and of their slots, each before the next is asked for.
 
         Args:
-            row: the parameter's position.
-            values: its new value and those of its slots.
+            rows: the parameters' positions.
+            values: for each of them its new value and those of its slots.
         """
-        drawn = count()
-        step = self.coefficients[self.row[row]].get(ROUNDING_STEP.name)
-        elements = self.element_numbers(row) if self.is_rounded else None
-        for position, (kept, value, written) in enumerate(zip(self.kept, values, self.rule.written, strict=False)):
-            if not written:
-                continue
-            random = None
-            if kept.stochastic and elements is not None:
-                random = random_bits(self.seed, self.identities[row].number, step, elements, next(drawn))
-            part = self.part_of(position)
-            targets = [(self.params, *self.slots)[position], *([] if part is None else [part])]
-            yield from zip((column[row] for column in targets), encode(kept, value, random), strict=True)
+        columns, numbers = self._stored(), numbers_drawn(self.rule, self.kept)
+        written = [position for position, new in enumerate(self.rule.written) if new]
+        for row, new in zip(rows, values, strict=True):
+            elements = self.element_numbers(row) if self.is_rounded else None
+            for position in written:
+                number = numbers[position]
+                random = None if number is None or elements is None else self._random_bits(row, elements, number)
+                columns[position].store(row, new[position], random)
 
-    def store(self, row: int, values: Sequence[Tensor]) -> None:
-        """Write the new value of a parameter and those of its slots."""
-        for target, value in self.encode(row, values):
-            if value is not target:
-                target.copy_(value)
+    def _random_bits(self, row: int, elements: Tensor, number: int) -> Tensor:
+        step = self.coefficients[self.row[row]].get(ROUNDING_STEP.name)
+        return random_bits(self.seed, self.identities[row].number, step, elements, number)
 
     def element_numbers(self, row: int) -> Tensor:
         """Return the numbers of a parameter's elements to random bits.
@@ -258,8 +276,9 @@ class Bucket:
         """
         param, who = self.params[row], self.identities[row]
         numbers = who.numbers(param)
-        corrections = [part for kept, part in self._parted() if kept.correction]
-        tensors = [column[row] for column in (self.params, self.grads, *self.slots, *corrections)]
+        corrections = [column.arrays[1] for column in self._stored() if column.kept.correction]
+        columns = (self.params, self.grads, *self.slots, *corrections)
+        tensors = [column[row] for column in columns]
         in_order = any(kept.code for kept in self.formats) or who.first is None or not same_dense_layout(tensors)
         return numbers if in_order else numbers.as_strided(param.shape, param.stride())
 

@@ -27,38 +27,43 @@ def prepare(bucket: Bucket) -> None:
 
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
-    measured, stored = [], 1 + len(bucket.slots)
-    for row, results in enumerate(evaluate_rows(bucket)):
-        if bucket.rule.reductions:
-            measured.append(reduce(bucket.rule.reductions, results[stored:]))
-        bucket.store(row, results[:stored])
+    measured: list[Tensor] = []
+
+    def measured_rows() -> Iterator[Sequence[Tensor]]:
+        for results in evaluate_rows(bucket):
+            if bucket.rule.reductions:
+                measured.append(reduce(bucket.rule.reductions, results[1 + len(bucket.slots) :]))
+            yield results
+
+    bucket.store(range(len(bucket.params)), measured_rows())
     bucket.measured = torch.stack(measured).detach() if measured else None
 
 
 def measure(bucket: Bucket, rule: Rule) -> Tensor:
     """Return what a rule measures of the bucket, which stays as it is: float64 of shape (parameters, reductions)."""
-    stored, measured = 1 + len(rule.slots), []
-    for row in range(len(bucket.params)):
-        inputs = _inputs(bucket, row)[: 1 + stored]
-        numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
-        measured.append(reduce(rule.reductions, evaluate(rule.graph, [*inputs, *numbers])[stored:]))
-    return torch.stack(measured)
+    stored = 1 + len(rule.slots)
+    rows = _evaluate(bucket, rule, 1 + stored)
+    return torch.stack([reduce(rule.reductions, results[stored:]) for results in rows])
 
 
 def evaluate_rows(bucket: Bucket) -> Iterator[tuple[Tensor, ...]]:
     """Yield what the rule gives for each parameter of the bucket, and change nothing."""
-    for row, numbers_row in enumerate(bucket.row):
-        numbers = [bucket.coefficients[numbers_row][name] for name in bucket.rule.coefficients]
-        yield evaluate(bucket.rule.graph, [*_inputs(bucket, row), *numbers])
+    yield from _evaluate(bucket, bucket.rule, 2 + len(bucket.slots))
 
 
-def _inputs(bucket: Bucket, row: int) -> list[Tensor]:
-    """Return the values of a parameter, its gradient and its slots; where gradients flow, of clones.
+def _evaluate(bucket: Bucket, rule: Rule, columns: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what a rule gives for each parameter of the first columns of a bucket.
 
-    What autograd keeps for the backward pass is then never overwritten by the results.
+    With `differentiable` it works on clones: what autograd keeps for the backward pass is then never overwritten by the
+    results.
     """
-    inputs = bucket.load(row)
-    return [tensor.clone() for tensor in inputs] if bucket.options.get("differentiable") else inputs
+    readers, differentiable = bucket.readers()[:columns], bool(bucket.options.get("differentiable"))
+    for row in range(len(bucket.params)):
+        inputs = [read(row) for read in readers]
+        if differentiable:
+            inputs = [tensor.clone() for tensor in inputs]
+        numbers = [bucket.coefficients[bucket.row[row]][name] for name in rule.coefficients]
+        yield evaluate(rule.graph, [*inputs, *numbers])
 
 
 def evaluate(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[Tensor, ...]:

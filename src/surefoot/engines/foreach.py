@@ -61,7 +61,7 @@ def run(bucket: Bucket) -> None:
 def _run_list(bucket: Bucket, positions: Sequence[int], coefficients: Coefficients) -> list[Tensor]:
     """Run the schedule over the tensors at some positions, which share their coefficients; return what is measured."""
     graph = bucket.rule.graph
-    working = list(map(list, zip(*map(bucket.load, positions), strict=True)))
+    working = [list(map(read, positions)) for read in bucket.readers()]
     numbers = [coefficients[name] for name in bucket.rule.coefficients]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(inputs, [*working, *numbers], strict=True))
@@ -73,10 +73,7 @@ def _run_list(bucket: Bucket, positions: Sequence[int], coefficients: Coefficien
     extra = zip(*(values[result] for result in results[len(targets) :]), strict=True)
     measured = [reduce(bucket.rule.reductions, tensors) for tensors in extra]
     if not bucket.is_plain:
-        for row, new in zip(
-            positions, zip(*(values[result] for result in results[: len(targets)]), strict=True), strict=True
-        ):
-            bucket.store(row, new)
+        bucket.store(positions, zip(*(values[result] for result in results[: len(targets)]), strict=True))
         return measured
     for target, result in zip(targets, results, strict=False):
         if any(kept is not new for kept, new in zip(target, values[result], strict=True)):

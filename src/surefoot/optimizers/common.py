@@ -51,7 +51,7 @@ def directed(
         flags: the flags.
         shrink: what decoupled weight decay multiplies the parameter with; `c.shrink` if None.
     """
-    if getattr(flags, "cautious_weight_decay", False) and flags.weight_decay:
+    if getattr(flags, "cautious_weight_decay", False) and getattr(flags, "weight_decay", True):
         decayed = param * (c.shrink if shrink is None else shrink)
         param = torch.where(direction * param >= 0, decayed, param)
     if flags.cautious:

@@ -36,14 +36,14 @@ class LAMB(Optimizer):
         >>> (weight**2).sum().backward()
         >>> optimizer.step()
         >>> [round(value, 3) for value in weight.tolist()]
-        [2.647, -3.646]
+        [2.648, -3.645]
 
     Paper: You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes", algorithm 2, with
     the norm itself as phi; the norm of all gradients is clipped as in NVIDIA's implementation.  Numbers, options and
     state are those of timm's `Lamb`, whose `decoupled_decay` is called as everywhere here.
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # `max_grad_norm`, one of the options, has another default here
         self,
         params: Params,
         lr: LearningRate = 1e-3,
@@ -61,7 +61,7 @@ class LAMB(Optimizer):
         decoupled_weight_decay: Annotated[
             bool, "shrink the parameter by lr * weight_decay before the step, and leave the decay out of u"
         ] = False,
-        **options: Unpack[EngineOptions],  # type: ignore[misc] (one of these has another default here)
+        **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 

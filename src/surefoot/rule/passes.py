@@ -166,6 +166,8 @@ def _operation(graph: fx.Graph, node: fx.Node) -> fx.Node:
         if op is not None and not node.kwargs and len(node.args) == op.arity:
             return graph.call_function(op, node.args)
     except TypeError as error:
+        if name in _REDUCTIONS:
+            raise RuleError(f"{node.meta['source']}: {_unsupported_reason(name, op, node)}") from None
         raise RuleError(f"{node.meta['source']}: `{name}` called with arguments a rule may not use: {error}") from None
     raise RuleError(f"{node.meta['source']}: {_unsupported_reason(name, op, node)}")
 

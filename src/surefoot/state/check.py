@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Sparse
-from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction
+from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.storage import scale_shape
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
@@ -169,7 +169,7 @@ def _unfit_correction(correction: Any, param: Tensor) -> str | None:
     if not isinstance(correction, Tensor) or correction.dtype not in CORRECTIONS.values():
         kind = correction.dtype if isinstance(correction, Tensor) else type(correction).__name__
         return f"is {kind}, must be an int8 or int16 tensor"
-    if not has_correction({"master_weight_bits": True}, param):
+    if not takes_correction(param):
         return f"belongs to a bfloat16 or float16 parameter, which this is not any more ({param.dtype})"
     return unfit_state(correction, param, param.shape, kinds=False)
 

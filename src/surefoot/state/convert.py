@@ -22,15 +22,15 @@ def convert_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, 
         if (now.dtype, now.code) != (asked.dtype, asked.code):
             plain = plain_slot(slot, now, entry)
             entry.pop(f"{slot.name}_scale", None)
-            entry |= stored_slot(slot, asked, plain) if asked.code else {slot.name: plain.to(asked_dtype(asked, plain))}
+            entry |= stored_slot(slot, asked, plain) if asked.code else {slot.name: _in_dtype(asked, plain)}
     correction, asked_bits = entry.get(CORRECTION), group.get("master_weight_bits")
     if correction is not None and asked_bits is not None and correction.dtype is not CORRECTIONS[asked_bits]:
         entry[CORRECTION] = _correction_in(CORRECTIONS[asked_bits], correction)
 
 
-def asked_dtype(asked: Format, plain: Tensor) -> torch.dtype:
-    """Return the dtype of a format for a tensor, complex where that is."""
-    return asked.dtype.to_complex() if plain.is_complex() else asked.dtype
+def _in_dtype(asked: Format, plain: Tensor) -> Tensor:
+    """Return a tensor in the dtype of a format, complex where it is."""
+    return plain.to(asked.dtype.to_complex() if plain.is_complex() else asked.dtype)
 
 
 def plain_slot(slot: Slot, kept: Format, entry: Mapping[str, Any]) -> Tensor:

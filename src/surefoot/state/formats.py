@@ -15,14 +15,19 @@ CORRECTIONS = {24: torch.int8, 32: torch.int16}
 _BITS_16 = (torch.bfloat16, torch.float16)
 
 
+def takes_correction(param: Tensor) -> bool:
+    """Return whether a correction can stand beside a parameter: whether it is bfloat16 or float16."""
+    return param.dtype in _BITS_16
+
+
 def has_correction(group: Mapping[str, Any], param: Tensor) -> bool:
     """Return whether a parameter is kept with a correction in its state."""
-    return param.dtype in _BITS_16 and bool(group.get("master_weight_bits"))
+    return takes_correction(param) and bool(group.get("master_weight_bits"))
 
 
 def param_format(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Format:
     """Return the format of a parameter."""
-    if param.dtype not in _BITS_16 or group.get("differentiable"):
+    if not takes_correction(param) or group.get("differentiable"):
         return format_of(param.dtype)
     held = entry.get(CORRECTION)
     asked = CORRECTIONS.get(group.get("master_weight_bits") or 0)

@@ -18,7 +18,7 @@ from surefoot.rule import DIRECTED, EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, S
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
 from surefoot.state.convert import convert_state
-from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction
+from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.state.make import scalar_device
 from surefoot.storage import decode, format_8_bits, scale_shape
 from surefoot.tensors.shards import (
@@ -442,7 +442,7 @@ def _correction(pair: _Pair, value: Any, problems: LoadReport) -> Any:
     if not isinstance(value, Tensor) or value.dtype not in CORRECTIONS.values() or value.shape != param.shape:
         shown = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         problems.mismatched.append(f"{pair.label}: state `{CORRECTION}` is {shown}, must be int8 or int16 like it")
-    elif not has_correction({"master_weight_bits": True}, param):
+    elif not takes_correction(param):
         problems.mismatched.append(
             f"{pair.label}: state `{CORRECTION}` belongs to a bfloat16 or float16 parameter, this is {param.dtype}"
         )

@@ -6,10 +6,11 @@ how it loads and stores it, and what is not in that table the engine does not su
 
 from surefoot.storage.codecs import decode, encode
 from surefoot.storage.formats import BLOCK, Format, format_8_bits, format_16_bits, format_of, scale_shape
-from surefoot.storage.random_bits import identity, random_bits
+from surefoot.storage.random_bits import NUMBERS_OF_A_WORD, identity, random_bits
 
 __all__ = [
     "BLOCK",
+    "NUMBERS_OF_A_WORD",
     "Format",
     "decode",
     "encode",

@@ -14,6 +14,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+NUMBERS_OF_A_WORD = 3
+"""Numbers of 16 bits that are made of 32 random bits."""
 GOLDEN = 0x9E3779B97F4A7C15
 _ALL, _HALF, _WORD = (1 << 64) - 1, (1 << 32) - 1, (1 << 16) - 1
 
@@ -38,7 +40,7 @@ def random_bits(seed: int, parameter: int, step: Tensor | float, elements: Tenso
     counted = torch.as_tensor(step, dtype=torch.float64, device=elements.device).detach().reshape(()).view(torch.int64)
     key = _mixed(_mixed(_mixed(counted.new_tensor(_signed(seed ^ GOLDEN))) ^ parameter) ^ counted)
     key = _mixed(key ^ (elements >> 32))
-    for _ in range(number // 3):
+    for _ in range(number // NUMBERS_OF_A_WORD):
         key = _mixed(key + _signed(GOLDEN))
     x = (elements ^ key) & _HALF
     x = x ^ (x >> 16)
@@ -46,7 +48,7 @@ def random_bits(seed: int, parameter: int, step: Tensor | float, elements: Tenso
     x = x ^ (x >> 15)
     x = ((x + (key >> 32)) & _HALF) * 0x846CA68B & _HALF
     x = x ^ (x >> 16)
-    return (x & _WORD, x >> 16, (x * 0x9E3779B1 & _HALF) >> 16)[number % 3]
+    return (x & _WORD, x >> 16, (x * 0x9E3779B1 & _HALF) >> 16)[number % NUMBERS_OF_A_WORD]
 
 
 def _mixed(x: Tensor) -> Tensor:

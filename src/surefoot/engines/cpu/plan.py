@@ -275,13 +275,15 @@ class Plan:
             regular, measured = measured, np.zeros((len(bucket.params), len(rule.reductions)))
             measured[self.regular] = regular
         columns = (bucket.params, bucket.grads, *bucket.slots, *bucket.parts)
+        own = rule.written
+        written = (own[0], False, *own[1:], *(new for kept, new in zip(bucket.kept, own, strict=False) if kept.part))
         for index in self.irregular:
             tensors = [tensors[index] for tensors in columns][: len(kernel.arrays)]
             row, who = int(rows[index]), None
             cut = list(tiles(tensors, TILE)) if bucket.is_plain else [tensors]
             if bucket.is_rounded:
                 who = bucket.seed, [bucket.identities[index].number], [bucket.identities[index].first or 0]
-            parts = [_run_tile(kernel, views, numbers[row : row + 1], rule.reductions, who) for views in cut]
+            parts = [_run_tile(kernel, views, written, numbers[row : row + 1], rule.reductions, who) for views in cut]
             if parts:
                 measured[index] = combined(rule.reductions, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
         return torch.from_numpy(measured) if rule.reductions else None
@@ -290,11 +292,12 @@ class Plan:
 def _run_tile(
     kernel: Kernel,
     views: Sequence[Tensor],
+    written: Sequence[bool],
     numbers: np.ndarray,
     reductions: Sequence[Reduction],
     random: tuple[int, list[int], list[int]] | None,
 ) -> np.ndarray:
-    """Run on contiguous copies of some views, and copy back what is not the gradient."""
+    """Run on contiguous copies of some views, and copy back those that are written."""
     copies = [view.contiguous() for view in views]
     shaped = [copy for copy in copies if copy.shape == copies[0].shape]
     arrays = admit([[copy] for copy in shaped], [""] * len(shaped), "a copy".format)
@@ -307,8 +310,8 @@ def _run_tile(
     if kernel.checked:
         launch.set_limits(arrays.addresses, arrays.available)
     measured = launch.run(kernel, numbers, reductions)
-    for position, (view, copy) in enumerate(zip(views, copies, strict=True)):
-        if position != 1 and copy.data_ptr() != view.data_ptr():
+    for view, copy, new in zip(views, copies, written, strict=False):
+        if new and copy.data_ptr() != view.data_ptr():
             view.copy_(copy)
     row: np.ndarray = measured[0]
     return row

@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx
 from surefoot.codegen.lower import TYPES
 from surefoot.engines.cpu.checks import VIOLATION, print_checks
 from surefoot.engines.cpu.passes import use_reciprocals
+from surefoot.engines.draws import numbers_drawn, print_number, word_of, words_drawn
 from surefoot.engines.expressions import COMMON
 from surefoot.rule import ROUNDING_STEP, Reduction, Rule
 from surefoot.storage import BLOCK, Format, format_8_bits, format_16_bits, format_of
@@ -111,11 +111,6 @@ class Layout:
     stored: tuple[Format, ...]
 
 
-_OF_DRAW = ("{} & 0xFFFF", "{} >> 16", "({} * 0x9E3779B1) >> 16")
-"""The numbers of 16 bits that 32 random bits give."""
-_NUMBERS = len(_OF_DRAW)
-
-
 class _Array(NamedTuple):
     """A parameter, its gradient or a slot as a kernel sees it.
 
@@ -144,12 +139,14 @@ class _Array(NamedTuple):
     def in_blocks(self) -> bool:
         return self.kept.code is not None
 
-    def random_bits(self) -> str:
-        """Print the bits that it is rounded by."""
-        if self.random is None:
-            return ""
-        drawn, number = divmod(self.random, _NUMBERS)
-        return _OF_DRAW[number].format(f"random{drawn}")
+    @property
+    def word(self) -> int | None:
+        """Which of the words drawn for an element it is rounded by, None if by none."""
+        return None if self.random is None else word_of(self.random)
+
+    def random_bits(self, words: str) -> str:
+        """Print the bits that it is rounded by; `words` tells what words are called by their number."""
+        return "" if self.random is None else print_number(self.random, words.format(self.word))
 
     def load(self, at: str) -> str:
         """Print the line that loads the element at an index."""
@@ -164,25 +161,20 @@ class _Array(NamedTuple):
             yield f"{self.name}_new[i] = float32({self.new})"
             yield f"{self.name}_largest = max({self.name}_largest, as_uint32(float32({self.new})) & 0x7FFFFFFF)"
             return
-        given = {"value": self.new, "random": self.random_bits()}
+        given = {"value": self.new, "random": self.random_bits("random{}")}
         yield f"{self.name}_[{at}] = {self.stored.store.format(**given)}"
         if self.part:
             yield f"{self.part}_[{at}] = {self.stored.part[1].format(**given)}"
 
 
-def _arrays(graph: fx.Graph, inputs: Sequence[fx.Node], stored: Sequence[Format]) -> list[_Array]:
-    """Return what a kernel sees; those that are rounded at random are numbered in order."""
+def _arrays(rule: Rule, graph: fx.Graph, inputs: Sequence[fx.Node], stored: Sequence[Format]) -> list[_Array]:
+    """Return what a kernel sees."""
     results = next(iter(reversed(graph.nodes))).args[0]
-    new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
-    numbers = count()
+    new = [_identifier(node) if written else None for node, written in zip(results, rule.written, strict=False)]
+    param, *slots = zip(new, numbers_drawn(rule, (stored[0], *stored[2:])), strict=True)
+    updates = (param, (None, None), *slots)
     return [
-        _Array(
-            _identifier(node),
-            kept,
-            _identifier(new[node]) if (written := new.get(node, node) is not node) else None,
-            next(numbers) if kept.stochastic and written else None,
-        )
-        for node, kept in zip(inputs, stored, strict=True)
+        _Array(_identifier(node), kept, *update) for node, kept, update in zip(inputs, stored, updates, strict=True)
     ]
 
 
@@ -190,7 +182,7 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     """Print the source of a rule's kernel; one that is checked verifies every item before it computes it."""
     graph = use_reciprocals(rule.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
-    arrays = _arrays(graph, inputs, layout.stored)
+    arrays = _arrays(rule, graph, inputs, layout.stored)
     numbers = [f"c_{name}" for name in rule.coefficients]
     measured = _measured(graph, rule.reductions, len(inputs) - 1, layout)
     stored = ", ".join(f"{array.name} {array.kept.name}" for array in arrays)
@@ -251,7 +243,7 @@ def _print_fetch(places: Sequence[str]) -> str:
 
 def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str], real: str) -> str:
     """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end."""
-    drawn = 1 + max((array.random // _NUMBERS for array in arrays if array.random is not None), default=-1)
+    drawn = words_drawn([array.random for array in arrays])
     keys = [f"key{i} = {'key' if i == 0 else f'next_key(key{i - 1})'}" for i in range(drawn)]
     blocks = [array for array in arrays if array.in_blocks]
     at, element = ("block + i", "first + uint32(block) + uint32(i)") if blocks else ("i", "first + uint32(i)")
@@ -266,7 +258,7 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
     if not blocks:
         lines = [*keys, "for i in range(n):", *(f"    {line}" for line in body or ["pass"])]
         return "\n".join(f"    {line}" for line in lines)
-    kept = sorted({array.random // _NUMBERS for array in blocks if array.random is not None})
+    kept = sorted({array.word for array in blocks if array.word is not None})
     body += [f"drawn{i}[i] = random{i}" for i in kept]
     written = [array for array in blocks if array.new is not None]
     buffers = [f"{array.name}_new = buffer(float32, {BLOCK})" for array in written]
@@ -284,9 +276,8 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
 def _end_of_block(array: _Array) -> Iterator[str]:
     """Print the lines that store the scale and codes of a block."""
     name, code = array.name, array.kept.code
-    number = (array.random or 0) // _NUMBERS
-    bits = array.random_bits().replace(f"random{number}", f"drawn{number}[i]")
-    stored = array.stored.store.format(value=f"{name}_new[i] * {name}_inverse", random=bits)
+    given = {"value": f"{name}_new[i] * {name}_inverse", "random": array.random_bits("drawn{}[i]")}
+    stored = array.stored.store.format(**given)
     yield f"{name}_finite = {name}_largest < 0x7F800000"
     yield f"if not {name}_finite:"
     yield f"    {name}_largest = largest_finite({name}_new, count)"

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
+from surefoot.engines.draws import numbers_drawn, print_number, word_of, words_drawn
 from surefoot.engines.expressions import COMMON
 from surefoot.engines.gpu.conversions import definitions, print_called
 from surefoot.rule import ROUNDING_STEP, Reduction, Rule
@@ -87,9 +87,6 @@ def _storage(dialect: Dialect) -> Iterator[tuple[Format, _Stored]]:
         stored = _Stored("tl.uint8", load, store, part=("tl.float32", "scale({exponent})"))
         yield format_8_bits(signed=signed), stored
 
-
-_OF_DRAW = ("{} & 0xFFFF", "{} >> 16", "({} * 0x9E3779B1) >> 16")
-"""The numbers of 16 bits that 32 random bits give; see `storage/random_bits.py`."""
 
 _STORAGE: dict[Dialect, dict[Format, _Stored]] = {dialect: dict(_storage(dialect)) for dialect in Dialect}
 
@@ -246,8 +243,7 @@ class _Array:
             return
         given = {"value": _converted(self.new, real, self.stored.value), "exponent": f"{self.name}_exponent"}
         if self.random is not None:
-            drawn, number = divmod(self.random, len(_OF_DRAW))
-            given["random"] = _OF_DRAW[number].format(f"random{drawn}")
+            given["random"] = print_number(self.random, f"random{word_of(self.random)}")
         if self.in_blocks:
             yield f"{given['exponent']} = exponent_{self.kept.code}({given['value']}, mask)"
             yield f"{self.name}_scaled = {given['value']} * of_each(scale(0x7F000000 - {given['exponent']}))"
@@ -271,13 +267,13 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dia
         stored: formats of param, grad and the slots, in this order; a rule of fewer slots leaves the last alone.
         dialect: how the device is spoken to.
     """
-    arrays, real = _arrays(rule.graph, stored, dialect), f"tl.{str(compute).removeprefix('torch.')}"
+    arrays, real = _arrays(rule, stored, dialect), f"tl.{str(compute).removeprefix('torch.')}"
     parts = [array.part for array in arrays if array.part is not None]
     addresses = [*(array.address for array in arrays), *parts]
     names, wide = [address.name for address in addresses], [address.name for address in addresses if address.per == 1]
     numbers = [f"c_{name}" for name in rule.coefficients]
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
-    in_blocks, drawn = any(array.in_blocks for array in arrays), _drawn(arrays)
+    in_blocks, drawn = any(array.in_blocks for array in arrays), words_drawn([array.random for array in arrays])
     stores = [*_random(drawn), *(line for array in arrays for line in array.store(real))]
     skipped = ("skipped",) if rule.reductions and stores else ()
     given = ["element", "key"] * bool(drawn)
@@ -325,21 +321,16 @@ def print_kernel(rule: Rule, compute: torch.dtype, stored: Sequence[Format], dia
     return _HEAD.format(title=title) + _preamble(kernel, real, dialect) + kernel
 
 
-def _arrays(graph: fx.Graph, stored: Sequence[Format], dialect: Dialect) -> list[_Array]:
-    """Return what a kernel sees; those that are rounded at random are numbered in order."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
-    results = next(iter(reversed(graph.nodes))).args[0]
-    new = dict(zip([inputs[0], *inputs[2:]], results, strict=False))
-    numbers = count()
+def _arrays(rule: Rule, stored: Sequence[Format], dialect: Dialect) -> list[_Array]:
+    """Return what a kernel sees."""
+    inputs = [node for node in rule.graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+    results = next(iter(reversed(rule.graph.nodes))).args[0]
+    new = [_argument(node) if written else None for node, written in zip(results, rule.written, strict=False)]
+    param, *slots = zip(new, numbers_drawn(rule, (stored[0], *stored[2:])), strict=False)
+    updates = (param, (None, None), *slots)
     return [
-        _Array(
-            _identifier(node),
-            kept,
-            _STORAGE[dialect][kept],
-            _argument(new[node]) if (written := new.get(node, node) is not node) else None,
-            next(numbers) if kept.stochastic and written else None,
-        )
-        for node, kept in zip(inputs, stored, strict=False)
+        _Array(_identifier(node), kept, _STORAGE[dialect][kept], *update)
+        for node, kept, update in zip(inputs, stored, updates, strict=False)
     ]
 
 
@@ -455,7 +446,7 @@ def _reads(arrays: Sequence[_Array], stored: Sequence[Format], numbers: Sequence
         yield f"row = coefficients + tl.load(entry + {_size_row(stored) + 1} * tensors)"
     for position, number in enumerate(numbers):
         yield f"{number} = tl.load(row + {position} * rows)"
-    if _drawn(arrays):
+    if any(array.random is not None for array in arrays):
         seed, parameter, first = (f"tl.load(entry + {_size_row(stored) - back} * tensors)" for back in (3, 2, 1))
         yield f"element = {first} + first"
         yield f"key = random_key({seed}, {parameter}, c_{ROUNDING_STEP.name}.to(tl.float64), element)"
@@ -465,11 +456,6 @@ def _reads(arrays: Sequence[_Array], stored: Sequence[Format], numbers: Sequence
 def _size_row(stored: Sequence[Format]) -> int:
     """Return the row of the table in which sizes stand."""
     return sum(1 + (kept.part is not None) for kept in stored) + 3 * any(kept.stochastic for kept in stored)
-
-
-def _drawn(arrays: Sequence[_Array]) -> int:
-    """Return how often 32 random bits are drawn for an element."""
-    return -(-sum(array.random is not None for array in arrays) // len(_OF_DRAW))
 
 
 def _random(drawn: int) -> Iterator[str]:
