@@ -282,11 +282,14 @@ def mars(
 FLAGS: dict[str, tuple[Any, Any]] = {
     "amsgrad": (False, True),
     "centered": (False, True),
+    "clip_exp": (None, 0.333),
     "decoupled_weight_decay": (False, True),
     "always_adapt": (False, True),
     "maximize": (False, True),
     "momentum": (0, 0.9),
     "nesterov": (False, True),
+    "no_prox": (False, True),
+    "rectify": (False, True),
     "trust_clip": (False, True),
     "weight_decay": (0, 0.1),
 }

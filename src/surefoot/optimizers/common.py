@@ -81,6 +81,19 @@ def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> 
     return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
 
 
+def rectification(beta2: Any, step: Any) -> tuple[Any, Any]:
+    """Return the length rho of the approximated simple moving average of squares, and the rectification (RAdam).
+
+    Below a length of 5 the rectification is not used, and its radicand could be negative or infinite; it is then that
+    of a length of 5.
+    """
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    tractable, limit = larger(rho, 5.0), larger(rho_inf, 5.0)
+    radicand = (tractable - 4) * (tractable - 2) * limit / ((limit - 4) * (limit - 2) * tractable)
+    return rho, radicand**0.5
+
+
 def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
     """Return a trust ratio, 1 where one of the two norms that it is made of is zero."""
     return torch.where(of > 0, torch.where(by > 0, ratio, 1.0), 1.0)

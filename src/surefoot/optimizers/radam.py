@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed, larger
+from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed, rectification
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import EPS, Betas, Decoupled, L2OrDecoupled, LearningRate
 
@@ -60,17 +60,12 @@ class RAdam(Optimizer):
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = h.betas
-        bias_correction2 = 1 - beta2**step
-        rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * step * beta2**step / bias_correction2
-        # Below the threshold the rectification is not used, and its radicand may be negative or infinite.
-        tractable, limit = larger(rho, _TRACTABLE), larger(rho_inf, _TRACTABLE)
-        radicand = (tractable - 4) * (tractable - 2) * limit / ((limit - 4) * (limit - 2) * tractable)
+        rho, factor = rectification(beta2, step)
         return adam_weights(h) | {
             "bias_correction1": 1 - beta1**step,
-            "bias2": bias_correction2**0.5,
-            "rectified": rho > _TRACTABLE,
-            "rectification": radicand**0.5,
+            "bias2": (1 - beta2**step) ** 0.5,
+            "rectified": rho > 5,  # noqa: PLR2004 (torch's; the paper has 4)
+            "rectification": factor,
         }
 
     @staticmethod
@@ -82,6 +77,3 @@ class RAdam(Optimizer):
         adaptive = c.bias2 / (torch.sqrt(exp_avg_sq) + c.eps)
         change = torch.where(c.rectified, plain * adaptive * c.rectification, plain)
         return param - change, exp_avg, exp_avg_sq
-
-
-_TRACTABLE = 5.0
