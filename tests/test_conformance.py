@@ -236,8 +236,12 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
             assert_close(nearest, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
             assert (flat(nearest) == flat(expected)).double().mean() > 0.99
         for name in slow:  # rounded to one of two neighbours at random
-            between = computed[name].abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
-            assert ((actual[name].float() - computed[name]).abs() <= between).all()
+            found, sizes = actual[name].float(), computed[name].abs()
+            between = sizes * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+            if engine == "cpu":  # which fuses operations: of terms that cancel another rest is left
+                between += torch.finfo(torch.float32).eps * torch.cat([sizes.flatten(), torch.zeros(1)]).max()
+            overflows = (found == computed[name].to(dtype).float()) | (found.isnan() & computed[name].isnan())
+            assert (overflows | ((found - computed[name]).abs() <= between)).all()
         for name, value in actual.items():
             computed[name].copy_(value)
     record_property("compared", f"{engine}: 16-bit parameters, with float32 rounded once a step")
