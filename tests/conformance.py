@@ -188,6 +188,14 @@ def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight
     ema_(m, grad, betas[1])
 
 
+def signum(param: Tensor, grad: Tensor, state: Params, lr: Any, momentum: Any, weight_decay: Any) -> None:
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    if momentum:
+        grad = zeros(state, param, "momentum_buffer")[0].lerp_(grad, 1 - momentum)
+    param.add_(grad.sign(), alpha=-lr)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -331,6 +339,11 @@ ROWS = (
         surefoot.Lion,
         loop(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
         more=({"betas": (0.0, 0.5)}, {"weight_decay": torch.tensor(0.1)}),
+    ),
+    Row(
+        surefoot.Signum,
+        loop(signum, lr=1e-3, momentum=0.9, weight_decay=0.0),
+        more=({"momentum": 0.5},),
     ),
     Row(
         surefoot.LAMB,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
     from surefoot.optimizers.sgd import SGD
+    from surefoot.optimizers.signum import Signum
     from surefoot.optimizers.sparse_adam import SparseAdam
     from surefoot.optimizers.stable_adamw import StableAdamW
 
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "LBFGS",
     "SparseAdam",
     "Lion",
+    "Signum",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -55,7 +57,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion",),
+        *("Lion", "Signum"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
