@@ -7,6 +7,7 @@ torch does not have, a `loop` over parameters that spells it out as its paper do
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -196,6 +197,26 @@ def signum(param: Tensor, grad: Tensor, state: Params, lr: Any, momentum: Any, w
     param.add_(grad.sign(), alpha=-lr)
 
 
+def ademamix(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, alpha: Any, beta3_warmup: Any, alpha_warmup: Any,
+    eps: Any, weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (fast, slow, v) = counted(state), zeros(state, param, "exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    beta1, beta2, beta3 = betas
+    if beta3_warmup:  # in proportion to half-lives, of which that of 0 is 0
+        lives = [1 / math.log(beta) if beta else 0.0 for beta in (beta1, beta3)]
+        beta3 = math.e ** (1 / ((1 - min(t / beta3_warmup, 1)) * lives[0] + min(t / beta3_warmup, 1) * lives[1]))
+    if alpha_warmup:
+        alpha = min(alpha * t / alpha_warmup, alpha)
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    ema_(fast, grad, beta1)
+    ema_(slow, grad, beta3)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    u = (fast / (1 - beta1**t)).add_(slow, alpha=alpha)
+    param.addcdiv_(u, v.sqrt() / (1 - beta2**t) ** 0.5 + eps, value=-lr)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -344,6 +365,24 @@ ROWS = (
         surefoot.Signum,
         loop(signum, lr=1e-3, momentum=0.9, weight_decay=0.0),
         more=({"momentum": 0.5},),
+    ),
+    Row(
+        surefoot.AdEMAMix,
+        loop(
+            ademamix,
+            lr=1e-3,
+            betas=(0.9, 0.999, 0.9999),
+            alpha=2.0,
+            beta3_warmup=None,
+            alpha_warmup=None,
+            eps=1e-8,
+            weight_decay=0.0,
+        ),
+        more=(
+            {"betas": (0.0, 0.5, 0.9), "alpha": 4.0},
+            {"beta3_warmup": 5, "alpha_warmup": 6},
+            {"betas": (0.0, 0.9, 0.99), "beta3_warmup": 5},
+        ),
     ),
     Row(
         surefoot.LAMB,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adagrad import Adagrad
     from surefoot.optimizers.adam import Adam, AdamW
     from surefoot.optimizers.adamax import Adamax
+    from surefoot.optimizers.ademamix import AdEMAMix
     from surefoot.optimizers.asgd import ASGD
     from surefoot.optimizers.lamb import LAMB
     from surefoot.optimizers.lars import LARS
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "SparseAdam",
     "Lion",
     "Signum",
+    "AdEMAMix",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -57,7 +59,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum"),
+        *("Lion", "Signum", "AdEMAMix"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
