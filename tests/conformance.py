@@ -217,6 +217,28 @@ def ademamix(
     param.addcdiv_(u, v.sqrt() / (1 - beta2**t) ** 0.5 + eps, value=-lr)
 
 
+def adan(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, no_prox: Any
+) -> None:
+    t, (m, d, v, last) = (
+        counted(state),
+        zeros(state, param, "exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+    )
+    beta1, beta2, beta3 = betas
+    diff = torch.zeros_like(grad) if t == 1 else grad + last
+    ema_(m, grad, beta1)
+    ema_(d, diff, beta2)
+    z = grad.add(diff, alpha=beta2)
+    v.mul_(beta3).addcmul_(z, z, value=1 - beta3)
+    u = (m * (lr / (1 - beta1**t))).add_(d, alpha=lr * beta2 / (1 - beta2**t))
+    if weight_decay and no_prox:
+        param.mul_(1 - lr * weight_decay)
+    param.sub_(u / (v.sqrt() / (1 - beta3**t) ** 0.5 + eps))
+    if weight_decay and not no_prox:
+        param.mul_(1 / (1 + lr * weight_decay))
+    last.copy_(-grad)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -383,6 +405,11 @@ ROWS = (
             {"beta3_warmup": 5, "alpha_warmup": 6},
             {"betas": (0.0, 0.9, 0.99), "beta3_warmup": 5},
         ),
+    ),
+    Row(
+        surefoot.Adan,
+        loop(adan, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False),
+        more=({"betas": (0.0, 0.5, 0.0)},),
     ),
     Row(
         surefoot.LAMB,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adagrad import Adagrad
     from surefoot.optimizers.adam import Adam, AdamW
     from surefoot.optimizers.adamax import Adamax
+    from surefoot.optimizers.adan import Adan
     from surefoot.optimizers.ademamix import AdEMAMix
     from surefoot.optimizers.asgd import ASGD
     from surefoot.optimizers.lamb import LAMB
@@ -50,6 +51,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Lion",
     "Signum",
     "AdEMAMix",
+    "Adan",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -59,7 +61,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix"),
+        *("Lion", "Signum", "AdEMAMix", "Adan"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
