@@ -239,6 +239,32 @@ def adan(
     last.copy_(-grad)
 
 
+def adabelief(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any,
+    decoupled_weight_decay: Any, fixed_decay: Any, rectify: Any, degenerated_to_sgd: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_var")
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - (weight_decay if fixed_decay else lr * weight_decay))
+    elif weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    ema_(m, grad, betas[0])
+    v.mul_(betas[1]).addcmul_(grad - m, grad - m, value=1 - betas[1]).add_(eps)
+    if amsgrad:
+        (most,) = zeros(state, param, "max_exp_avg_var")
+        v = torch.maximum(most, v, out=most)
+    size, bias2 = lr / (1 - betas[0] ** t), 1 - betas[1] ** t
+    longest = 2 / (1 - betas[1]) - 1
+    length = longest - 2 * t * betas[1] ** t / bias2
+    if not rectify:
+        param.addcdiv_(m, v.sqrt() / bias2**0.5 + eps, value=-size)
+    elif length >= 5:
+        of = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        param.sub_(m / (v.sqrt() + eps) * (size * of**0.5 * bias2**0.5))
+    elif degenerated_to_sgd:
+        param.sub_(m * size)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -410,6 +436,26 @@ ROWS = (
         surefoot.Adan,
         loop(adan, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False),
         more=({"betas": (0.0, 0.5, 0.0)},),
+    ),
+    Row(
+        surefoot.AdaBelief,
+        loop(
+            adabelief,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-16,
+            weight_decay=0,
+            amsgrad=False,
+            decoupled_weight_decay=True,
+            fixed_decay=False,
+            rectify=True,
+            degenerated_to_sgd=True,
+        ),
+        more=(
+            {"eps": 1e-8, "betas": (0.5, 0.9)},
+            {"fixed_decay": True, "weight_decay": 0.01},
+            {"degenerated_to_sgd": False, "betas": (0.9, 0.6)},
+        ),
     ),
     Row(
         surefoot.LAMB,

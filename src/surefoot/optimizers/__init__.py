@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surefoot.optimizers.adabelief import AdaBelief
     from surefoot.optimizers.adadelta import Adadelta
     from surefoot.optimizers.adafactor import Adafactor
     from surefoot.optimizers.adagrad import Adagrad
@@ -52,6 +53,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Signum",
     "AdEMAMix",
     "Adan",
+    "AdaBelief",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -61,7 +63,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
