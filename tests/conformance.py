@@ -265,6 +265,26 @@ def adabelief(
         param.sub_(m * size)
 
 
+def adopt(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, clip_exp: Any, weight_decay: Any,
+    decoupled_weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay and not decoupled_weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    if t == 1:
+        v.copy_(grad * grad)
+        return
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    normed = grad / v.sqrt().clamp_(min=eps)
+    if clip_exp is not None:
+        normed.clamp_(-((t - 1) ** clip_exp), (t - 1) ** clip_exp)
+    m.lerp_(normed, 1 - betas[0])
+    param.add_(m, alpha=-lr)
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -456,6 +476,19 @@ ROWS = (
             {"fixed_decay": True, "weight_decay": 0.01},
             {"degenerated_to_sgd": False, "betas": (0.9, 0.6)},
         ),
+    ),
+    Row(
+        surefoot.ADOPT,
+        loop(
+            adopt,
+            lr=1e-3,
+            betas=(0.9, 0.9999),
+            eps=1e-6,
+            clip_exp=0.333,
+            weight_decay=0.0,
+            decoupled_weight_decay=False,
+        ),
+        more=({"clip_exp": 0.25, "betas": (0.0, 0.5)},),
     ),
     Row(
         surefoot.LAMB,

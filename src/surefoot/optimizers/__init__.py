@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adamax import Adamax
     from surefoot.optimizers.adan import Adan
     from surefoot.optimizers.ademamix import AdEMAMix
+    from surefoot.optimizers.adopt import ADOPT
     from surefoot.optimizers.asgd import ASGD
     from surefoot.optimizers.lamb import LAMB
     from surefoot.optimizers.lars import LARS
@@ -54,6 +55,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "AdEMAMix",
     "Adan",
     "AdaBelief",
+    "ADOPT",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -63,7 +65,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
