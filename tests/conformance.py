@@ -285,6 +285,18 @@ def adopt(
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
 
 
+def adam_atan2(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any, a: Any, b: Any
+) -> None:
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    angle = torch.atan2(m * (1 / (1 - betas[0] ** t)), (v * (b * b / (1 - betas[1] ** t))).sqrt())
+    param.add_(angle, alpha=-lr * a)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -489,6 +501,11 @@ ROWS = (
             decoupled_weight_decay=False,
         ),
         more=({"clip_exp": 0.25, "betas": (0.0, 0.5)},),
+    ),
+    Row(
+        surefoot.AdamAtan2,
+        loop(adam_atan2, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, a=1.27, b=1.0),
+        more=({"a": 1.0, "b": 2.0, "betas": (0.0, 0.5)},),
     ),
     Row(
         surefoot.LAMB,

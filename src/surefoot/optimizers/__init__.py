@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adafactor import Adafactor
     from surefoot.optimizers.adagrad import Adagrad
     from surefoot.optimizers.adam import Adam, AdamW
+    from surefoot.optimizers.adam_atan2 import AdamAtan2
     from surefoot.optimizers.adamax import Adamax
     from surefoot.optimizers.adan import Adan
     from surefoot.optimizers.ademamix import AdEMAMix
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "Adan",
     "AdaBelief",
     "ADOPT",
+    "AdamAtan2",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -65,13 +67,13 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
-_FUNCTIONS = {"SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
+_FUNCTIONS = {"AdamAtan2": "adam_atan2", "SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
 _FILES = {"AdamW": "adam"}
 """Where an algorithm's function, or its file, is not its name in small letters."""
 
