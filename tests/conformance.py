@@ -297,6 +297,22 @@ def adam_atan2(
     param.add_(angle, alpha=-lr * a)
 
 
+def laprop(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    counted(state)
+    m, v = zeros(state, param, "exp_avg", "exp_avg_sq")
+    sums = [state.setdefault(f"exp_avg_lr_{i}", torch.tensor(0.0)) for i in (1, 2)]
+    of_lr, of_one = (
+        each.item() * beta + (1 - beta) * value for each, beta, value in zip(sums, betas, (lr, 1.0), strict=True)
+    )
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    m.mul_(betas[0]).add_(grad / ((v / of_one).sqrt() + eps), alpha=(1 - betas[0]) * lr)
+    param.add_(m, alpha=-(lr / of_lr if of_lr else 0.0))
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    for each, value in zip(sums, (of_lr, of_one), strict=True):
+        each.fill_(value)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -506,6 +522,11 @@ ROWS = (
         surefoot.AdamAtan2,
         loop(adam_atan2, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, a=1.27, b=1.0),
         more=({"a": 1.0, "b": 2.0, "betas": (0.0, 0.5)},),
+    ),
+    Row(
+        surefoot.LaProp,
+        loop(laprop, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0),
+        more=({"betas": (0.0, 0.5), "eps": 1e-8}, {"lr": 0.0}),
     ),
     Row(
         surefoot.LAMB,

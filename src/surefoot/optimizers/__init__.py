@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.adopt import ADOPT
     from surefoot.optimizers.asgd import ASGD
     from surefoot.optimizers.lamb import LAMB
+    from surefoot.optimizers.laprop import LaProp
     from surefoot.optimizers.lars import LARS
     from surefoot.optimizers.lbfgs import LBFGS
     from surefoot.optimizers.lion import Lion
@@ -58,6 +59,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "AdaBelief",
     "ADOPT",
     "AdamAtan2",
+    "LaProp",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -67,7 +69,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
