@@ -313,6 +313,25 @@ def laprop(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps:
         each.fill_(value)
 
 
+def qhadam(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, nus: Any, weight_decay: Any,
+    decoupled_weight_decay: Any, eps: Any,
+) -> None:  # fmt: skip
+    m, v = zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    elif weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    sums = [state.setdefault(f"beta{i}_weight", torch.tensor(0.0)) for i in (1, 2)]
+    new = [1 + beta * each.item() for beta, each in zip(betas, sums, strict=True)]
+    m.mul_(1 - 1 / new[0]).add_(grad, alpha=1 / new[0])
+    v.mul_(1 - 1 / new[1]).addcmul_(grad, grad, value=1 / new[1])
+    of = (v * nus[1]).addcmul_(grad, grad, value=1 - nus[1])
+    param.addcdiv_((m * nus[0]).add_(grad, alpha=1 - nus[0]), of.sqrt() + eps, value=-lr)
+    for each, value in zip(sums, new, strict=True):
+        each.fill_(value)
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -527,6 +546,19 @@ ROWS = (
         surefoot.LaProp,
         loop(laprop, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0),
         more=({"betas": (0.0, 0.5), "eps": 1e-8}, {"lr": 0.0}),
+    ),
+    Row(
+        surefoot.QHAdam,
+        loop(
+            qhadam,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            nus=(1.0, 1.0),
+            weight_decay=0.0,
+            decoupled_weight_decay=False,
+            eps=1e-8,
+        ),
+        more=({"nus": (0.7, 1.0), "betas": (0.995, 0.999)}, {"nus": (0.5, 0.7), "betas": (0.0, 0.5)}),
     ),
     Row(
         surefoot.LAMB,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
     from surefoot.optimizers.novograd import NovoGrad
+    from surefoot.optimizers.qhadam import QHAdam
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "ADOPT",
     "AdamAtan2",
     "LaProp",
+    "QHAdam",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -69,7 +71,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
