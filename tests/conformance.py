@@ -332,6 +332,19 @@ def qhadam(
         each.fill_(value)
 
 
+def yogi(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, initial_accumulator: Any,
+    weight_decay: Any,
+) -> None:  # fmt: skip
+    t = counted(state)
+    m, v = (state.setdefault(name, torch.full_like(param, initial_accumulator)) for name in ("exp_avg", "exp_avg_sq"))
+    if weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    ema_(m, grad, betas[0])
+    v.addcmul_(torch.sign(v - grad * grad), grad * grad, value=betas[1] - 1)
+    param.addcdiv_(m, v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps, value=-lr / (1 - betas[0] ** t))
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -559,6 +572,18 @@ ROWS = (
             eps=1e-8,
         ),
         more=({"nus": (0.7, 1.0), "betas": (0.995, 0.999)}, {"nus": (0.5, 0.7), "betas": (0.0, 0.5)}),
+    ),
+    Row(
+        surefoot.Yogi,
+        loop(
+            yogi,
+            lr=1e-2,
+            betas=(0.9, 0.999),
+            eps=1e-3,
+            initial_accumulator=1e-6,
+            weight_decay=0,
+        ),
+        more=({"initial_accumulator": 0.1, "betas": (0.0, 0.5)},),
     ),
     Row(
         surefoot.LAMB,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.signum import Signum
     from surefoot.optimizers.sparse_adam import SparseAdam
     from surefoot.optimizers.stable_adamw import StableAdamW
+    from surefoot.optimizers.yogi import Yogi
 
 __all__ = [  # noqa: RUF022 (the order of tables)
     "SGD",
@@ -62,6 +63,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "AdamAtan2",
     "LaProp",
     "QHAdam",
+    "Yogi",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -71,7 +73,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam"),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam", "Yogi"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
