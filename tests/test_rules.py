@@ -74,6 +74,7 @@ MIXTURES = {
     "addcdiv": ("tttn",),
     "fill": ("tn",),
     "copy": ("t",),
+    "atan2": ("tt",),
     "torch.div": ("tt", "tn", "nn"),
     **dict.fromkeys(("math.sqrt", "math.exp", "math.log", "math.tanh"), ("n",)),
 }

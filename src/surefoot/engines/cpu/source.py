@@ -84,6 +84,7 @@ _EXPRESSIONS: dict[str, str] = COMMON | {
     "exp": "math.exp({0})",
     "log": "math.log({0})",
     "tanh": "math.tanh({0})",
+    "atan2": "atan2_{real}({0}, {1})",
     "maximum": "{0} if ({0} > {1}) | ({0} != {0}) else {1}",
     "minimum": "{0} if ({0} < {1}) | ({0} != {0}) else {1}",
     "lerp": "{0} + {2} * ({1} - {0}) if abs({2}) < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
@@ -203,13 +204,14 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     random = any(array.random is not None for array in arrays)
     given = [*["measured", "segment"] * bool(rule.reductions), *["first", "key"] * random]
     places = {name: f"start * {size}" if per == 1 else f"start // {per} * {size}" for name, _, size, per in held}
+    real = str(layout.compute).removeprefix("torch.")
     return _TEMPLATE.format(
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
-        real=str(layout.compute).removeprefix("torch."),
+        real=real,
         parameters=", ".join([*(f"{name}_" for name, *_ in held), "n", *given, *numbers]),
         vectors=_VECTORS[sum((random or len(held) > len(arrays), any(array.in_blocks for array in arrays)))],
         starts="".join(f"    {line}\n" for line in measured.starts),
-        loop=_print_loop(graph, arrays, measured.body),
+        loop=_print_loop(graph, arrays, measured.body, real),
         keep="".join(
             f"    measured[segment * {len(rule.reductions)} + {index}] = {result}\n"
             for index, result in enumerate(measured.results)
@@ -245,7 +247,7 @@ def _print_fetch(places: Sequence[str]) -> str:
     return _FETCH.format(ahead=_AHEAD, fetched=_FETCHED, fetches=fetches)
 
 
-def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str]) -> str:
+def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str], real: str) -> str:
     """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end.
 
     A block that is whole has loops of a constant length, which are compiled without ends of their own.
@@ -257,7 +259,7 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
     body = [array.load(at) for array in arrays]
     for node in graph.nodes:
         if node.op == "call_function":
-            expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args))
+            expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args), real=real)
             body.append(f"{_identifier(node)} = {expression}")
     body += [f"random{i} = random_32({element}, key{i})" for i in range(drawn)]
     body += [line for array in arrays for line in array.stores(at)]
