@@ -90,6 +90,8 @@ class Row:
         takers = (self.ours, self.oracle) if self.oracle is of_torch else (self.ours,)  # torch may be older
         known = [inspect.signature(taker).parameters for taker in takers]
         flags = [name for name in FLAGS if all(name in parameters for parameters in known)]
+        if self.ours.is_rule():
+            flags = [name for name in flags if name == "maximize" or name in self.ours.flags]
         for setting in itertools.product((0, 1), repeat=len(flags)):
             options = {name: FLAGS[name][on] for name, on in zip(flags, setting, strict=True)}
             allowed = not options.get("nesterov") or options["momentum"]
@@ -381,6 +383,34 @@ def lars(
     param.sub_(lr * grad)
 
 
+def schedule_free(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, weight_decay: Any, r: Any, weight_lr_power: Any,
+    betas: Any = None, eps: Any = None, momentum: Any = None, warmup_steps: int = 0, silent_sgd_phase: Any = None,
+) -> None:  # fmt: skip
+    t, weight_sum = counted(state), state.setdefault("weight_sum", torch.tensor(0.0))
+    lr_max, z = state.setdefault("lr_max", torch.tensor(-1.0)), state.setdefault("z", param.detach().clone())
+    direction, beta1, lr = grad, momentum if betas is None else betas[0], float(lr)
+    lr = lr * min(1, t / warmup_steps) if warmup_steps else lr
+    if betas is not None:
+        (v,) = zeros(state, param, "exp_avg_sq")
+        ema_(v, grad**2, betas[1])
+        direction = grad / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        if silent_sgd_phase is not None:
+            rho_inf = 2 / (1 - betas[1]) - 1
+            rho = rho_inf - 2 * t * betas[1] ** t / (1 - betas[1] ** t)
+            if rho > 4:
+                lr = lr * ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+            else:
+                lr, direction = lr * (0 if silent_sgd_phase else 1), grad
+    lr_max.fill_(max(float(lr_max), float(lr)))
+    weight = t**r * lr_max.item() ** weight_lr_power
+    weight_sum.add_(weight)
+    c = weight / weight_sum.item() if weight_sum else 0.0
+    direction = direction + weight_decay * param if weight_decay else direction
+    param.lerp_(z, c).add_(direction * lr, alpha=beta1 * (1 - c) - 1)
+    z.sub_(lr * direction)
+
+
 def stable_adamw(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any, eps: Any, decouple_lr: Any,
     max_lr: Any,
@@ -584,6 +614,42 @@ ROWS = (
             weight_decay=0,
         ),
         more=({"initial_accumulator": 0.1, "betas": (0.0, 0.5)},),
+    ),
+    Row(
+        surefoot.AdamWScheduleFree,
+        loop(
+            schedule_free,
+            lr=0.0025,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0,
+            warmup_steps=0,
+            r=0.0,
+            weight_lr_power=2.0,
+        ),
+        more=({"warmup_steps": 3, "r": 1.0}, {"betas": (0.5, 0.0), "weight_lr_power": 0.0}),
+        exact=False,
+    ),
+    Row(
+        surefoot.SGDScheduleFree,
+        loop(schedule_free, lr=1.0, momentum=0.9, weight_decay=0, warmup_steps=0, r=0.0, weight_lr_power=2.0),
+        more=({"warmup_steps": 3, "r": 1.0}, {"momentum": 0.5, "lr": 0.1}),
+        exact=False,
+    ),
+    Row(
+        surefoot.RAdamScheduleFree,
+        loop(
+            schedule_free,
+            lr=0.0025,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0,
+            r=0.0,
+            weight_lr_power=2.0,
+            silent_sgd_phase=True,
+        ),
+        more=({"silent_sgd_phase": False}, {"betas": (0.9, 0.5)}),
+        exact=False,
     ),
     Row(
         surefoot.LAMB,

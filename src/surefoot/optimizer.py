@@ -135,6 +135,12 @@ class Optimizer(torch.optim.Optimizer):
     whole_tensors: ClassVar[bool] = False
     """Return whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
+    has_modes: ClassVar[bool] = False
+    """Return whether groups have a `train_mode`, and steps are refused unless it is True."""
+    derived_state: ClassVar[tuple[str, ...]] = ()
+    """Keys of what `derive_state` returns, which state dicts tell and loading passes over."""
+    refused_options: ClassVar[Mapping[str, str]] = {}
+    """Options of `StepOptions` that it does not take though its kind does, each with the reason."""
     spec: ClassVar[AlgorithmSpec]
     """All of this, as everything below the optimizer is handed it."""
 
@@ -196,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
         """Return the options of `StepOptions` that this algorithm takes."""
         if not (cls.is_rule() or cls.prepares_params):
             return {"zero_grad_after_step"}
-        return set(StepOptions.__annotations__) - set(DIRECTED).difference(cls.flags)
+        return set(StepOptions.__annotations__) - set(DIRECTED).difference(cls.flags) - set(cls.refused_options)
 
     @classmethod
     def is_rule(cls) -> bool:
@@ -643,10 +649,18 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
+        for group in self.param_groups if self.derived_state else ():
+            for param in group["params"]:
+                if derived := self.derive_state(group, param, self.state.get(param, {})):
+                    state[numbers[param]] = {**state[numbers[param]], **derived}
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in self._hooks("state_dict_post"):
             result = _or(hook(self, result), result)
         return result
+
+    def derive_state(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what a state dict tells of a parameter beside its state; under the keys `derived_state`."""
+        return {}
 
     @opaque
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
@@ -765,7 +779,10 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         instead_of_sparse=cls.instead_of_sparse,
         complex_params=cls.complex_params,
         whole_tensors=cls.whole_tensors,
+        has_modes=cls.has_modes,
+        derived_state=cls.derived_state,
         step_options=frozenset(cls.supported_step_options()),
+        refused_options=cls.refused_options,
         own_options=frozenset(_own_options(cls)),
         constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
     )

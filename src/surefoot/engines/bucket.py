@@ -123,7 +123,8 @@ class _Column(NamedTuple):
 
     def store(self, row: int, value: Tensor, random: Tensor | None) -> None:
         """Write the values at a position, rounded by random bits where there are any."""
-        for tensors, new in zip(self.arrays, encode(self.kept, value, random), strict=True):
+        stored = (value,) if self.kept.is_plain else encode(self.kept, value, random)
+        for tensors, new in zip(self.arrays, stored, strict=True):
             if new is not tensors[row]:
                 tensors[row].copy_(new)
 
@@ -256,9 +257,9 @@ class Bucket:
             values: for each of them its new value and those of its slots.
         """
         columns, numbers = self._stored(), numbers_drawn(self.rule, self.kept)
-        written = [position for position, new in enumerate(self.rule.written) if new]
+        written, is_rounded = [position for position, new in enumerate(self.rule.written) if new], self.is_rounded
         for row, new in zip(rows, values, strict=True):
-            elements = self.element_numbers(row) if self.is_rounded else None
+            elements = self.element_numbers(row) if is_rounded else None
             for position in written:
                 number = numbers[position]
                 random = None if number is None or elements is None else self._random_bits(row, elements, number)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
+    from surefoot.optimizers.schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from surefoot.optimizers.sgd import SGD
     from surefoot.optimizers.signum import Signum
     from surefoot.optimizers.sparse_adam import SparseAdam
@@ -64,6 +65,9 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "LaProp",
     "QHAdam",
     "Yogi",
+    "AdamWScheduleFree",
+    "SGDScheduleFree",
+    "RAdamScheduleFree",
     "LAMB",
     "LARS",
     "StableAdamW",
@@ -74,13 +78,16 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 NOT_IN_TORCH = frozenset(
     {
         *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam", "Yogi"),
+        *("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
 _FUNCTIONS = {"AdamAtan2": "adam_atan2", "SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
+_FUNCTIONS |= {f"{name}ScheduleFree": f"{name.lower()}_schedule_free" for name in ("AdamW", "SGD", "RAdam")}
 _FILES = {"AdamW": "adam"}
+_FILES |= {f"{name}ScheduleFree": "schedule_free" for name in ("AdamW", "SGD", "RAdam")}
 """Where an algorithm's function, or its file, is not its name in small letters."""
 
 

@@ -81,15 +81,15 @@ def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> 
     return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
 
 
-def rectification(beta2: Any, step: Any) -> tuple[Any, Any]:
+def rectification(beta2: Any, step: Any, least: float = 5.0) -> tuple[Any, Any]:
     """Return the length rho of the approximated simple moving average of squares, and the rectification (RAdam).
 
-    Below a length of 5 the rectification is not used, and its radicand could be negative or infinite; it is then that
-    of a length of 5.
+    Below a length of `least`, greater than 4, the rectification is not used, and its radicand could be negative or
+    infinite; it is then that of this length.
     """
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
-    tractable, limit = larger(rho, 5.0), larger(rho_inf, 5.0)
+    tractable, limit = larger(rho, least), larger(rho_inf, least)
     radicand = (tractable - 4) * (tractable - 2) * limit / ((limit - 4) * (limit - 2) * tractable)
     return rho, radicand**0.5
 

@@ -33,7 +33,10 @@ class AlgorithmSpec:
         instead_of_sparse: what the refusal of a sparse gradient recommends.
         complex_params: whether complex parameters are taken.
         whole_tensors: whether a step needs to know more of a tensor than a shard of it.
+        has_modes: whether groups have a `train_mode`, without which no step is made.
+        derived_state: keys of state that a state dict tells but that is not kept.
         step_options: the options of `StepOptions` that it takes.
+        refused_options: why some of them are not taken.
         own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
     """
@@ -49,7 +52,10 @@ class AlgorithmSpec:
     instead_of_sparse: str = ""
     complex_params: bool = True
     whole_tensors: bool = False
+    has_modes: bool = False
+    derived_state: tuple[str, ...] = ()
     step_options: frozenset[str] = frozenset()
+    refused_options: Mapping[str, str] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
 

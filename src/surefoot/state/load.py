@@ -374,8 +374,8 @@ def _entry(
             entry |= _slot(slots[name], pair, value, saved.get(f"{name}_scale"), problems)
         elif name == CORRECTION:
             entry[name] = _correction(pair, value, problems)
-        elif name.removesuffix("_scale") in slots:
-            pass  # taken together with its slot
+        elif name.removesuffix("_scale") in slots or name in spec.derived_state:
+            pass  # taken together with its slot, or follows from the rest
         elif saved.keys() & {*scalars, *slots} or name not in _all_state_names():
             others[name] = moved(value, pair.param.device, key=name)  # what a wrapper keeps there is its own
         else:

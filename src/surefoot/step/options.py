@@ -197,6 +197,8 @@ def refuse_unsupported(spec: AlgorithmSpec, requested: Iterable[str]) -> None:
     """Raise ValueError when an algorithm does not take an option."""
     if unsupported := set(requested) - spec.step_options:
         option = min(unsupported)
+        if option in spec.refused_options:
+            raise ValueError(f"{spec.name} takes no `{option}`: {spec.refused_options[option]}")
         undirected = option in DIRECTED and spec.update is not None
         if option == "cautious_weight_decay" and "cautious" in spec.flags:
             reason = "its weight decay is part of the gradient; leave it out, or take an optimizer that decouples it"
@@ -251,13 +253,21 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
 
     Raises:
         ValueError, TypeError: an option is; nothing has changed.
+        RuntimeError: an algorithm with two modes is not in train mode.
     """
     now = [group.get(option) for group in groups for option in _ALL]
     now += map(vars(stepping.options).__getitem__, _OF_OPTIMIZER)
+    if spec.has_modes:
+        now += [group.get("train_mode") for group in groups]
     if len(now) == len(stepping.checked) and all(map(is_, now, stepping.checked)):
         return
     stepping.options.check()
     refuse_unsupported(spec, stepping.options.requested())
+    if spec.has_modes and not all(group.get("train_mode", True) for group in groups):
+        raise RuntimeError(
+            f"{spec.name} is in eval mode, in which the parameters hold the weights to evaluate; call "
+            f"optimizer.train() before backward and step()"
+        )
     for group in map(stepping.options.own, groups):
         check_group_options(spec, group)
         for option, check in group_ranges(spec):
