@@ -239,7 +239,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
         for name in slow:  # rounded to one of two neighbours at random
             found, sizes = actual[name].float(), computed[name].abs()
             between = sizes * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
-            if engine == "cpu":  # which fuses operations: of terms that cancel another rest is left
+            if engine == "cpu" or not row.exact:  # which fuses operations: of terms that cancel another rest is left
                 between += torch.finfo(torch.float32).eps * torch.cat([sizes.flatten(), torch.zeros(1)]).max()
             overflows = (found == computed[name].to(dtype).float()) | (found.isnan() & computed[name].isnan())
             assert (overflows | ((found - computed[name]).abs() <= between)).all()
