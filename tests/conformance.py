@@ -785,6 +785,11 @@ def each_row(rows: Iterable[Row]) -> pytest.MarkDecorator:
 each_engine = pytest.mark.parametrize("engine", list(ENGINES))
 
 
+def with_third(row: Row, betas: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Return two betas, and the third where the optimizer has three."""
+    return (*betas, *row.defaults["betas"][2:])
+
+
 def unclipped(row: Row) -> Options:
     """Return the option that clips no gradients, where they are clipped by default."""
     return {"max_grad_norm": None} if "max_grad_norm" in inspect.signature(row.ours).parameters else {}

@@ -11,7 +11,18 @@ import torch.distributed
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import surefoot
-from conformance import DENSE, ELEMENTWISE, ENGINES, ROWS, assert_close, each_engine, each_row, normals, unclipped
+from conformance import (
+    DENSE,
+    ELEMENTWISE,
+    ENGINES,
+    ROWS,
+    assert_close,
+    each_engine,
+    each_row,
+    normals,
+    unclipped,
+    with_third,
+)
 from surefoot.explain import choices
 
 each_16_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -202,6 +213,7 @@ def test_muon_keeps_the_norm_of_its_momentum_in_bfloat16(nesterov):
 @each_row([row for row in ROWS if "betas" in row.defaults])
 def test_betas_may_be_integers(row, betas):
     """Torch wants floats."""
+    betas = with_third(row, betas)
     ours, theirs = (torch.ones(3, requires_grad=True) for _ in range(2))
     optimizer, twin = row.build([ours], {"betas": betas}), row.build([theirs], {"betas": tuple(map(float, betas))})
     for param, taker in ((ours, optimizer), (theirs, twin)):

@@ -15,6 +15,7 @@ from conformance import (
     DENSE,
     ELEMENTWISE,
     ENGINES,
+    FLAGS,
     SPARSE,
     STEADY,
     STEPS,
@@ -411,6 +412,12 @@ def set_option(**options):
     return change
 
 
+def other_betas(optimizer, params):
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (0.5, 0.6, *group["betas"][2:])
+
+
 def tensor_lr(optimizer, params):
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(0.25)
@@ -496,7 +503,7 @@ CHANGES = {
     "no momentum": set_option(momentum=0, nesterov=False),
     "minimize": set_option(maximize=False),
     "eps": set_option(eps=0.1),
-    "betas": set_option(betas=(0.5, 0.6)),
+    "betas": other_betas,
     "coupled": set_option(decoupled_weight_decay=False),
     **{
         change.__name__: change
@@ -610,7 +617,7 @@ def test_parameters_may_be_swapped(engine, row):
 def test_flags_switched_on_later_count(engine, row):
     """Torch raises KeyError for buffers that are missing; here they start as at the first step."""
     params = some()
-    off = {name: type(value)() for name, value in row.all_flags().items()}
+    off = {name: FLAGS[name][0] for name in row.all_flags()}
     optimizer = row.build(groups(params), off, engine)
     train(optimizer, params, torch.float32, steps=BEFORE)
     set_option(**row.all_flags())(optimizer, params)

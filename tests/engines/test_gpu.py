@@ -20,7 +20,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot
-from conformance import ELEMENTWISE, STEADY, STEPS, assert_close, assert_same, normals, results, train, unclipped, zoo
+from conformance import (
+    ELEMENTWISE,
+    STEADY,
+    STEPS,
+    assert_close,
+    assert_same,
+    normals,
+    results,
+    train,
+    unclipped,
+    with_third,
+    zoo,
+)
 from helpers import Noted
 from surefoot import averages, doctor, engines
 from surefoot.engines import gpu
@@ -40,6 +52,7 @@ from surefoot.tensors.native import guards as native
 pytest.importorskip("triton", reason="the GPU engine's tests need Triton, which is there on Linux")
 
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.runtime import interpreter as interpreting
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -67,6 +80,12 @@ def language():
                 setattr(place, name, names[name])
 
 
+def _by_numpy(function):
+    return lambda x, *others: type(x)(
+        interpreting.TensorHandle(function(x.handle.data, *(y.handle.data for y in others)), x.handle.dtype), x.type
+    )
+
+
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
@@ -75,6 +94,10 @@ def interpreter(monkeypatch, language):
     monkeypatch.setattr(interpreting, "_patch_lang", functools.cache(interpreting._patch_lang))
     for name in ("sum", "max"):  # written in Triton themselves, for its compiler if it was imported before
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
+    # The interpreter lacks the device's library, so NumPy stands in for it.
+    functions = {"pow": np.power, "exp": np.exp, "log": np.log, "tanh": np.tanh, "atan2": np.arctan2}
+    for name, function in functions.items():
+        monkeypatch.setattr(libdevice, name, _by_numpy(function))
     monkeypatch.setattr(gpu, "DEVICES", ("cpu",))
     monkeypatch.setattr(check, "CAPTURABLE_DEVICES", ("cpu",))
     compiling.load.cache_clear()
@@ -228,19 +251,7 @@ class Everything(surefoot.Optimizer):
         return torch.clamp(bounded - c.lr * power, -0.5, 2.5) + torch.sign(param), mask, power
 
 
-def test_every_operation_of_a_rule_is_known(monkeypatch):
-    """Triton's interpreter lacks the device's library, so NumPy stands in for it."""
-    from triton.language.extra import libdevice
-    from triton.runtime.interpreter import TensorHandle
-
-    def by_numpy(function):
-        return lambda x, *others: type(x)(
-            TensorHandle(function(x.handle.data, *(y.handle.data for y in others)), x.handle.dtype), x.type
-        )
-
-    functions = {"pow": np.power, "exp": np.exp, "log": np.log, "tanh": np.tanh, "atan2": np.arctan2}
-    for name, function in functions.items():
-        monkeypatch.setattr(libdevice, name, by_numpy(function))
+def test_every_operation_of_a_rule_is_known():
     found = []
     for way in (FUSED, {"foreach": False}):
         params = three(torch.float32)
@@ -286,7 +297,7 @@ def test_a_capturable_step_reads_nothing(row, options):
     """With hyperparameters that are tensors, and they count."""
     tensors = {name: torch.tensor(value) for name, value in TENSORS.items() if name in row.defaults}
     if "betas" in row.defaults:
-        tensors["betas"] = (torch.tensor(0.8), torch.tensor(0.9))
+        tensors["betas"] = with_third(row, (torch.tensor(0.8), torch.tensor(0.9)))
     options = {name: value for name, value in options.items() if name not in tensors} | tensors
     options |= unclipped(row)  # the norm of gradients on a CPU is read
     found = []

@@ -65,10 +65,10 @@ class ADOPT(Optimizer):
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
-        later = smaller(step - 1, 1.0)  # than the first step, in which it is 0
+        later = smaller(step - 1, 1.0)  # than in the first step, when it is 0
         beta1, beta2 = h.betas[0], h.betas[1] * later
         return {
-            "later": later,
+            "later": later > 0,
             "limit": 0.0 if h.clip_exp is None else (step - 1) ** h.clip_exp,
             "weight1": 1 - beta1,
             "beta2": beta2,
