@@ -210,7 +210,7 @@ def test_muon_keeps_the_norm_of_its_momentum_in_bfloat16(nesterov):
 
 
 @pytest.mark.parametrize("betas", [(0, 0.99), (0.9, 0), (0, 0)])
-@each_row([row for row in ROWS if "betas" in row.defaults])
+@each_row([row for row in ROWS if "betas" in row.defaults and not row.ours.has_modes])  # where beta1 cannot be 0
 def test_betas_may_be_integers(row, betas):
     """Torch wants floats."""
     betas = with_third(row, betas)

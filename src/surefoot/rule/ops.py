@@ -105,7 +105,7 @@ def _fill(x: Tensor, number: Any) -> Tensor:
 def _where(condition: Any, x: Any, y: Any) -> Any:
     """Select; a new tensor, never one of the arguments, so that no engine writes through an alias."""
     if isinstance(condition, Tensor):
-        return torch.where(condition, x, y)
+        return torch.where(condition if condition.dtype is torch.bool else condition != 0, x, y)
     chosen = x if condition else y
     return chosen.clone() if isinstance(chosen, Tensor) else chosen
 
