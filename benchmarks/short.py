@@ -1,35 +1,33 @@
 """What AdamW costs with short numbers: milliseconds, bytes and instructions, beside float32 and beside others.
 
-    python benchmarks/short.py                     # formats of surefoot, torch's fused AdamW
-    python benchmarks/short.py --peers             # also torchao, bitsandbytes, optimi, those that are installed
-    python benchmarks/short.py --csv results/short.csv
+    python benchmarks/short.py           # formats of surefoot, torch's fused AdamW
+    python benchmarks/short.py --peers   # also torchao, bitsandbytes, optimi, those that are installed
 
-All contenders step the same gradients in turns, in rounds of random order; a round's ratio is to surefoot's float32
-step of that round.  `in cache` is one thread on one tensor of 64 k elements, `instructions` those of the loops per
-element, counted in what LLVM prints for this processor.
+It prints a table for each list of shapes and writes `benchmarks/results/short.csv`.  All contenders step the same
+gradients in turns; a round's ratio is to surefoot's float32 step of that round.
 """
 
 import argparse
-import csv
-import gc
 import importlib
-import random
-import re
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from loops import loops_with
 from torch import Tensor
+from turns import take_turns, timed, write
 
 import surefoot
-from surefoot.codegen import compile as codegen
+from surefoot.benchmark import Quartiles
+from surefoot.codegen.compile import assembly
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.storage import format_of
 
-SHAPES = {"8 x 4 M": ((2000, 2000),) * 8, "200 x 100 k": ((250, 400),) * 200}
+Shapes = tuple[tuple[int, ...], ...]
+SHAPES: dict[str, Shapes] = {"8 x 4 M": ((2000, 2000),) * 8, "200 x 100 k": ((250, 400),) * 200}
+IN_CACHE: Shapes = ((256, 256),)
 BF16 = torch.bfloat16
 OURS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
@@ -42,18 +40,57 @@ OURS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 + 8 bits, float8 state": (BF16, {"master_weight_bits": 24, "state_dtype": "float8"}),
 }
 BASE = "float32"
-LARGEST_STRIDE = 128
-"""Elements that a loop steps over at a time at most; larger numbers are of bytes."""
 
 
-def peers() -> Iterator[tuple[str, torch.dtype, Callable[[list[Tensor]], Any]]]:
-    """Yield the others that are installed: a name, the dtype of weights, and what makes the optimizer."""
-    yield "torch fused, float32", torch.float32, lambda params: torch.optim.AdamW(params, fused=True)
-    yield "torch fused, bf16", BF16, lambda params: torch.optim.AdamW(params, fused=True)
+class Line(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        parameters: which list of shapes.
+        optimizer: the contender.
+        ms: milliseconds of a step, median over rounds.
+        ratio, ratio_q1, ratio_q3: its time over that of surefoot's float32 step, median of the rounds' and quartiles.
+        bytes: of weights and state, for each parameter.
+        in_cache_ns: nanoseconds for each of 64 k parameters on one thread, the step's fixed cost included; the least.
+        instructions: of the kernel's loops for each parameter, as LLVM makes them for this processor.
+    """
+
+    parameters: str
+    optimizer: str
+    ms: float
+    ratio: float
+    ratio_q1: float
+    ratio_q3: float
+    bytes: float
+    in_cache_ns: float
+    instructions: float
 
 
-def installed_peers() -> Iterator[tuple[str, torch.dtype, Callable[[list[Tensor]], Any]]]:
-    """Yield those of other packages."""
+class Contender(NamedTuple):
+    """An optimizer: its name, the dtype of weights, and what makes it."""
+
+    name: str
+    dtype: torch.dtype
+    make: Callable[[list[Tensor]], Any]
+
+    def prepared(self, shapes: Shapes) -> tuple[list[Tensor], Any]:
+        """Return parameters with gradients, and the optimizer when it has state."""
+        params = parameters(shapes, self.dtype)
+        optimizer = self.make(params)
+        optimizer.step()
+        return params, optimizer
+
+
+def contenders() -> Iterator[Contender]:
+    """Yield ours and torch's."""
+    for name, (dtype, formats) in OURS.items():
+        yield Contender(name, dtype, lambda params, formats=formats: surefoot.AdamW(params, **formats))
+    yield Contender("torch fused, float32", torch.float32, lambda params: torch.optim.AdamW(params, fused=True))
+    yield Contender("torch fused, bf16", BF16, lambda params: torch.optim.AdamW(params, fused=True))
+
+
+def peers() -> Iterator[Contender]:
+    """Yield those of other packages, where they are installed."""
     for package, name, dtype, options in (
         ("torchao.optim", "AdamW8bit", torch.float32, {}),
         ("torchao.optim", "AdamW8bit", BF16, {"bf16_stochastic_round": True}),
@@ -67,10 +104,10 @@ def installed_peers() -> Iterator[tuple[str, torch.dtype, Callable[[list[Tensor]
             print(f"{package}: {error}")
             continue
         title = f"{package.split('.')[0]} {name}, {'bf16' if dtype is BF16 else 'float32'}"
-        yield title, dtype, lambda params, make=make, options=options: make(params, **options)
+        yield Contender(title, dtype, lambda params, make=make, options=options: make(params, **options))
 
 
-def parameters(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[Tensor]:
+def parameters(shapes: Shapes, dtype: torch.dtype) -> list[Tensor]:
     """Return parameters with gradients."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
@@ -96,99 +133,59 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, name))
 
 
-def race(contenders: dict[str, Any], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Return for each contender the milliseconds of a step, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order, draw = list(contenders), random.Random(0)  # noqa: S311 (not a secret)
-    gc.collect()
-    for _ in range(rounds):
-        draw.shuffle(order)
-        for name in order:
-            step = contenders[name]
-            step()
-            taken = []
-            for _ in range(steps):
-                start = time.perf_counter()
-                step()
-                taken.append(time.perf_counter() - start)
-            times[name].append(1000 * statistics.median(taken))
-    return times
-
-
 def instructions(optimizer: surefoot.Optimizer) -> float:
-    """Return the instructions per element in the loops of an optimizer's kernel, made for this processor."""
+    """Return the instructions for each element of an optimizer's kernel, NaN if its loops are not those expected.
+
+    They are those of the loop that updates, which alone takes a square root, and of the one that packs slots in 8 bits.
+    """
     (run,) = optimizer._step_cache.runs
     param, *slots = run.bucket.kept
     layout = Layout(run.bucket.compute_dtype, (param, format_of(run.bucket.dtype), *slots))
-    source = print_kernel(run.bucket.rule, layout)
-    total, label, body = 0.0, "", []
-    for line in codegen.assembly(source).splitlines():
-        if line.startswith(".LBB"):
-            label, body = line.split(":")[0], []
-        elif line.startswith("\t") and not line.startswith("\t."):
-            body.append(line)
-            words = line.split()
-            if words[0].startswith("j") and words[-1] == label:  # a loop of one block
-                lanes = [int(n) for n in re.findall(r"\badd[ql]\s+\$(\d+), %", "\n".join(body))]
-                if lanes and any("%ymm" in each or "%zmm" in each for each in body):
-                    total += len(body) / max(n for n in lanes if n <= LARGEST_STRIDE)
-    return total
+    printed = assembly(print_kernel(run.bucket.rule, layout))
+    updating, packing = loops_with(printed, "vsqrtps"), loops_with(printed, "vpmovdb", without="vsqrtps")
+    packed = sum(kept.code is not None for kept in slots)
+    if not updating or (packed and not packing):
+        return float("nan")
+    return max(updating) + packed * max(packing, default=0.0)
+
+
+def in_cache(contender: Contender) -> tuple[float, float]:
+    """Return nanoseconds and instructions for each parameter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    params, optimizer = contender.prepared(IN_CACHE)
+    seconds = take_turns({contender.name: lambda: timed(optimizer.step)}, 30)[contender.name]
+    counted = instructions(optimizer) if contender.name in OURS else float("nan")
+    torch.set_num_threads(threads)
+    return 1e9 * seconds.min() / params[0].numel(), counted
+
+
+def measure(title: str, chosen: list[Contender], rounds: int) -> Iterator[Line]:
+    """Yield the lines of a list of shapes."""
+    prepared = {contender.name: contender.prepared(SHAPES[title]) for contender in chosen}
+    held = {name: held_bytes(*each) for name, each in prepared.items()}
+    steps = {name: lambda each=each: timed(each.step) for name, (_, each) in prepared.items()}
+    seconds = take_turns(steps, rounds)
+    for contender in chosen:
+        name = contender.name
+        ratios = Quartiles.of(seconds[name] / seconds[BASE])
+        yield Line(title, name, 1e3 * float(np.median(seconds[name])), *ratios, held[name], *in_cache(contender))
 
 
 def main() -> None:
-    """Print a table for each list of shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", action="store_true")
+    """Print the lines and write them."""
+    parser = argparse.ArgumentParser(description="Time AdamW with short numbers.")
+    parser.add_argument("--peers", action="store_true", help="with those of other packages")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     options = parser.parse_args()
-    rows = []
-    for title, shapes in SHAPES.items():
-        makers = [(n, d, lambda ps, o=o: surefoot.AdamW(ps, **o)) for n, (d, o) in OURS.items()]
-        makers += [*peers(), *(installed_peers() if options.peers else ())]
-        contenders, held = {}, {}
-        torch.set_num_threads(options.threads)
-        for name, dtype, make in makers:
-            params = parameters(shapes, dtype)
-            optimizer = make(params)
-            optimizer.step()
-            optimizer.step()
-            contenders[name], held[name] = optimizer.step, held_bytes(params, optimizer)
-        times = race(contenders, options.rounds, options.steps)
-        small = {}
-        for name, dtype, make in makers:
-            params = parameters(((256, 256),), dtype)
-            optimizer = make(params)
-            torch.set_num_threads(1)
-            small[name] = min(race({name: optimizer.step}, 3, 30)[name]) * 1e6 / 65536
-            counted = instructions(optimizer) if name in OURS else float("nan")
-            torch.set_num_threads(options.threads)
-            ratios = sorted(a / b for a, b in zip(times[name], times[BASE], strict=True))
-            low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-            rows.append(
-                {
-                    "parameters": title,
-                    "optimizer": name,
-                    "ms": round(statistics.median(times[name]), 2),
-                    "ratio": round(statistics.median(ratios), 2),
-                    "quartiles": f"{low:.2f}-{high:.2f}",
-                    "bytes": round(held[name], 2),
-                    "in cache ns": round(small[name], 2),
-                    "instructions": round(counted, 1),
-                }
-            )
-        print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        for row in rows:
-            if row["parameters"] == title:
-                print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-        del contenders
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    chosen = [*contenders(), *(peers() if options.peers else ())]
+    lines = []
+    print(" | ".join(Line._fields))
+    for line in (line for title in SHAPES for line in measure(title, chosen, options.rounds)):
+        lines.append(line)
+        print(" | ".join(f"{value:.2f}" if isinstance(value, float) else value for value in line), flush=True)
+    write(options.out / "short.csv", lines, Line._fields)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,13 +52,26 @@ def run(parts: Parts, name: str, description: str) -> None:
             f"{line.other} takes {line.ratio:.2f} times as long ({line.ratio_q1:.2f} to {line.ratio_q3:.2f})",
             flush=True,
         )
-    options.out.mkdir(parents=True, exist_ok=True)
-    columns = ("machine", "date", "torch", "threads", *Line._fields)
-    write_csv(options.out / f"{name}.csv", ((*circumstances(), *line) for line in lines), columns)
+    write(options.out / f"{name}.csv", lines, Line._fields)
+
+
+def write(path: Path, lines: Iterable[tuple[Any, ...]], fields: Sequence[str]) -> None:
+    """Write the lines of a table with the circumstances in which they came about."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, ((*circumstances(), *line) for line in lines), ("machine", "date", "torch", "threads", *fields))
 
 
 def compare(part: str, case: str, steps: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[Line]:
     """Time contenders in turns; each gives its own seconds.  The first is compared with all others."""
+    seconds = take_turns(steps, rounds)
+    first = next(iter(steps))
+    for name in list(steps)[1:]:
+        ratios = Quartiles.of(seconds[name] / seconds[first])
+        yield Line(part, case, first, *Quartiles.of(1e3 * seconds[first]), name, *ratios)
+
+
+def take_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """Return the seconds of each contender's step, round by round; each step gives its own seconds."""
     for step in steps.values():
         step(), step()
     gc.collect()
@@ -67,10 +80,7 @@ def compare(part: str, case: str, steps: Mapping[str, Callable[[], float]], roun
         for name, step in steps.items():
             step()  # not counted: it finds the caches full of another contender's data
             seconds[name][index] = np.median([step() for _ in range(3)])
-    first = next(iter(steps))
-    for name in list(steps)[1:]:
-        ratios = Quartiles.of(seconds[name] / seconds[first])
-        yield Line(part, case, first, *Quartiles.of(1e3 * seconds[first]), name, *ratios)
+    return seconds
 
 
 def timed(step: Callable[[], object]) -> float:

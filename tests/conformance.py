@@ -7,6 +7,7 @@ torch does not have, a `loop` over parameters that spells it out as its paper do
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -190,6 +191,162 @@ def lion(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight
     ema_(m, grad, betas[1])
 
 
+def signum(param: Tensor, grad: Tensor, state: Params, lr: Any, momentum: Any, weight_decay: Any) -> None:
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    if momentum:
+        grad = zeros(state, param, "momentum_buffer")[0].lerp_(grad, 1 - momentum)
+    param.add_(grad.sign(), alpha=-lr)
+
+
+def ademamix(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, alpha: Any, beta3_warmup: Any, alpha_warmup: Any,
+    eps: Any, weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (fast, slow, v) = counted(state), zeros(state, param, "exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    beta1, beta2, beta3 = betas
+    if beta3_warmup:  # in proportion to half-lives, of which that of 0 is 0
+        lives = [1 / math.log(beta) if beta else 0.0 for beta in (beta1, beta3)]
+        beta3 = math.e ** (1 / ((1 - min(t / beta3_warmup, 1)) * lives[0] + min(t / beta3_warmup, 1) * lives[1]))
+    if alpha_warmup:
+        alpha = min(alpha * t / alpha_warmup, alpha)
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    ema_(fast, grad, beta1)
+    ema_(slow, grad, beta3)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    u = (fast / (1 - beta1**t)).add_(slow, alpha=alpha)
+    param.addcdiv_(u, v.sqrt() / (1 - beta2**t) ** 0.5 + eps, value=-lr)
+
+
+def adan(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, no_prox: Any
+) -> None:
+    t, (m, d, v, last) = (
+        counted(state),
+        zeros(state, param, "exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+    )
+    beta1, beta2, beta3 = betas
+    diff = torch.zeros_like(grad) if t == 1 else grad + last
+    ema_(m, grad, beta1)
+    ema_(d, diff, beta2)
+    z = grad.add(diff, alpha=beta2)
+    v.mul_(beta3).addcmul_(z, z, value=1 - beta3)
+    u = (m * (lr / (1 - beta1**t))).add_(d, alpha=lr * beta2 / (1 - beta2**t))
+    if weight_decay and no_prox:
+        param.mul_(1 - lr * weight_decay)
+    param.sub_(u / (v.sqrt() / (1 - beta3**t) ** 0.5 + eps))
+    if weight_decay and not no_prox:
+        param.mul_(1 / (1 + lr * weight_decay))
+    last.copy_(-grad)
+
+
+def adabelief(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any,
+    decoupled_weight_decay: Any, fixed_decay: Any, rectify: Any, degenerated_to_sgd: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_var")
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - (weight_decay if fixed_decay else lr * weight_decay))
+    elif weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    ema_(m, grad, betas[0])
+    v.mul_(betas[1]).addcmul_(grad - m, grad - m, value=1 - betas[1]).add_(eps)
+    if amsgrad:
+        (most,) = zeros(state, param, "max_exp_avg_var")
+        v = torch.maximum(most, v, out=most)
+    size, bias2 = lr / (1 - betas[0] ** t), 1 - betas[1] ** t
+    longest = 2 / (1 - betas[1]) - 1
+    length = longest - 2 * t * betas[1] ** t / bias2
+    if not rectify:
+        param.addcdiv_(m, v.sqrt() / bias2**0.5 + eps, value=-size)
+    elif length >= 5:
+        of = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        param.sub_(m / (v.sqrt() + eps) * (size * of**0.5 * bias2**0.5))
+    elif degenerated_to_sgd:
+        param.sub_(m * size)
+
+
+def adopt(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, clip_exp: Any, weight_decay: Any,
+    decoupled_weight_decay: Any,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay and not decoupled_weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    if t == 1:
+        v.copy_(grad * grad)
+        return
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    normed = grad / v.sqrt().clamp_(min=eps)
+    if clip_exp is not None:
+        normed.clamp_(-((t - 1) ** clip_exp), (t - 1) ** clip_exp)
+    m.lerp_(normed, 1 - betas[0])
+    param.add_(m, alpha=-lr)
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+
+
+def adam_atan2(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, weight_decay: Any, a: Any, b: Any
+) -> None:
+    t, (m, v) = counted(state), zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    angle = torch.atan2(m * (1 / (1 - betas[0] ** t)), (v * (b * b / (1 - betas[1] ** t))).sqrt())
+    param.add_(angle, alpha=-lr * a)
+
+
+def laprop(param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    counted(state)
+    m, v = zeros(state, param, "exp_avg", "exp_avg_sq")
+    sums = [state.setdefault(f"exp_avg_lr_{i}", torch.tensor(0.0)) for i in (1, 2)]
+    of_lr, of_one = (
+        each.item() * beta + (1 - beta) * value for each, beta, value in zip(sums, betas, (lr, 1.0), strict=True)
+    )
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    m.mul_(betas[0]).add_(grad / ((v / of_one).sqrt() + eps), alpha=(1 - betas[0]) * lr)
+    param.add_(m, alpha=-(lr / of_lr if of_lr else 0.0))
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    for each, value in zip(sums, (of_lr, of_one), strict=True):
+        each.fill_(value)
+
+
+def qhadam(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, nus: Any, weight_decay: Any,
+    decoupled_weight_decay: Any, eps: Any,
+) -> None:  # fmt: skip
+    m, v = zeros(state, param, "exp_avg", "exp_avg_sq")
+    if weight_decay and decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    elif weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    sums = [state.setdefault(f"beta{i}_weight", torch.tensor(0.0)) for i in (1, 2)]
+    new = [1 + beta * each.item() for beta, each in zip(betas, sums, strict=True)]
+    m.mul_(1 - 1 / new[0]).add_(grad, alpha=1 / new[0])
+    v.mul_(1 - 1 / new[1]).addcmul_(grad, grad, value=1 / new[1])
+    of = (v * nus[1]).addcmul_(grad, grad, value=1 - nus[1])
+    param.addcdiv_((m * nus[0]).add_(grad, alpha=1 - nus[0]), of.sqrt() + eps, value=-lr)
+    for each, value in zip(sums, new, strict=True):
+        each.fill_(value)
+
+
+def yogi(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, initial_accumulator: Any,
+    weight_decay: Any,
+) -> None:  # fmt: skip
+    t = counted(state)
+    m, v = (state.setdefault(name, torch.full_like(param, initial_accumulator)) for name in ("exp_avg", "exp_avg_sq"))
+    if weight_decay:
+        grad = grad.add(param, alpha=weight_decay)
+    ema_(m, grad, betas[0])
+    v.addcmul_(torch.sign(v - grad * grad), grad * grad, value=betas[1] - 1)
+    param.addcdiv_(m, v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps, value=-lr / (1 - betas[0] ** t))
+
+
 def lamb(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, bias_correction: Any,
     grad_averaging: Any, trust_clip: Any, always_adapt: Any, decoupled_weight_decay: Any,
@@ -312,11 +469,14 @@ def mars(
 FLAGS: dict[str, tuple[Any, Any]] = {
     "amsgrad": (False, True),
     "centered": (False, True),
+    "clip_exp": (None, 0.333),
     "decoupled_weight_decay": (False, True),
     "always_adapt": (False, True),
     "maximize": (False, True),
     "momentum": (0, 0.9),
     "nesterov": (False, True),
+    "no_prox": (False, True),
+    "rectify": (False, True),
     "trust_clip": (False, True),
     "weight_decay": (0, 0.1),
 }
@@ -358,6 +518,102 @@ ROWS = (
         surefoot.Lion,
         loop(lion, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
         more=({"betas": (0.0, 0.5)}, {"weight_decay": torch.tensor(0.1)}),
+    ),
+    Row(
+        surefoot.Signum,
+        loop(signum, lr=1e-3, momentum=0.9, weight_decay=0.0),
+        more=({"momentum": 0.5},),
+    ),
+    Row(
+        surefoot.AdEMAMix,
+        loop(
+            ademamix,
+            lr=1e-3,
+            betas=(0.9, 0.999, 0.9999),
+            alpha=2.0,
+            beta3_warmup=None,
+            alpha_warmup=None,
+            eps=1e-8,
+            weight_decay=0.0,
+        ),
+        more=(
+            {"betas": (0.0, 0.5, 0.9), "alpha": 4.0},
+            {"beta3_warmup": 5, "alpha_warmup": 6},
+            {"betas": (0.0, 0.9, 0.99), "beta3_warmup": 5},
+        ),
+    ),
+    Row(
+        surefoot.Adan,
+        loop(adan, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False),
+        more=({"betas": (0.0, 0.5, 0.0)},),
+    ),
+    Row(
+        surefoot.AdaBelief,
+        loop(
+            adabelief,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-16,
+            weight_decay=0,
+            amsgrad=False,
+            decoupled_weight_decay=True,
+            fixed_decay=False,
+            rectify=True,
+            degenerated_to_sgd=True,
+        ),
+        more=(
+            {"eps": 1e-8, "betas": (0.5, 0.9)},
+            {"fixed_decay": True, "weight_decay": 0.01},
+            {"degenerated_to_sgd": False, "betas": (0.9, 0.6)},
+        ),
+    ),
+    Row(
+        surefoot.ADOPT,
+        loop(
+            adopt,
+            lr=1e-3,
+            betas=(0.9, 0.9999),
+            eps=1e-6,
+            clip_exp=0.333,
+            weight_decay=0.0,
+            decoupled_weight_decay=False,
+        ),
+        more=({"clip_exp": 0.25, "betas": (0.0, 0.5)},),
+    ),
+    Row(
+        surefoot.AdamAtan2,
+        loop(adam_atan2, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, a=1.27, b=1.0),
+        more=({"a": 1.0, "b": 2.0, "betas": (0.0, 0.5)},),
+    ),
+    Row(
+        surefoot.LaProp,
+        loop(laprop, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0),
+        more=({"betas": (0.0, 0.5), "eps": 1e-8}, {"lr": 0.0}),
+    ),
+    Row(
+        surefoot.QHAdam,
+        loop(
+            qhadam,
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            nus=(1.0, 1.0),
+            weight_decay=0.0,
+            decoupled_weight_decay=False,
+            eps=1e-8,
+        ),
+        more=({"nus": (0.7, 1.0), "betas": (0.995, 0.999)}, {"nus": (0.5, 0.7), "betas": (0.0, 0.5)}),
+    ),
+    Row(
+        surefoot.Yogi,
+        loop(
+            yogi,
+            lr=1e-2,
+            betas=(0.9, 0.999),
+            eps=1e-3,
+            initial_accumulator=1e-6,
+            weight_decay=0,
+        ),
+        more=({"initial_accumulator": 0.1, "betas": (0.0, 0.5)},),
     ),
     Row(
         surefoot.AdamWScheduleFree,

@@ -222,6 +222,7 @@ class Everything(surefoot.Optimizer):
     @staticmethod
     def update(param, grad, mask, power, c, flags):
         mask = torch.exp(-torch.abs(grad)) + torch.tanh(param) * torch.rsqrt(mask + 1.0)
+        mask = torch.atan2(mask, grad)
         power = torch.pow(torch.abs(grad) + 1.0, c.lr * 3) + torch.log(mask * mask + 1.0) + 1.0 / (power + 2.0)
         bounded = torch.minimum(torch.where(grad > 0, torch.inf, param), torch.full_like(grad, 0.25))
         return torch.clamp(bounded - c.lr * power, -0.5, 2.5) + torch.sign(param), mask, power
@@ -237,7 +238,8 @@ def test_every_operation_of_a_rule_is_known(monkeypatch):
             TensorHandle(function(x.handle.data, *(y.handle.data for y in others)), x.handle.dtype), x.type
         )
 
-    for name, function in {"pow": np.power, "exp": np.exp, "log": np.log, "tanh": np.tanh}.items():
+    functions = {"pow": np.power, "exp": np.exp, "log": np.log, "tanh": np.tanh, "atan2": np.arctan2}
+    for name, function in functions.items():
         monkeypatch.setattr(libdevice, name, by_numpy(function))
     found = []
     for way in (FUSED, {"foreach": False}):

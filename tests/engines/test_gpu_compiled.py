@@ -36,6 +36,8 @@ GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = (80, 90, 100)
 MOST_REGISTERS = 96
 """At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16."""
+MANY_ARRAYS = 6
+"""With so many arrays four blocks have as much in flight."""
 FLOAT8 = (format_8_bits(signed=True), format_8_bits(signed=False))
 SHORT = {
     "float8": (format_16_bits(torch.bfloat16, stochastic=True), *FLOAT8),
@@ -114,7 +116,7 @@ def check(ptx, used, stored, written):
     wide = {kind: 2 * count for kind, count in wide_accesses(stored, written).items()}
     assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
     check_singles(ptx, found, stored)
-    assert used["registers"] <= MOST_REGISTERS
+    assert used["registers"] <= (MOST_REGISTERS if len(stored) < MANY_ARRAYS else 128)
     assert used["spills"] == 0
 
 
@@ -280,7 +282,8 @@ class Transcendental(surefoot.Optimizer):
 
     @staticmethod
     def update(param, grad, c, flags):
-        return torch.exp(param) + torch.log(grad) + torch.tanh(param) + torch.pow(grad, c.lr) + torch.rsqrt(param)
+        param = torch.exp(param) + torch.log(grad) + torch.tanh(param) + torch.pow(grad, c.lr) + torch.rsqrt(param)
+        return torch.atan2(grad, param)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -154,6 +154,7 @@ def test_every_operation():
         @staticmethod
         def update(param, grad, c, flags):
             x = torch.exp(-torch.abs(grad)) + torch.tanh(param) * torch.rsqrt(torch.abs(param) + 1.0)
+            x = torch.atan2(x, grad)
             y = torch.pow(torch.abs(grad) + 1.0, c.lr * 3) + torch.log(x * x + 1.0)
             return torch.clamp(param - c.lr * y, -2.0, 2.5) + torch.where(grad > 0, torch.sign(param), 0.0)
 

@@ -16,7 +16,7 @@ from surefoot.locks import Lock
 
 STATUS = 1
 """The word of what a kernel is handed that is set to something else than 0 when an error has stopped the kernel."""
-_COMPILER = ("lower.py", "intrinsics.py", "conversions.py", "compile.py", "processor.py")
+_COMPILER = ("lower.py", "intrinsics.py", "conversions.py", "arctangent.py", "compile.py", "processor.py")
 _lock = Lock()
 _engines: list[Any] = []  # machine code lives as long as what holds it
 

@@ -33,9 +33,9 @@ def half_word(value):
 
 def small_word(magnitude):
     """Return the pattern of an absolute value with the exponent of float16: 5 bits and 23 of mantissa."""
-    value = as_float32(magnitude)
-    smallest = float32(0.00006103515625)
-    return as_uint32(value + smallest) - 0x38800000 if value < smallest else magnitude - 0x38000000
+    # Below 2**-14 the sum with it is a fixed-point number, and the greater of the two patterns; above, the lesser.
+    subnormal = int32(as_uint32(as_float32(magnitude) + float32(0.00006103515625))) - 0x00800000
+    return uint32(max(subnormal, int32(magnitude))) - 0x38000000
 
 
 def stochastic_16(word, random):
@@ -55,8 +55,9 @@ def stochastic_24(word, random):
 
 def joined(bits, correction):
     """Return the word of a 16-bit number and its correction, which stands in the upper part of 16 bits."""
-    magnitude = max((int32(bits & 0x7FFF) << 16) + correction, int32(0))
-    return uint32(magnitude) | (uint32(bits & 0x8000) << 16)
+    upper = uint32(bits) << 16
+    word = upper + uint32(int32(correction))
+    return upper if int32(word ^ upper) < 0 else word  # of zero, less would be another sign
 
 
 def from_bfloat16_word(word):
@@ -85,21 +86,20 @@ def block_exponent_e5m3(largest):
     return min(max((largest + 0x0FFFFF) & 0x7F800000, uint32(0x08000000)), uint32(0x7E800000)) - 0x07800000
 
 
-def largest_finite(values, n):
-    """Return the pattern of the largest absolute value among those that are finite."""
+def largest_finite(values, mask, n):
+    """Return the pattern of the largest value among those that are finite, with the bits of a mask."""
     not_inlined()
     largest = uint32(0)
     for i in range(n):
-        magnitude = as_uint32(values[i]) & 0x7FFFFFFF
+        magnitude = as_uint32(values[i]) & mask
         largest = max(largest, magnitude if magnitude < 0x7F800000 else uint32(0))
     return largest
 
 
 def from_e4m3(code, scale):
     """Return the value of a code: sign, 4 bits of exponent, 3 of mantissa."""
-    bits = uint32(code)
-    value = from_half(uint16(((bits & 0x80) << 8) | ((bits & 0x7F) << 7)))
-    special = ((bits & 0x7F) == 0x7F) | (bits == 0x80)
+    value = from_half(uint16(int16(int8(code)) << 7) & 0xBFFF)
+    special = ((code & 0x7F) == 0x7F) | (code == 0x80)
     return value * (as_float32(uint32(0x7F800000)) if special else scale)
 
 
@@ -116,6 +116,13 @@ def special_e4m3(value, code):
     return (infinite if value == value else uint8(0x80)) if value - value != 0 else code
 
 
+def special_codes_e4m3(values, codes, start, n):
+    """Give the values among n that are not finite their codes."""
+    not_inlined()
+    for i in range(n):
+        codes[start + i] = special_e4m3(values[i], codes[start + i])
+
+
 def from_e5m3(code, scale):
     """Return the value of a code: 5 bits of exponent, 3 of mantissa, no sign."""
     return from_half(uint16(code) << 7) * scale
@@ -124,9 +131,9 @@ def from_e5m3(code, scale):
 def to_e5m3(scaled, random):
     """Return the code of a value in units of its scale, rounded by 16 random bits; what is finite only."""
     word = small_word(as_uint32(scaled))
-    fraction = (word & 0xFFFFF) >> 4
-    bend = (fraction * (65536 - fraction)) >> 16
-    code = min(max((word + ((bend + (bend >> 4)) >> 1) + (random << 4)) >> 20, uint32(1)), uint32(0xF7))
+    fraction = (word & 0xFFFFF) >> 5
+    raised = word + ((fraction * (fraction ^ 0x7FFF)) >> 15)
+    code = min(max((raised + (random << 4)) >> 20, uint32(1)), uint32(0xF7))
     return uint8(code if scaled > 0 else uint32(0))
 
 
@@ -134,6 +141,13 @@ def special_e5m3(value, code):
     """Return the code of a value that may not be finite, given what it would be if it were."""
     infinite = uint8(0xF8) if value > 0 else uint8(0)
     return (infinite if value == value else uint8(0xFF)) if value - value != 0 else code
+
+
+def special_codes_e5m3(values, codes, start, n):
+    """Give the values among n that are not finite their codes."""
+    not_inlined()
+    for i in range(n):
+        codes[start + i] = special_e5m3(values[i], codes[start + i])
 
 
 # Random bits

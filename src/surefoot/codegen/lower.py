@@ -32,6 +32,9 @@ from typing import Any, NamedTuple
 from surefoot.codegen.intrinsics import FUNCTIONS, INTRINSICS
 from surefoot.errors import InternalError
 
+LIBRARY = ("conversions.py", "arctangent.py")
+"""The files of functions, in the language itself, that every source may call."""
+
 
 class Type(NamedTuple):
     """A type: its name, LLVM's, its bits, whether it is a float or signed; its elements' or parts' types."""
@@ -112,8 +115,8 @@ class _Module:
     """A source: its constants, and its functions, each compiled once."""
 
     def __init__(self, source: str) -> None:
-        library = Path(__file__).with_name("conversions.py").read_text()
-        statements = [*ast.parse(library).body, *ast.parse(source).body]
+        library = [Path(__file__).with_name(name).read_text() for name in LIBRARY]
+        statements = [statement for text in (*library, source) for statement in ast.parse(text).body]
         self.definitions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
         self.constants: dict[str, Any] = dict(TYPES)
         constants: list[ast.stmt] = [node for node in statements if isinstance(node, ast.Assign)]

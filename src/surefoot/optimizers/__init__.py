@@ -8,13 +8,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surefoot.optimizers.adabelief import AdaBelief
     from surefoot.optimizers.adadelta import Adadelta
     from surefoot.optimizers.adafactor import Adafactor
     from surefoot.optimizers.adagrad import Adagrad
     from surefoot.optimizers.adam import Adam, AdamW
+    from surefoot.optimizers.adam_atan2 import AdamAtan2
     from surefoot.optimizers.adamax import Adamax
+    from surefoot.optimizers.adan import Adan
+    from surefoot.optimizers.ademamix import AdEMAMix
+    from surefoot.optimizers.adopt import ADOPT
     from surefoot.optimizers.asgd import ASGD
     from surefoot.optimizers.lamb import LAMB
+    from surefoot.optimizers.laprop import LaProp
     from surefoot.optimizers.lars import LARS
     from surefoot.optimizers.lbfgs import LBFGS
     from surefoot.optimizers.lion import Lion
@@ -22,13 +28,16 @@ if TYPE_CHECKING:
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
     from surefoot.optimizers.novograd import NovoGrad
+    from surefoot.optimizers.qhadam import QHAdam
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
     from surefoot.optimizers.rprop import Rprop
     from surefoot.optimizers.schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from surefoot.optimizers.sgd import SGD
+    from surefoot.optimizers.signum import Signum
     from surefoot.optimizers.sparse_adam import SparseAdam
     from surefoot.optimizers.stable_adamw import StableAdamW
+    from surefoot.optimizers.yogi import Yogi
 
 __all__ = [  # noqa: RUF022 (the order of tables)
     "SGD",
@@ -47,6 +56,15 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "LBFGS",
     "SparseAdam",
     "Lion",
+    "Signum",
+    "AdEMAMix",
+    "Adan",
+    "AdaBelief",
+    "ADOPT",
+    "AdamAtan2",
+    "LaProp",
+    "QHAdam",
+    "Yogi",
     "AdamWScheduleFree",
     "SGDScheduleFree",
     "RAdamScheduleFree",
@@ -59,14 +77,14 @@ __all__ = [  # noqa: RUF022 (the order of tables)
 
 NOT_IN_TORCH = frozenset(
     {
-        *("Lion",),
+        *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam", "Yogi"),
         *("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
         *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""
 
-_FUNCTIONS = {"SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
+_FUNCTIONS = {"AdamAtan2": "adam_atan2", "SparseAdam": "sparse_adam", "StableAdamW": "stable_adamw"}
 _FUNCTIONS |= {f"{name}ScheduleFree": f"{name.lower()}_schedule_free" for name in ("AdamW", "SGD", "RAdam")}
 _FILES = {"AdamW": "adam"}
 _FILES |= {f"{name}ScheduleFree": "schedule_free" for name in ("AdamW", "SGD", "RAdam")}

@@ -81,28 +81,22 @@ def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> 
     return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
 
 
-def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
-    """Return a trust ratio, 1 where one of the two norms that it is made of is zero."""
-    return torch.where(of > 0, torch.where(by > 0, ratio, 1.0), 1.0)
+def rectification(beta2: Any, step: Any, least: float = 5.0) -> tuple[Any, Any]:
+    """Return the length rho of the approximated simple moving average of squares, and the rectification (RAdam).
 
-
-def rectification(beta2: Any, step: Any, tractable: float) -> tuple[Any, Any]:
-    """Return whether RAdam's variance is tractable, which it is from some rho on, and the factor that rectifies it.
-
-    Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", algorithm 2.  The factor is meant for
-    where it is; elsewhere it is some finite number.
+    Below a length of `least`, greater than 4, the rectification is not used, and its radicand could be negative or
+    infinite; it is then that of this length.
     """
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
-    # Below, the radicand may be negative or infinite.
-    least = tractable if tractable > _POLE else tractable + 1e-3
-    bounded, limit = larger(rho, least), larger(rho_inf, least)
-    radicand = (bounded - 4) * (bounded - 2) * limit / ((limit - 4) * (limit - 2) * bounded)
-    return rho > tractable, radicand**0.5
+    tractable, limit = larger(rho, least), larger(rho_inf, least)
+    radicand = (tractable - 4) * (tractable - 2) * limit / ((limit - 4) * (limit - 2) * tractable)
+    return rho, radicand**0.5
 
 
-_POLE = 4.0
-"""Where the variance of RAdam's adaptive learning rate is infinite."""
+def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
+    """Return a trust ratio, 1 where one of the two norms that it is made of is zero."""
+    return torch.where(of > 0, torch.where(by > 0, ratio, 1.0), 1.0)
 
 
 def smaller(x: Any, y: Any) -> Any:

@@ -9,7 +9,7 @@ from torch.linalg import vector_norm
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights, directed, ema_of_square, trust_ratio
+from surefoot.optimizers.common import decay_weights, directed, ema, ema_of_square, trust_ratio
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, LearningRate, Number
 
@@ -85,7 +85,7 @@ class LAMB(Optimizer):
 
     @staticmethod
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:
-        exp_avg = torch.add(exp_avg * c.beta1, grad, alpha=c.weight1)
+        exp_avg = ema(exp_avg, grad, c.beta1, c.weight1)
         exp_avg_sq = ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
         u = exp_avg / c.bias_correction1 / (torch.sqrt(exp_avg_sq) / c.bias2 + c.eps)
         if flags.decoupled_weight_decay:

@@ -60,11 +60,11 @@ class RAdam(Optimizer):
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = h.betas
-        rectified, factor = rectification(beta2, step, _TRACTABLE)
+        rho, factor = rectification(beta2, step)
         return adam_weights(h) | {
             "bias_correction1": 1 - beta1**step,
             "bias2": (1 - beta2**step) ** 0.5,
-            "rectified": rectified,
+            "rectified": rho > 5,  # noqa: PLR2004 (torch's; the paper has 4)
             "rectification": factor,
         }
 
@@ -77,6 +77,3 @@ class RAdam(Optimizer):
         adaptive = c.bias2 / (torch.sqrt(exp_avg_sq) + c.eps)
         change = torch.where(c.rectified, plain * adaptive * c.rectification, plain)
         return param - change, exp_avg, exp_avg_sq
-
-
-_TRACTABLE = 5.0

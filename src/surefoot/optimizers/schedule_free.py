@@ -333,14 +333,13 @@ class RAdamScheduleFree(ScheduleFree):
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any, weight_sum: Any, lr_max: Any) -> dict[str, Any]:
         beta2 = h.betas[1]
-        tractable, rect = rectification(beta2, step, 4.0)
-        rect = (
-            torch.where(tractable, rect, _at_first(h))
-            if isinstance(rect, Tensor)
-            else rect
-            if tractable
-            else _at_first(h)
-        )
+        rho, rect = rectification(beta2, step, _JUST_TRACTABLE)
+        tractable = rho > 4  # noqa: PLR2004 (the paper's)
+        at_first = 0.0 if h.silent_sgd_phase else 1.0
+        if isinstance(rho, Tensor):
+            rect = torch.where(tractable, rect, at_first)
+        elif not tractable:
+            rect = at_first
         found = _averaging(h, step, weight_sum, lr_max, _rate(h) * rect)
         return found | {
             "beta2": beta2,
@@ -358,5 +357,5 @@ class RAdamScheduleFree(ScheduleFree):
         return *_moved(param, direction, z, c, flags), exp_avg_sq
 
 
-def _at_first(h: SimpleNamespace) -> float:
-    return 0.0 if h.silent_sgd_phase else 1.0
+_JUST_TRACTABLE = 4.001
+"""At 4 itself the variance of the adaptive learning rate is infinite."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema_of_square
+from surefoot.optimizers.common import directed, ema, ema_of_square
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, Interval, LearningRate, Number
 
@@ -79,7 +79,7 @@ class StableAdamW(Optimizer):
 
     @staticmethod
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any, flags: SimpleNamespace) -> Any:
-        exp_avg = torch.add(exp_avg * c.beta1, grad, alpha=c.weight1)
+        exp_avg = ema(exp_avg, grad, c.beta1, c.weight1)
         exp_avg_sq = ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
         rms = torch.sqrt(torch.mean(grad * grad / torch.clamp(exp_avg_sq, min=c.least)))
         lr = c.lr / torch.clamp(rms, min=1.0)

@@ -177,7 +177,10 @@ LR = Interval("Invalid learning rate: ", high_open=True)
 EPS = at_least_zero("epsilon")
 WEIGHT_DECAY = finite("weight_decay")
 MOMENTUM = finite("momentum")
-BETAS = Each(tuple(Interval(f"Invalid beta parameter at index {i}: ", high=1.0, high_open=True) for i in (0, 1)))
+THREE_BETAS = Each(
+    tuple(Interval(f"Invalid beta parameter at index {i}: ", high=1.0, high_open=True) for i in range(3))
+)
+BETAS = Each(THREE_BETAS.checks[:2])
 
 # What algorithms have in common, for their signatures: a type, a range and what documentation says.
 

@@ -125,6 +125,7 @@ OPS: tuple[Op, ...] = (
     Op("exp", 1, (torch.exp,), _unary(torch.exp, math.exp), "exp"),
     Op("log", 1, (torch.log,), _unary(torch.log, math.log), "log"),
     Op("tanh", 1, (torch.tanh,), _unary(torch.tanh, math.tanh), "tanh"),
+    Op("atan2", 2, (torch.atan2,), torch.atan2, methods=("arctan2",), takes="tt"),
     Op("maximum", 2, (torch.maximum,), _pick(torch.maximum, max), "maximum"),
     Op("minimum", 2, (torch.minimum,), _pick(torch.minimum, min), "minimum"),
     Op("add_scaled", 3, (), _add_scaled, "add"),

@@ -84,6 +84,7 @@ _EXPRESSIONS: dict[str, str] = COMMON | {
     "exp": "math.exp({0})",
     "log": "math.log({0})",
     "tanh": "math.tanh({0})",
+    "atan2": "atan2_{real}({0}, {1})",
     "maximum": "{0} if ({0} > {1}) | ({0} != {0}) else {1}",
     "minimum": "{0} if ({0} < {1}) | ({0} != {0}) else {1}",
     "lerp": "{0} + {2} * ({1} - {0}) if abs({2}) < real(0.5) else {1} - ({1} - {0}) * (real(1) - {2})",
@@ -135,6 +136,10 @@ class _Array(NamedTuple):
         return f"{self.name}_{self.kept.part}" if self.kept.part else ""
 
     @property
+    def signed(self) -> bool:
+        return self.kept.code != "e5m3"
+
+    @property
     def in_blocks(self) -> bool:
         return self.kept.code is not None
 
@@ -158,7 +163,9 @@ class _Array(NamedTuple):
             return
         if self.in_blocks:
             yield f"{self.name}_new[i] = float32({self.new})"
-            yield f"{self.name}_largest = max({self.name}_largest, as_uint32(float32({self.new})) & 0x7FFFFFFF)"
+            bits = f"as_uint32(float32({self.new}))"
+            bits = f"{bits} & 0x7FFFFFFF" if self.signed else bits  # else what is negative comes after infinity
+            yield f"{self.name}_largest = max({self.name}_largest, {bits})"
             return
         given = {"value": self.new, "random": self.random_bits("random{}")}
         yield f"{self.name}_[{at}] = {self.stored.store.format(**given)}"
@@ -197,13 +204,14 @@ def print_kernel(rule: Rule, layout: Layout, *, checked: bool = False) -> str:
     random = any(array.random is not None for array in arrays)
     given = [*["measured", "segment"] * bool(rule.reductions), *["first", "key"] * random]
     places = {name: f"start * {size}" if per == 1 else f"start // {per} * {size}" for name, _, size, per in held}
+    real = str(layout.compute).removeprefix("torch.")
     return _TEMPLATE.format(
         title=f"{rule.name}, flags: {flags}; {stored}{', checked' * checked}",
-        real=str(layout.compute).removeprefix("torch."),
+        real=real,
         parameters=", ".join([*(f"{name}_" for name, *_ in held), "n", *given, *numbers]),
         vectors=_VECTORS[sum((random or len(held) > len(arrays), any(array.in_blocks for array in arrays)))],
         starts="".join(f"    {line}\n" for line in measured.starts),
-        loop=_print_loop(graph, arrays, measured.body),
+        loop=_print_loop(graph, arrays, measured.body, real),
         keep="".join(
             f"    measured[segment * {len(rule.reductions)} + {index}] = {result}\n"
             for index, result in enumerate(measured.results)
@@ -239,8 +247,11 @@ def _print_fetch(places: Sequence[str]) -> str:
     return _FETCH.format(ahead=_AHEAD, fetched=_FETCHED, fetches=fetches)
 
 
-def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str]) -> str:
-    """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end."""
+def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[str], real: str) -> str:
+    """Print the loop over elements; where arrays are in blocks one over blocks, whose codes are stored at their end.
+
+    A block that is whole has loops of a constant length, which are compiled without ends of their own.
+    """
     drawn = words_drawn([array.random for array in arrays])
     keys = [f"key{i} = {'key' if i == 0 else f'next_key(key{i - 1})'}" for i in range(drawn)]
     blocks = [array for array in arrays if array.in_blocks]
@@ -248,7 +259,7 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
     body = [array.load(at) for array in arrays]
     for node in graph.nodes:
         if node.op == "call_function":
-            expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args))
+            expression = _EXPRESSIONS[node.target.name].format(*map(_argument, node.args), real=real)
             body.append(f"{_identifier(node)} = {expression}")
     body += [f"random{i} = random_32({element}, key{i})" for i in range(drawn)]
     body += [line for array in arrays for line in array.stores(at)]
@@ -258,35 +269,44 @@ def _print_loop(graph: fx.Graph, arrays: Sequence[_Array], measuring: Sequence[s
         return "\n".join(f"    {line}" for line in lines)
     kept = sorted({array.word for array in blocks if array.word is not None})
     body += [f"drawn{i}[i] = random{i}" for i in kept]
-    written = [array for array in blocks if array.new is not None]
-    buffers = [f"{array.name}_new = buffer(float32, {BLOCK})" for array in written]
+    buffers = [f"{array.name}_new = buffer(float32, {BLOCK})" for array in blocks if array.new is not None]
     buffers += [f"drawn{i} = buffer(uint32, {BLOCK})" for i in kept]
-    lines = [*keys, *buffers, f"for block in range(0, n, {BLOCK}):", f"    count = min({BLOCK}, n - block)"]
-    for array in blocks:
-        lines.append(f"    {array.part} = {array.part}_[block // {BLOCK}]")
-    lines += [f"    {array.name}_largest = uint32(0)" for array in written]
-    lines += ["    for i in range(count):", *(f"        {line}" for line in body)]
-    for array in written:
-        lines += [f"    {line}" for line in _end_of_block(array)]
+    lines = [*keys, *buffers, f"for block in range(0, n // {BLOCK} * {BLOCK}, {BLOCK}):"]
+    lines += [f"    {line}" for line in _print_block(blocks, body, str(BLOCK))]
+    lines += [f"if n % {BLOCK}:", f"    block, count = n // {BLOCK} * {BLOCK}, n % {BLOCK}"]
+    lines += [f"    {line}" for line in _print_block(blocks, body, "count")]
     return "\n".join(f"    {line}" for line in lines)
 
 
-def _end_of_block(array: _Array) -> Iterator[str]:
-    """Print the lines that store the scale and codes of a block."""
-    name, code = array.name, array.kept.code
-    given = {"value": f"{name}_new[i] * {name}_inverse", "random": array.random_bits("drawn{}[i]")}
-    stored = array.stored.store.format(**given)
+def _print_block(arrays: Sequence[_Array], body: Sequence[str], count: str) -> Iterator[str]:
+    """Print the lines that compute a block of so many elements: their new values, then scales and codes of these."""
+    written = [array for array in arrays if array.new is not None]
+    yield from (f"{array.part} = {array.part}_[block // {BLOCK}]" for array in arrays)
+    yield from (f"{array.name}_largest = uint32(0)" for array in written)
+    yield from (f"for i in range({count}):", *(f"    {line}" for line in body))
+    for array in written:
+        yield from _scale(array, count)
+    if written:
+        yield f"for i in range({count}):"
+    for array in written:
+        name = array.name
+        given = {"value": f"{name}_new[i] * {name}_inverse", "random": array.random_bits("drawn{}[i]")}
+        yield f"    {name}_[block + i] = {array.stored.store.format(**given)}"
+    for array in written:
+        name = array.name
+        yield f"if not {name}_finite:"
+        yield f"    special_codes_{array.kept.code}({name}_new, {name}_, block, {count})"
+
+
+def _scale(array: _Array, count: str) -> Iterator[str]:
+    """Print the lines that store the scale of a block."""
+    name, mask = array.name, "0x7FFFFFFF" if array.signed else "0xFFFFFFFF"
     yield f"{name}_finite = {name}_largest < 0x7F800000"
     yield f"if not {name}_finite:"
-    yield f"    {name}_largest = largest_finite({name}_new, count)"
-    yield f"{name}_exponent = block_exponent_{code}({name}_largest)"
+    yield f"    {name}_largest = largest_finite({name}_new, uint32({mask}), {count})"
+    yield f"{name}_exponent = block_exponent_{array.kept.code}({name}_largest)"
     yield f"{array.part}_[block // {BLOCK}] = as_float32({name}_exponent)"
     yield f"{name}_inverse = as_float32(0x7F000000 - {name}_exponent)"
-    yield "for i in range(count):"
-    yield f"    {name}_[block + i] = {stored}"
-    yield f"if not {name}_finite:"
-    yield "    for i in range(count):"
-    yield f"        {name}_[block + i] = special_{code}({name}_new[i], {name}_[block + i])"
 
 
 class _Measured(NamedTuple):

@@ -103,6 +103,7 @@ _EXPRESSIONS: dict[str, str] = COMMON | {
     "exp": "exponential({0})",
     "log": "logarithm({0})",
     "tanh": "hyperbolic_tangent({0})",
+    "atan2": "angle({0}, {1})",
     "maximum": "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})",
     "minimum": "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})",
     "lerp": "tl.where(tl.abs({2}) < 0.5, {0} + {2} * ({1} - {0}), {1} - ({1} - {0}) * (1.0 - {2}))",
@@ -135,6 +136,7 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "exponential": _in_float64("exp", "x"),
     "logarithm": _in_float64("log", "x"),
     "hyperbolic_tangent": _in_float64("tanh", "x"),
+    "angle": _in_float64("atan2", "y", "x"),
     "within": ("x, mask", "x if mask is None else tl.where(mask, x, 0)"),
     # Among the bit patterns of absolute values NaN is the greatest.
     "bits": (

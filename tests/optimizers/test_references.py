@@ -1,0 +1,171 @@
+"""Algorithms that torch does not have beside the implementations that others use; needs the extra `references`.
+
+The packages are loaded module by module, since some of them import much more than what is compared.
+"""
+
+import contextlib
+import importlib.util
+import io
+import sys
+import types
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import surefoot
+
+STEPS = 20
+SHAPES = ((), (5,), (8, 3), (2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An algorithm and a reference.
+
+    Attributes:
+        ours: the name of our class.
+        module: the module of the reference.
+        theirs: the name of its class there.
+        options: hyperparameters of both.
+        our_options: further ones of ours.
+        their_options: further ones of the reference.
+        same_state: whether what is called alike in the state is the same.
+    """
+
+    ours: str
+    module: str
+    theirs: str
+    options: dict[str, Any] = field(default_factory=dict)
+    our_options: dict[str, Any] = field(default_factory=dict)
+    their_options: dict[str, Any] = field(default_factory=dict)
+    same_state: bool = True
+
+    def __str__(self) -> str:
+        options = self.options | self.our_options
+        return ",".join([f"{self.ours}-{self.module}", *(f"{name}={value}" for name, value in options.items())])
+
+
+OTHERS = "pytorch_optimizer.optimizer"
+LONG = {"betas": (0.0, 0.9, 0.99)}
+COUPLED = {"decoupled_weight_decay": False}
+PAIRS = (
+    Pair("Lion", "lion_pytorch.lion_pytorch", "Lion"),
+    Pair("Lion", "timm.optim.lion", "Lion"),
+    Pair("Lion", "timm.optim.lion", "Lion", {}, {"cautious": True}, {"caution": True}),
+    Pair("Lion", f"{OTHERS}.lion", "Lion", {"betas": (0.5, 0.7)}),
+    Pair("Lion", "optimi.lion", "Lion"),
+    Pair("Signum", f"{OTHERS}.sgd", "SignSGD"),
+    Pair("Signum", f"{OTHERS}.sgd", "SignSGD", {"momentum": 0.0}),
+    Pair("AdEMAMix", f"{OTHERS}.ademamix", "AdEMAMix", {"alpha": 5.0}, {}, {"weight_decouple": True}),
+    Pair(
+        "AdEMAMix",
+        f"{OTHERS}.ademamix",
+        "AdEMAMix",
+        {"alpha": 5.0},
+        {"beta3_warmup": 15, "alpha_warmup": 15},
+        {"weight_decouple": True, "t_alpha_beta3": 15},
+    ),
+    Pair("AdEMAMix", f"{OTHERS}.ademamix", "AdEMAMix", {**LONG, "alpha": 5.0}, {}, {"weight_decouple": True}),
+    Pair("Adan", "timm.optim.adan", "Adan"),
+    Pair("Adan", "timm.optim.adan", "Adan", {"no_prox": True}),
+    Pair("Adan", f"{OTHERS}.adan", "Adan"),
+    Pair("Adan", "optimi.adan", "Adan", {"eps": 1e-8}, same_state=False),  # its averages are free of bias
+    Pair("AdaBelief", "adabelief_pytorch.AdaBelief", "AdaBelief", {"betas": (0.9, 0.9)}),
+    Pair("AdaBelief", "adabelief_pytorch.AdaBelief", "AdaBelief", {"fixed_decay": True, "betas": (0.9, 0.999)}),
+    Pair("AdaBelief", "adabelief_pytorch.AdaBelief", "AdaBelief", {"rectify": False, "amsgrad": True}),
+    Pair("AdaBelief", "adabelief_pytorch.AdaBelief", "AdaBelief", {"degenerated_to_sgd": False}),
+    Pair("AdaBelief", "adabelief_pytorch.AdaBelief", "AdaBelief", {}, COUPLED, {"weight_decouple": False}),
+    Pair("AdaBelief", "timm.optim.adabelief", "AdaBelief", {"betas": (0.9, 0.9)}),
+    Pair("ADOPT", "timm.optim.adopt", "Adopt"),
+    Pair("ADOPT", "timm.optim.adopt", "Adopt", {"clip_exp": None}),
+    Pair("ADOPT", "timm.optim.adopt", "Adopt", {}, {"decoupled_weight_decay": True}, {"decoupled": True}),
+    Pair("ADOPT", "timm.optim.adopt", "Adopt", {}, {"cautious": True}, {"caution": True}),
+    # It counts one step more than the authors do.
+    Pair("ADOPT", f"{OTHERS}.adopt", "ADOPT", {}, {"clip_exp": 0.25}, {"clip_lambda": lambda t: (t - 1) ** 0.25}),
+    Pair("AdamAtan2", "adam_atan2_pytorch.adam_atan2", "AdamAtan2"),
+    Pair("AdamAtan2", "adam_atan2_pytorch.adam_atan2", "AdamAtan2", {"a": 1.0, "b": 2.0}),
+    Pair("LaProp", "timm.optim.laprop", "LaProp"),
+    Pair("LaProp", "timm.optim.laprop", "LaProp", {"eps": 1e-3}, {"cautious": True}, {"caution": True}),
+    Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam"),
+    Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam", {"nus": (0.7, 0.9), "betas": (0.995, 0.999)}),
+    Pair(
+        "QHAdam",
+        f"{OTHERS}.qhadam",
+        "QHAdam",
+        {"nus": (0.7, 1.0)},
+        {"decoupled_weight_decay": True},
+        {"weight_decouple": True},
+    ),
+    Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
+    Pair("Yogi", f"{OTHERS}.yogi", "Yogi", {}, {}, {"weight_decouple": False}),
+)
+
+
+@contextlib.contextmanager
+def bare_packages(name):
+    """Let a module be imported without what its packages import, unless these are there already."""
+    before = set(sys.modules)
+    parents = name.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        package = ".".join(parents[:depth])
+        if package not in sys.modules:
+            spec = importlib.util.find_spec(package)
+            if spec is None:
+                pytest.skip(f"{package} is not installed; the extra `references` has it")
+            module = types.ModuleType(package)
+            module.__path__ = list(spec.submodule_search_locations)
+            sys.modules[package] = module
+    yield
+    for added in set(sys.modules) - before:
+        if added.split(".")[0] == parents[0]:
+            del sys.modules[added]
+
+
+def reference(pair):
+    with bare_packages(pair.module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(pair.module), pair.theirs)
+
+
+def params_of(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in SHAPES]
+
+
+def trained(optimizer, params):
+    """Take steps with a learning rate that falls; return parameters and the tensors of their state."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+        if step == STEPS // 2:
+            for group in optimizer.param_groups:
+                group["lr"] /= 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    names = {slot.name for slot in getattr(surefoot, type(optimizer).__name__, surefoot.SGD).slots}
+    return [
+        {"param": param.detach()} | {name: value for name, value in optimizer.state[param].items() if name in names}
+        for param in params
+    ]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_steps_are_those_of_the_reference(pair, dtype, weight_decay):
+    kind, found = reference(pair), []
+    options = {**pair.options, "lr": 0.01, "weight_decay": weight_decay}
+    for build, more in ((getattr(surefoot, pair.ours), pair.our_options), (kind, pair.their_options)):
+        params = params_of(dtype)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.append(trained(build(params, **options, **more), params))
+    # Some references keep numbers of the state in float32.
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-7}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        for name in ours.keys() & theirs.keys() if pair.same_state else ("param",):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
