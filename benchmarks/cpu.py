@@ -23,7 +23,7 @@ from surefoot.benchmark import (
     FLOOR,
     OURS,
     SHAPE_LISTS,
-    VARIANTS,
+    TORCH_VARIANTS,
     Case,
     Result,
     cases,
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Time every optimizer against torch.optim and the traffic floor.")
-    for option, allowed in (("--optimizer", VARIANTS), ("--model", SHAPE_LISTS), ("--dtype", DTYPES)):
+    for option, allowed in (("--optimizer", TORCH_VARIANTS), ("--model", SHAPE_LISTS), ("--dtype", DTYPES)):
         names = list(allowed)
         parser.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, compiling excluded")

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import surefoot
-from surefoot.benchmark import DTYPES, SHAPE_LISTS, VARIANTS, ShapeList, Variant, geometric_mean, write_csv
+from surefoot.benchmark import DTYPES, SHAPE_LISTS, TORCH_VARIANTS, ShapeList, Variant, geometric_mean, write_csv
 from surefoot.explain import rule_of
 
 QUICK = ("SGD+momentum", "AdamW", "RMSprop+centered", "ASGD")
@@ -131,7 +131,7 @@ def selected(options: argparse.Namespace) -> Iterator[Case]:
     """Give the cases to measure."""
     for dtype in DTYPES.values():
         for shapes in (huge(options.elements), *(shape_list(name) for name in MODEST)):
-            for name, variant in VARIANTS.items():
+            for name, variant in TORCH_VARIANTS.items():
                 if not options.quick or name in QUICK:
                     yield Case(variant, shapes, dtype)
 
@@ -317,7 +317,7 @@ def tune(elements: int, bandwidth: float) -> Iterator[Tuned]:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         worst: dict[Launch, float] = {}
         for name in ("SGD+momentum", "AdamW", "Adam+amsgrad"):
-            case = Case(VARIANTS[name], huge(elements * 2 // dtype.itemsize // 4), dtype)
+            case = Case(TORCH_VARIANTS[name], huge(elements * 2 // dtype.itemsize // 4), dtype)
             for line in _try_launches(case, bandwidth):
                 yield line
                 launch = Launch(line.block, line.warps, line.repeat)

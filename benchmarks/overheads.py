@@ -25,7 +25,8 @@ import torch
 from torch.nn import Parameter
 
 import surefoot
-from surefoot.benchmark import SHAPE_LISTS, VARIANTS, Case, Quartiles, ShapeList, circumstances, measure, write_csv
+from surefoot.benchmark import SHAPE_LISTS, Case, Quartiles, ShapeList, circumstances, measure, write_csv
+from surefoot.benchmark import TORCH_VARIANTS as VARIANTS
 
 IMPORT = """
 import torch

@@ -17,6 +17,7 @@ from surefoot import benchmark, explain
 from surefoot.benchmark import (
     COMPILED,
     DTYPES,
+    EAGER,
     FLOOR,
     FOR_LOOP,
     FOREACH,
@@ -25,6 +26,7 @@ from surefoot.benchmark import (
     SHAPE_LISTS,
     SMALL_MODELS,
     SMALL_VARIANTS,
+    TORCH_VARIANTS,
     VARIANTS,
     Case,
     Measurement,
@@ -32,6 +34,7 @@ from surefoot.benchmark import (
     Result,
     ShapeList,
     SmallMeasurement,
+    contenders,
     contenders_of,
     floor_of,
     has_work,
@@ -39,6 +42,7 @@ from surefoot.benchmark import (
     rounds,
     small,
 )
+from surefoot.engines.cpu.source import print_kernel
 from surefoot.errors import InternalError
 
 FEW = ShapeList("few", "3 x 5", ((5,),) * 3)
@@ -83,9 +87,11 @@ def test_shapes_are_those_of_the_models(name, tensors, elements):
 
 
 def test_variants():
-    dense = {cls.__name__ for cls in ALGORITHMS if cls.is_rule() and cls is not surefoot.SparseAdam}
-    assert {variant.optimizer for variant in VARIANTS.values()} == dense
-    assert VARIANTS.keys() - dense == {"SGD+momentum", "Adam+amsgrad", "RMSprop+centered"}
+    rules = {cls.__name__ for cls in ALGORITHMS if cls.is_rule() and cls is not surefoot.SparseAdam}
+    assert {variant.optimizer for variant in TORCH_VARIANTS.values()} == rules
+    assert {variant.optimizer for variant in VARIANTS.values()} == rules | surefoot.optimizers.NOT_IN_TORCH
+    with_options = {"SGD+momentum", "Adam+amsgrad", "RMSprop+centered", "LARS+momentum+weight_decay"}
+    assert VARIANTS.keys() - rules - surefoot.optimizers.NOT_IN_TORCH == with_options
 
 
 def test_cases_are_all_combinations_each_once():
@@ -112,7 +118,7 @@ def loads_and_stores(optimizer, param):
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_the_floor_moves_the_same_bytes_by_the_same_engine(variant, dtype):
-    params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype))]
+    params = [torch.nn.Parameter(torch.zeros(1, 3, dtype=dtype))]
     optimizer = getattr(surefoot, variant.optimizer)(params, **variant.options)
     floor = floor_of(optimizer)
     arrays = 2 + len(explain.rule_of(optimizer, optimizer.param_groups[0]).slots)
@@ -134,20 +140,75 @@ def test_the_floor_adds_the_gradient_to_everything():
     }
 
 
+REDUCING = {
+    "LAMB": {},
+    "LARS": {"weight_decay": 0.1, "momentum": 0.9},
+    "StableAdamW": {},
+    "NovoGrad": {"amsgrad": True},
+    "MARS": {},
+    "Lion": {"cautious": True},
+}
+
+
+def read_by_stages(optimizer, param):
+    """Tell which arrays the kernel of each stage loads, and count what it stores."""
+    (group,) = (group for group in optimizer.param_groups if any(param is each for each in group["params"]))
+    layout = explain.layout_of(optimizer, group, param)
+    found = []
+    for stage in explain.rule_of(optimizer, group, param).stages:
+        loop = print_kernel(stage.measures, layout).partition("for i in range(n):")[2].partition("def kernel")[0]
+        names = [node.name for node in stage.measures.graph.nodes if node.op == "placeholder" and node.meta["tensor"]]
+        used = [len(re.findall(rf"\b{name}\b", loop)) > 1 for name in names]  # more than its own load
+        found.append((used, len(re.findall(r"^ +\w+_\[i\] =", loop, re.MULTILINE))))
+    return found
+
+
+@pytest.mark.parametrize("name", REDUCING)
+def test_the_floor_of_a_rule_that_reduces_reads_in_each_stage_what_the_rule_reads(name):
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,))]
+    optimizer = getattr(surefoot, name)(params, **REDUCING[name])
+    floor = floor_of(optimizer)
+    stages = [read_by_stages(optimizer, param) for param in params]
+    assert [read_by_stages(floor, param) for param in params] == stages
+    assert all(stored == 0 for stage in stages for _, stored in stage)
+    assert [len(stage) for stage in stages] == [1, 0 if name == "MARS" else 1]  # whose vectors AdamW steps
+
+
+def test_the_floor_clips_where_the_rule_does():
+    param = torch.nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([30.0, 40.0])
+    floor = floor_of(surefoot.LAMB([param]))
+    floor.step()
+    torch.testing.assert_close(param.detach(), torch.tensor([0.6, 0.8]))
+
+
+def test_the_floor_of_a_rule_that_reduces_sums_and_adds_the_gradient():
+    param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    floor = floor_of(surefoot.LAMB([param], max_grad_norm=None))
+    param.grad = torch.tensor([0.5, 0.25])
+    floor.step()
+    assert param.tolist() == [1.5, 2.25]
+    assert floor.state[param]["slot1"].tolist() == [0.5, 0.25]
+    param.grad = torch.tensor([torch.inf, 0.0])
+    floor.step()
+    assert param.isnan().all()  # by the sum, which is none of a finite number
+
+
 # Contenders
 
 
 def test_contenders():
     assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, FLOOR]
+    assert list(contenders_of(VARIANTS["Lion"], compiled=True)) == [EAGER, OURS, FLOOR]
     assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, FLOOR]
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("variant", TORCH_VARIANTS.values(), ids=TORCH_VARIANTS)
 def test_contenders_of_torch_leave_the_shared_gradients_alone(variant):
     grads = benchmark.gradients(Case(variant, FEW, torch.float32))
     before = [grad.clone() for grad in grads]
     for name, make in contenders_of(variant).items():
-        if name not in (OURS, FLOOR):  # of ours that is promised, and tested elsewhere
+        if name not in (EAGER, OURS, FLOOR):  # of ours that is promised, and tested elsewhere
             rounds._prepare(Case(variant, FEW, torch.float32), make, grads)
     assert all(map(torch.equal, grads, before))
 
@@ -183,6 +244,26 @@ def test_measuring():
     assert {len(values) for values in measurement.seconds.values()} == {rounds.FEWEST_ROUNDS}
     assert all((values > 0).all() for values in measurement.seconds.values())
     assert (measurement.wrong, measurement.compile_seconds) == ([], 0)
+
+
+@pytest.mark.parametrize("variant", ["Lion", "LAMB", "AdamWScheduleFree"])
+def test_measuring_what_torch_does_not_have(variant, tmp_path):
+    measurement = benchmark.measure(Case(VARIANTS[variant], FEW, torch.bfloat16), seconds=0, compiled=True)
+    assert (list(measurement.seconds), measurement.compile_seconds) == ([EAGER, OURS, FLOOR], 0)
+    assert measurement.best_of_torch is None
+    assert all(map(math.isnan, measurement.speedup()))
+    benchmark.write_csv(tmp_path / "x.csv", benchmark.results(measurement))
+    back = benchmark.read_csv(tmp_path / "x.csv")
+    assert all(math.isnan(line.r) and line.f > 0 for line in back)
+
+
+def test_our_step_must_compute_what_the_rule_says(monkeypatch):
+    case = Case(VARIANTS["Lion"], FEW, torch.float32)
+    makers = implementations_of(case.variant)
+    broken = {**makers, OURS: lambda params: makers[OURS](params, maximize=True)}
+    monkeypatch.setattr(contenders, "implementations_of", lambda _: dict(broken))
+    with pytest.raises(InternalError, match=r"^Lion, 3 x 5, float32: .* computes something else than surefoot eager$"):
+        benchmark.measure(case, seconds=0)
 
 
 def test_contenders_get_the_same_time_in_a_round(monkeypatch):

@@ -57,12 +57,16 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | No
         )
     formats = () if param is None else formats_of(optimizer, group, param).values()
     rounded = (("rounded", True),) if any(kept.stochastic for kept in formats) else ()
-    return bind(spec, (("scaled", False), *spec.settle_flags(group), *rounded))
+    own = {} if param is None else spec.flags_of(group, param)
+    settled = ((name, own.get(name, value)) for name, value in spec.settle_flags(group))
+    return bind(spec, (("scaled", False), *settled, *rounded))
 
 
 def formats_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> dict[str, Format]:
-    """Return the formats of a parameter, under `param`, and of its slots, as they are or are to be made."""
-    slots = optimizer.spec.active_slots(dict(optimizer.spec.settle_flags(group)))
+    """Return the formats of a parameter, under `param`, and of its slots that are tensors, as they are or will be."""
+    slots = (
+        slot for slot in optimizer.spec.active_slots(dict(optimizer.spec.settle_flags(group))) if not slot.is_number
+    )
     entry = optimizer.state.get(param, {})
     found = {slot.name: slot_format(slot, group, param, entry.get(slot.name)) for slot in slots}
     return {"param": param_format(group, param, entry), **found}

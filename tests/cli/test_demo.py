@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
+from surefoot import optimizers
 from surefoot.cli import app, main
 from surefoot.cli._demo import story
 from surefoot.cli._demo.errors import DemoError
@@ -22,10 +23,7 @@ from surefoot.cli._demo.training import TrainingSetup, compare
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
 PLAN = TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY, libraries=("torch.optim", "torch.optim"))
-OPTIMIZERS = (
-    "ASGD, Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, LBFGS, Muon, NAdam, RAdam, RMSprop, Rprop, SGD, "
-    "SparseAdam"
-)
+OPTIMIZERS = ", ".join(sorted(optimizers.__all__))
 
 
 class Terminal(io.StringIO):
@@ -60,7 +58,7 @@ def told(monkeypatch):
     ("option", "value", "message"),
     [
         ("--optimizer", "Adamm", f"there is no optimizer 'Adamm'; did you mean Adam? Choose one of {OPTIMIZERS}."),
-        ("--optimizer", "Lion", f"there is no optimizer 'Lion'; choose one of {OPTIMIZERS}."),
+        ("--optimizer", "xyz", f"there is no optimizer 'xyz'; choose one of {OPTIMIZERS}."),
         ("--steps", "0", "0 steps cannot be trained: give 1 or more, or leave it out."),
         ("--lr", "0", "0.0 is not a learning rate: give a positive number, or leave it out."),
         ("--lr", "nan", "nan is not a learning rate: give a positive number, or leave it out."),
@@ -168,6 +166,17 @@ def test_models_that_differ_are_reported_as_such(tmp_path):
         r"Training amplifies differences in rounding: it is the losses that have to agree\.",
         " ".join(printed.split()),
     )
+
+
+def test_what_torch_has_not_is_compared_with_its_reference(tmp_path):
+    setup = TrainingSetup("LARS", steps=3, lr=0.5, shape=TINY)
+    printed = " ".join(tell(tmp_path / "demo.png", setup).split())
+    assert printed.startswith("torch.optim.AdamW against surefoot.LARS ")
+    assert "torch.optim has no LARS: its AdamW, lr 0.002, learns beside it for reference. LARS runs with" in printed
+    assert re.search(r"step\(\) │ +[\d.]+ ms │ +[\d.]+ ms │ +[\d.]+x as fast", printed)
+    assert "AdamW and LARS are different algorithms: the losses compare them on this model" in printed
+    assert "parameters" not in printed
+    assert (tmp_path / "demo.png").is_file()
 
 
 def test_a_terminal_gets_bars(tmp_path):

@@ -6,6 +6,7 @@ from time import sleep
 import pytest
 import torch
 
+from surefoot import optimizers
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape, build_model, continue_text
 from surefoot.cli._demo.recipes import RECIPES, TrainedPart, resolve
@@ -21,9 +22,10 @@ def plan_of(optimizer, **changes):
     return TrainingSetup(optimizer, **{"steps": 3, "lr": RECIPES[optimizer].lr, "shape": TINY} | changes)
 
 
-def test_the_names_are_those_of_torch():
-    offered = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
-    assert set(RECIPES) == offered - {"Optimizer"}
+def test_what_torch_has_not_has_a_reference_that_it_has():
+    assert set(RECIPES) == set(optimizers.__all__)
+    assert {name for name, recipe in RECIPES.items() if recipe.reference is not None} == optimizers.NOT_IN_TORCH
+    assert all(hasattr(torch.optim, recipe.reference or name) for name, recipe in RECIPES.items())
 
 
 @pytest.mark.parametrize(("written", "meant"), [("AdamW", "AdamW"), ("adamw", "AdamW"), ("LBFGs", "LBFGS")])
@@ -39,8 +41,8 @@ def test_the_same_library_twice_gives_the_same_bits():
     assert (one.train_loss, one.held_out_loss) == (other.train_loss, other.held_out_loss)
 
 
-@pytest.mark.parametrize("optimizer", RECIPES)
-def test_every_optimizer_runs_with_both_libraries(optimizer):
+@pytest.mark.parametrize("optimizer", [name for name in RECIPES if name not in optimizers.NOT_IN_TORCH])
+def test_every_optimizer_of_torch_runs_with_both_libraries(optimizer):
     comparison = compare(plan_of(optimizer), CORPUS)
     one, other = comparison.outcomes
     assert one.losses[0] == other.losses[0]
@@ -51,11 +53,39 @@ def test_every_optimizer_runs_with_both_libraries(optimizer):
         assert 0 < outcome.clock.share < 1
 
 
+@pytest.mark.parametrize("optimizer", sorted(optimizers.NOT_IN_TORCH))
+def test_what_torch_has_not_runs_beside_its_reference(optimizer):
+    setup = plan_of(optimizer, steps=8)  # in the first of which RAdamScheduleFree stands still
+    assert setup.labels == ("torch.optim.AdamW", f"surefoot.{optimizer}")
+    one, other = (Training(each, setup, build_model(len(CORPUS.alphabet), TINY, 0)) for each in setup.libraries)
+    rates = [group["lr"] for each in (one, other) for built in each.optimizers.values() for group in built.param_groups]
+    assert rates == [RECIPES["AdamW"].lr, RECIPES[optimizer].lr]
+    reference, ours = compare(setup, CORPUS).outcomes
+    assert reference.losses == compare(plan_of("AdamW", steps=8), CORPUS).outcomes[0].losses
+    assert ours.losses[0] == reference.losses[0]
+    assert ours.losses[-1] not in (ours.losses[0], reference.losses[-1])
+    assert [len(seconds) for seconds in ours.clock.optimizers.values()] == [8]
+
+
+def test_what_is_evaluated_is_what_schedule_free_optimizers_ship():
+    setup = plan_of("SGDScheduleFree", steps=5)
+    comparison = compare(setup, CORPUS)
+    training = Training("surefoot", setup, build_model(len(CORPUS.alphabet), TINY, 0))
+    for starts in draw_starts(CORPUS.train, (5, setup.recipe.batch), TINY.context, 0):
+        training.step(batch_at(CORPUS.train, starts, TINY.context))
+    trained = [param.detach().clone() for param in training.model.parameters()]
+    (optimizer,) = training.optimizers.values()
+    with optimizer.eval_mode():
+        shipped = [param.detach().clone() for param in training.model.parameters()]
+    assert all(map(torch.equal, comparison.model.parameters(), shipped))
+    assert not any(map(torch.equal, trained, shipped))
+
+
 def test_short_numbers_are_those_of_the_second_library():
     short = {"master_weight_bits": 24, "state_dtype": "float8"}
     plan = plan_of("AdamW", dtype=torch.bfloat16, storage=short)
     model = build_model(len(CORPUS.alphabet), TINY, 0).to(torch.bfloat16)
-    groups = [Training(library, plan, model)._optimizers["AdamW"].param_groups[0] for library in plan.libraries]
+    groups = [Training(library, plan, model).optimizers["AdamW"].param_groups[0] for library in plan.libraries]
     assert [{name: group[name] for name in short if name in group} for group in groups] == [{}, short]
     comparison = compare(plan, CORPUS)
     one, other = comparison.outcomes
@@ -94,7 +124,7 @@ def test_each_parameter_has_one_optimizer(optimizer):
     pairs = setup.recipe.part is TrainedPart.TABLE
     model = build_model(len(CORPUS.alphabet), TINY, 0, pairs=pairs)
     training = Training("torch.optim", setup, model)
-    groups = [group for built in training._optimizers.values() for group in built.param_groups]
+    groups = [group for built in training.optimizers.values() for group in built.param_groups]
     taken = [id(param) for group in groups for param in group["params"]]
     assert sorted(taken) == sorted(id(param) for param in model.parameters())
 

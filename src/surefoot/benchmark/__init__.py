@@ -3,9 +3,20 @@
 Nothing here prints or draws; `surefoot bench` and the scripts in `benchmarks/` do.
 """
 
-from surefoot.benchmark.cases import DTYPES, LARGE_SHAPE_LISTS, SHAPE_LISTS, VARIANTS, Case, ShapeList, Variant, cases
+from surefoot.benchmark.cases import (
+    DTYPES,
+    LARGE_SHAPE_LISTS,
+    SHAPE_LISTS,
+    TORCH_VARIANTS,
+    VARIANTS,
+    Case,
+    ShapeList,
+    Variant,
+    cases,
+)
 from surefoot.benchmark.contenders import (
     COMPILED,
+    EAGER,
     FLOOR,
     FOR_LOOP,
     FOREACH,
@@ -39,6 +50,7 @@ from surefoot.benchmark.small import (
 __all__ = [
     "COMPILED",
     "DTYPES",
+    "EAGER",
     "FLOOR",
     "FOREACH",
     "FOR_LOOP",
@@ -50,6 +62,7 @@ __all__ = [
     "SMALL_MODELS",
     "SMALL_VARIANTS",
     "TORCH",
+    "TORCH_VARIANTS",
     "VARIANTS",
     "Case",
     "Measurement",

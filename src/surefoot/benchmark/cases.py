@@ -22,7 +22,7 @@ class Variant:
 
     Attributes:
         name: how tables call it.
-        optimizer: its class, the same name in torch.optim and here.
+        optimizer: its class, the same name here and, unless it is one of `optimizers.NOT_IN_TORCH`, in torch.optim.
         options: further arguments of the constructor, the same for both.
     """
 
@@ -32,21 +32,30 @@ class Variant:
 
 
 _OPTIONS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
-    {"SGD": ({}, {"momentum": 0.9}), "Adam": ({}, {"amsgrad": True}), "RMSprop": ({"centered": True},)}
+    {
+        "SGD": ({}, {"momentum": 0.9}),
+        "Adam": ({}, {"amsgrad": True}),
+        "RMSprop": ({"centered": True},),
+        "LARS": ({}, {"momentum": 0.9, "weight_decay": 1e-4}),
+    }
 )
 """Options with which an algorithm is timed; without any, if it does not stand here."""
 
 
 def _variants() -> Iterator[Variant]:
-    """Yield the variants of every algorithm that is a rule of dense gradients, and that torch.optim has too."""
+    """Yield the variants of every algorithm that is a rule of dense gradients."""
     for name in optimizers.__all__:
         algorithm: type[Optimizer] = getattr(optimizers, name)
         dense = algorithm.is_rule() and algorithm.sparse is not Sparse.ONLY
-        for options in _OPTIONS.get(name, ({},)) if dense and name not in optimizers.NOT_IN_TORCH else ():
+        for options in _OPTIONS.get(name, ({},)) if dense else ():
             yield Variant("+".join((name, *options)), name, MappingProxyType(options))
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType({variant.name: variant for variant in _variants()})
+TORCH_VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {name: variant for name, variant in VARIANTS.items() if variant.optimizer not in optimizers.NOT_IN_TORCH}
+)
+"""Those whose optimizer torch.optim has too."""
 
 
 @dataclass(frozen=True)

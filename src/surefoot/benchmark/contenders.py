@@ -1,4 +1,7 @@
-"""Who competes: torch's implementations of an optimizer, ours, and the traffic floor."""
+"""Who competes: torch's implementations of an optimizer, ours, and the traffic floor.
+
+What torch.optim does not have competes with the eager engine, which is the rule itself by torch's operations.
+"""
 
 import functools
 import inspect
@@ -12,6 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import surefoot
+from surefoot import optimizers
 from surefoot.benchmark.cases import Variant
 from surefoot.benchmark.floor import floor_of
 
@@ -19,10 +23,13 @@ Step = Callable[[], object]
 Maker = Callable[[list[Parameter]], Step]
 
 FOR_LOOP, FOREACH, FUSED, COMPILED = "torch for-loop", "torch foreach", "torch fused", "torch compile"
-OURS, FLOOR = "surefoot", "traffic floor"
+OURS, EAGER, FLOOR = "surefoot", "surefoot eager", "traffic floor"
 
 TORCH = (FOR_LOOP, FOREACH, FUSED)
 """The implementations of which the best counts as torch's; compiling one, which takes minutes, is reported apart."""
+
+REFERENCES = (FOR_LOOP, EAGER)
+"""Those of which one takes part, one tensor at a time, and all others must compute the same."""
 
 _COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -32,19 +39,25 @@ def contenders_of(variant: Variant, *, compiled: bool = False) -> dict[str, Make
 
     Args:
         variant: the optimizer.
-        compiled: whether `torch.compile` of torch's foreach implementation takes part.
+        compiled: whether `torch.compile` of torch's foreach implementation takes part, where there is one.
     """
     implementations = implementations_of(variant)
     ours = implementations.pop(OURS)
     found = {name: _stepping(make) for name, make in implementations.items()}
-    if compiled:
+    if compiled and FOREACH in found:
         found[COMPILED] = lambda params: _compiled(implementations[FOREACH](params).step)
     return found | {OURS: _stepping(ours), FLOOR: lambda params: floor_of(ours(params)).step}
 
 
 def implementations_of(variant: Variant) -> dict[str, Callable[[list[Parameter]], Any]]:
-    """Return by name what makes an optimizer for some parameters: each of torch's implementations, and ours."""
-    theirs, ours = (getattr(library, variant.optimizer) for library in (torch.optim, surefoot))
+    """Return by name what makes an optimizer for some parameters: each of torch's implementations, and ours.
+
+    Of an optimizer that torch does not have these are the eager engine and what the engines choose.
+    """
+    ours = functools.partial(getattr(surefoot, variant.optimizer), **variant.options)
+    if variant.optimizer in optimizers.NOT_IN_TORCH:
+        return {EAGER: functools.partial(ours, foreach=False), OURS: ours}
+    theirs = getattr(torch.optim, variant.optimizer)
     taken = inspect.signature(theirs).parameters
     engines = {
         FOR_LOOP: {"foreach": False} if "foreach" in taken else {},
@@ -52,7 +65,7 @@ def implementations_of(variant: Variant) -> dict[str, Callable[[list[Parameter]]
         **({FUSED: {"fused": True}} if "fused" in taken else {}),
     }
     found = {name: functools.partial(theirs, **variant.options, **engine) for name, engine in engines.items()}
-    return found | {OURS: functools.partial(ours, **variant.options)}
+    return found | {OURS: ours}
 
 
 def _stepping(make: Callable[[list[Parameter]], Any]) -> Maker:

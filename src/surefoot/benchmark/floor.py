@@ -1,36 +1,71 @@
 """The traffic floor: a rule that moves the same memory as another, through the same engine, and only adds."""
 
 import functools
+import operator
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surefoot.explain import rule_of
 from surefoot.optimizer import Optimizer, Params
-from surefoot.rule import Slot
+from surefoot.rule import Rule, Slot
+
+Stages = tuple[tuple[bool, ...], ...]
+"""For each stage of a rule, whether it reads the parameter, the gradient and each slot."""
 
 
 class Traffic(Optimizer):
-    """Adds the gradient to the parameter and to every slot; it has no hyperparameters and counts no steps."""
+    """Adds the gradient to the parameter and to every slot; it has no hyperparameters and counts no steps.
+
+    Where the rule whose floor it is measures tensors before its update, it sums the same tensors in as many stages; and
+    it measures the norm of all gradients where the rule's are clipped.
+    """
 
     scalars = ()
 
-    def __init__(self, params: Params) -> None:
-        super().__init__(params, {})
-
-    @staticmethod
-    def update(param: Tensor, grad: Tensor, *slots_coefficients_flags: Any) -> Any:
-        """Add once for each array that is read and written."""
-        return tuple(array + grad for array in (param, *slots_coefficients_flags[:-2]))
+    def __init__(self, params: Params, max_grad_norm: float | None) -> None:
+        super().__init__(params, {"max_grad_norm": max_grad_norm, **dict.fromkeys(self.flags, False)})
 
 
 @functools.cache
-def _traffic(slots: int) -> Any:
-    return type("Traffic", (Traffic,), {"slots": tuple(Slot(f"slot{i}") for i in range(slots))})
+def _traffic(slots: int, kinds: tuple[Stages, ...]) -> Any:
+    """Make the class for rules of so many slots; each kind of parameter has stages of its own, and a flag."""
+    names = [f"kind{number}" for number in range(len(kinds))]
+
+    def update(*arrays_coefficients_flags: Any) -> Any:
+        *arrays, _, flags = arrays_coefficients_flags
+        return _added(arrays, next(kind for name, kind in zip(names, kinds, strict=True) if getattr(flags, name)))
+
+    members = {"slots": tuple(Slot(f"slot{i}") for i in range(slots)), "flags": tuple(names)}
+    return type("Traffic", (Traffic,), {**members, "update": staticmethod(update)})
+
+
+def _added(arrays: Sequence[Tensor], stages: Stages) -> tuple[Tensor, ...]:
+    """Add once for each array that is read, and once for each that is written.
+
+    Each sum is added to what is summed next, and the last to the parameter, times zero: so none can be left out.
+    """
+    param, grad, *slots = arrays
+    for reads in stages:
+        nothing = torch.sum(functools.reduce(operator.add, compress((param, grad, *slots), reads))) * 0.0
+        param = param + nothing
+    return param + grad, *(slot + grad for slot in slots)
 
 
 def floor_of(optimizer: Optimizer) -> Optimizer:
     """Make the floor of an optimizer whose algorithm is a rule: the same parameters, and slots like its own."""
     group = optimizer.param_groups[0]
-    floor: Optimizer = _traffic(len(rule_of(optimizer, group).slots))(group["params"])
+    kinds: dict[Stages, list[Tensor]] = {}
+    for param in group["params"]:
+        kinds.setdefault(_stages(rule_of(optimizer, group, param)), []).append(param)
+    groups = [{"params": params, f"kind{number}": True} for number, params in enumerate(kinds.values())]
+    made = _traffic(len(rule_of(optimizer, group).slots), tuple(kinds))
+    floor: Optimizer = made(groups, optimizer.step_options.max_grad_norm)
     return floor
+
+
+def _stages(rule: Rule) -> Stages:
+    return tuple(stage.measures.read for stage in rule.stages)

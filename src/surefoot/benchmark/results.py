@@ -32,9 +32,18 @@ class Quartiles(NamedTuple):
         return cls(*(float(value) for value in np.quantile(values, (0.5, 0.25, 0.75))))
 
 
-def best_of_torch(seconds: Mapping[str, np.ndarray]) -> str:
-    """Return torch's implementation with the least median."""
-    return min((name for name in TORCH if name in seconds), key=lambda name: np.median(seconds[name]))
+def best_of_torch(seconds: Mapping[str, np.ndarray]) -> str | None:
+    """Return torch's implementation with the least median; None if torch has none."""
+    return min((name for name in TORCH if name in seconds), key=lambda name: np.median(seconds[name]), default=None)
+
+
+def speedup(seconds: Mapping[str, np.ndarray], contender: str) -> Quartiles:
+    """Return the time of torch's best implementation over a contender's, round by round; NaN if torch has none."""
+    best = best_of_torch(seconds)
+    return _UNKNOWN if best is None else Quartiles.of(seconds[best] / seconds[contender])
+
+
+_UNKNOWN = Quartiles(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +63,8 @@ class Measurement:
     compile_seconds: float = 0.0
 
     @property
-    def best_of_torch(self) -> str:
-        """Torch's implementation with the least median."""
+    def best_of_torch(self) -> str | None:
+        """Torch's implementation with the least median; None of an optimizer that torch does not have."""
         return best_of_torch(self.seconds)
 
     def milliseconds(self, contender: str = OURS) -> Quartiles:
@@ -63,8 +72,8 @@ class Measurement:
         return Quartiles.of(1e3 * self.seconds[contender])
 
     def speedup(self, contender: str = OURS) -> Quartiles:
-        """Return R, the time of torch's best implementation over the contender's."""
-        return Quartiles.of(self.seconds[self.best_of_torch] / self.seconds[contender])
+        """Return R, the time of torch's best implementation over the contender's; NaN if torch has none."""
+        return speedup(self.seconds, contender)
 
     def over_floor(self, contender: str = OURS) -> Quartiles:
         """Return F, the contender's time over that of the traffic floor."""
@@ -84,7 +93,8 @@ class Result(NamedTuple):
         dtype: dtype of the parameters.
         contender: name of the implementation.
         ms: milliseconds of a step, median over rounds; then their quartiles.
-        r: time of torch's best implementation over this one's, median of the ratios; then their quartiles.
+        r: time of torch's best implementation over this one's, median of the ratios; then their quartiles.  NaN where
+            torch has no such optimizer.
         f: this one's time over that of the traffic floor, median of the ratios; then their quartiles.
         ms_min: the least.
         rounds: how many there were.

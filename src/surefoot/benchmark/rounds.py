@@ -6,7 +6,7 @@ What disturbs the machine then disturbs all of them alike, and ratios are taken 
 import gc
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,8 +21,8 @@ from surefoot.benchmark.cases import Case, ShapeList, Variant
 from surefoot.benchmark.contenders import (
     COMPILED,
     FLOOR,
-    FOR_LOOP,
     OURS,
+    REFERENCES,
     Maker,
     Step,
     contenders_of,
@@ -72,7 +72,7 @@ def measure(case: Case, *, seconds: float = SECONDS, compiled: bool = False) -> 
 
     Raises:
         MemoryError: the machine has not enough free memory.
-        InternalError: our own step computes something else than torch's.
+        InternalError: our own step computes something else than torch's, or than the rule by torch's operations.
     """
     check_memory(case, compiled=compiled)
     start = perf_counter()
@@ -82,9 +82,9 @@ def measure(case: Case, *, seconds: float = SECONDS, compiled: bool = False) -> 
         contenders = {name: _prepare(case, make, grads) for name, make in makers.items()}
     wrong = {*_wrong(contenders), *wrong_contenders(case.variant, case.dtype)}
     if OURS in wrong:
-        raise InternalError(f"{case}: surefoot's step computes something else than torch's for-loop")
+        raise InternalError(f"{case}: surefoot's step computes something else than {_reference(contenders)}")
     right = {name: contender for name, contender in contenders.items() if name not in wrong}
-    compiling = contenders[COMPILED].compile_seconds if compiled else 0.0
+    compiling = contenders[COMPILED].compile_seconds if COMPILED in contenders else 0.0
     return Measurement(case, _rounds(right, grads, start + compiling + seconds), sorted(wrong), compiling)
 
 
@@ -145,7 +145,7 @@ def _prepare(case: Case, make: Maker, grads: Sequence[Tensor]) -> Contender:
 
 
 def wrong_contenders(variant: Variant, dtype: torch.dtype) -> list[str]:
-    """Find the contenders whose step computes something else than torch's for-loop, on a tensor of moderate size.
+    """Find the contenders whose step computes something else than the reference, on a tensor of moderate size.
 
     In torch 2.13 the fused SGD leaves most of a 16-bit parameter unchanged (pytorch#191763), in however little time.
     """
@@ -155,7 +155,12 @@ def wrong_contenders(variant: Variant, dtype: torch.dtype) -> list[str]:
 
 
 def _wrong(contenders: Mapping[str, Contender]) -> list[str]:
-    return [name for name in contenders if name != FLOOR and not _agree(contenders[name], contenders[FOR_LOOP])]
+    reference = contenders[_reference(contenders)]
+    return [name for name in contenders if name != FLOOR and not _agree(contenders[name], reference)]
+
+
+def _reference(contenders: Iterable[str]) -> str:
+    return next(name for name in contenders if name in REFERENCES)
 
 
 def _agree(contender: Contender, reference: Contender) -> bool:

@@ -21,9 +21,9 @@ from torch.nn import Parameter
 from torch.nn.functional import linear, mse_loss
 
 from surefoot import optimizers
-from surefoot.benchmark.cases import VARIANTS, Variant
+from surefoot.benchmark.cases import TORCH_VARIANTS, VARIANTS, Variant
 from surefoot.benchmark.contenders import FOR_LOOP, FUSED, OURS, implementations_of
-from surefoot.benchmark.results import Quartiles, best_of_torch
+from surefoot.benchmark.results import Quartiles, best_of_torch, speedup
 from surefoot.errors import InternalError
 
 WIDTH, BATCH, RANK = 64, 16, 4
@@ -124,7 +124,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"LBFGS": {"lr": 1e-2, "max_iter": 4, "history_size": 10, "tolerance_grad": 0, "tolerance_change": 0}}
 )
 SMALL_VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    dict(VARIANTS)
+    dict(TORCH_VARIANTS)
     | {
         name: Variant(name, name, _OPTIONS.get(name, {}))
         for name in optimizers.__all__
@@ -151,7 +151,7 @@ class SmallMeasurement:
     calls: Mapping[str, int]
 
     @property
-    def best_of_torch(self) -> str:
+    def best_of_torch(self) -> str | None:
         """Torch's implementation with the least median."""
         return best_of_torch(self.seconds)
 
@@ -161,7 +161,7 @@ class SmallMeasurement:
 
     def speedup(self, contender: str = OURS) -> Quartiles:
         """Return the time of torch's best implementation over the contender's, round by round."""
-        return Quartiles.of(self.seconds[self.best_of_torch] / self.seconds[contender])
+        return speedup(self.seconds, contender)
 
 
 class _Training:

@@ -97,7 +97,9 @@ def bench(
 
     All implementations run interleaved in one process. R is the time of the best
     of torch's over ours. F is our time over that of the traffic floor, a kernel
-    that reads and writes the same memory and only adds.
+    that reads and writes the same memory and only adds. What torch.optim does not
+    have, such as Lion, is timed against surefoot's eager engine instead, which
+    runs the algorithm by torch's operations, one tensor after the other.
     """
     from rich.console import Console  # noqa: PLC0415
 
@@ -142,8 +144,9 @@ def _print_summary(console: "Console", done: Sequence["Measurement"], csv: Path 
     machine, _, torch, threads = benchmark.circumstances()
     console.print(f"{machine}, {threads} thread{'s' if threads > 1 else ''}, torch {torch}")
     for _, measurements in groupby(done, key=_parameters):
-        console.print()
-        console.print(table(list(measurements)))
+        for part in _apart(list(measurements)):
+            console.print()
+            console.print(table(part))
     console.print()
     for line in notes(done):
         console.print(line, soft_wrap=True)
@@ -156,14 +159,22 @@ def _print_summary(console: "Console", done: Sequence["Measurement"], csv: Path 
         console.print(f"Written: {csv}", soft_wrap=True)
 
 
+def _apart(measurements: Sequence["Measurement"]) -> Iterator[list["Measurement"]]:
+    """Yield the measurements of optimizers that torch has, then the others, whose contenders are others."""
+    for in_torch in (True, False):
+        if part := [one for one in measurements if (one.best_of_torch is not None) is in_torch]:
+            yield part
+
+
 def table(measurements: Sequence["Measurement"]) -> "Table":
-    """Make the table of measurements that share their parameters: a line for each optimizer."""
+    """Make the table of measurements that share their parameters and contenders: a line for each optimizer."""
     from rich.table import Table  # noqa: PLC0415
 
-    from surefoot.benchmark import COMPILED, FLOOR, OURS, TORCH  # noqa: PLC0415
+    from surefoot.benchmark import COMPILED, EAGER, FLOOR, OURS, TORCH  # noqa: PLC0415
 
-    compiled = (COMPILED,) if any(COMPILED in measurement.seconds for measurement in measurements) else ()
-    contenders = (*TORCH, *compiled, OURS, FLOOR)
+    took_part = {name for measurement in measurements for name in measurement.seconds}
+    compiled = (COMPILED,) if COMPILED in took_part else ()
+    contenders = (*((EAGER,) if EAGER in took_part else (*TORCH, *compiled)), OURS, FLOOR)
     title = f"{_parameters(measurements[0])}: milliseconds a step"
     made = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     made.add_column("", no_wrap=True, min_width=16)
@@ -195,21 +206,25 @@ def _digits(number: float) -> str:
 
 
 def _ratio(quartiles: "Quartiles") -> str:
+    if math.isnan(quartiles.median):
+        return "-"
     half = (quartiles.q3 - quartiles.q1) / 2
     return f"{quartiles.median:.2f} ±{half / quartiles.median:.0%}"
 
 
 def notes(done: Sequence["Measurement"]) -> Iterable[str]:
     """Return the lines under the table."""
-    from surefoot.benchmark import COMPILED, geometric_mean  # noqa: PLC0415
+    from surefoot.benchmark import COMPILED, EAGER, geometric_mean  # noqa: PLC0415
 
     yield "R: time of torch's best / surefoot's. F: surefoot's / traffic floor. Medians ± half the quartiles' distance."
     for title, part in groupby(done, key=_parameters):
-        ratios = [measurement.speedup().median for measurement in part]
+        ratios = [ratio for measurement in part if not math.isnan(ratio := measurement.speedup().median)]
         if len(ratios) > 1:
             yield f"{title}: geometric mean of R {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
     compiling = [measurement.compile_seconds for measurement in done if COMPILED in measurement.seconds]
     if compiling:
         yield f"torch.compile took {min(compiling):.1f} to {max(compiling):.1f} s; it does not count in R."
+    if any(EAGER in measurement.seconds for measurement in done):
+        yield f"{EAGER}: the algorithm by torch's operations, where torch.optim does not have it; there is no R."
     if any(measurement.wrong for measurement in done):
         yield "wrong: left out, its step computes something else than torch's for-loop."

@@ -107,6 +107,7 @@ def demo(
     the time of the optimizers' steps; then the model that surefoot trained writes
     some text, and a picture is drawn. It takes about a minute on two cores.
     How state and 16-bit weights are kept is an option of surefoot's side only.
+    What torch.optim does not have, such as Lion, learns beside torch's AdamW.
     """
     kept = storage_options(state_dtype, rounding, master_weight_bits)
     try:

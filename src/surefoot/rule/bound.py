@@ -45,6 +45,15 @@ class Rule:
         return any(self.written)
 
     @functools.cached_property
+    def read(self) -> tuple[bool, ...]:
+        """Of the parameter, the gradient and each slot, whether anything follows from its values."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"][: 2 + len(self.slots)]
+        output = next(iter(reversed(self.graph.nodes)))
+        measured = output.args[0][1 + len(self.slots) :]
+        shaped = {node for node in self.graph.nodes if node.op == "call_function" and node.target.name == "fill"}
+        return tuple(node in measured or bool(node.users.keys() - shaped - {output}) for node in inputs)
+
+    @functools.cached_property
     def written(self) -> tuple[bool, ...]:
         """Of the parameter and of each slot, whether the update changes it."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]

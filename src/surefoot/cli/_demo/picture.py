@@ -66,11 +66,12 @@ def _draw_times(axes: Axes, comparison: Comparison) -> None:
         # Below the whisker, which may cross the whole width.
         label = _time_label(comparison.outcomes[place])
         axes.annotate(label, (middle, place), xytext=(8, -8), textcoords="offset points", va="top")
-    axes.set_yticks((0, 1), comparison.setup.libraries)
+    setup = comparison.setup
+    axes.set_yticks((0, 1), setup.labels if setup.reference else setup.libraries)
     axes.invert_yaxis()
     axes.set_xlim(0, end)
-    names = " and ".join(clocks[0].optimizers)
-    axes.set(title=f"Time in step() of {names}", xlabel="time per step [ms]: median, and the middle half of the steps")
+    of = "" if setup.reference else f" of {' and '.join(clocks[0].optimizers)}"
+    axes.set(title=f"Time in step(){of}", xlabel="time per step [ms]: median, and the middle half of the steps")
 
 
 def _headline(comparison: Comparison) -> str:

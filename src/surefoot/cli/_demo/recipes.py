@@ -1,11 +1,11 @@
-"""How each optimizer of torch.optim is shown: its settings and its part of the model.
+"""How each optimizer is shown: its settings and its part of the model.
 
 An optimizer that needs more than the settings that suit most has a row.  torch is not imported here, so that a
 misspelt name is refused at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
@@ -36,6 +36,7 @@ class Recipe:
         companion_lr: the learning rate of the companion.
         closure: whether `step` evaluates the loss itself, several times, through a closure.
         note: what a reader has to know about this choice, as a sentence.
+        reference: the optimizer of torch.optim that is trained beside it, where torch.optim does not have it.
     """
 
     lr: float = 2e-3
@@ -47,6 +48,7 @@ class Recipe:
     companion_lr: float = 2e-3
     closure: bool = False
     note: str = ""
+    reference: str | None = None
 
 
 _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
@@ -85,15 +87,34 @@ _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
             companion="Adam",
             note="SparseAdam takes sparse gradients only: Adam of the same library trains the other parameters.",
         ),
+        "Lion": Recipe(lr=5e-4),
+        "Signum": Recipe(lr=5e-4),
+        "Yogi": Recipe(lr=5e-3),
+        "AdamWScheduleFree": Recipe(lr=5e-3),
+        "SGDScheduleFree": Recipe(lr=1.0),
+        "RAdamScheduleFree": Recipe(lr=5e-3),
+        "LAMB": Recipe(lr=1e-2),
+        "LARS": Recipe(
+            lr=10.0,
+            options={"momentum": 0.9, "weight_decay": 1e-4},
+            note="LARS runs with momentum=0.9 and weight_decay=1e-4, without which it would be SGD.",
+        ),
+        "NovoGrad": Recipe(lr=1e-2),
     }
 )
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {name: _SPECIAL.get(name, Recipe()) for name in optimizers.__all__ if name not in optimizers.NOT_IN_TORCH}
-)
+REFERENCE = "AdamW"
+
+
+def _recipe(name: str) -> Recipe:
+    recipe = _SPECIAL.get(name, Recipe())
+    return replace(recipe, reference=REFERENCE) if name in optimizers.NOT_IN_TORCH else recipe
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({name: _recipe(name) for name in optimizers.__all__})
 
 
 def resolve(name: str) -> str:
-    """Spell an optimizer's name as torch.optim does, whatever the case of its letters.
+    """Spell an optimizer's name as its class is called, whatever the case of its letters.
 
     Args:
         name: the name as the user wrote it.

@@ -31,6 +31,13 @@ def introduce(console: Console, setup: TrainingSetup, characters: int, threads: 
         f"seed {setup.seed}, {threads} thread{'s' if threads > 1 else ''}.",
         highlight=False,
     )
+    if setup.reference is not None:
+        console.print(
+            f"torch.optim has no {setup.optimizer}: its {setup.reference}, lr {setup.choice(setup.libraries[0])[2]:g}, "
+            "learns beside it for reference.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if recipe.note:
         console.print(recipe.note, highlight=False)
     if setup.storage or setup.dtype is not torch.float32:
@@ -54,17 +61,19 @@ def comparison_lines(comparison: Comparison) -> Iterator[ComparisonLine]:
     a, b = one.clock, other.clock
     yield _loss_row("loss, training text", one.train_loss, other.train_loss)
     yield _loss_row("loss, held-out text", one.held_out_loss, other.held_out_loss)
-    for name in a.optimizers:
-        yield _time_row(f"{name}.step()", a.median_ms(name), b.median_ms(name))
+    for name, ours in zip(a.optimizers, b.optimizers, strict=True):
+        yield _time_row(f"{name}.step()" if name == ours else "step()", a.median_ms(name), b.median_ms(ours))
     yield ComparisonLine("share of a training step", f"{a.share:.1%}", f"{b.share:.1%}", "")
     yield _time_row("a whole training step", a.whole_ms, b.whole_ms)
     yield ComparisonLine("very first step()", f"{a.optimizer_ms[0]:.1f} ms", f"{b.optimizer_ms[0]:.1f} ms", "")
-    yield ComparisonLine("parameters differ by", "", "", f"{comparison.last_gap.largest:.2g}")
+    if comparison.setup.reference is None:
+        yield ComparisonLine("parameters differ by", "", "", f"{comparison.last_gap.largest:.2g}")
 
 
 def print_table(console: Console, comparison: Comparison) -> None:
     """Print the table, and below it how far apart the two models are."""
-    table = Table(comparison.setup.optimizer, *comparison.setup.libraries, "surefoot is")
+    setup = comparison.setup
+    table = Table(*(("", *setup.labels) if setup.reference else (setup.optimizer, *setup.libraries)), "surefoot is")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in comparison_lines(comparison):
@@ -79,7 +88,12 @@ def print_table(console: Console, comparison: Comparison) -> None:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Say how far the parameters of the two models are apart."""
+    """Say how far the parameters of the two models are apart, where both should have come to the same."""
+    if (reference := comparison.setup.reference) is not None:
+        return (
+            f"{reference} and {comparison.setup.optimizer} are different algorithms: the losses compare them on this "
+            "model, with these learning rates."
+        )
     steps, first, last = comparison.setup.steps, comparison.first_gap, comparison.last_gap
     if last.same_bits:
         return f"Same bits: after {steps} steps no parameter of the two models differs."

@@ -1,7 +1,8 @@
 """Two trainings of one model, a step of each in turn, that differ only in the library of their optimizers.
 
 Both start from the same weights and see the same batches; neither draws from torch's global generator.  They
-also take turns at going first, so that whatever else the machine does falls on both clocks alike.
+also take turns at going first, so that whatever else the machine does falls on both clocks alike.  Where torch.optim
+does not have the optimizer, another of its own stands there for reference.
 """
 
 import copy
@@ -22,6 +23,7 @@ from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import CharacterModel, Shape, build_model
 from surefoot.cli._demo.recipes import RECIPES, Recipe, TrainedPart
 from surefoot.cli._demo.text import Batch, Corpus, batch_at, draw_starts
+from surefoot.optimizers.schedule_free import ScheduleFree
 
 EVALUATED_SEQUENCES = 256
 
@@ -31,9 +33,9 @@ class TrainingSetup:
     """What both trainings have in common.
 
     Attributes:
-        optimizer: a name of torch.optim.
+        optimizer: the name of the second library's optimizer; of the first's too unless the recipe has a reference.
         steps: training steps; 1 or more.
-        lr: the learning rate of the optimizer; positive.
+        lr: the learning rate of that optimizer; positive.
         seed: of the weights, the batches and the text written in the end.
         shape: the size of the model.
         libraries: the two modules that have the optimizers.
@@ -56,10 +58,25 @@ class TrainingSetup:
         return RECIPES[self.optimizer]
 
     @property
+    def reference(self) -> str | None:
+        """The optimizer of the first library, if it is another."""
+        return self.recipe.reference
+
+    @property
     def labels(self) -> tuple[str, str]:
         """What the two trainings are called."""
         one, other = self.libraries
-        return f"{one}.{self.optimizer}", f"{other}.{self.optimizer}"
+        return self.label(one), self.label(other)
+
+    def label(self, library: str) -> str:
+        """Return what the training of a library is called."""
+        return f"{library}.{self.choice(library)[0]}"
+
+    def choice(self, library: str) -> tuple[str, Recipe, float]:
+        """Return the name, the settings and the learning rate of a library's optimizer."""
+        if self.reference is None or library != self.libraries[0]:
+            return self.optimizer, self.recipe, self.lr
+        return self.reference, RECIPES[self.reference], RECIPES[self.reference].lr
 
 
 @dataclass(frozen=True)
@@ -135,12 +152,11 @@ def _part_of(model: CharacterModel, part: TrainedPart) -> list[nn.Parameter]:
 
 
 def _build_optimizers(library: str, setup: TrainingSetup, model: CharacterModel) -> dict[str, torch.optim.Optimizer]:
-    recipe = setup.recipe
+    name, recipe, lr = setup.choice(library)
     own = _part_of(model, recipe.part)
     storage = setup.storage if library == setup.libraries[1] else {}
     try:
-        first = _optimizer_class(library, setup.optimizer)
-        built = {setup.optimizer: first(own, lr=setup.lr, **recipe.options, **storage)}
+        built = {name: _optimizer_class(library, name)(own, lr=lr, **recipe.options, **storage)}
         if recipe.companion is not None:
             taken = {id(param) for param in own}
             others = [param for param in model.parameters() if id(param) not in taken]
@@ -170,12 +186,12 @@ class Training:
     """
 
     def __init__(self, library: str, setup: TrainingSetup, model: CharacterModel) -> None:
-        self.label = f"{library}.{setup.optimizer}"
+        self.label = setup.label(library)
         self.model = model
         self.losses: list[float] = []
-        self._optimizers = _build_optimizers(library, setup, model)
-        self._closure = setup.recipe.closure
-        self.clock = Clock({name: [] for name in self._optimizers})
+        self.optimizers = _build_optimizers(library, setup, model)
+        self._closure = setup.choice(library)[1].closure
+        self.clock = Clock({name: [] for name in self.optimizers})
 
     def step(self, batch: Batch) -> None:
         """Train on one batch.
@@ -188,6 +204,12 @@ class Training:
         self.clock.whole.append(perf_counter() - begun)
         self.losses.append(self._checked(loss.item()))
 
+    def finish(self) -> None:
+        """Let the model hold the weights to evaluate, where the optimizer trains others."""
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, ScheduleFree):
+                optimizer.eval()
+
     def held_loss(self, data: Tensor, seed: int) -> float:
         """Return the mean loss over sequences of `data` that depend on the seed alone."""
         context = self.model.shape.context
@@ -197,7 +219,7 @@ class Training:
         return self._checked(sum(losses) / len(losses))
 
     def _gradients(self, batch: Batch) -> Tensor:
-        for optimizer in self._optimizers.values():
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss = _loss(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -205,14 +227,14 @@ class Training:
 
     def _step(self, batch: Batch) -> Tensor:
         loss = self._gradients(batch)
-        for name, optimizer in self._optimizers.items():
+        for name, optimizer in self.optimizers.items():
             begun = perf_counter()
             optimizer.step()
             self.clock.optimizers[name].append(perf_counter() - begun)
         return loss.detach()
 
     def _step_with_closure(self, batch: Batch) -> Tensor:
-        ((name, optimizer),) = self._optimizers.items()
+        ((name, optimizer),) = self.optimizers.items()
         losses: list[Tensor] = []
         evaluating = 0.0
 
@@ -311,6 +333,8 @@ def compare(setup: TrainingSetup, corpus: Corpus, watch: Watch | None = None) ->
             first_gap = Gap.between(one.model, other.model)
         if watch is not None:
             watch(one, other)
+    for training in (one, other):
+        training.finish()
     outcomes = _outcome(one, setup, corpus), _outcome(other, setup, corpus)
     last_gap = Gap.between(one.model, other.model)
     return Comparison(setup, outcomes, first_gap, last_gap, other.model.float())
