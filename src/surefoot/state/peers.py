@@ -44,7 +44,7 @@ def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str
         if value != always and found.get("weight_decay"):
             raise ValueError(
                 f"the state dict has `{theirs}={value}`, but weight decay of {spec.name} is "
-                f"{'always' if always else 'never'} decoupled; nothing was loaded.  Take `{theirs}` out of it to go on so"
+                f"{'always' if always else 'never'} decoupled; take `{theirs}` out to go on so, nothing was loaded"
             )
     if "fixed_decay" not in spec.constructor and not found.get("fixed_decay"):
         found.pop("fixed_decay", None)
