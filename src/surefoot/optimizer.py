@@ -125,6 +125,8 @@ class Optimizer(torch.optim.Optimizer):
     """What becomes of sparse gradients."""
     instead_of_sparse: ClassVar[str] = ""
     """What the refusal of a sparse gradient recommends."""
+    also_called: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What other implementations call hyperparameters and state, with our names for each; for `load_state_dict`."""
     complex_params: ClassVar[bool] = True
     """Return whether complex parameters are taken."""
     state_at_construction: ClassVar[bool] = False
@@ -777,6 +779,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         rows_suffice=cls.rows_suffice,
         sparse=cls.sparse,
         instead_of_sparse=cls.instead_of_sparse,
+        also_called=cls.also_called,
         complex_params=cls.complex_params,
         whole_tensors=cls.whole_tensors,
         has_modes=cls.has_modes,

@@ -169,3 +169,56 @@ def test_steps_are_those_of_the_reference(pair, dtype, weight_decay):
     for ours, theirs in zip(*found, strict=True):
         for name in ours.keys() & theirs.keys() if pair.same_state else ("param",):
             torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+# Their state dicts go on here
+
+GOING_ON = (
+    Pair("Lion", "lion_pytorch.lion_pytorch", "Lion"),
+    Pair("Lion", "timm.optim.lion", "Lion"),
+    Pair("Lion", f"{OTHERS}.lion", "Lion"),
+    Pair("Signum", f"{OTHERS}.sgd", "SignSGD"),
+    Pair("Adan", "timm.optim.adan", "Adan", {"no_prox": True}),
+    Pair("AdEMAMix", f"{OTHERS}.ademamix", "AdEMAMix", {}, {}, {"weight_decouple": True, "t_alpha_beta3": 90}),
+    Pair("ADOPT", "timm.optim.adopt", "Adopt", {}, {}, {"decoupled": True}),
+    Pair("AdamAtan2", "adam_atan2_pytorch.adam_atan2", "AdamAtan2"),
+    Pair("LaProp", "timm.optim.laprop", "LaProp"),
+    Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam", {}, {}, {"weight_decouple": True}),
+    Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
+)
+
+
+def begun(kind, dtype, **options):
+    params = params_of(dtype)
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = kind(params, lr=0.01, weight_decay=0.1, **options)
+    trained(optimizer, params)
+    return optimizer, params
+
+
+@pytest.mark.parametrize("pair", GOING_ON, ids=str)
+def test_a_run_goes_on_here(pair):
+    """Hyperparameters, too, are those of the state dict."""
+    theirs, params = begun(reference(pair), torch.float64, **pair.options, **pair.their_options)
+    copies = [param.detach().clone().requires_grad_() for param in params]
+    ours = getattr(surefoot, pair.ours)(copies)
+    ours.load_state_dict(theirs.state_dict())
+    for one, other in zip(trained(ours, copies), trained(theirs, params), strict=True):
+        torch.testing.assert_close(one["param"], other["param"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "kind"),
+    [("AdEMAMix", "weight_decouple", False, "always"), ("Yogi", "weight_decouple", True, "never")],
+)
+def test_another_kind_of_weight_decay_is_refused(name, option, value, kind):
+    optimizer = getattr(surefoot, name)([torch.ones(2, requires_grad=True)], weight_decay=0.1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][option] = value
+    with pytest.raises(
+        ValueError, match=f"^the state dict has `{option}={value}`, but weight decay of {name} is {kind}"
+    ):
+        optimizer.load_state_dict(saved)
+    saved["param_groups"][0]["weight_decay"] = 0.0
+    optimizer.load_state_dict(saved)
+    assert option not in optimizer.param_groups[0]

@@ -1,6 +1,6 @@
 """Adam-atan2: Adam whose quotient is an angle, which needs no eps."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, Unpack
 
 import torch
@@ -50,6 +50,7 @@ class AdamAtan2(Optimizer):
 
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
     flags = ("weight_decay", *DIRECTED)
+    also_called = MappingProxyType({"steps": ("step",)})
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:

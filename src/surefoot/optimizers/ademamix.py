@@ -1,7 +1,7 @@
 """AdEMAMix: Adam with a second, much slower average of gradients."""
 
 import math
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, Unpack
 
 import torch
@@ -73,6 +73,14 @@ class AdEMAMix(Optimizer):
         Slot("exp_avg_sq", signed=False, slow=True),
     )
     flags = ("weight_decay", *DIRECTED)
+    also_called = MappingProxyType(
+        {
+            "exp_avg": ("exp_avg_fast",),
+            "t_alpha_beta3": ("alpha_warmup", "beta3_warmup"),
+            "t_alpha": ("alpha_warmup",),
+            "t_beta3": ("beta3_warmup",),
+        }
+    )
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:

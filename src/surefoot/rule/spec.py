@@ -31,6 +31,7 @@ class AlgorithmSpec:
         rows_suffice: whether an element without gradient stays as it is, by settled flags.
         sparse: what becomes of sparse gradients.
         instead_of_sparse: what the refusal of a sparse gradient recommends.
+        also_called: what other implementations call options and state, with our names for each.
         complex_params: whether complex parameters are taken.
         whole_tensors: whether a step needs to know more of a tensor than a shard of it.
         has_modes: whether groups have a `train_mode`, without which no step is made.
@@ -50,6 +51,7 @@ class AlgorithmSpec:
     rows_suffice: Callable[[Mapping[str, bool]], bool] = lambda _: True
     sparse: Sparse = Sparse.REFUSED
     instead_of_sparse: str = ""
+    also_called: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     complex_params: bool = True
     whole_tensors: bool = False
     has_modes: bool = False

@@ -20,6 +20,7 @@ from surefoot.rule.spec import known_algorithms
 from surefoot.state.convert import convert_state
 from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.state.make import scalar_device
+from surefoot.state.peers import translate
 from surefoot.storage import decode, format_8_bits, scale_shape
 from surefoot.tensors.shards import (
     is_sharded,
@@ -128,7 +129,7 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
 
     State that is laid out over ranks unlike its parameter is laid out anew, after all ranks have found that it fits.
     """
-    saved_groups, saved_state = _parts(state_dict)
+    saved_groups, saved_state = translate(target.spec, *_parts(state_dict))
     report = _empty_report()
     partners, pairs = _match(target.groups, saved_groups, report)
     with refused_together(_meshes(target.spec, pairs, saved_state)):

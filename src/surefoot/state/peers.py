@@ -1,0 +1,60 @@
+"""State dicts of other implementations of an algorithm, read as if this one had written them.
+
+Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some count
+steps for a whole group.  What another implementation computes otherwise is refused, not read as something else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from surefoot.rule import STEP, AlgorithmSpec
+
+_DECOUPLED = ("decoupled", "weight_decouple", "decouple_weight_decay", "decoupled_decay")
+"""What others call `decoupled_weight_decay`, where an algorithm may have it on and off."""
+_OURS = "decoupled_weight_decay"
+
+
+def translate(
+    spec: AlgorithmSpec, groups: list[dict[str, Any]], state: Mapping[Any, Any]
+) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+    """Return the groups and the state of a state dict under our names.
+
+    Raises:
+        ValueError: weight decay was no part of the gradient there and always is here, or the other way round.
+    """
+    if not spec.is_declared:
+        return groups, dict(state)
+    entries = {key: _renamed(spec, entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
+    for group in groups:
+        if STEP in spec.scalars and STEP.name in group:
+            for key in group["params"]:
+                if entries.get(key):
+                    entries[key] = {STEP.name: group[STEP.name], **entries[key]}
+    return [_translated_group(spec, group) for group in groups], entries
+
+
+def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str, Any]:
+    found = _renamed(spec, group)
+    for theirs in (name for name in _DECOUPLED if name in found and name not in spec.constructor):
+        value = bool(found.pop(theirs))
+        if _OURS in spec.constructor:
+            found.setdefault(_OURS, value)
+            continue
+        always = "cautious_weight_decay" in spec.flags
+        if value != always and found.get("weight_decay"):
+            raise ValueError(
+                f"the state dict has `{theirs}={value}`, but weight decay of {spec.name} is "
+                f"{'always' if always else 'never'} decoupled; take `{theirs}` out to go on so, nothing was loaded"
+            )
+    if "fixed_decay" not in spec.constructor and not found.get("fixed_decay"):
+        found.pop("fixed_decay", None)
+    if STEP in spec.scalars and STEP.name not in spec.constructor:
+        found.pop(STEP.name, None)
+    return found
+
+
+def _renamed(spec: AlgorithmSpec, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group or an entry of state with our names; what stands there under these already is kept."""
+    names = {theirs: ours for theirs, ours in spec.also_called.items() if theirs in found}
+    new = {name: value for name, value in found.items() if name not in names}
+    return {our: found[theirs] for theirs, ours in names.items() for our in ours} | new
