@@ -36,6 +36,14 @@ def test_choices_side_by_side_and_their_picture(tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_number_for_each_tensor_is_state_too():
+    code, lines = memory("gpt2-small", "--optimizer", "novograd")
+    assert code == 0
+    assert "exp_avg float32 4.00 498 MB" in lines
+    assert "exp_avg_sq float32 0.00 592 B" in lines  # of 148 tensors
+    assert "together 12.00 1.49 GB" in lines
+
+
 def test_an_optimizer_without_some_options_has_fewer_choices():
     code, lines = memory("gpt2-small", "--optimizer", "muon", "--compare")
     assert code == 0
