@@ -108,7 +108,7 @@ def test_the_tables_of_the_page(arguments):
         (["json:loads_"], "json has no function 'loads_'"),
         (["builtins:list"], "builtins:list returns a list, must be a torch.nn.Module"),
         (["gpt2-small", "--optimizer", "LBFGS"], "LBFGS keeps state that grows as it steps"),
-        (["gpt2-small", "--optimizer", "Adan"], "there is no optimizer 'Adan'; did you mean"),
+        (["gpt2-small", "--optimizer", "Adamm"], "there is no optimizer 'Adamm'; did you mean"),
         (["gpt2-small", "--optimizer", "Muon", "--rest", "Muon"], "Muon only supports 2D parameters"),
         (["gpt2-small", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
         (["gpt2-small", "--state-dtype", "int8"], "`state_dtype` must be None, torch.float32"),
