@@ -11,7 +11,7 @@ from surefoot.engines import ENGINES, Bucket, choose
 from surefoot.engines.cpu import source as native
 from surefoot.engines.cpu.source import Layout
 from surefoot.engines.gpu import source as triton
-from surefoot.rule import Rule, bind
+from surefoot.rule import Rule, Stage, bind
 from surefoot.state.formats import param_format, slot_format
 from surefoot.storage import BLOCK, Format, format_of
 from surefoot.tensors.shards import to_local
@@ -22,14 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one step moves for each element of a parameter, read and written once."""
+    """Bytes that one step moves for each element of a parameter.
+
+    Attributes:
+        read: bytes read, in all passes.
+        written: bytes written.
+        passes: how often a step goes through the tensors: once for the update, and before once for each stage that
+            measures tensors, and once if gradients are measured to be clipped.
+    """
 
     read: float
     written: float
+    passes: int = 1
 
     def __str__(self) -> str:
         """Write the sum and its parts."""
-        return f"{self.read + self.written:.4g} bytes per element ({self.read:.4g} read, {self.written:.4g} written)"
+        parts = f"{self.read:.4g} read, {self.written:.4g} written" + f", in {self.passes} passes" * (self.passes > 1)
+        return f"{self.read + self.written:.4g} bytes per element ({parts})"
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,46 @@ def operations(graph: fx.Graph) -> Iterator[str]:
             yield f"return {', '.join(str(value) for value in node.args[0])}"
 
 
-def traffic(layout: Layout) -> Traffic:
-    """Count the bytes that a kernel moves for each element: everything read, all but the gradient written."""
+def measured_operations(stage: Stage) -> Iterator[str]:
+    """Yield the operations of a stage: of tensors, what is measured of them, and the numbers that follow.
+
+    What is called `x` here, `c_measured_x` stands for later.
+    """
+    yield from _without_return(stage.measures.graph)
+    values = next(iter(reversed(stage.measures.graph.nodes))).args[0][-len(stage.sums) :]
+    for name, mean, kind, value in zip(stage.sums, stage.means, stage.measures.reductions, values, strict=True):
+        yield f"{name.removeprefix('measured_')} = {'mean' if mean else kind.kind}({value})"
+    yield from _without_return(stage.numbers)
+
+
+def _without_return(graph: fx.Graph) -> list[str]:
+    return list(operations(graph))[:-1]
+
+
+def traffic_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> Traffic:
+    """Count the bytes that a step of a parameter moves for each of its elements.
+
+    Raises:
+        ValueError: the algorithm is no rule.
+    """
+    clipped = bool(group.get("max_grad_norm") or optimizer.step_options.max_grad_norm)
+    return traffic(rule_of(optimizer, group, param), layout_of(optimizer, group, param), clipped=clipped)
+
+
+def traffic(rule: Rule, layout: Layout, *, clipped: bool = False) -> Traffic:
+    """Count the bytes that the kernels of a rule move for each element.
+
+    Args:
+        rule: the rule.
+        layout: how its arrays are kept.
+        clipped: whether gradients are measured before, to be clipped by their norm.
+    """
     sizes = [kept.itemsize + _part_size(kept) for kept in layout.stored]
-    return Traffic(sum(sizes), sum(sizes) - sizes[1])
+    own = (sizes[0], *sizes[2:])
+    passes = (*(stage.measures.read for stage in rule.stages), rule.read)
+    read = sum(size for one in passes for size, reads in zip(sizes, one, strict=True) if reads)
+    written = sum(size for size, writes in zip(own, rule.written, strict=True) if writes)
+    return Traffic(read + clipped * sizes[1], written, len(passes) + clipped)
 
 
 def _part_size(kept: Format) -> float:
@@ -100,8 +145,11 @@ def _part_size(kept: Format) -> float:
     return kept.correction.itemsize if kept.correction else torch.float32.itemsize / BLOCK if kept.code else 0
 
 
-def source(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> str:
-    """Print the kernel that would be generated for a parameter, under the first group's options, for CPU or GPU.
+def sources(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> list[str]:
+    """Print the kernels that would be generated for a parameter, under the first group's options, for CPU or GPU.
+
+    Returns:
+        The kernel of each stage that measures tensors, then that of the update.
 
     Raises:
         ValueError: there are no such kernels.
@@ -111,9 +159,10 @@ def source(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> str:
     printer = triton if gpu else native
     if unknown := [kept.name for kept in layout.stored if not printer.stores(kept)]:
         raise ValueError(f"there are no kernels of the {'GPU' if gpu else 'CPU'} engine for {unknown[0]}")
+    rules = [*(stage.measures for stage in rule.stages), rule]
     if gpu:
-        return triton.print_kernel(rule, layout.compute, layout.stored, triton.Dialect.PTX)
-    return native.print_kernel(rule, layout)
+        return [triton.print_kernel(one, layout.compute, layout.stored, triton.Dialect.PTX) for one in rules]
+    return [native.print_kernel(one, layout) for one in rules]
 
 
 def choices(optimizer: "Optimizer") -> list[Choice]:

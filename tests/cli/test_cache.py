@@ -62,6 +62,14 @@ def test_optimizers_of_any_kind_are_prebuilt(folder, name):
     assert said("prebuild", name)[0] == 0
 
 
+def test_matrices_and_vectors_and_what_measures_them_are_prebuilt(folder):
+    assert said("prebuild", "MARS", "LAMB")[0] == 0
+    names = sorted(
+        path.stem.rpartition("_")[0] for path in folder.glob("*.o") if path.stem.partition("_")[0] != "guard"
+    )
+    assert names == ["gradients", "lamb", "lamb_measures", "mars", "mars", "mars_measures"]
+
+
 def test_what_a_run_has_kept_is_compiled_from_a_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "recorded"))
     recorded = build_kernel("def kernel(launch):\n    store(launch + 8, 5)\n", "small").name

@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from surefoot import optimizers
 from surefoot.cli import app
 
 
@@ -20,6 +21,34 @@ def test_it_shows_operations_source_traffic_and_engine():
     assert "# nadam.py:" in output
     assert "exp_avg = real(from_bfloat16(exp_avg_[i]))" in output
     assert output.endswith("1 parameters (16,384 elements) of bfloat16 on cpu (exp_avg_sq bfloat16, stochastic): cpu")
+
+
+def test_of_a_rule_that_reduces_it_shows_every_pass():
+    code, output = explain("LAMB", "-o", "cautious=True")
+    assert code == 0
+    # Gradients to clip them, all for the mean of a mask, for the norm of what it leaves, and for the update.
+    assert "traffic: 64 bytes per element (52 read, 12 written, in 4 passes)" in output
+    assert "mean_1 = mean(where_3) sum_of_squares = sum_of_squares(param) maximum = maximum(c_measured_mean_1" in output
+    assert "operations of stage 2, which measures" in output
+    assert "sum_of_squares_1 = sum_of_squares(add_scaled_1) sqrt_3 = sqrt(c_measured_sum_of_squares_1)" in output
+    assert "return add_scaled_2, add_scaled, addcmul_1 generated source of stage 1, which measures (CPU)" in output
+    assert output.count("def kernel(launch):") == 3
+
+
+def test_a_number_of_state_is_told_from_a_tensor():
+    code, output = explain("NovoGrad", "--gpu", "-o", "amsgrad=True")
+    assert code == 0
+    assert "kept as: param float32; exp_avg float32; exp_avg_sq one number; max_exp_avg_sq one number" in output
+    assert "traffic: 24 bytes per element (16 read, 8 written, in 2 passes)" in output
+    assert output.count("def kernel(") == 2
+
+
+@pytest.mark.parametrize("name", sorted(optimizers.NOT_IN_TORCH))
+def test_it_knows_what_torch_has_not(name):
+    code, output = explain(name)
+    assert code == 0
+    assert output.startswith(f"{name} flags that are on: ")
+    assert output.endswith("1 parameters (16,384 elements) of float32 on cpu: cpu")
 
 
 def test_it_shows_the_kernel_for_a_gpu():
@@ -65,7 +94,7 @@ def test_an_algorithm_with_a_step_of_its_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["Nadan"], "there is no optimizer 'Nadan'; did you mean NAdam? There are SGD, Adam, AdamW"),
+        (["Nadamm"], "there is no optimizer 'Nadamm'; did you mean NAdam? There are SGD, Adam, AdamW"),
         (["SGD", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
         (["Adam", "--state-dtype", "float9"], "torch.float16 or 'float8', but got 'float9'"),
         (["SGD", "-o", "lr"], "must be name=value with a Python literal as value, but is 'lr'"),

@@ -36,6 +36,14 @@ def test_choices_side_by_side_and_their_picture(tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_number_for_each_tensor_is_state_too():
+    code, lines = memory("gpt2-small", "--optimizer", "novograd")
+    assert code == 0
+    assert "exp_avg float32 4.00 498 MB" in lines
+    assert "exp_avg_sq float32 0.00 592 B" in lines  # of 148 tensors
+    assert "together 12.00 1.49 GB" in lines
+
+
 def test_an_optimizer_without_some_options_has_fewer_choices():
     code, lines = memory("gpt2-small", "--optimizer", "muon", "--compare")
     assert code == 0
@@ -100,7 +108,7 @@ def test_the_tables_of_the_page(arguments):
         (["json:loads_"], "json has no function 'loads_'"),
         (["builtins:list"], "builtins:list returns a list, must be a torch.nn.Module"),
         (["gpt2-small", "--optimizer", "LBFGS"], "LBFGS keeps state that grows as it steps"),
-        (["gpt2-small", "--optimizer", "Adan"], "there is no optimizer 'Adan'; did you mean"),
+        (["gpt2-small", "--optimizer", "Adamm"], "there is no optimizer 'Adamm'; did you mean"),
         (["gpt2-small", "--optimizer", "Muon", "--rest", "Muon"], "Muon only supports 2D parameters"),
         (["gpt2-small", "--dtype", "int8"], "must be one of float32, float64, bfloat16, float16, but is 'int8'"),
         (["gpt2-small", "--state-dtype", "int8"], "`state_dtype` must be None, torch.float32"),

@@ -180,6 +180,7 @@ def test_times_have_three_digits(seconds, text):
     [
         (lambda: torch.optim.SGD([weight()], lr=0.1), "surefoot has no such optimizer"),
         (lambda: optimizers.Muon([weight()]), "it is not elementwise, so that its time depends on more than shapes"),
+        (lambda: optimizers.LAMB([weight()]), "torch.optim has no such optimizer"),
         (lambda: type("Mine", (optimizers.SGD,), {})([weight()]), "it is a class of the script"),
         (
             lambda: optimizers.SGD([weight(), weight(torch.float64)]),

@@ -10,6 +10,8 @@ from surefoot.cli._storage import DTYPES, MasterWeightBits, Rounding, StateDtype
 from surefoot.cli._target import build
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
     from torch import Tensor
 
@@ -53,23 +55,23 @@ def explain(
 
 
 def _show(console: "Console", optimizer: "Optimizer", param: "Tensor", *, source: bool, gpu: bool) -> None:
-    from rich.syntax import Syntax  # noqa: PLC0415
-
     from surefoot import explain as facts  # noqa: PLC0415
 
     group = optimizer.param_groups[0]
     rule = facts.rule_of(optimizer, group, param)
-    kept = "; ".join(f"{name} {one.name}" for name, one in facts.formats_of(optimizer, group, param).items())
-    printed = facts.source(optimizer, param, gpu=gpu) if source else ""
+    kept = [f"{name} {one.name}" for name, one in facts.formats_of(optimizer, group, param).items()]
+    kept += [f"{slot.name} one number" for slot in rule.number_slots]
+    printed = facts.sources(optimizer, param, gpu=gpu) if source else []
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     console.print(f"[bold]{rule.name}[/bold]   flags that are on: {flags}")
-    console.print(f"kept as: {kept}")
-    console.print(f"traffic: {facts.traffic(facts.layout_of(optimizer, group, param))}\n")
-    console.print("[bold]operations[/bold]")
-    console.print("\n".join(f"  {line}" for line in facts.operations(rule.graph)), markup=False, soft_wrap=True)
-    if source:
-        console.print(f"\n[bold]generated source ({'GPU' if gpu else 'CPU'})[/bold]")
-        console.print(Syntax(printed, "python", word_wrap=True, background_color="default"))
+    console.print(f"kept as: {'; '.join(kept)}")
+    console.print(f"traffic: {facts.traffic_of(optimizer, group, param)}")
+    names = [f" of stage {number}, which measures" for number in range(1, len(rule.stages) + 1)]
+    for name, stage in zip(names, rule.stages, strict=True):
+        _show_lines(console, f"operations{name}", facts.measured_operations(stage))
+    _show_lines(console, "operations" + " of the update" * bool(names), facts.operations(rule.graph))
+    for name, text in zip((*names, ""), printed, strict=False):
+        _show_source(console, f"generated source{name} ({'GPU' if gpu else 'CPU'})", text)
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):
         console.print(
@@ -78,6 +80,18 @@ def _show(console: "Console", optimizer: "Optimizer", param: "Tensor", *, source
         )
         for refusal in choice.refusals:
             console.print(f"    not {refusal}", soft_wrap=True, markup=False)
+
+
+def _show_lines(console: "Console", title: str, lines: "Iterable[str]") -> None:
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print("\n".join(f"  {line}" for line in lines), markup=False, soft_wrap=True)
+
+
+def _show_source(console: "Console", title: str, text: str) -> None:
+    from rich.syntax import Syntax  # noqa: PLC0415
+
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print(Syntax(text, "python", word_wrap=True, background_color="default"))
 
 
 def algorithm(name: str) -> "type[Optimizer]":

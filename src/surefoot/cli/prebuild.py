@@ -33,7 +33,7 @@ def prebuild(
 ) -> None:
     """Compile what training with some optimizers, a script or a recorded run needs, into the cache folder.
 
-    Each optimizer takes two steps on a small parameter of each dtype. Options count as in training: weight_decay=0.1
+    Each optimizer takes two steps on small parameters of each dtype. Options count as in training: weight_decay=0.1
     or max_grad_norm=1.0 is another kernel. A script runs to its end, with surefoot's optimizers in the place of
     torch.optim's. A run is recorded by giving it a folder of its own: SUREFOOT_CACHE_DIR=kernels python train.py
 
@@ -87,11 +87,14 @@ def _step(name: str, dtype: str, options: dict[str, Any]) -> None:
 
     from surefoot.rule import Sparse  # noqa: PLC0415
 
-    param = torch.nn.Parameter(torch.ones(4, 4, dtype=getattr(torch, dtype)))
-    grad = torch.ones_like(param)
+    chosen = algorithm(name)
+    shapes = ((4, 4), (4,)) if chosen.is_rule() else ((4, 4),)  # vectors may have kernels of their own
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=getattr(torch, dtype))) for shape in shapes]
     try:
-        optimizer = algorithm(name)([param], **options)
-        param.grad = grad.to_sparse(1) if optimizer.sparse is Sparse.ONLY else grad
+        optimizer = chosen(params, **options)
+        for param in params:
+            grad = torch.ones_like(param)
+            param.grad = grad.to_sparse(1) if optimizer.sparse is Sparse.ONLY else grad
         for _ in range(2):
             optimizer.step(lambda: 0.0)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from surefoot import benchmark
+from surefoot import benchmark, optimizers
 
 _SECONDS = 2.0
 _ENGINE_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
@@ -40,6 +40,7 @@ def _reason(watched: Any) -> str | None:
         (not watched.is_ours, "surefoot has no such optimizer"),
         (watched.custom_step, "it is not elementwise, so that its time depends on more than shapes"),
         (watched.algorithm.__module__.partition(".")[0] != "surefoot", "it is a class of the script"),
+        (watched.algorithm.__name__ in optimizers.NOT_IN_TORCH, "torch.optim has no such optimizer"),
         (watched.algorithm.__name__ == "SparseAdam", "its time depends on how many rows have gradients"),
         (len(kinds) != 1, "its parameters have several dtypes or devices"),
         (any(device != "cpu" for _, device in kinds), "only the CPU is timed"),
