@@ -126,7 +126,8 @@ def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.opti
     Args:
         rule: `rule(param, grad, state, **hyperparameters)` changes the parameter and its state in place and adds to the
             state what is missing.  Complex numbers come as pairs of real ones.
-        defaults: the hyperparameters; `max_grad_norm` clips the gradients before.
+        defaults: what groups hold: the hyperparameters, and what the rule does not take; `max_grad_norm` clips the
+            gradients before.
     """
 
     class Loop(torch.optim.Optimizer):
@@ -136,17 +137,18 @@ def loop(rule: Callable[..., None], **defaults: Any) -> Callable[..., torch.opti
         @torch.no_grad()
         def step(self) -> None:
             held = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+            taken = inspect.signature(rule).parameters
             limit, scale = self.defaults.get("max_grad_norm"), 1.0
             if limit is not None:
                 norm = sum(param.grad.abs().double().square().sum() for param in held).sqrt()
                 scale = (limit / (norm + 1e-6)).clamp(max=1.0).item()
             for group in self.param_groups:
-                hyperparameters = {name: group[name] for name in defaults if name != "max_grad_norm"}
+                hyperparameters = {name: group[name] for name in defaults.keys() & taken.keys()}
                 for param in group["params"]:
                     if param.grad is not None:
                         grad = (-scale if group["maximize"] else scale) * param.grad
                         state = {name: in_pairs(value) for name, value in self.state[param].items()}
-                        known = {"dim": param.dim()} if "dim" in inspect.signature(rule).parameters else {}
+                        known = {"dim": param.dim()} if "dim" in taken else {}
                         rule(in_pairs(param), in_pairs(grad), state, **hyperparameters, **known)
                         paired = param.is_complex()
                         for name in state.keys() - self.state[param].keys():
@@ -626,13 +628,23 @@ ROWS = (
             warmup_steps=0,
             r=0.0,
             weight_lr_power=2.0,
+            train_mode=True,
         ),
         more=({"warmup_steps": 3, "r": 1.0}, {"betas": (0.5, 0.0), "weight_lr_power": 0.0}),
         exact=False,
     ),
     Row(
         surefoot.SGDScheduleFree,
-        loop(schedule_free, lr=1.0, momentum=0.9, weight_decay=0, warmup_steps=0, r=0.0, weight_lr_power=2.0),
+        loop(
+            schedule_free,
+            lr=1.0,
+            momentum=0.9,
+            weight_decay=0,
+            warmup_steps=0,
+            r=0.0,
+            weight_lr_power=2.0,
+            train_mode=True,
+        ),
         more=({"warmup_steps": 3, "r": 1.0}, {"momentum": 0.5, "lr": 0.1}),
         exact=False,
     ),
@@ -646,6 +658,7 @@ ROWS = (
             weight_decay=0,
             r=0.0,
             weight_lr_power=2.0,
+            train_mode=True,
             silent_sgd_phase=True,
         ),
         more=({"silent_sgd_phase": False}, {"betas": (0.9, 0.5)}),

@@ -88,7 +88,15 @@ def test_checkpoints_of_torch_go_on_here_and_ours_there(engine, row):
         train(optimizer, ours, torch.float32, steps=range(start, start + 3))
         train(oracle, theirs, torch.float32, steps=range(start, start + 3))
     equal = assert_same if engine == "eager" and row.exact else assert_close
-    equal(results(optimizer, ours), results(oracle, theirs))
+    found = {
+        name: value for name, value in results(oracle, theirs).items() if _part(name) not in row.ours.derived_state
+    }
+    equal(results(optimizer, ours), found)
+
+
+def _part(name: str) -> str:
+    """Return what of a parameter a result is."""
+    return name.split(" of ", maxsplit=1)[0]
 
 
 # 3. Only your memory
@@ -141,7 +149,9 @@ def test_neighbours_in_shared_storages_stay(engine, row, dtype):
         for param, other, grad in zip(params, alone, grads, strict=True):
             param.grad, other.grad = grad, grad.clone(memory_format=torch.contiguous_format)
         if step == 1:
-            for slot in optimizer.state[params[0]].keys() & {slot.name for slot in row.ours.slots}:
+            for slot in optimizer.state[params[0]].keys() & {
+                slot.name for slot in row.ours.slots if not slot.is_number
+            }:
                 storage, laid = in_views([optimizer.state[param][slot] for param in params])
                 storages.append(storage)
                 for param, state in zip(params, laid, strict=True):
@@ -233,7 +243,7 @@ def test_same_bits_run_after_run_for_any_number_of_threads(engine, row, threads)
         assert_same(outcome, outcomes[0])
 
 
-@each_row(ELEMENTWISE)
+@each_row(row for row in ELEMENTWISE if not row.reduces)
 @each_engine
 def test_same_bits_however_parameters_are_cut(engine, row):
     """One tensor, and the same numbers as many tensors of all lengths and offsets."""
@@ -542,7 +552,8 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         train(stepped, params, torch.float32, steps=BEFORE)
         CHANGES[change](stepped, params)
         train(stepped, params, torch.float32, steps=AFTER)
-    (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
+    equal = assert_same if engine == "eager" and row.exact else assert_close
+    equal(results(optimizer, ours), results(oracle, theirs))
 
 
 @pytest.mark.parametrize("kind", ["negated", "conjugated"])
@@ -600,7 +611,8 @@ def test_gradients_may_be_sparse_in_some_steps_and_dense_in_others(engine, row):
 def test_parameters_may_be_swapped(engine, row):
     """As `module.to` does under `torch.__future__.set_swap_module_params_on_conversion`."""
     param, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.full((3,), 9.0))
-    optimizer = row.build([param], {}, engine)
+    at_once = {"silent_sgd_phase": False} if "silent_sgd_phase" in row.defaults else {}
+    optimizer = row.build([param], at_once, engine)
     for _ in range(2):
         param.grad = torch.ones(3)
         optimizer.step()

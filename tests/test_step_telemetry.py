@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import surefoot
-from conformance import ENGINES, ROWS, gradients, groups, zoo
+from conformance import ENGINES, ROWS, gradients, groups, unclipped, zoo
 from helpers import Noted
 from surefoot.rule import Sparse
 from surefoot.telemetry import Telemetry
@@ -41,7 +41,7 @@ def test_a_step_measures_what_torch_does(row, engine, options):
     named = list(params.items())
     for part, half in zip(parts, (named[: len(named) // 2], named[len(named) // 2 :]), strict=True):
         part["params"] = half
-    optimizer = row.build(parts, options | {"telemetry": Noted()}, row.engines([engine])[0])
+    optimizer = row.build(parts, unclipped(row) | options | {"telemetry": Noted()}, row.engines([engine])[0])
     telemetry = optimizer.telemetry  # `build` copies its options
     for step in range(6):
         for name, grad in gradients(params, step, torch.float64).items():

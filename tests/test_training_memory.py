@@ -46,7 +46,8 @@ def test_it_is_what_a_step_makes(name, storage):
     algorithm = getattr(surefoot, name)
     if storage not in memory.common_storages(algorithm):
         pytest.skip("no option of this algorithm")
-    options = {**storage.options, "ema": 0.9}
+    averages = {"ema": 0.9} if "ema" in algorithm.supported_step_options() else {}
+    options = storage.options | averages
     optimizer = stepped(algorithm, storage.dtype, **options)
     shapes = [param.shape for param in optimizer.state]
     weights = memory.converted(memory.weights_of_shapes(shapes), storage.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import surefoot
-from conformance import ROWS, STEPS, assert_close, gradients, groups, normals, results, zoo
+from conformance import ROWS, STEPS, assert_close, gradients, groups, normals, results, unclipped, zoo
 from helpers import assert_same, make_params, snapshot
 from surefoot.errors import NonFiniteGradientError, NotRestoredError
 from surefoot.optimizers.lbfgs import LBFGS
@@ -47,7 +47,7 @@ def gradients_of(params, step, dtype):
 
 def by_torchs_calls(row, params, dtype, options):
     """Train with the plain optimizer and what surrounds it in a training loop; give results and averages."""
-    optimizer = row.build(groups(params), {}, row.engines(["eager"])[0])
+    optimizer = row.build(groups(params), unclipped(row), row.engines(["eager"])[0])
     averages = {}
     for step in range(STEPS):
         for name, grad in gradients_of(params, step, dtype).items():
@@ -70,7 +70,7 @@ def by_torchs_calls(row, params, dtype, options):
 
 
 def by_options(row, params, dtype, options, engine):
-    optimizer = row.build(groups(params), options, engine)
+    optimizer = row.build(groups(params), unclipped(row) | options, engine)
     for step in range(STEPS):
         for name, grad in gradients_of(params, step, dtype).items():
             params[name].grad = grad

@@ -197,7 +197,9 @@ class Loop:
             for role, value in (self.parts() | {"optimizer": self.optimizer, "other": self.other}).items()
             if value is not None
         }
-        strides = [v.stride() for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p in self.optimizer.state]
+        entries = [self.optimizer.state[param] for param in params]
+        strides = [{n: v.stride() for n, v in each.items() if isinstance(v, torch.Tensor)} for each in entries]
         draws = [random.random(), float(np.random.rand()), torch.rand(2)]  # noqa: S311, NPY002
         return {**state, "strides": strides, "draws": draws}
 

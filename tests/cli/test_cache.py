@@ -64,10 +64,9 @@ def test_optimizers_of_any_kind_are_prebuilt(folder, name):
 
 def test_matrices_and_vectors_and_what_measures_them_are_prebuilt(folder):
     assert said("prebuild", "MARS", "LAMB")[0] == 0
-    names = sorted(
-        path.stem.rpartition("_")[0] for path in folder.glob("*.o") if path.stem.partition("_")[0] != "guard"
-    )
-    assert names == ["gradients", "lamb", "lamb_measures", "mars", "mars", "mars_measures"]
+    names = [path.stem.rpartition("_")[0] for path in folder.glob("*.o")]
+    of_rules = sorted(name for name in names if name.startswith(("lamb", "mars")))  # this process may have the others
+    assert of_rules == ["lamb", "lamb_measures", "mars", "mars", "mars_measures"]
 
 
 def test_what_a_run_has_kept_is_compiled_from_a_folder(folder, tmp_path, monkeypatch):

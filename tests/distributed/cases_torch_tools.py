@@ -37,7 +37,7 @@ def made(row, seed, steps):
     for layer in model[::2]:
         fully_shard(layer)
     fully_shard(model)
-    options = {"momentum": 0.9} if row.name == "SGD" else {}
+    options = {"momentum": 0.9} if row.name in ("SGD", "LARS") else {}  # torch's tools ask for state
     optimizer = row.ours(model.parameters(), lr=0.01, **options)
     for step in range(steps):
         stepped(row, model, optimizer, step)

@@ -10,7 +10,10 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-_NOT_USED = "pku sgx shstk pconfig wbnoinvd ptwrite cldemote enqcmd movdir64b movdiri serialize tsxldtrk uintr waitpkg"
+_NOT_USED = (
+    "pku sgx shstk pconfig wbnoinvd ptwrite cldemote enqcmd movdir64b movdiri serialize tsxldtrk uintr waitpkg "
+    "rdpru mwaitx prefetchi"
+)
 """What x86 processors may have, virtual machines mostly have not, and no compiler uses by itself."""
 _TRIAL = """\
 import sys

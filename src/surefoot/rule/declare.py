@@ -54,6 +54,10 @@ class Slot:
         """Shape of this slot for `param`."""
         return param.shape if self.shape is None else self.shape(param)
 
+    def is_complex_for(self, param: Tensor) -> bool:
+        """Return whether this slot for `param` is complex; reductions of complex values are real."""
+        return param.is_complex() and not self.is_number
+
     def takes_float8(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Return whether the slot of a parameter is made in 8 bits where the group asks for that.
 
@@ -73,7 +77,7 @@ class Slot:
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
         if self.is_number:
             return dtype.to_real()
-        return dtype.to_complex() if param.is_complex() and not dtype.is_complex else dtype
+        return dtype.to_complex() if self.is_complex_for(param) and not dtype.is_complex else dtype
 
     def new(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Make the slot for `param`, on its device and in its memory format, as a plain tensor.

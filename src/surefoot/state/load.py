@@ -462,7 +462,7 @@ def _plain_slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> An
         problems.mismatched.append(
             f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {expected}"
         )
-    elif value.is_complex() != param.is_complex() or not (value.is_complex() or value.is_floating_point()):
+    elif value.is_complex() != slot.is_complex_for(param) or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")
     else:
         return _placed_slot(slot.name, pair, value, problems)

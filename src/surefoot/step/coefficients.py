@@ -128,9 +128,12 @@ def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, 
     """Return a hyperparameter that an update reads.
 
     Raises:
-        RuleError: there is none of that name that is a number.
+        TypeError: it is no number.
+        RuleError: there is none of that name.
     """
     if not is_number(value := getattr(h, name, None)):
+        if name in run.group:
+            raise TypeError(f"`{name}` of {run.spec.name} must be a number, but is {value!r}")
         given = {known for known, value in vars(h).items() if is_number(value)}
         raise RuleError(
             f"{run.bucket.rule.name}.update reads c.{name}, which is neither a hyperparameter nor given by "
