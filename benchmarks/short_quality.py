@@ -13,19 +13,16 @@ over seeds of the difference to torch's float32 AdamW of the same seed, and the 
 import argparse
 import math
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from characters import SHAPE, Corpus, batch, corpus, held_out_loss, loss_of
 from turns import write
 
 import surefoot
-from surefoot.cli._demo.model import Shape, build_model
+from surefoot.cli._demo.model import build_model
 
 BF16 = torch.bfloat16
-SHAPE = Shape(context=64, width=96, blocks=1, heads=4)
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "bf16 nearest, bf16 state": (BF16, {}),
@@ -58,32 +55,10 @@ class Line(NamedTuple):
     largest: float
 
 
-def corpus() -> tuple[Tensor, Tensor, int]:
-    """Return characters to train on and to hold out, as numbers, and how many kinds there are."""
-    text = "\n".join(topics[name] for name in sorted(topics))
-    kinds = sorted(set(text))
-    numbers = {character: number for number, character in enumerate(kinds)}
-    data = torch.tensor([numbers[character] for character in text])
-    cut = int(0.9 * len(data))
-    return data[:cut], data[cut:], len(kinds)
-
-
-def batch(data: Tensor, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Draw sequences and what follows each of their characters."""
-    starts = torch.randint(len(data) - SHAPE.context - 1, (size,), generator=generator)
-    rows = torch.stack([data[start : start + SHAPE.context + 1] for start in starts.tolist()])
-    return rows[:, :-1], rows[:, 1:]
-
-
-def loss_of(model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of the next characters."""
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-
-def train(make: Any, dtype: torch.dtype, setting: tuple[float, float, int], seed: int, data: Any) -> float:
+def train(make: Any, dtype: torch.dtype, setting: tuple[float, float, int], seed: int, data: Corpus) -> float:
     """Train a model and return its held-out loss with the weights that the optimizer holds."""
-    (lr, beta2, steps), (training, held, kinds) = setting, data
-    model = build_model(kinds, SHAPE, seed)
+    lr, beta2, steps = setting
+    model = build_model(data.kinds, SHAPE, seed)
     weights = [torch.nn.Parameter(param.detach().to(dtype)) for param in model.parameters()]
     optimizer = make(weights, lr=lr, betas=(0.9, beta2), weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed)
@@ -93,15 +68,14 @@ def train(make: Any, dtype: torch.dtype, setting: tuple[float, float, int], seed
             for param, weight in zip(model.parameters(), weights, strict=True):
                 param.copy_(weight)
         model.zero_grad()
-        loss_of(model, *batch(training, generator, 16)).backward()
+        loss_of(model, *batch(data.training, generator, 16)).backward()
         for param, weight in zip(model.parameters(), weights, strict=True):
             weight.grad = param.grad.to(dtype)
         optimizer.step()
     with torch.no_grad():
         for param, weight in zip(model.parameters(), weights, strict=True):
             param.copy_(weight)
-        generator = torch.Generator().manual_seed(1000)
-        return sum(loss_of(model, *batch(held, generator, 32)).item() for _ in range(20)) / 20
+    return held_out_loss(model, data, 20)
 
 
 def main() -> None:

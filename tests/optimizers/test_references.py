@@ -101,6 +101,33 @@ PAIRS = (
     ),
     Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
     Pair("Yogi", f"{OTHERS}.yogi", "Yogi", {}, {}, {"weight_decouple": False}),
+    Pair("LAMB", "timm.optim.lamb", "Lamb"),
+    Pair("LAMB", "timm.optim.lamb", "Lamb", {"max_grad_norm": None, "grad_averaging": False, "always_adapt": True}),
+    Pair("LAMB", "timm.optim.lamb", "Lamb", {"trust_clip": True, "bias_correction": False}),
+    Pair("LAMB", "timm.optim.lamb", "Lamb", {}, {"cautious": True}, {"caution": True}),
+    Pair("LAMB", "timm.optim.lamb", "Lamb", {}, {"decoupled_weight_decay": True}, {"decoupled_decay": True}),
+    Pair("LARS", "timm.optim.lars", "Lars", {"momentum": 0.9}),
+    Pair("LARS", "timm.optim.lars", "Lars", {"momentum": 0.9, "nesterov": True, "always_adapt": True}),
+    Pair("LARS", "timm.optim.lars", "Lars", {"trust_clip": True, "trust_coeff": 0.1}),
+    Pair("StableAdamW", "optimi.stableadamw", "StableAdamW", {}, {}, {"triton": False}),
+    Pair("NovoGrad", "timm.optim.nvnovograd", "NvNovoGrad"),
+    Pair("NovoGrad", "timm.optim.nvnovograd", "NvNovoGrad", {"grad_averaging": True, "amsgrad": True}),
+    Pair(
+        "NovoGrad",
+        "timm.optim.nvnovograd",
+        "NvNovoGrad",
+        {},
+        {"decoupled_weight_decay": True},
+        {"decoupled_decay": True},
+    ),
+    # Its learning rate of vectors is an option of its own; timm's first step is another.
+    Pair("MARS", f"{OTHERS}.mars", "MARS", {"optimize_1d": True}),
+    Pair("MARS", f"{OTHERS}.mars", "MARS", {"optimize_1d": True, "gamma": 0.5}, {"amsgrad": True}, {"ams_bound": True}),
+    Pair("AdamWScheduleFree", "schedulefree.adamw_schedulefree", "AdamWScheduleFree", {"warmup_steps": 3}),
+    Pair("AdamWScheduleFree", "schedulefree.adamw_schedulefree", "AdamWScheduleFree", {"r": 1.0, "betas": (0.5, 0.9)}),
+    Pair("SGDScheduleFree", "schedulefree.sgd_schedulefree", "SGDScheduleFree", {"warmup_steps": 3}),
+    Pair("RAdamScheduleFree", "schedulefree.radam_schedulefree", "RAdamScheduleFree"),
+    Pair("RAdamScheduleFree", "schedulefree.radam_schedulefree", "RAdamScheduleFree", {"silent_sgd_phase": False}),
 )
 
 
@@ -138,6 +165,8 @@ def params_of(dtype):
 def trained(optimizer, params):
     """Take steps with a learning rate that falls; return parameters and the tensors of their state."""
     generator = torch.Generator().manual_seed(1)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     for step in range(STEPS):
         for param in params:
             param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)

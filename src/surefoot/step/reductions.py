@@ -47,7 +47,10 @@ def store_numbers(run: BucketRun) -> None:
     for slot, new in zip(run.bucket.rule.number_slots, run.new_numbers, strict=True):
         kept = [to_local(entry[slot.name]) for entry in run.entries]
         values = new if found_inf is None else torch.where(found_inf != 0, torch.stack(kept).to(new), new)
-        for old, value in zip(kept, values, strict=True):
+        if not values.requires_grad:
+            torch._foreach_copy_(kept, values.unbind())
+            continue
+        for old, value in zip(kept, values, strict=True):  # a list has no derivative
             old.copy_(value)
     run.new_numbers = []
 
@@ -70,7 +73,7 @@ def _known(run: BucketRun) -> dict[str, Any]:
     else:
         known = {name: _column([row[name] for row in bucket.coefficients], bucket.row) for name in rule.given}
     for slot in rule.number_slots:
-        known[slot.name] = torch.stack([to_local(entry[slot.name]).double() for entry in run.entries])
+        known[slot.name] = torch.stack([to_local(entry[slot.name]) for entry in run.entries]).double()
     _share(run, known)
     return known
 
