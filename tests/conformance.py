@@ -431,10 +431,10 @@ def novograd(
     param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, eps: Any, weight_decay: Any, grad_averaging: Any,
     amsgrad: Any, decoupled_weight_decay: Any,
 ) -> None:  # fmt: skip
-    t, (m,) = counted(state), zeros(state, param, "exp_avg")
+    _, (m,) = counted(state), zeros(state, param, "exp_avg")
     total = (grad**2).sum()
     v = state.setdefault("exp_avg_sq", torch.zeros_like(total))
-    v.copy_(total if t == 1 else betas[1] * v + (1 - betas[1]) * total)
+    v.copy_(total if not v else betas[1] * v + (1 - betas[1]) * total)
     if amsgrad:
         most = state.setdefault("max_exp_avg_sq", torch.zeros_like(total))
         v = most.copy_(torch.maximum(most, v))

@@ -30,9 +30,11 @@ from conformance import (
     normals,
     results,
     train,
+    unclipped,
     zoo,
 )
 from helpers import difference
+from surefoot.rule import DIRECTED, ENGINE_OPTIONS
 
 BEFORE = range(STEADY - 2, STEADY + 2)
 AFTER = range(STEADY + 2, STEADY + 5)
@@ -554,6 +556,35 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         train(stepped, params, torch.float32, steps=AFTER)
     equal = assert_same if engine == "eager" and row.exact else assert_close
     equal(results(optimizer, ours), results(oracle, theirs))
+
+
+def switches(row):
+    """Return the options of a row's groups that are on or off."""
+    optimizer = row.build([torch.zeros(2, 2, requires_grad=True)], {})
+    own = [name for name, value in optimizer.param_groups[0].items() if isinstance(value, bool)]
+    around = [name for name in ("gradient_centralization", *DIRECTED) if name in row.ours.spec.step_options]
+    return sorted({*own, *around} - {*ENGINE_OPTIONS, "train_mode"})
+
+
+@each_row(ELEMENTWISE)
+@pytest.mark.parametrize("engine", ["foreach", "cpu"])
+def test_every_switch_counts_at_the_next_step(engine, row):
+    """As it counts where nothing is kept from step to step."""
+    for name in switches(row):
+        found = []
+        for kind in (engine, "eager"):
+            params = some()
+            optimizer = row.build(groups(params), unclipped(row), kind)
+            train(optimizer, params, torch.float32, steps=BEFORE)
+            try:
+                for group in optimizer.param_groups:
+                    group[name] = not group.get(name, False)
+                train(optimizer, params, torch.float32, steps=AFTER)
+            except (ValueError, RuntimeError) as error:  # some do not go with others
+                found.append({"refused": torch.zeros(len(str(error)))})
+            else:
+                found.append(results(optimizer, params))
+        assert_close(*found)
 
 
 @pytest.mark.parametrize("kind", ["negated", "conjugated"])

@@ -207,6 +207,73 @@ def test_what_is_no_reduction_is_refused_with_its_line(update, message):
     assert f"{__file__}:{update.__code__.co_firstlineno}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "returned", "message"),
+    [
+        (None, lambda grad, c: torch.mean(grad), "must return a tensor for `s`, but returned one number"),
+        (None, lambda grad, c: c.lr, "must return a tensor for `s`, but returned one number"),
+        (one_number, lambda grad, c: grad, "must return one number for `s`, but returned a tensor"),
+        (one_number, lambda grad, c: grad * torch.mean(grad), "must return one number for `s`, but returned a tensor"),
+    ],
+)
+@each_engine
+def test_a_slot_gets_what_it_is(engine, shape, returned, message):
+    cls = rule(
+        lambda param, grad, s, c, flags: (param - c.lr * grad, returned(grad, c)),
+        slots=(surefoot.Slot("s", shape=shape),),
+    )
+    param = torch.ones(2, requires_grad=True)
+    param.grad = torch.ones(2)
+    optimizer = cls([param], **ENGINES[engine])
+    with pytest.raises(RuleError, match=message) as caught:
+        optimizer.step()
+    assert __file__ in str(caught.value)
+    assert torch.equal(param.detach(), torch.ones(2))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("value", [3.0, torch.ones(1), torch.ones(2), torch.tensor(3)], ids=str)
+@each_engine
+def test_state_of_one_number_is_looked_at_before_every_step(engine, value):
+    params = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    optimizer = surefoot.NovoGrad(params, **ENGINES[engine])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for _ in range(4):
+        optimizer.step()
+    optimizer.state[params[0]]["exp_avg_sq"] = value
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"state `exp_avg_sq` of `params\[0\]`.* must be|must have"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+@each_engine
+def test_state_of_one_number_that_is_gone_is_made_anew(engine):
+    params = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    optimizer = surefoot.NovoGrad(params, **ENGINES[engine])
+    for step in range(6):
+        for param in params:
+            param.grad = torch.full_like(param, step + 1.0)
+        if step == 4:
+            del optimizer.state[params[0]]["exp_avg_sq"]
+        optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg_sq"] == pytest.approx(0.98 * 50 + 0.02 * 72)
+
+
+@each_engine
+def test_parameters_that_share_a_number_are_stepped_one_after_the_other(engine):
+    params = [torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)]
+    optimizer = surefoot.NovoGrad(params, **ENGINES[engine])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg_sq"] = optimizer.state[params[0]]["exp_avg_sq"]
+    params[0].grad, params[1].grad = torch.full((2,), 2.0), torch.full((2,), 3.0)
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg_sq"] == pytest.approx(0.98 * (0.98 * 2 + 0.02 * 8) + 0.02 * 18)
+
+
 def test_a_number_that_no_tensor_is_needed_for_is_a_scalar():
     param = torch.ones(2, requires_grad=True)
     param.grad = torch.ones(2)
@@ -307,6 +374,17 @@ def test_centralized_gradients_are_clipped_by_the_norm_that_parameters_hold():
     expected = -(plain.grad - plain.grad.mean(1, keepdim=True))
     torch.testing.assert_close(param.detach(), expected)
     assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_engine
+def test_gradients_of_16_bits_are_centralized_in_32(engine, dtype):
+    grad = torch.tensor([[100.0, 100.5, 101.0, 101.5], [6e4, 6e4, -6e4, 6e4]]).to(dtype)
+    param = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+    param.grad = grad
+    surefoot.SGD([param], lr=0.5, gradient_centralization=True, **ENGINES[engine]).step()
+    wide = grad.float()
+    assert torch.equal(param.detach(), (-0.5 * (wide - wide.mean(1, keepdim=True))).to(dtype))
 
 
 @pytest.mark.parametrize("options", [{"cautious": True}, {"gradient_centralization": True}], ids=str)

@@ -66,7 +66,7 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | No
         )
     formats = () if param is None else formats_of(optimizer, group, param).values()
     rounded = (("rounded", True),) if any(kept.stochastic for kept in formats) else ()
-    own = {} if param is None else spec.flags_of(group, param)
+    own = {} if param is None or spec.flags_of is None else spec.flags_of(group, param)
     settled = ((name, own.get(name, value)) for name, value in spec.settle_flags(group))
     return bind(spec, (("scaled", False), *settled, *rounded))
 

@@ -774,7 +774,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         slots=cls.slots,
         scalars=_scalars(cls),
         flags=cls.flags,
-        flags_of=cls.flags_of,
+        flags_of=None if cls.flags_of is Optimizer.flags_of else cls.flags_of,
         update=cls.update if cls.is_rule() else None,
         rows_suffice=cls.rows_suffice,
         sparse=cls.sparse,

@@ -84,3 +84,24 @@ def test_a_step_of_an_angle_is_bounded_and_knows_no_scale():
     before = lost.detach().clone()
     stepped(optimizer, lost, [grad * 1e-30])
     assert ((before - lost).abs() <= 0.1 * 1.27 * torch.pi / 2 + 1e-6).all()
+
+
+def test_the_greatest_rate_is_that_of_the_new_group():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = surefoot.StableAdamW([{"params": [param], "decouple_lr": True}], lr=0.1, weight_decay=0.5)
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert torch.equal(stepped(optimizer, param, [torch.zeros(3)]), torch.full((3,), 0.75))
+    with pytest.raises(ValueError, match="`decouple_lr=True` with `lr=0` needs `max_lr`"):
+        surefoot.StableAdamW([param], lr=0.0, decouple_lr=True)
+
+
+def test_the_greatest_rate_is_that_of_a_function_s_call_under_transforms_too():
+    param, grad = torch.ones(3), torch.ones(3)
+
+    def of(lr):
+        hyperparameters = {"lr": lr, "decouple_lr": True, "weight_decay": 0.1}
+        return surefoot.functional.update(surefoot.StableAdamW, [param], [grad], [{}], **hyperparameters)[0][0]
+
+    expected = of(0.05)
+    torch.testing.assert_close(torch.func.vmap(of)(torch.tensor([0.05]))[0], expected)
+    torch.testing.assert_close(torch.func.grad(lambda lr: of(lr).sum())(torch.tensor(0.05)), torch.tensor(-3.0))

@@ -120,7 +120,8 @@ def _optimizer_and_group(kind: type[Optimizer], hyperparameters: Mapping[str, An
     made: Callable[..., Optimizer] = kind
     known = all(map(is_constant, read.values()))
     optimizer = _made(made, tuple(read.items())) if known else made([torch.zeros(1, 1)], **read)
-    return optimizer, {**optimizer.param_groups[0], **hidden}
+    # What a group takes from other options when it is made, it would take from options that are hidden here.
+    return optimizer, {**optimizer.param_groups[0], **optimizer.defaults, **hidden}
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ class NovoGrad(Optimizer):
 
     With the gradient g::
 
-        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * sum(g**2), at first sum(g**2)
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * sum(g**2), or sum(g**2) where it was 0
         u = g / (sqrt(v) + eps) + weight_decay * param
         exp_avg = beta1 * exp_avg + u
         param -= lr * exp_avg
@@ -68,9 +68,8 @@ class NovoGrad(Optimizer):
     flags = ("amsgrad", "weight_decay", "decoupled_weight_decay", *DIRECTED)
 
     @staticmethod
-    def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
+    def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:  # noqa: ARG004 (counted, not used)
         beta1, beta2 = h.betas
-        beta2 = beta2 * (step > 1)
         return {
             "beta1": beta1,
             "weight1": 1 - beta1 if h.grad_averaging else 1.0,
@@ -90,7 +89,9 @@ class NovoGrad(Optimizer):
         c: Any,
         flags: SimpleNamespace,
     ) -> Any:
-        exp_avg_sq = exp_avg_sq * c.beta2 + torch.sum(grad * grad) * c.weight2
+        of_squares = torch.sum(grad * grad)
+        averaged = exp_avg_sq * c.beta2 + of_squares * c.weight2
+        exp_avg_sq = torch.where(exp_avg_sq == 0, of_squares, averaged)
         if flags.amsgrad:
             maximum = torch.maximum(maximum, exp_avg_sq)
         normalized = grad / (torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) + c.eps)

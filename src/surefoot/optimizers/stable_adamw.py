@@ -1,5 +1,6 @@
 """StableAdamW: AdamW whose learning rate shrinks for a tensor whose second moment lags behind its gradient."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
@@ -54,13 +55,26 @@ class StableAdamW(Optimizer):
         max_lr: Annotated[
             float | None,
             Interval("Invalid max_lr: ", low_open=True, optional=True),
-            "greatest learning rate of the schedule, for `decouple_lr`; `lr` of the constructor if None",
+            "greatest learning rate of the schedule, for `decouple_lr`; `lr` of the new group if None",
         ] = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        if decouple_lr and max_lr is None:
-            max_lr = float(lr)
         super().__init__(params, arguments(locals()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its `max_lr` is the learning rate of now, unless it has one."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["max_lr"] is None and group["lr"] != 0:
+            group["max_lr"] = float(group["lr"])
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        if group["decouple_lr"] and group["max_lr"] is None and group["lr"] == 0:
+            raise ValueError(
+                "`decouple_lr=True` with `lr=0` needs `max_lr`, the greatest learning rate of the schedule"
+            )
 
     slots = (Slot("exp_avg"), Slot("exp_avg_sq", signed=False, slow=True))
     flags = ("weight_decay", *DIRECTED)
@@ -68,13 +82,14 @@ class StableAdamW(Optimizer):
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = ((beta**step - beta) / (beta**step - 1) for beta in h.betas)
+        max_lr = h.lr if h.max_lr is None else h.max_lr
         return {
             "beta1": beta1,
             "weight1": 1 - beta1,
             "beta2": beta2,
             "weight2": 1 - beta2,
             "least": h.eps**2,
-            "decay": h.weight_decay / h.max_lr if h.decouple_lr else h.weight_decay,
+            "decay": h.weight_decay / max_lr if h.decouple_lr else h.weight_decay,
         }
 
     @staticmethod

@@ -105,7 +105,7 @@ def copy_outputs(graph: fx.Graph) -> None:
         if value.op == "placeholder" and value is not itself:
             with graph.inserting_before(output):
                 values[position] = _call(graph, "copy", value)
-            values[position].meta.update(tensor=True, source=output.meta["source"])
+            values[position].meta.update(tensor=value.meta["tensor"], source=output.meta["source"])
     output.args = (tuple(values),)
 
 

@@ -26,7 +26,8 @@ class AlgorithmSpec:
         slots: tensors kept for each parameter, in the order in which `update` takes and returns them.
         scalars: numbers kept for each parameter.
         flags: hyperparameters whose truth shapes the computation.
-        flags_of: flags that a parameter of a group has beside the group's, by its shape for instance.
+        flags_of: gives flags that a parameter of a group has beside the group's, by its shape for instance; None if
+            there are none.
         update: the rule; None where the algorithm has a custom step.
         rows_suffice: whether an element without gradient stays as it is, by settled flags.
         sparse: what becomes of sparse gradients.
@@ -46,7 +47,7 @@ class AlgorithmSpec:
     slots: tuple[Slot, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     flags: tuple[str, ...] = ()
-    flags_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, bool]] = lambda _, __: {}
+    flags_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, bool]] | None = None
     update: Callable[..., Any] | None = None
     rows_suffice: Callable[[Mapping[str, bool]], bool] = lambda _: True
     sparse: Sparse = Sparse.REFUSED

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
 
@@ -149,6 +149,11 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     results = (*outputs.values(), *measured.values(), *numbers.values())
     tracer.create_node("output", "output", (tuple(value.node for value in results),), {})
     run_passes(tracer.graph, len(outputs))
+    _check_kinds(
+        spec,
+        tracer.graph,
+        [*((each, True) for each in (*outputs, *measured)), *((slot.name, False) for slot in numbers)],
+    )
     rule = Rule(
         spec.name,
         flags,
@@ -160,6 +165,24 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
         tuple(numbers),
     )
     return divide(rule)
+
+
+def _check_kinds(spec: AlgorithmSpec, graph: fx.Graph, due: Iterable[tuple[str, bool]]) -> None:
+    """Raise RuleError where a rule returns a number for a tensor, or a tensor for a number.
+
+    Args:
+        spec: the algorithm.
+        graph: its graph.
+        due: of each result, in order, its name and whether it must be a tensor.
+    """
+    results = next(iter(reversed(graph.nodes))).args[0]
+    for (name, tensor), node in zip(due, results, strict=False):
+        if node.meta["tensor"] is not tensor:
+            wanted, got = ("a tensor", "one number") if tensor else ("one number", "a tensor")
+            raise RuleError(
+                f"{node.meta['source']}: {spec.name}.update must return {wanted} for `{name}`, but returned {got}; a "
+                f"slot that is one number has shape=one_number"
+            )
 
 
 def _place(error: BaseException, file: str) -> str:

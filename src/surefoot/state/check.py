@@ -119,8 +119,14 @@ def stepped_gradient(
 
 
 def centralized(grad: Tensor) -> Tensor:
-    """Return a gradient, of two dimensions at least, less the mean of each of its rows; else the gradient itself."""
-    return grad - grad.mean(tuple(range(1, grad.dim())), keepdim=True) if grad.dim() > 1 else grad
+    """Return a gradient, of two dimensions at least, less the mean of each of its rows; else the gradient itself.
+
+    One of 16 bits becomes one of float32: differences need not have a place in its dtype.
+    """
+    if grad.dim() < 2:  # noqa: PLR2004 (a vector is no row of a matrix)
+        return grad
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return wide - wide.mean(tuple(range(1, grad.dim())), keepdim=True)
 
 
 def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
@@ -138,6 +144,8 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
             continue
         in_codes = isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
         reason = unfit_state(value, param, slot.shape_for(param), kinds=not (in_codes or slot.is_number))
+        if reason is None and slot.is_number and not value.is_floating_point():
+            reason = f"is {value.dtype}, must be real and floating point"
         if reason is not None:
             raise _unfit_state(f"state `{slot.name}`", group, param, reason)
         if in_codes and (reason := _unfit_scale(value, entry.get(f"{slot.name}_scale"), param)) is not None:

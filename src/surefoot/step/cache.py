@@ -44,7 +44,7 @@ class BucketGuard:
     def __init__(self, run: BucketRun) -> None:
         scalars, slots = run.bucket.rule.scalars, run.stored_names()
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
-        names = [*held, *slots]
+        names = [*held, *slots, *(slot.name for slot in run.bucket.rule.number_slots)]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         self._shards: ShardGuard | None = None
         busy = run.engine is cpu and needs_threads(run.bucket.params)
@@ -190,7 +190,8 @@ class OptionsGuard:
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors."""
-    return (step.flags(group), *map(group.get, (*ENGINE_OPTIONS, *STORAGE_OPTIONS)))
+    own = [step.spec.flags_of(group, param) for param in group["params"]] if step.spec.flags_of else None
+    return (step.flags(group), own, *map(group.get, ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)))
 
 
 def _options(step: StepInput) -> list[object]:

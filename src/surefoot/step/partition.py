@@ -62,12 +62,14 @@ def _divide(
             continue
         entry = step.state.get(param, {})
         grad = stepped_gradient(spec, group, param, given, entry, flags)
-        own = spec.flags_of(group, param)
+        own = spec.flags_of(group, param) if spec.flags_of else {}
         settled = tuple((name, own.get(name, value)) for name, value in (of_rows if grad.is_sparse else flags))
-        slots = [slot for slot in spec.active_slots(dict(settled)) if not slot.is_number]
+        every = spec.active_slots(dict(settled))
+        slots = [slot for slot in every if not slot.is_number]
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
         formats = _formats(group, param, grad, entry, slots)
-        turn = _take_turn(turns, (param, *(entry.get(scalar.name) for scalar in spec.scalars)))
+        counted = (entry.get(each.name) for each in (*spec.scalars, *(slot for slot in every if slot.is_number)))
+        turn = _take_turn(turns, (param, *counted))
         key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, settled, turn)
         if key not in buckets:
             params: list[Tensor] = []
