@@ -34,6 +34,9 @@ SPELLINGS = {
     "method mean": (lambda x: x.mean(), lambda x: x.mean()),
     "vector_norm": (vector_norm, lambda x: x.norm()),
     "method norm": (lambda x: x.norm(), lambda x: x.norm()),
+    "torch.norm": (torch.norm, lambda x: x.norm()),
+    "norm of 2": (lambda x: torch.norm(x, 2), lambda x: x.norm()),
+    "vector_norm of 2": (lambda x: vector_norm(x, ord=2), lambda x: x.norm()),
     "of a product": (lambda x: torch.sum(x * x * 0.5), lambda x: (x * x * 0.5).sum()),
     "of a comparison": (lambda x: torch.mean(torch.where(x > 0, 1.0, 0.0)), lambda x: (x > 0).to(x).mean()),
 }

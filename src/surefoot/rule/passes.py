@@ -221,7 +221,11 @@ def _square(graph: fx.Graph, input: Argument) -> fx.Node:  # noqa: A002
     return _call(graph, "mul", input, input)
 
 
-def _norm(graph: fx.Graph, x: Argument) -> fx.Node:
+def _norm(graph: fx.Graph, x: Argument, p: Any = 2, *others: Any, **options: Any) -> fx.Node:
+    """Make the Euclidean norm; torch's functions hand on all their options, of which none but `p` may ask for more."""
+    p = options.pop("p", options.pop("ord", p))
+    if p not in (2, "fro", None) or any(others) or any(options.values()):
+        raise TypeError("another norm")
     return _call(graph, "sqrt", _call(graph, "sum_of_squares", x))
 
 

@@ -149,11 +149,8 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     results = (*outputs.values(), *measured.values(), *numbers.values())
     tracer.create_node("output", "output", (tuple(value.node for value in results),), {})
     run_passes(tracer.graph, len(outputs))
-    _check_kinds(
-        spec,
-        tracer.graph,
-        [*((each, True) for each in (*outputs, *measured)), *((slot.name, False) for slot in numbers)],
-    )
+    due = [(name, True) for name in outputs] + [("telemetry", True)] * len(measured)
+    _check_kinds(spec, tracer.graph, [*due, *((slot.name, False) for slot in numbers)])
     rule = Rule(
         spec.name,
         flags,

@@ -68,8 +68,8 @@ def _divide(
         slots = [slot for slot in every if not slot.is_number]
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
         formats = _formats(group, param, grad, entry, slots)
-        counted = (entry.get(each.name) for each in (*spec.scalars, *(slot for slot in every if slot.is_number)))
-        turn = _take_turn(turns, (param, *counted))
+        numbers = [*(scalar.name for scalar in spec.scalars), *(slot.name for slot in every if slot.is_number)]
+        turn = _take_turn(turns, (param, *map(entry.get, numbers)))
         key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, settled, turn)
         if key not in buckets:
             params: list[Tensor] = []
