@@ -3,16 +3,18 @@
     python benchmarks/combined.py                # all of it, in about two minutes on two quiet cores
     python benchmarks/combined.py --part small
 
-It prints a table and writes `benchmarks/results/combined.csv`.  Ratios are of neighbours in time.
+It prints a table and writes `benchmarks/results/combined.csv`.  Times are those that one thread is busy, so that others
+on the machine disturb little; ratios are of neighbours in time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from time import thread_time
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from turns import Line, Parts, compare, run, timed
+from turns import Line, Parts, compare, run
 
 import surefoot
 from surefoot.cli._demo.model import Shape, build_model
@@ -84,20 +86,23 @@ CONTENDERS: Mapping[str, Callable[[Named], list[Any]]] = {
 
 
 def step_of(who: str, named: Named) -> Callable[[], float]:
-    """Give what takes a step of all parameters and tells its seconds."""
+    """Give what takes a step of all parameters and tells the seconds that its thread was busy."""
     generator = torch.Generator().manual_seed(1)
     for param in named.values():
         param.grad = torch.randn(param.shape, generator=generator)
     optimizers = CONTENDERS[who](named)
 
-    def step() -> None:
+    def step() -> float:
+        start = thread_time()
         for optimizer in optimizers:
             optimizer.step()
+        return thread_time() - start
 
-    return lambda: timed(step)
+    return step
 
 
 PARTS: Parts = {name: part_of(name) for name in CASES}
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     run(PARTS, "combined", __doc__.splitlines()[0])
