@@ -360,6 +360,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes(name, wrong, warm)
     assert_same(snapshot(optimizer), before)
 
 
+def test_short_numbers_that_share_memory_are_refused_before_anything_changes():
+    base, head = torch.ones(6, 4, dtype=torch.bfloat16), nn.Parameter(torch.ones(3))
+    views = [nn.Parameter(base[:4]), nn.Parameter(base[2:])]
+    parts = [Part(surefoot.Muon, "view*", rounding="stochastic"), Part(surefoot.AdamW)]
+    optimizer = Combined([("view1", views[0]), ("view2", views[1]), ("head", head)], parts)
+    for param in (*views, head):
+        param.grad = torch.ones_like(param)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="share memory, so that they cannot be kept with rounding='stochastic'"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
 def started(mix="Muon, AdamW", steps=4):
     """A combination and separate optimizers of a twin, which have taken some steps."""
     model, twin = Model(), Model()

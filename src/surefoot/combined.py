@@ -231,7 +231,7 @@ class Combined(Optimizer):
 
     def _begin_step(self) -> None:
         for index, group in enumerate(self.param_groups):
-            if missing := self._algorithm_of(group).defaults.keys() - group.keys():
+            if missing := self._algorithm_of(group).defaults.keys() - group.keys() - StepOptions.__annotations__.keys():
                 raise ValueError(
                     f"param_groups[{index}] lacks `{min(missing)}`, which {group[ALGORITHM]} needs; set it, or add the "
                     f"group with `add_param_group`"

@@ -92,7 +92,7 @@ def _buckets(
 
 
 def _make_custom_steps(step: StepInput, custom: ValidatedParams, custom_steps: CustomSteps) -> None:
-    with torch.no_grad(), full_precision_rows(step, custom.counted()) as rows:
+    with full_precision_rows(step, custom.counted()) as rows:
         custom_steps(rows)
 
 

@@ -160,11 +160,27 @@ def _rows(
             known.entries = [[step.state.get(param, {}) for param in part.params] for part in slices]
         new = {param for param, names in made if EMA.name in names} if made else set()
         parts = zip(slices, grads, known.entries, known.options(step), strict=True)
-        return [row for part in parts for row in _prepared(step, *part, new, apart=known.overlap)]
+        rows = [row for part in parts for row in _prepared(step, *part, new, apart=known.overlap)]
+        if known.overlap:
+            _refuse_short(rows)
     except BaseException:
         for param, names in made:
             discard_state(step.state, param, names)
         raise
+    return rows
+
+
+def _refuse_short(rows: Sequence[PreparedParam]) -> None:
+    """Refuse parameters that are kept in short formats, where some share memory.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if any(not param_format(vars(row.h), row.param, row.state).is_plain for row in rows):
+        raise RuntimeError(
+            "parameters or their state share memory, so that they cannot be kept with rounding='stochastic' or "
+            "master_weight_bits; put them into a group without these options"
+        )
 
 
 def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedParam]:
@@ -190,20 +206,11 @@ def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedPar
 
 @contextmanager
 def full_precision_rows(step: StepInput, rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
-    """Let a custom step see parameters that are kept in short formats as float32 copies; store these in the end.
-
-    Raises:
-        RuntimeError: such a parameter shares its memory with another one.
-    """
+    """Let a custom step see parameters that are kept in short formats as float32 copies; store these in the end."""
     copies: dict[Tensor, tuple[PreparedParam, Format, Tensor]] = {}
     for row in rows:
         kept = param_format(vars(row.h), row.param, row.state)
         if not kept.is_plain and row.param not in copies:
-            if row.apart:
-                raise RuntimeError(
-                    "parameters or their state share memory, so that they cannot be kept with rounding='stochastic' or "
-                    "master_weight_bits; put them into a group without these options"
-                )
             copies[row.param] = row, kept, plain_param(vars(row.h), row.param, row.state).float()
     if not copies:
         yield list(rows)
