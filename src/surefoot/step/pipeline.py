@@ -280,4 +280,5 @@ def _average(step: StepInput, part: ParamSlice, known: list[bool]) -> None:
     for fresh in set(known):
         params = [param for param, new in zip(part.params, known, strict=True) if new is fresh]
         averages = [step.state[param][EMA.name] for param in params]
-        Averaging(averages, [param.detach() for param in params]).move(1.0 if fresh else 1 - part.group["ema"])
+        values = [param.detach().resolve_conj().resolve_neg() for param in params]
+        Averaging(averages, values).move(1.0 if fresh else 1 - part.group["ema"])
