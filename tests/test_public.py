@@ -12,14 +12,16 @@ import surefoot
 
 NAMES = {
     *surefoot.optimizers.__all__,
-    *("Optimizer", "Scalar", "Slot", "StepOptions"),
+    *("Combined", "Optimizer", "Part", "Scalar", "Slot", "StepOptions"),
     *("checkpoint", "load", "save"),
     *(
         "full_precision",
         "full_precision_state_dict",
         "functional",
+        "hidden_matrices",
         "lr_finder",
         "lr_scheduler",
+        "muon_with",
         "parameter_groups",
         "swa_utils",
         "telemetry",
@@ -70,6 +72,7 @@ MODULES = [
     "surefoot.optimizer",
     "surefoot.telemetry.telemetry",
     "surefoot.checkpoint",
+    "surefoot.combined",
     "surefoot.functional.pure",
     *(getattr(surefoot.optimizers, name).__module__ for name in surefoot.optimizers.__all__),
 ]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from surefoot import telemetry as telemetry
     from surefoot.checkpoint import load as load
     from surefoot.checkpoint import save as save
+    from surefoot.combined import Combined as Combined
+    from surefoot.combined import Part as Part
+    from surefoot.combined import muon_with as muon_with
+    from surefoot.groups import hidden_matrices as hidden_matrices
     from surefoot.groups import parameter_groups as parameter_groups
     from surefoot.optimizer import Optimizer as Optimizer
     from surefoot.optimizers import *  # noqa: F403 (the one list of them)
@@ -32,7 +36,9 @@ if TYPE_CHECKING:
     __version__: str
 else:  # type checkers read no list that is put together
     __all__ = [
+        "Combined",
         "Optimizer",
+        "Part",
         "Scalar",
         "Slot",
         "StepOptions",
@@ -40,9 +46,11 @@ else:  # type checkers read no list that is put together
         "full_precision",
         "full_precision_state_dict",
         "functional",
+        "hidden_matrices",
         "load",
         "lr_finder",
         "lr_scheduler",
+        "muon_with",
         "parameter_groups",
         "save",
         "swa_utils",
@@ -69,13 +77,17 @@ else:  # type checkers read no list that is put together
 
 
 _MODULES = {
+    "Combined": "surefoot.combined",
     "Optimizer": "surefoot.optimizer",
+    "Part": "surefoot.combined",
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
     "StepOptions": "surefoot.step.options",
     "full_precision": "surefoot.precision",
     "full_precision_state_dict": "surefoot.precision",
+    "hidden_matrices": "surefoot.groups",
     "load": "surefoot.checkpoint",
+    "muon_with": "surefoot.combined",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",
 }

@@ -58,7 +58,7 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | No
     Raises:
         ValueError: the algorithm is no rule.
     """
-    spec = optimizer.spec
+    spec = optimizer.spec.of(group)
     if spec.update is None:
         raise ValueError(
             f"{spec.name} is not elementwise: it has a custom step, which torch's operators run, and "
@@ -73,9 +73,8 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | No
 
 def formats_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> dict[str, Format]:
     """Return the formats of a parameter, under `param`, and of its slots that are tensors, as they are or will be."""
-    slots = (
-        slot for slot in optimizer.spec.active_slots(dict(optimizer.spec.settle_flags(group))) if not slot.is_number
-    )
+    spec = optimizer.spec.of(group)
+    slots = (slot for slot in spec.active_slots(dict(spec.settle_flags(group))) if not slot.is_number)
     entry = optimizer.state.get(param, {})
     found = {slot.name: slot_format(slot, group, param, entry.get(slot.name)) for slot in slots}
     return {"param": param_format(group, param, entry), **found}

@@ -1,10 +1,11 @@
-"""The usual param groups of a model: what is not decayed, and learning rates that fall from layer to layer.
+"""What the parameters of a model are, by modules and names: decayed or not, of which layer, matrices of hidden layers.
 
-The result is a plain list of dicts, for any optimizer of surefoot or torch; nothing here knows an optimizer.
+Results are plain lists of dicts and functions, for any optimizer of surefoot or torch; nothing here knows an optimizer.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from operator import itemgetter
 from typing import Any
 
@@ -154,15 +155,19 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
     A stack of one block counts where the same class of block is stacked elsewhere.
     """
-    stacks = [module for module in model.modules() if _kind(module)]
-    kinds = {_kind(stack) for stack in stacks if sum(1 for _ in stack.children()) > 1}
-    blocks = list(_blocks(model, kinds))
+    blocks = _repeated_blocks(model)
     if not blocks:
         raise ValueError(
             f"`layer_decay` needs layers, but this {type(model).__name__} has no ModuleList or Sequential of two or "
             f"more blocks of the same class; make its groups by hand"
         )
     return blocks
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    stacks = [module for module in model.modules() if _kind(module)]
+    kinds = {_kind(stack) for stack in stacks if sum(1 for _ in stack.children()) > 1}
+    return list(_blocks(model, kinds))
 
 
 def _blocks(module: nn.Module, kinds: set[type | None]) -> Iterator[nn.Module]:
@@ -196,3 +201,91 @@ def _levels(
         is_embedding = param not in inside and any(isinstance(owner, _EMBEDDINGS) for owner in owners[param])
         levels[param] = 0 if is_embedding else level
     return levels
+
+
+# Matrices of hidden layers
+
+_HEADS = frozenset(
+    {
+        *("head", "heads", "lm_head", "output", "output_layer", "output_projection", "proj_out", "embed_out"),
+        *("unembed", "unembedding", "logits", "classifier", "score", "fc", "qa_outputs"),
+    }
+)
+"""What output layers are called."""
+
+
+def hidden_matrices(model: nn.Module, head: str | Iterable[str] | None = None) -> Callable[[str, Tensor], bool]:
+    """Return a function `select(name, param)` that tells which parameters are matrices of hidden layers.
+
+    These are the parameters of two dimensions or more, except
+
+    - weights of `Embedding` and `EmbeddingBag`, also where another layer shares them;
+    - those of the output layer;
+    - those of norms, and what is called an embedding (a word of the name has `embed` or `embd` in it, or is `wte` or
+      `wpe`) and stands outside of the model's repeated blocks.
+
+    Args:
+        model: the model, whose parameters `select` is asked about.
+        head: patterns of the names of the output layer's parameters, as of file names; empty if there is none.  By
+            default it is what shares its weight with an embedding, and outside of the repeated blocks, which
+            `parameter_groups` explains, what is called `head`, `lm_head`, `output`, `classifier`, `fc` or the like.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: by default there is nothing of which that holds; or a pattern matches no parameter.
+
+    Example:
+        >>> model = torch.nn.Sequential()
+        >>> model.body, model.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+        >>> select = surefoot.hidden_matrices(model)
+        >>> [name for name, param in model.named_parameters() if select(name, param)]
+        ['body.weight']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, but got {type(model).__name__}; give the model itself")
+    owners = _owners(model)
+    inside = {param for block in _repeated_blocks(model) for param in block.parameters()}
+    outer = {name: param for name, param in model.named_parameters(remove_duplicate=False) if param not in inside}
+    called = {param for name, param in outer.items() if any(map(_is_embedding, name.split(".")))}
+    spared = called | _head(model, outer, owners, head)
+    kinds = (*_NORMS, *_EMBEDDINGS)
+    found = {param for param in owners if param.dim() > 1 and not any(isinstance(m, kinds) for m in owners[param])}
+
+    def hidden_matrix(name: str, param: Tensor) -> bool:  # noqa: ARG001
+        return param in found and param not in spared
+
+    return hidden_matrix
+
+
+def _is_embedding(word: str) -> bool:
+    return "embed" in word or "embd" in word or word in ("wte", "wpe")
+
+
+def _head(
+    model: nn.Module,
+    outer: Mapping[str, nn.Parameter],
+    owners: Mapping[nn.Parameter, list[nn.Module]],
+    patterns: str | Iterable[str] | None,
+) -> set[nn.Parameter]:
+    """Return the parameters of the output layer."""
+    if patterns is not None:
+        named = dict(model.named_parameters(remove_duplicate=False))
+        found: set[nn.Parameter] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matching = {param for name, param in named.items() if fnmatchcase(name, pattern)}
+            if not matching:
+                raise ValueError(f"`head`: no parameter of the {type(model).__name__} is called {pattern!r}")
+            found |= matching
+        return found
+    tied = {
+        param
+        for param, modules in owners.items()
+        if len(modules) > 1 and any(isinstance(module, _EMBEDDINGS) for module in modules)
+    }
+    found = tied | {param for name, param in outer.items() if _HEADS.intersection(name.split("."))}
+    if not found:
+        raise ValueError(
+            f"which parameters of the {type(model).__name__} are the output layer's is not to be told by their names; "
+            f"say so: head='last.*' for instance, or head=() if there is none"
+        )
+    return found

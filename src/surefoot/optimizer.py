@@ -143,8 +143,8 @@ class Optimizer(torch.optim.Optimizer):
     """Keys of what `derive_state` returns, which state dicts tell and loading passes over."""
     refused_options: ClassVar[Mapping[str, str]] = {}
     """Options of `StepOptions` that it does not take though its kind does, each with the reason."""
-    spec: ClassVar[AlgorithmSpec]
-    """All of this, as everything below the optimizer is handed it."""
+    spec: AlgorithmSpec
+    """All of this, as everything below the optimizer is handed it; of the class, or of a combination's instance."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Run hooks and a profiler range around a `step` that the subclass defines."""
@@ -325,7 +325,7 @@ class Optimizer(torch.optim.Optimizer):
         group = {**param_group, **_params_and_names(param_group)}
         for param in group["params"]:
             self._check_tensor(param)
-        for name, default in self.defaults.items():
+        for name, default in self._defaults_of(group).items():
             if default is torch_hooks.required and name not in group:
                 raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
             group.setdefault(name, default)
@@ -333,9 +333,17 @@ class Optimizer(torch.optim.Optimizer):
             group["betas"] = tuple(group["betas"])
         self._check_own(group)
         self._check_membership(group)
-        self.check_params(group["params"])
+        self._algorithm_of(group).check_params(group["params"])
         param_group.update(group)
         self.param_groups.append(param_group)
+
+    def _algorithm_of(self, group: Mapping[str, Any]) -> "Optimizer":  # noqa: ARG002
+        """Return whose checks, hyperparameters and derived state are a group's."""
+        return self
+
+    def _defaults_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """Return the hyperparameters that a group has unless it has its own."""
+        return self.defaults
 
     def _check_tensor(self, param: Any) -> None:
         if not isinstance(param, Tensor):
@@ -452,7 +460,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
         try:
-            self.check_params([param])
+            self._algorithm_of(group).check_params([param])
         except ValueError as error:
             raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
@@ -579,7 +587,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_own(self, group: Mapping[str, Any]) -> None:
         """Check a group, unless it is that of another optimizer inside, whose options are not ours."""
         if self._stepping.constructed or self.is_rule():
-            self.check_group(self.step_options.own(group))
+            self._algorithm_of(group).check_group(self.step_options.own(group))
 
     def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
         """Return the hooks of a kind, in order, for the kinds that torch knows under the same names."""
@@ -651,9 +659,9 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
-        for group in self.param_groups if self.derived_state else ():
+        for group in self.param_groups if self.spec.derived_state else ():
             for param in group["params"]:
-                if derived := self.derive_state(group, param, self.state.get(param, {})):
+                if derived := self._algorithm_of(group).derive_state(group, param, self.state.get(param, {})):
                     state[numbers[param]] = {**state[numbers[param]], **derived}
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in self._hooks("state_dict_post"):
@@ -690,7 +698,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        target = LoadTarget(self.spec, self.defaults, self.param_groups, self.state, self._check_own)
+        target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_own)
         loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
         new = {"state": loaded.state, "param_groups": loaded.param_groups}
@@ -738,7 +746,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         target = None if device is None else torch.device(device)
         pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
-        moved = [relocated(self.spec, group, self.state[param], target or param.device) for group, param in pairs]
+        moved = [
+            relocated(self.spec.of(group), group, self.state[param], target or param.device) for group, param in pairs
+        ]
         for (_, param), entry in zip(pairs, moved, strict=True):
             self.state[param].update(entry)
         self.__dict__.pop("_step_cache", None)  # it holds the tensors that were

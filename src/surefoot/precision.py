@@ -36,7 +36,7 @@ def full_precision(optimizer: Optimizer, param: Tensor, slot: str | None = None)
     entry = optimizer.state.get(param, {})
     if slot is None:
         return _wide(plain_param(group, param, entry))
-    known = {each.name: each for each in optimizer.spec.all_slots}
+    known = {each.name: each for each in optimizer.spec.of(group).all_slots}
     if slot not in known or entry.get(slot) is None:
         there = ", ".join(name for name in known if entry.get(name) is not None)
         raise KeyError(f"the parameter has no slot {slot!r}; it has: {there or 'none, for it has not been stepped'}")

@@ -92,6 +92,25 @@ def test_inspect_shows_norms_of_values_where_they_are_kept_in_two_tensors(tmp_pa
         assert row in shown
 
 
+def test_inspect_knows_the_slots_of_each_algorithm_of_several(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 101), nn.Linear(101, 102)).bfloat16()
+    parts = [surefoot.Part(surefoot.Muon, "0.weight"), surefoot.Part(surefoot.AdamW, state_dtype="float8")]
+    optimizer = surefoot.Combined(model.named_parameters(), parts)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    path = surefoot.save(tmp_path, model=model, optimizer=optimizer)
+    found = json.loads(ckpt("inspect", path, "--json").output)["tensors"]
+    value = surefoot.full_precision(optimizer, model[1].weight, "exp_avg")
+    assert optimizer.state[model[1].weight]["exp_avg"].dtype is torch.uint8
+    assert found["optimizer.1.weight.exp_avg"]["norm"] == pytest.approx(value.norm().item(), rel=1e-6)
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+    assert found["optimizer.0.weight.momentum_buffer"]["norm"] == pytest.approx(
+        momentum.float().norm().item(), rel=1e-6
+    )
+
+
 def test_inspect_of_an_optimizer_alone_and_of_long_lists(tmp_path):
     params = [nn.Parameter(torch.ones(2)) for _ in range(50)]
     optimizer = surefoot.SGD(params, lr=torch.tensor(0.5), momentum=0.9, foreach=False)

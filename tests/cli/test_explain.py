@@ -110,3 +110,24 @@ def test_what_is_wrong_is_named(arguments, message):
     code, output = explain(*arguments)
     assert code == 2
     assert message in output
+
+
+MODEL = """
+from torch import nn
+
+def make():
+    model = nn.Module()
+    model.tokens, model.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+    return model
+"""
+
+
+def test_of_muon_and_a_model_it_shows_who_would_step_what(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(MODEL)
+    result = CliRunner().invoke(app, ["explain", "muon", "--model", f"{path}:make", "-o", "lr=0.1"], terminal_width=300)
+    assert result.exit_code == 0, result.output
+    assert [line.split("  ")[0] for line in result.output.splitlines()] == ["Muon", *["AdamW"] * 4]
+    assert "Muon   blocks.*.*.weight  2 x (4, 4)  lr=0.1" in result.output
+    assert explain("muon", "--model", f"{path}:make", "-o", "head=('x',)")[0] == 2

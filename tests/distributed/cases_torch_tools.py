@@ -3,6 +3,7 @@
 import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from cases_layouts import tensor, whole
@@ -24,7 +25,18 @@ KINDS = {
     "flat": {"flatten_optimizer_state_dict": True},
     "from the first rank": {"full_state_dict": True, "broadcast_from_rank0": True},
 }
-ROWS_HERE = tuple(row for row in ROWS if row.name not in ("SparseAdam", "LBFGS"))
+
+
+def combined(params, lr):
+    """Return an optimizer that steps the first matrix by Muon and the second by AdamW."""
+    parts = [surefoot.Part(surefoot.Muon, "0.weight", lr=lr), surefoot.Part(surefoot.AdamW, lr=lr)]
+    return surefoot.Combined(zip(("0.weight", "2.weight"), params, strict=True), parts)
+
+
+ROWS_HERE = (
+    *(row for row in ROWS if row.name not in ("SparseAdam", "LBFGS")),
+    SimpleNamespace(name="Combined", ours=combined, needs_closure=False),
+)
 """SparseAdam takes sparse gradients only, which DTensor does not have.  The state of LBFGS torch's tools refuse, since
 it is all with the first parameter, as in torch.optim; ours refuse what each rank has for itself.
 """

@@ -761,7 +761,8 @@ def group_added(world, a, b, c):
     param = nn.Parameter(in_layout(values(shape, world.dtype, c), b))
     name = f"weight{len(world.params)}"
     items = [(name, param)] if world.named else [param]
-    world.optimizer.add_param_group({"params": items})
+    named = {"algorithm": "AdamW"} if world.setting.algorithm == "Combined" else {}
+    world.optimizer.add_param_group({"params": items, **named})
     world.params.append(param)
     world.names.append(name)
     param.grad = world.new_grad(param, c)

@@ -44,7 +44,7 @@ class Setting:
     @property
     def is_ours_only(self) -> bool:
         """Whether torch has no such options, so that the eager engine must be the judge."""
-        return not self.options.keys().isdisjoint(OURS_ONLY)
+        return self.algorithm == "Combined" or not self.options.keys().isdisjoint(OURS_ONLY)
 
 
 OURS_ONLY = {"max_grad_norm", "max_grad_value", "nonfinite", "ema", "telemetry"}
@@ -97,6 +97,8 @@ SETTINGS: dict[str, Setting] = {
     "clipped": Setting("Adam", {"lr": 0.01, "max_grad_norm": 0.5}, groups=2),
     "averaged": Setting("SGD", {"lr": 0.1, "ema": 0.9, "nonfinite": "skip"}),
     "measured": Setting("AdamW", {"lr": 0.01, "telemetry": True}),
+    "combined": Setting("Combined", {"lr": 0.05}, loose=True),
+    "combined clipped": Setting("Combined", {"lr": 0.05, "max_grad_norm": 0.5, "ema": 0.9}, loose=True),
     "clamped": Setting("SGD", {"lr": 0.1, "momentum": 0.9, "max_grad_value": 0.5}),
 }
 FEW = ("sgd", "sgd momentum", "adam", "sgd complex", "adam complex", "sgd bfloat16", "sparse sgd", "averaged", "rprop")
@@ -236,6 +238,8 @@ class World:
         engine = ENGINES[self.engine if self.who == "ours" else "eager"]
         options = {**setting.options, **({} if setting.algorithm in WITHOUT_ENGINES else engine)}
         items = list(zip(names, params, strict=True)) if self.named else list(params)
+        if setting.algorithm == "Combined":
+            return combined(items, engine, **setting.options)
         cut = len(items) if setting.groups == 1 or len(items) < 2 else len(items) // 2
         groups = [{"params": part} for part in (items[:cut], items[cut:]) if part]
         if len(groups) > 1 and setting.algorithm != "LBFGS":
@@ -304,6 +308,16 @@ class World:
             group.update(deepcopy(options))
         self.extras.clear()
         self.pending.clear()
+
+
+def combined(items: list[Any], engine: Mapping[str, Any], lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of matrices by Muon and of all else by AdamW, as far as there are such."""
+    parts = [surefoot.Part(surefoot.Muon, is_matrix, lr=lr), surefoot.Part(surefoot.AdamW, lr=lr, **engine)]
+    return surefoot.Combined(items, parts[not any(is_matrix(*item) for item in items) :], **options)
+
+
+def is_matrix(name: str, param: Tensor) -> bool:
+    return param.dim() == 2
 
 
 SCALARS = {"step", "eta", "mu", "mu_product"}

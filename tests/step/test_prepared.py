@@ -66,6 +66,15 @@ def changed(change, optimizer, params):  # noqa: C901 (a list of changes)
         optimizer.add_param_group({"params": [late], "lr": 0.5})
 
 
+def test_negated_memory_is_averaged():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    weight.data = torch._neg_view(torch.full((3, 4), -2.0))
+    optimizer = surefoot.Muon([weight], lr=0.0, ema=0.5)
+    weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["ema"], torch.full((3, 4), 2.0))
+
+
 @ALGORITHMS
 @pytest.mark.parametrize(
     "change",

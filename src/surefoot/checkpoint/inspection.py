@@ -16,6 +16,7 @@ from surefoot.checkpoint.header import Place
 from surefoot.checkpoint.json_codec import TAG, tensors_in
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.errors import CheckpointError
+from surefoot.rule import ALGORITHM, Slot
 from surefoot.state.formats import CORRECTION
 from surefoot.storage import BLOCK, Format, decode, format_8_bits, format_16_bits
 
@@ -100,11 +101,11 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
         for tensor in places_of(checkpoint, data)
     }
     for part in (part for part in parts.values() if part["kind"] == "optimizer"):
-        known = part["class"] in optimizers.__all__
-        slots = getattr(optimizers, part["class"]).spec.all_slots if known else ()
+        slots_of = {n: slots for group in part["groups"] for n, slots in _slots_of_group(part["class"], group)}
         named = {one["number"]: one["name"] for one in part["parameters"]}
         for key, entry in part["state"]:
             held = _tensor_names(checkpoint, entry)
+            slots = slots_of.get(key, ()) if isinstance(key, int) else ()
             pairs = [(held.get(s.name), held.get(f"{s.name}_scale"), format_8_bits(signed=s.signed)) for s in slots]
             weight, correction = weights.get(named.get(key) if isinstance(key, int) else None), held.get(CORRECTION)
             if weight is not None and correction is not None:
@@ -113,6 +114,14 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
             for first, second, kept in pairs:
                 if first is not None and second is not None and _fit(checkpoint, first, second, kept):
                     yield first, second, kept
+
+
+def _slots_of_group(name: str | None, group: Mapping[str, Any]) -> list[tuple[int, tuple[Slot, ...]]]:
+    """Return the numbers of a group's parameters, each with the slots of its algorithm, none of an unknown one."""
+    options = group["options"] if isinstance(group["options"], dict) else {}
+    algorithm = options.get(ALGORITHM, name)
+    slots = getattr(optimizers, algorithm).spec.all_slots if algorithm in optimizers.__all__ else ()
+    return [(number, slots) for number in group["params"]]
 
 
 def _tensor_names(checkpoint: Checkpoint, entry: Any) -> dict[str, str]:

@@ -25,7 +25,11 @@ def explain(
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the parameters: {', '.join(DTYPES)}.")] = "float32",
     model: Annotated[
-        str | None, typer.Option(help="FILE.py:FUNCTION that returns a model, to tell which engine it would get.")
+        str | None,
+        typer.Option(
+            help="FILE.py:FUNCTION that returns a model, to tell which engine it would get; with Muon, which of its "
+            "parameters `surefoot.muon_with` would step by what."
+        ),
     ] = None,
     state_dtype: StateDtype = None,
     rounding: Rounding = None,
@@ -37,15 +41,21 @@ def explain(
     import torch  # noqa: PLC0415 (only when the command runs)
     from rich.console import Console  # noqa: PLC0415
 
+    from surefoot.combined import muon_with  # noqa: PLC0415
+
     options = dict(parse_option(text) for text in option or ())
     options |= storage_options(state_dtype, rounding, master_weight_bits)
+    kind, console = algorithm(name), Console(highlight=False)
     if model is None:
         params = [torch.nn.Parameter(torch.zeros(128, 128, dtype=dtype_of(dtype, "--dtype")))]
     else:
-        params = [param for param in build(model, "--model").parameters() if param.requires_grad]
+        built = build(model, "--model")
+        params = [param for param in built.parameters() if param.requires_grad]
     try:
-        optimizer = algorithm(name)(params, **options)
-        console = Console(highlight=False)
+        if model is not None and kind.__name__ == "Muon":
+            console.print(muon_with(built, **options).table(), markup=False, soft_wrap=True)
+            return
+        optimizer = kind(params, **options)
         if not optimizer.is_rule():
             console.print(f"{type(optimizer).__name__} is not elementwise: torch's operators run its custom step.")
             return

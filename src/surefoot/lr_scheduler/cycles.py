@@ -128,30 +128,35 @@ class CyclingMomentum(LRScheduler):
         self.cycle_momentum = cycle_momentum
         if not cycle_momentum:
             return [], []
-        if not {"momentum", "betas"} & set(self.optimizer.defaults):
+        groups = self.optimizer.param_groups
+        if not all({"momentum", "betas"} & group.keys() for group in groups):
             raise ValueError(
                 "optimizer must support momentum or beta1 with `cycle_momentum` option enabled, but "
                 f"{type(self.optimizer).__name__} has neither; give cycle_momentum=False"
             )
-        self.use_beta1 = "betas" in self.optimizer.defaults
+        self.use_beta1 = all("betas" in group for group in groups)
         base = self._spread("base_momentum", base_momentum)
         top = self._spread("max_momentum", max_momentum)
-        if self.use_beta1:
-            for name, bounds in (("base_momentum", base), ("max_momentum", top)):
-                for bound in bounds:
-                    BETAS.checks[0](name, bound)
-        separate(self.optimizer, "betas" if self.use_beta1 else "momentum")
+        for group, low, high in zip(groups, base, top, strict=True):
+            if "betas" in group:
+                BETAS.checks[0]("base_momentum", low)
+                BETAS.checks[0]("max_momentum", high)
+        self._separate_momenta()
         if fresh:
-            for group, low, high in zip(self.optimizer.param_groups, base, top, strict=True):
+            for group, low, high in zip(groups, base, top, strict=True):
                 put_momentum(group, high)
                 group.update(max_momentum=copied(high), base_momentum=copied(low))
         return base, top
+
+    def _separate_momenta(self) -> None:
+        for name in ("betas", "momentum"):
+            separate(self.optimizer, name)
 
     def _extend(self, count: int) -> None:
         known = self._known_groups()
         super()._extend(count)
         if self.cycle_momentum:
-            separate(self.optimizer, "betas" if self.use_beta1 else "momentum")
+            self._separate_momenta()
             for group in self.optimizer.param_groups[known:count]:
                 for name in ("max_momentum", "base_momentum"):
                     group.setdefault(name, copied(self._given[name]))

@@ -17,10 +17,11 @@ from surefoot.rule.declare import (
     one_number,
     scalar_dtype,
 )
-from surefoot.rule.spec import DIRECTED, ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
+from surefoot.rule.spec import ALGORITHM, DIRECTED, ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
 from surefoot.rule.trace import TELEMETRY, bind, gradient_rule
 
 __all__ = [
+    "ALGORITHM",
     "DIRECTED",
     "EMA",
     "ENGINE_OPTIONS",

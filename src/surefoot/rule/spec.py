@@ -14,6 +14,8 @@ COMMON_FLAGS = ("maximize", "max_grad_value", "ema")
 DIRECTED = ("cautious", "cautious_weight_decay")
 """Flags of rules that tell where the direction of their step is; see `optimizers.common.directed`."""
 STORAGE_OPTIONS = ("state_dtype", "rounding", "master_weight_bits", "rounding_seed")
+ALGORITHM = "algorithm"
+"""The key under which a group of a combination names its algorithm."""
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -41,6 +43,7 @@ class AlgorithmSpec:
         refused_options: why some of them are not taken.
         own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
+        algorithms: of a combination of several algorithms: each by its name, which groups have under `algorithm`.
     """
 
     name: str
@@ -61,6 +64,22 @@ class AlgorithmSpec:
     refused_options: Mapping[str, str] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
+    algorithms: Mapping[str, "AlgorithmSpec"] = field(default_factory=dict)
+
+    def of(self, group: Mapping[str, Any]) -> "AlgorithmSpec":
+        """Return the algorithm of a group: itself, or of a combination the one that the group names.
+
+        Raises:
+            ValueError: the group names none of them.
+        """
+        if not self.algorithms:
+            return self
+        name = group.get(ALGORITHM)
+        found = self.algorithms.get(name) if isinstance(name, str) else None
+        if found is None:
+            names = ", ".join(map(repr, self.algorithms))
+            raise ValueError(f"a param group of {self.name} needs an `{ALGORITHM}`, one of {names}, but has {name!r}")
+        return found
 
     @property
     def is_declared(self) -> bool:

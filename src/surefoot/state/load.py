@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.rule import DIRECTED, EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, Scalar, Slot, scalar_dtype
+from surefoot.rule import ALGORITHM, DIRECTED, EMA, STEP, STORAGE_OPTIONS, AlgorithmSpec, Scalar, Slot, scalar_dtype
 from surefoot.rule.hyperparameters import is_number
 from surefoot.rule.spec import known_algorithms
 from surefoot.state.convert import convert_state
@@ -99,15 +99,15 @@ class LoadTarget:
     """What a state dict is loaded into.
 
     Attributes:
-        spec: the algorithm.
-        defaults: the optimizer's defaults.
+        spec: the algorithm, or the combination of several; `spec.of(group)` is a group's.
+        defaults: return the defaults of a group.
         groups: its groups.
         state: its state.
         check_group: raises when a group's options are not allowed.
     """
 
     spec: AlgorithmSpec
-    defaults: Mapping[str, Any]
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     groups: list[dict[str, Any]]
     state: Mapping[Any, Any]
     check_group: Callable[[Mapping[str, Any]], None]
@@ -129,10 +129,10 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
 
     State that is laid out over ranks unlike its parameter is laid out anew, after all ranks have found that it fits.
     """
-    saved_groups, saved_state = translate(target.spec, *_parts(state_dict))
+    saved_groups, saved_state = translate(target.spec, *parts_of(state_dict))
     report = _empty_report()
     partners, pairs = _match(target.groups, saved_groups, report)
-    with refused_together(_meshes(target.spec, pairs, saved_state)):
+    with refused_together(_meshes(target, pairs, saved_state)):
         groups = [_merged(target, index, partner, report) for index, partner in enumerate(partners)]
         if strict:
             _refuse(target.spec, report, saved_groups)
@@ -141,7 +141,7 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
         state = {} if strict else {key: copy(entry) for key, entry in target.state.items()}
         for group, group_pairs in zip(groups, pairs, strict=True):
             for pair in group_pairs:
-                entry = _entry(target.spec, group, pair, saved_state.get(pair.key) or {}, report)
+                entry = _entry(target.spec.of(group), group, pair, saved_state.get(pair.key) or {}, report)
                 if entry is not None:
                     state[pair.param] = entry
         state = defaultdict(dict, {param: entry for param, entry in state.items() if entry})
@@ -150,7 +150,7 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
             _refuse(target.spec, report, saved_groups)
     for group, group_pairs in zip(groups, pairs, strict=True):
         for pair in group_pairs:
-            _finish(target.spec, group, pair.param, state.get(pair.param, {}))
+            _finish(target.spec.of(group), group, pair.param, state.get(pair.param, {}))
     return Loaded(state, groups, report)
 
 
@@ -163,18 +163,20 @@ def _finish(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry:
         convert_state(spec, group, param, entry)
 
 
-def _meshes(spec: AlgorithmSpec, pairs: Iterable[Iterable[_Pair]], saved: Mapping[Any, Any]) -> list[Any]:
+def _meshes(target: LoadTarget, pairs: Iterable[Iterable[_Pair]], saved: Mapping[Any, Any]) -> list[Any]:
     """Return the meshes whose ranks must speak to lay out what is loaded."""
-    slots = {slot.name for slot in spec.all_slots} if spec.is_declared else set()
     found = []
-    for pair in chain.from_iterable(pairs):
-        for name, value in (saved.get(pair.key) or {}).items():
-            if name in slots and needs_ranks(value, pair.param):
-                found += [value.device_mesh, getattr(pair.param, "device_mesh", value.device_mesh)]
+    for group, group_pairs in zip(target.groups, pairs, strict=True):
+        spec = target.spec.of(group)
+        slots = {slot.name for slot in spec.all_slots} if spec.is_declared else set()
+        for pair in group_pairs:
+            for name, value in (saved.get(pair.key) or {}).items():
+                if name in slots and needs_ranks(value, pair.param):
+                    found += [value.device_mesh, getattr(pair.param, "device_mesh", value.device_mesh)]
     return found
 
 
-def _parts(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+def parts_of(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
     """Return groups and state of a state dict, or say why it is none."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         shown = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -284,8 +286,14 @@ def _match_by_position(
 
 def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, report: LoadReport) -> dict[str, Any]:
     """Return the group that results from loading `partner` into the group at `index`."""
-    spec, defaults, group = target.spec, target.defaults, target.groups[index]
+    group = target.groups[index]
+    spec, defaults = target.spec.of(group), target.defaults(group)
     if partner is None:
+        return dict(group)
+    if target.spec.algorithms and partner.get(ALGORITHM) != group[ALGORITHM]:
+        report.mismatched.append(
+            f"param_groups[{index}]: {group[ALGORITHM]} steps it, in the state dict {partner.get(ALGORITHM)!r} does"
+        )
         return dict(group)
     known = set(spec.constructor) or set(defaults)
     required = set(defaults) - {*_LATE_OPTIONS, *_step_options(spec)}

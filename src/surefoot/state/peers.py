@@ -7,7 +7,7 @@ steps for a whole group.  What another implementation computes otherwise is refu
 from collections.abc import Mapping
 from typing import Any
 
-from surefoot.rule import STEP, AlgorithmSpec
+from surefoot.rule import ALGORITHM, STEP, AlgorithmSpec
 
 _DECOUPLED = ("decoupled", "weight_decouple", "decouple_weight_decay", "decoupled_decay")
 """What others call `decoupled_weight_decay`, where an algorithm may have it on and off."""
@@ -22,15 +22,18 @@ def translate(
     Raises:
         ValueError: weight decay was no part of the gradient there and always is here, or the other way round.
     """
-    if not spec.is_declared:
-        return groups, dict(state)
-    entries = {key: _renamed(spec, entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
+    found, entries = [], dict(state)
     for group in groups:
-        if STEP in spec.scalars and STEP.name in group:
-            for key in group["params"]:
-                if entries.get(key):
-                    entries[key] = {STEP.name: group[STEP.name], **entries[key]}
-    return [_translated_group(spec, group) for group in groups], entries
+        own = spec.algorithms.get(str(group.get(ALGORITHM))) if spec.algorithms else spec
+        if own is None or not own.is_declared:
+            found.append(group)
+            continue
+        counted = {STEP.name: group[STEP.name]} if STEP in own.scalars and STEP.name in group else {}
+        for key in group["params"]:
+            if isinstance(entry := entries.get(key), Mapping) and entry:
+                entries[key] = counted | _renamed(own, entry)
+        found.append(_translated_group(own, group))
+    return found, entries
 
 
 def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounter
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
+UNREAD = ("params", "param_names")
+"""Keys of lists in groups that change in place without changing an option: the one is guarded apart, the other decides
+no bucket."""
 _CONSTANT = (int, float, bool, str, type(None), torch.dtype)
 
 
@@ -170,8 +173,8 @@ class OptionsGuard:
 
     def _note(self, step: StepInput) -> None:
         self._seen = _options(step)
-        lists = [group["params"] for group in step.groups]
-        self._constant = all(is_constant(each) or any(each is params for params in lists) for each in self._seen)
+        lists = [group.get(name) for group in step.groups for name in UNREAD]
+        self._constant = all(is_constant(each) or any(each is held for held in lists) for each in self._seen)
 
     @property
     def are_constant(self) -> bool:
@@ -190,8 +193,9 @@ class OptionsGuard:
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors."""
-    own = [step.spec.flags_of(group, param) for param in group["params"]] if step.spec.flags_of else None
-    return (step.flags(group), own, *map(group.get, ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)))
+    spec, options = step.spec.of(group), ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)
+    own = [spec.flags_of(group, param) for param in group["params"]] if spec.flags_of else None
+    return (spec, step.flags(group), own, *map(group.get, options))
 
 
 def _options(step: StepInput) -> list[object]:

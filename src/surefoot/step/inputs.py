@@ -14,7 +14,7 @@ class StepInput(NamedTuple):
     """All that a step is about.
 
     Attributes:
-        spec: the algorithm.
+        spec: the algorithm, or the combination of several; `spec.of(group)` is a group's.
         groups: the param groups.
         state: each parameter's entry.
         stepping: options, statistics and context.
@@ -59,17 +59,20 @@ class StepInput(NamedTuple):
         unscale; whether they are clipped by norm.
         """
         flags = (("measured", False), ("scaled", self.grad_scale is not None), ("clipped", self.is_clipped(group)))
-        return (*flags, *self.spec.settle_flags(group))
+        return (*flags, *self.spec.of(group).settle_flags(group))
 
     def stages(self) -> list[tuple[Stage, ...]]:
         """Return for each group that measures tensors before an update, with gradients or not, how it does so."""
-        if self.spec.update is None:
-            return []
-        return [stages for group in self.groups if (stages := bind(self.spec, self.flags(group)).stages)]
+        return [stages for group in self.groups if (stages := self._stages_of(group))]
 
-    def measures_tensors(self) -> bool:
-        """Return whether the algorithm needs to know more of a tensor than a shard of it."""
-        return self.spec.whole_tensors or bool(self.stages())
+    def _stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
+        spec = self.spec.of(group)
+        return () if spec.update is None else bind(spec, self.flags(group)).stages
+
+    def whole_params(self) -> list[Tensor]:
+        """Return the parameters whose algorithm needs to know more of a tensor than a shard of it."""
+        groups = (group for group in self.groups if self.spec.of(group).whole_tensors or self._stages_of(group))
+        return [param for group in groups for param in group["params"]]
 
     def keys(self) -> dict[Tensor, str | int]:
         """Return the name of every parameter, or else its number among all."""

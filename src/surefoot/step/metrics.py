@@ -12,7 +12,6 @@ from torch import Tensor
 from surefoot.engines.bucket import reduce
 from surefoot.rule import TELEMETRY
 from surefoot.step.clipping import gradient_values, measure_gradients
-from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import metrics_over_ranks
 from surefoot.step.types import ParamSlice
@@ -26,7 +25,7 @@ def step_metrics(step: StepInput) -> Any:
 
     context, slices = step.stepping.context, step.slices
     measured = _metric_names(step, slices)
-    blocks = metrics_over_ranks(step, slices, [_sums(context, part) for part in slices])
+    blocks = metrics_over_ranks(step, slices, [_sums(step, part) for part in slices])
     blocks = blocks or [torch.zeros(0, 5, dtype=torch.float64)]
     sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
@@ -93,18 +92,24 @@ def _least(clips: Sequence[Any]) -> Any:
     return torch.stack([clip.to(on_device[0].device) for clip in on_device]).min().clamp(max=least)
 
 
-def _sums(context: StepContext, part: ParamSlice) -> Tensor:
+def _sums(step: StepInput, part: ParamSlice) -> Tensor:
     """Return a row for each parameter: squares of gradient, parameter, update, largest gradient, how many nonfinite."""
-    return part.sums if part.sums is not None and not context.skips else _sums_afterwards(context, part)
+    skips = step.stepping.context.skips
+    return part.sums if part.sums is not None and not skips else _sums_afterwards(step, part)
 
 
 @torch.no_grad()
-def _sums_afterwards(context: StepContext, part: ParamSlice) -> Tensor:
+def _sums_afterwards(step: StepInput, part: ParamSlice) -> Tensor:
     """Measure by torch's operations what the update has not measured; of shards those of this process."""
     grads = [match_layout(param, param.grad) for param in part.params]
     gradients = measure_gradients(grads) if part.gradients is None else part.gradients
+    if step.grad_scale is not None:
+        scale = torch.as_tensor(step.grad_scale).to(gradients).reshape(())
+        scale = torch.as_tensor(step.grad_scale).to(gradients).reshape(())
+        gradients = gradients / torch.stack([scale * scale, scale], dim=-1)
     params = [to_local(param) for param in part.params]
-    before = params if part.before is None or context.skips else [to_local(param) for param in part.before]
+    unchanged = part.before is None or step.stepping.context.skips
+    before = params if unchanged else [to_local(param) for param in part.before or ()]
     squares = [torch.stack([_square(p), _square(p - q)]) for p, q in zip(params, before, strict=True)]
     counts = torch.zeros(len(gradients), 1, dtype=torch.float64, device=gradients.device)
     suspects = ~gradients[:, 1].isfinite() if gradients.is_cpu else torch.ones(len(gradients))

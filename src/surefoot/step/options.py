@@ -263,13 +263,14 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
         return
     stepping.options.check()
     refuse_unsupported(spec, stepping.options.requested())
-    if spec.has_modes and not all(group.get("train_mode", True) for group in groups):
+    if not all(group.get("train_mode", True) for group in groups if spec.of(group).has_modes):
         raise RuntimeError(
             f"{spec.name} is in eval mode, in which the parameters hold the weights to evaluate; call "
             f"optimizer.train() before backward and step()"
         )
     for group in map(stepping.options.own, groups):
-        check_group_options(spec, group)
-        for option, check in group_ranges(spec):
+        own = spec.of(group)
+        check_group_options(own, group)
+        for option, check in group_ranges(own):
             check(option, group.get(option))
     stepping.checked = now

@@ -22,14 +22,15 @@ from surefoot.tensors.shards import is_sharded, to_local
 
 
 def partition(step: StepInput) -> list[BucketRun]:
-    """Return the buckets of all groups with their state; whatever goes wrong, no state is left that was not there.
+    """Return the buckets of all rules with their state; whatever goes wrong, no state is left that was not there.
 
     Raises:
         RuntimeError: a gradient or state does not fit its parameter, or the engine that was asked for cannot serve it.
     """
     turns: defaultdict[int, int] = defaultdict(int)
     keys = functools.cache(step.keys)
-    runs = [run for group in step.groups for run in _divide(step, group, turns, keys)]
+    rules = [group for group in step.groups if step.spec.of(group).update is not None]
+    runs = [run for group in rules for run in _divide(step, group, turns, keys)]
     try:
         made: dict[Tensor, dict[str, bool]] = {}
         for run in runs:
@@ -54,7 +55,7 @@ def _divide(
         turns: how often a parameter or a step count, by its id, has been met; what is met again gets a later bucket.
         keys: return what random bits know each parameter by.
     """
-    spec, flags = step.spec, step.flags(group)
+    spec, flags = step.spec.of(group), step.flags(group)
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
     for param in group["params"]:

@@ -24,15 +24,24 @@ from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
+from surefoot.step.prepared import PreparedParam, ValidatedParams, full_precision_rows, validate_params
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
+CustomSteps = Callable[[list[PreparedParam]], None]
+"""Steps the prepared parameters of algorithms that are no rules."""
 
-def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
+
+def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps | None = None) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
+
+    Args:
+        step: the step.
+        cache: what the last step has returned.
+        custom_steps: where groups have algorithms that are no rules: steps the parameters of these.
 
     Returns:
         What the next step may use again; nothing while a mode is active that must see the operations, or where
@@ -44,17 +53,11 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
     if exchange is None and _found_infinities(step):
         step.skip()
         return cache
-    watched = mode_is_active() or step.grads is not None
     with failures_told(step, exchange):
-        known = None if cache is None or watched else cache.revalidate(step)
-        if known is None and cache is not None:
-            for run in cache.runs:
-                forget_fresh(run)
-                _release_grads(run)
-        options = OptionsGuard(step) if known is None and not watched else None
-        runs = partition(step) if known is None else known
+        custom = None if custom_steps is None else validate_params(step)
+        known, options, runs = _buckets(step, cache)
     try:
-        made = _prepare(step, runs, exchange)
+        made = _prepare(step, runs, exchange, custom)
         if made is None:
             return cache if known is not None else None  # what was kept has been found not to hold
         if known is None:
@@ -64,12 +67,33 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
                 compute_coefficients(made, run)
                 measure_tensors(made, [run], exchange)
             _update(run)
+        if custom is not None and custom_steps is not None:
+            _make_custom_steps(made, custom, custom_steps)
     finally:
         for run in runs:
             _release_grads(run)
     if known is not None and cache is not None and cache.fast is None:
         cache.fast = fast_lane(step, cache) or False  # False: not again
     return cache
+
+
+def _buckets(
+    step: StepInput, cache: StepCache | None
+) -> tuple[list[BucketRun] | None, OptionsGuard | None, list[BucketRun]]:
+    """Return the buckets of the last step if they hold, or what guards the options of new ones; and this step's."""
+    watched = mode_is_active() or step.grads is not None
+    known = None if cache is None or watched else cache.revalidate(step)
+    if known is not None:
+        return known, None, known
+    for run in cache.runs if cache is not None else ():
+        forget_fresh(run)
+        _release_grads(run)
+    return None, None if watched else OptionsGuard(step), partition(step)
+
+
+def _make_custom_steps(step: StepInput, custom: ValidatedParams, custom_steps: CustomSteps) -> None:
+    with full_precision_rows(step, custom.counted()) as rows:
+        custom_steps(rows)
 
 
 def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, ...]]]]:
@@ -79,7 +103,7 @@ def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, .
     """
     step.stepping.context.acquire()
     runs = partition(step)
-    made = _prepare(step, runs, None)
+    made = _prepare(step, runs, None, None)
     return [] if made is None else [(run, list(eager.evaluate_rows(run.bucket))) for run in runs]
 
 
@@ -87,22 +111,28 @@ def _found_infinities(step: StepInput) -> bool:
     """Return whether a GradScaler has found infinities, as far as the host is to know."""
     if step.found_inf is None:
         return False
+    by_rules = all(step.spec.of(group).update is not None for group in step.groups)
     params = ((group, param) for group in step.groups for param in group["params"])
-    return not all(is_on_device(group, param) for group, param in params) and bool(step.found_inf)
+    on_device = by_rules and all(is_on_device(group, param) for group, param in params)
+    return not on_device and bool(step.found_inf)
 
 
-def _prepare(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> StepInput | None:
+def _prepare(
+    step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None, custom: ValidatedParams | None
+) -> StepInput | None:
     """Prepare a step and return it, as all ranks know it; None if it is not to be made, and then no state is left."""
     made = None
     try:
         with failures_told(step, exchange):
-            _measure(step, runs)
+            _measure(step, runs, custom)
         sums = None if exchange is None else sums_over_ranks(step, exchange, step.slices)
         known = step if sums is None else step._replace(found_inf=sums.found_inf)
         if _is_to_be_made(known, sums):
             for run in runs:
                 compute_coefficients(known, run)
             measure_tensors(known, [run for run in runs if not run.repeats], exchange)
+            if custom is not None:
+                custom.prepare(known)
             made = known
     finally:
         if made is None:
@@ -110,10 +140,10 @@ def _prepare(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | No
     return made
 
 
-def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
+def _measure(step: StepInput, runs: Sequence[BucketRun], custom: ValidatedParams | None) -> None:
     """Let engines prepare, and measure the gradients where that is asked for."""
     context = step.stepping.context
-    context.slices = [run.slice for run in runs]
+    context.slices = [*(run.slice for run in runs), *(custom.slices if custom else ())]
     for run in runs:
         part = run.slice
         part.gradients, part.clip, part.before, part.fresh = None, 1.0, None, None
@@ -125,6 +155,8 @@ def _measure(step: StepInput, runs: Sequence[BucketRun]) -> None:
         refuse_unmeasurable(step)
         for run in runs:
             run.slice.gradients = _measure_gradients(step, run).detach()
+        if custom is not None:
+            custom.measure()
 
 
 def _measure_gradients(step: StepInput, run: BucketRun) -> Tensor:
@@ -248,4 +280,5 @@ def _average(step: StepInput, part: ParamSlice, known: list[bool]) -> None:
     for fresh in set(known):
         params = [param for param, new in zip(part.params, known, strict=True) if new is fresh]
         averages = [step.state[param][EMA.name] for param in params]
-        Averaging(averages, [param.detach() for param in params]).move(1.0 if fresh else 1 - part.group["ema"])
+        values = [param.detach().resolve_conj().resolve_neg() for param in params]
+        Averaging(averages, values).move(1.0 if fresh else 1 - part.group["ema"])

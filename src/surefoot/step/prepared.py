@@ -17,7 +17,7 @@ from surefoot.state.check import centralized, hyperparameters, validated_gradien
 from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
-from surefoot.step.cache import is_constant
+from surefoot.step.cache import UNREAD, is_constant
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
@@ -55,22 +55,56 @@ def prepare_params(step: StepInput) -> list[PreparedParam]:
     context.acquire()
     exchange = due_exchange(step)
     with failures_told(step, exchange):
-        refuse_irregular(step)
-        known = _validated(step)
-        context.slices = slices = [ParamSlice(part.group, part.params) for part in known.slices]
-        grads = known.take_gradients()
+        found = validate_params(step)
+        context.slices = slices = found.slices
         if step.needs_gradients():
             refuse_unmeasurable(step)
-            for part, own in zip(slices, grads, strict=True):
-                part.gradients = measure_gradients(own)
+            found.measure()
     sums = None if exchange is None else sums_over_ranks(step, exchange, slices)
     if step.needs_gradients() and (slices or sums) and not clip_or_skip(step, slices, sums):
         return []
-    rows = _rows(step, known, slices, grads)
-    if step.grads is None:
-        known.watch(step)
-        step.stepping.validated = known
-    return _counted(rows, known)
+    found.prepare(step)
+    return found.counted()
+
+
+class ValidatedParams(NamedTuple):
+    """The parameters of custom steps in a step that is being made: checked, and not prepared yet.
+
+    Attributes:
+        known: what was found fit.
+        slices: the parameters of each group that has some.
+        grads: as many lists of their gradients.
+        rows: the parameters, once they are prepared.
+    """
+
+    known: "_Validated"
+    slices: list[ParamSlice]
+    grads: list[list[Tensor]]
+    rows: list[PreparedParam]
+
+    def measure(self) -> None:
+        """Measure the gradients."""
+        for part, own in zip(self.slices, self.grads, strict=True):
+            part.gradients = measure_gradients(own)
+
+    def prepare(self, step: StepInput) -> None:
+        """Make state, and prepare the parameters for what the gradients are multiplied with."""
+        self.rows[:] = _rows(step, self.known, self.slices, self.grads)
+        if step.grads is None:
+            self.known.watch(step)
+            step.stepping.validated = self.known
+
+    def counted(self) -> list[PreparedParam]:
+        """Count the step of every parameter and return the parameters."""
+        return _counted(self.rows, self.known)
+
+
+def validate_params(step: StepInput) -> ValidatedParams:
+    """Return the parameters of custom steps that have a gradient, all of them checked; nothing is changed."""
+    refuse_irregular(step)
+    known = _validated(step)
+    slices = [ParamSlice(part.group, part.params) for part in known.slices]
+    return ValidatedParams(known, slices, known.take_gradients(), [])
 
 
 def _validated(step: StepInput) -> "_Validated":
@@ -95,11 +129,18 @@ def prepare_again(stepping: Stepping, groups: object, state: object, step: Calla
         state: the state of now.
         step: return all that the step is about.
     """
-    known = stepping.validated
-    if known is None or known.common is None or not known.is_unchanged(groups, state, step):
+    known = unchanged_params(stepping, groups, state, step)
+    if known is None:
         return None
     stepping.statistics.steps += 1
     return known.prepared()
+
+
+def unchanged_params(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
+    """Return what `prepare_again` takes parameters from, with `prepared`, which counts a step; else None."""
+    known = stepping.validated
+    same = known is not None and known.common is not None and known.is_unchanged(groups, state, step)
+    return known if same else None
 
 
 def _rows(
@@ -109,8 +150,9 @@ def _rows(
     made: list[tuple[Tensor, dict[str, bool]]] = []
     try:
         for part in () if known.has_state else slices:
-            flags = dict(step.spec.settle_flags(part.group)) | {"rounded": part.group.get("rounding") == "stochastic"}
-            slots, scalars = step.spec.active_slots(flags), step.spec.active_scalars(flags)
+            spec = step.spec.of(part.group)
+            flags = dict(spec.settle_flags(part.group)) | {"rounded": part.group.get("rounding") == "stochastic"}
+            slots, scalars = spec.active_slots(flags), spec.active_scalars(flags)
             for param in part.params:
                 names = ensure_state(scalars, part.group, param, step.state, slots)
                 made.append((param, names))
@@ -118,11 +160,27 @@ def _rows(
             known.entries = [[step.state.get(param, {}) for param in part.params] for part in slices]
         new = {param for param, names in made if EMA.name in names} if made else set()
         parts = zip(slices, grads, known.entries, known.options(step), strict=True)
-        return [row for part in parts for row in _prepared(step, *part, new, apart=known.overlap)]
+        rows = [row for part in parts for row in _prepared(step, *part, new, apart=known.overlap)]
+        if known.overlap:
+            _refuse_short(rows)
     except BaseException:
         for param, names in made:
             discard_state(step.state, param, names)
         raise
+    return rows
+
+
+def _refuse_short(rows: Sequence[PreparedParam]) -> None:
+    """Refuse parameters that are kept in short formats, where some share memory.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if any(not param_format(vars(row.h), row.param, row.state).is_plain for row in rows):
+        raise RuntimeError(
+            "parameters or their state share memory, so that they cannot be kept with rounding='stochastic' or "
+            "master_weight_bits; put them into a group without these options"
+        )
 
 
 def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedParam]:
@@ -148,20 +206,11 @@ def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedPar
 
 @contextmanager
 def full_precision_rows(step: StepInput, rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
-    """Let a custom step see parameters that are kept in short formats as float32 copies; store these in the end.
-
-    Raises:
-        RuntimeError: such a parameter shares its memory with another one.
-    """
+    """Let a custom step see parameters that are kept in short formats as float32 copies; store these in the end."""
     copies: dict[Tensor, tuple[PreparedParam, Format, Tensor]] = {}
     for row in rows:
         kept = param_format(vars(row.h), row.param, row.state)
         if not kept.is_plain and row.param not in copies:
-            if row.apart:
-                raise RuntimeError(
-                    "parameters or their state share memory, so that they cannot be kept with rounding='stochastic' or "
-                    "master_weight_bits; put them into a group without these options"
-                )
             copies[row.param] = row, kept, plain_param(vars(row.h), row.param, row.state).float()
     if not copies:
         yield list(rows)
@@ -194,12 +243,13 @@ class _Validated:
 
     def __init__(self, step: StepInput) -> None:
         self.slices, self._grads = [], []
-        for group in step.groups:
+        for group in [group for group in step.groups if step.spec.of(group).update is None]:
+            spec = step.spec.of(group)
             found = [(param, step.gradient(param)) for param in group["params"]]
             params = [param for param, grad in found if grad is not None]
             if params:
                 grads = [
-                    validated_gradient(step.spec, group, p, grad, step.state.get(p, {}))
+                    validated_gradient(spec, group, p, grad, step.state.get(p, {}))
                     for p, grad in found
                     if grad is not None
                 ]
@@ -213,9 +263,10 @@ class _Validated:
         self.entries = [[step.state.get(param, {}) for param in part.params] for part in self.slices]
         met = Counter(param for part in self.slices for param in part.params)
         self.repeated = {param for param, count in met.items() if count > 1}
-        entries = [(p, step.state.get(p, {})) for part in self.slices for p in part.params]
-        stored = [p for p, _ in entries]
-        stored += [e[slot.name] for _, e in entries for slot in step.spec.slots if e.get(slot.name) is not None]
+        stored = [param for part in self.slices for param in part.params]
+        for part, entries in zip(self.slices, self.entries, strict=True):
+            slots = step.spec.of(part.group).slots
+            stored += [entry[slot.name] for entry in entries for slot in slots if entry.get(slot.name) is not None]
         self.overlap = (
             shared_memory([to_local(tensor) for tensor in stored if has_address(to_local(tensor))]) is not None
         )
@@ -231,8 +282,9 @@ class _Validated:
         if self.guards is not None:
             return
         rows: defaultdict[Any, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
-        slots = [*(s.name for s in step.spec.scalars), *(slot.name for slot in step.spec.all_slots), CORRECTION]
         for part in self.slices:
+            spec = step.spec.of(part.group)
+            slots = [*(scalar.name for scalar in spec.scalars), *(slot.name for slot in spec.all_slots), CORRECTION]
             for param in part.params:
                 entry = step.state.get(param, {})
                 names = tuple(name for name in slots if entry.get(name) is not None)
@@ -248,7 +300,7 @@ class _Validated:
             entries = [entry for _, entry in found]
             columns = ([param for param, _ in found], *([entry[name] for entry in entries] for name in names))
             self.guards.append(make_guard(columns, entries, names, gradients=True))
-        self._flags = [step.spec.settle_flags(group) for group in step.groups]
+        self._flags = _flags(step)
         self._params = [list(group["params"]) for group in step.groups]
         self._idle = [param for params in self._params for param in params if param.grad is None]
         self._groups, self._list, self._state = list(step.groups), step.groups, step.state
@@ -270,9 +322,9 @@ class _Validated:
         """Take over the options; return whether they decide the same, and can change by being replaced only."""
         self._sequence, self._options, self.common = None, [], None
         named = (pair for group in step.groups for pair in group.items())
-        if not all(name == "params" or is_constant(value) for name, value in named):
+        if not all(name in UNREAD or is_constant(value) for name, value in named):
             return False
-        if self._flags != [step.spec.settle_flags(group) for group in step.groups]:
+        if self._flags != _flags(step):
             return False
         self._options = [hyperparameters(part.group) for part in self.slices]
         self._guard = DictGuard([*step.groups, vars(step.stepping.options)])
@@ -291,8 +343,9 @@ class _Validated:
         ]
         self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
         around = (*_OF_GRADIENTS, "ema", "master_weight_bits")
-        asked = any(group.get(name) for group in step.groups for name in around)
-        asked = asked or any(group.get("rounding") == "stochastic" for group in step.groups)
+        groups = [part.group for part in self.slices]
+        asked = any(group.get(name) for group in groups for name in around)
+        asked = asked or any(group.get("rounding") == "stochastic" for group in groups)
         if (
             asked
             or step.stepping.options.requested()
@@ -363,12 +416,17 @@ class _Validated:
             _release(self.guards)
             return False
         _release(self.guards)
-        return self._flags == [step.spec.settle_flags(group) for group in step.groups]
+        return bool(self._flags == _flags(step))
 
     @property
     def has_state(self) -> bool:
         """Return whether all state is there, so that none needs to be made."""
         return self.guards is not None
+
+
+def _flags(step: StepInput) -> list[Any]:
+    """Return what of the options decides how groups are stepped."""
+    return [(step.spec.of(group), step.spec.of(group).settle_flags(group)) for group in step.groups]
 
 
 def _release(guards: Sequence[Any]) -> None:
@@ -390,7 +448,7 @@ def _prepared(
     group = part.group
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
-    if step.is_clipped(group) or any(map(group.get, _OF_GRADIENTS)):
+    if step.grad_scale is not None or step.is_clipped(group) or any(map(group.get, _OF_GRADIENTS)):
         grads = [_seen(step, part, grad) for grad in grads]
     rows = zip(part.params, grads, entries, strict=True)
     if not group.get("capturable") and all(param.is_cpu for param in part.params):
@@ -403,6 +461,7 @@ def _prepared(
 def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:
     """Return a gradient as an algorithm is to see it."""
     group = part.group
+    grad = grad if step.grad_scale is None else grad / step.grad_scale
     grad = grad * part.clip if step.is_clipped(group) else grad
     if group.get("gradient_centralization"):
         grad = centralized(grad)

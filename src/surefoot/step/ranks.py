@@ -4,7 +4,7 @@ They tell what their gradients add up to, whether a GradScaler has found infinit
 algorithm needs more of a tensor than a shard, also which parameters have a gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -36,11 +36,11 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    whole = step.measures_tensors()
+    whole = step.whole_params()
     if whole:
-        refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
+        refuse_flattened(whole, step.spec.name, whole_tensors=True)
     asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
-    if not asked and not (whole and _any_sharded(step)):
+    if not asked and not _any_sharded(whole):
         return None
     exchange = exchange_of(step)
     if exchange is None and step.needs_gradients():
@@ -48,8 +48,8 @@ def due_exchange(step: StepInput) -> Exchange | None:
     return exchange
 
 
-def _any_sharded(step: StepInput) -> bool:
-    return sharded_type() is not None and any(is_sharded(param) for group in step.groups for param in group["params"])
+def _any_sharded(params: Iterable[Tensor]) -> bool:
+    return sharded_type() is not None and any(map(is_sharded, params))
 
 
 def exchange_of(step: StepInput) -> Exchange | None:
@@ -79,10 +79,11 @@ def refuse_irregular(step: StepInput) -> None:
     Raises:
         RuntimeError: there is one; the message names it.
     """
-    if not _any_sharded(step) or not step.measures_tensors():
+    whole = set(step.whole_params())
+    if not _any_sharded(whole):
         return
     for group in step.groups:
-        for param in group["params"]:
+        for param in whole.intersection(group["params"]):
             if is_sharded(param) and (reason := irregular_shard(param)) is not None:
                 raise RuntimeError(f"{format_param(group, param)} {reason}; lay it out with `distribute_tensor`")
 
@@ -120,29 +121,30 @@ def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, 
     rows, shared = exchange.sum(rows, torch.cat([flags, divided.flatten()]))
     captured = any(group.get("capturable") for group in step.groups)
     # On an accelerator this waits, so that there a rank that fails ends its own step only, unless others wait for it.
-    whole = step.measures_tensors()
+    whole = set(step.whole_params())
     if (place.type == "cpu" or (whole and not captured)) and not failed and shared[0]:
         raise RuntimeError(
             f"{step.spec.name}'s step was refused on another rank, which tells why; nothing was changed on this one"
         )
     if whole and not failed and not captured:
-        _refuse_missing(step, exchange, rows[:, _WITH_GRADIENT])
+        _refuse_missing(step, exchange, rows[:, _WITH_GRADIENT], whole)
     found_inf = None if step.found_inf is None else shared[1].float()
     return RankSums(rows, shared[2:].view_as(divided), found_inf)
 
 
-def _refuse_missing(step: StepInput, exchange: Exchange, present: Tensor) -> None:
+def _refuse_missing(step: StepInput, exchange: Exchange, present: Tensor, whole: Collection[Tensor]) -> None:
     """Refuse a step of whole tensors for which some ranks lack a gradient, on all ranks alike.
 
     Args:
         step: the step.
         exchange: what ranks tell one another by.
         present: on how many ranks each parameter has a gradient.
+        whole: the parameters of which more than a shard is needed.
     """
     shards = exchange.shards.to(present.device)
     missing = (present > _ALMOST) & (present < shards - _ALMOST)
     for row in missing.nonzero().flatten().tolist():
-        if is_sharded(param := exchange.params[row]):
+        if is_sharded(param := exchange.params[row]) and param in whole:
             raise RuntimeError(
                 f"{step.spec.name} needs the gradient of `{step.names()[param]}` on every rank that holds a shard of "
                 f"it, and some have none; give them one of zeros"
