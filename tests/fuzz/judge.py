@@ -72,13 +72,13 @@ def misfits(world: World) -> tuple[list[str], list[str]]:
     if has_bad_indices(world):
         must.append("rows outside")
     written: list[Tensor] = []
-    for optimizer, _, param in stepped(world):
+    for optimizer, group, param in stepped(world):
         state = optimizer.state.get(param, {})
         if not isinstance(state, dict):
             may.append("state is no dict")
             continue
         _misfits_of_parameter(param, must, may)
-        slots = {slot.name: slot.shape_for(param) for slot in (*getattr(type(optimizer), "slots", ()), EMA)}
+        slots = {slot.name: slot.shape_for(param, group) for slot in (*getattr(type(optimizer), "slots", ()), EMA)}
         for name, value in state.items():
             if name in SCALARS:
                 _misfits_of_scalar(value, may)

@@ -40,6 +40,7 @@ class AlgorithmSpec:
         refused_options: why some of them are not taken.
         own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
+        later_options: those of them that go by keyword only, which state dicts, as those of torch, need not know.
     """
 
     name: str
@@ -60,6 +61,7 @@ class AlgorithmSpec:
     refused_options: Mapping[str, str] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
+    later_options: frozenset[str] = frozenset()
 
     @property
     def is_declared(self) -> bool:

@@ -137,7 +137,7 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
         if (value := entry.get(slot.name)) is None:
             continue
         in_codes = isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
-        reason = unfit_state(value, param, slot.shape_for(param), kinds=not (in_codes or slot.is_number))
+        reason = unfit_state(value, param, slot.shape_for(param, group), kinds=not (in_codes or slot.is_number))
         if reason is not None:
             raise _unfit_state(f"state `{slot.name}`", group, param, reason)
         if in_codes and (reason := _unfit_scale(value, entry.get(f"{slot.name}_scale"), param)) is not None:
