@@ -257,3 +257,20 @@ def test_normuon_is_that_of_the_reference(match):
         torch.float32,
     )
     assert apart < 0.02 * moved
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [({}, 10000), ({"precondition_frequency": 3, "shampoo_beta": 0.9}, 10000), ({"merge_dims": True}, 6)],
+    ids=str,
+)
+def test_soap_is_that_of_the_reference(options, longest):
+    """With gradients of full rank along every axis: the eigenvectors of others are anybody's."""
+    kind = reference(Pair("SOAP", f"{OTHERS}.soap", "SOAP"))
+    moved, apart = stepped_alike(
+        lambda params: kind(params, max_precondition_dim=longest, **options),
+        lambda params: surefoot.SOAP(params, max_precond_dim=longest, **options),
+        [(5, 5), (2, 3, 4), *[(6,)] * ("merge_dims" not in options)],  # of vectors it takes all axes for one of 1
+        torch.float64,
+    )
+    assert apart < 1e-6 * moved
