@@ -12,14 +12,17 @@ from torch import Tensor
 from surefoot.constructor import WeightOptions, arguments
 from surefoot.locks import Lock
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import add_scaled_, readable
+from surefoot.optimizers.common import batches, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
 from surefoot.step.prepared import PreparedParam
+from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
 _MOST_AXES = 6
 _LEAST = 1e-30
+_SMALL, _STACKED, _MOST_TOGETHER = 1 << 10, 1 << 22, 256
+"""Elements of parameters that are stepped together on the CPU; and how many elements, and parameters, at most."""
 _MOST_STACKED = 1 << 24
 """Elements of matrices that are decomposed together."""
 
@@ -58,6 +61,10 @@ def _slots() -> Iterator[Slot]:
         shape = functools.partial(_factor_shape, axis)
         yield Slot(f"GG_{axis}", shape=shape, wide=True, float8=False)
         yield Slot(f"Q_{axis}", shape=shape, wide=True, float8=False)
+
+
+_SLOTS = tuple(_slots())
+_SLOT_NAMES = frozenset(slot.name for slot in _SLOTS)
 
 
 class SOAP(Optimizer):
@@ -134,7 +141,7 @@ class SOAP(Optimizer):
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = tuple(_slots())
+    slots = _SLOTS
     scalars = (Scalar("step"),)
     complex_params = False
     prepares_params = True
@@ -164,90 +171,129 @@ class SOAP(Optimizer):
     step = Optimizer._prepared_step
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        rows = [_Row(*row) for row in found if row.param.numel()]
+        rows = [row for row in found if row.param.numel()]
         with _full_precision({row.param.device.type for row in rows}):
-            first, later = ([row for row in rows if (row.calls == 1) == begins] for begins in (True, False))
-            for row in first:
-                row.average_products()
-            for row, bases in zip(first, _decomposed([row.factors() for row in first], _eigenvectors), strict=True):
-                row.put(bases)
-            for row in later:
-                row.step()
-                row.average_products()
-            due = [row for row in later if not (row.calls - 1) % row.h.precondition_frequency]
-            for row, bases in zip(due, _decomposed([row.iterates() for row in due], _orthonormal), strict=True):
-                exp_avg = row.turned_back(row.average("exp_avg"))
-                row.put(bases)
-                row.average("exp_avg").copy_(row.turned(exp_avg))
+            steps = [_Batch(batch) for batch in _batches(rows)]
+            first, later = ([batch for batch in steps if (batch.calls == 1) == begins] for begins in (True, False))
+            for batch in first:
+                batch.average_products()
+            for batch, bases in zip(first, _decomposed([batch.factors for batch in first], _eigenvectors), strict=True):
+                batch.bases = bases
+            for batch in later:
+                batch.step()
+                batch.average_products()
+            due = [batch for batch in later if not (batch.calls - 1) % batch.h.precondition_frequency]
+            for batch, bases in zip(due, _decomposed([batch.iterates() for batch in due], _orthonormal), strict=True):
+                exp_avg = batch.turned(batch.exp_avg, back=True)
+                batch.bases = bases
+                batch.exp_avg.copy_(batch.turned(exp_avg))
+            for batch in steps:
+                batch.store()
 
 
-class _Row(PreparedParam):
-    """A parameter, with the state that it has, and what is done to it.
+def _batches(rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+    """Yield parameters that are stepped together: small ones of a shape, of which the time is in the calls."""
+    for alike in batches(rows, _kind):
+        most = min(_MOST_TOGETHER, max(1, _STACKED // alike[0].param.numel()))
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
-    Tensors are turned into the basis of the factors as the axes that the options say, and have the shape of the
-    parameter otherwise.
+
+def _kind(row: PreparedParam) -> Any:
+    h, param, grad, state, _ = row
+    tensors = (param, *(value for name, value in state.items() if name in _SLOT_NAMES and value is not None))
+    if (param.is_cpu and param.numel() > _SMALL) or not all(map(is_plain, tensors)):
+        return None
+    dtypes = tuple(tensor.dtype for tensor in (*tensors, grad))
+    return id(h), param.device, param.shape, dtypes, int(readable(h, state["step"]))
+
+
+class _Batch:
+    """Parameters of one shape that have taken as many steps, and what is done to them.
+
+    Several are stacked along a first dimension; one is as it is.  Tensors have the shape of the parameter, whichever
+    axes it is seen as.
+
+    Attributes:
+        h: their hyperparameters.
+        calls: which call of `step` this is for them.
+        exp_avg, exp_avg_sq, factors, bases: their state, the last two of the axes that have some.
     """
 
-    @property
-    def calls(self) -> int:
-        """Return which call of `step` this is for the parameter."""
-        return int(readable(self.h, self.state["step"]))
+    def __init__(self, rows: Sequence[PreparedParam]) -> None:
+        self._rows, (self.h, self._param, *_) = rows, rows[0]
+        self.calls = int(readable(self.h, rows[0].state["step"]))
+        self._dtype = torch.promote_types(self._param.dtype, torch.float32)
+        self._stacked = int(len(rows) > 1)
+        self._axes = [axis for axis in range(_MOST_AXES) if rows[0].state.get(f"GG_{axis}") is not None]
+        self._sizes = _seen_as(self._param, vars(self.h))
+        self._grad = self._joined([row.grad.to(self._dtype) for row in rows])
+        self._held = ("exp_avg", "exp_avg_sq", *(f"{kind}_{axis}" for kind in ("GG", "Q") for axis in self._axes))
+        self.exp_avg, self.exp_avg_sq, *matrices = (
+            self._joined([row.state[name] for row in rows]) for name in self._held
+        )
+        self.factors, self._bases = matrices[: len(self._axes)], matrices[len(self._axes) :]
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self._stacked else tensors[0]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the arithmetic."""
-        return torch.promote_types(self.param.dtype, torch.float32)
+    def bases(self) -> list[Tensor]:
+        """Return the bases of the axes that have one."""
+        return self._bases
 
-    def average(self, name: str) -> Tensor:
-        """Return one of the two averages of Adam."""
-        found: Tensor = self.state[name]
-        return found
+    @bases.setter
+    def bases(self, new: Sequence[Tensor]) -> None:
+        for basis, each in zip(self._bases, new, strict=True):
+            basis.copy_(each)
 
-    def as_axes(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the parameter's shape as one of its axes."""
-        return tensor.to(self.dtype).reshape(_seen_as(self.param, vars(self.h)))
+    def store(self) -> None:
+        """Put what has been stacked back where it is from."""
+        if self._stacked:
+            for name, joined in zip(
+                self._held, (self.exp_avg, self.exp_avg_sq, *self.factors, *self._bases), strict=True
+            ):
+                torch._foreach_copy_([row.state[name] for row in self._rows], list(joined.unbind()))
 
-    def factors(self, kind: str = "GG") -> list[Tensor]:
-        """Return the factors of the axes that have one, or their bases."""
-        return [self.state[f"{kind}_{axis}"] for axis in self.axes()]
-
-    def axes(self) -> list[int]:
-        """Return the axes that have factors."""
-        return [axis for axis in range(_MOST_AXES) if self.state.get(f"GG_{axis}") is not None]
+    def _as_axes(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape((*tensor.shape[: self._stacked], *self._sizes))
 
     def turned(self, tensor: Tensor, *, back: bool = False) -> Tensor:
         """Return a tensor in the basis, or back from it."""
-        found = self.as_axes(tensor)
-        for axis, basis in zip(self.axes(), self.factors("Q"), strict=True):
-            matrix = basis.to(self.dtype)
-            found = (found.movedim(axis, -1) @ (matrix.mT if back else matrix)).movedim(-1, axis)
-        return found.reshape(self.param.shape)
-
-    def turned_back(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that is in the basis as it is in the parameter's."""
-        return self.turned(tensor, back=True)
+        found = self._as_axes(tensor)
+        for axis, basis in zip(self._axes, self._bases, strict=True):
+            matrix = basis.to(self._dtype)
+            last = found.movedim(axis + self._stacked, -1)
+            rows = last.flatten(self._stacked, -2) if last.dim() > 1 + self._stacked else last.unsqueeze(-2)
+            found = (rows @ (matrix.mT if back else matrix)).view(last.shape).movedim(-1, axis + self._stacked)
+        return found.reshape(tensor.shape)
 
     def step(self) -> None:
-        """Take a step of Adam in the basis, and let the parameter decay."""
-        h, param, steps = self.h, self.param, self.calls - 1
+        """Take a step of Adam in the basis, and let the parameters decay."""
+        h, steps, params = self.h, self.calls - 1, [row.param for row in self._rows]
         beta1, beta2, lr = (readable(h, number) for number in (*h.betas, h.lr))
-        grad, exp_avg, exp_avg_sq = self.turned(self.grad), self.average("exp_avg"), self.average("exp_avg_sq")
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = self.turned_back(exp_avg / exp_avg_sq.sqrt().add_(h.eps))
+        grad = self.turned(self._grad)
+        self.exp_avg.lerp_(grad, 1 - beta1)
+        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        update = self.turned(self.exp_avg / self.exp_avg_sq.sqrt().add_(h.eps), back=True)
         if h.normalize_grads:
-            update = update / (_LEAST + update.square().mean().sqrt())
+            own = tuple(range(self._stacked, update.dim()))
+            squares = update.square()
+            update = update / (_LEAST + (squares.mean(own, keepdim=True) if own else squares).sqrt())
         size = lr * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps) if h.correct_bias else lr
-        add_scaled_(param, update, -size)
-        if isinstance(h.weight_decay, Tensor) or h.weight_decay:
-            param.mul_(1 - lr * readable(h, h.weight_decay))
+        kept = 1 - lr * readable(h, h.weight_decay)
+        if self._stacked:
+            torch._foreach_add_(params, list(update.unbind()), alpha=-size)
+            torch._foreach_mul_(params, kept)
+        else:  # torch's lists take no lazily negated ones
+            params[0].add_(update, alpha=-size).mul_(kept)
 
     def average_products(self) -> None:
         """Move each factor towards the product of the gradient, along its axis, with itself."""
         beta = readable(self.h, self.h.betas[1] if self.h.shampoo_beta < 0 else self.h.shampoo_beta)
-        grad = self.as_axes(self.grad)
-        for axis, factor in zip(self.axes(), self.factors(), strict=True):
-            matrix = grad.movedim(axis, 0).flatten(1) if grad.dim() > 1 else grad[:, None]
+        grad = self._as_axes(self._grad)
+        for axis, factor in zip(self._axes, self.factors, strict=True):
+            first = grad.movedim(axis + self._stacked, self._stacked)
+            matrix = first.flatten(1 + self._stacked) if first.dim() > 1 + self._stacked else first.unsqueeze(-1)
             factor.lerp_((matrix @ matrix.mT).to(factor.dtype), 1 - beta)
 
     def iterates(self) -> list[Tensor]:
@@ -255,35 +301,33 @@ class _Row(PreparedParam):
 
         The average of squares is put into that order.
         """
-        squares, found = self.as_axes(self.average("exp_avg_sq")), []
-        for axis, factor, basis in zip(self.axes(), self.factors(), self.factors("Q"), strict=True):
+        squares, found = self._as_axes(self.exp_avg_sq), []
+        for axis, factor, basis in zip(self._axes, self.factors, self._bases, strict=True):
             product = factor @ basis
-            order = (basis * product).sum(0).argsort(descending=True, stable=True)
-            squares = squares.index_select(axis, order)
-            found.append(product.index_select(1, order))
-        self.average("exp_avg_sq").copy_(squares.reshape(self.param.shape))
+            order = (basis * product).sum(-2).argsort(descending=True, stable=True)
+            shape = [1] * squares.dim()
+            shape[: self._stacked] = order.shape[: self._stacked]
+            shape[axis + self._stacked] = -1
+            squares = squares.take_along_dim(order.view(shape), axis + self._stacked)
+            found.append(product.take_along_dim(order.unsqueeze(-2), -1))
+        self.exp_avg_sq.copy_(squares.reshape(self.exp_avg_sq.shape))
         return found
-
-    def put(self, bases: Sequence[Tensor]) -> None:
-        """Let the bases be others."""
-        for basis, new in zip(self.factors("Q"), bases, strict=True):
-            basis.copy_(new)
 
 
 def _decomposed(matrices: Sequence[Sequence[Tensor]], decompose: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
-    """Return what a function makes of stacks of matrices, those of one size together, in the order that they came."""
+    """Return what a function makes of square matrices, or stacks of them: those of one size are decomposed together."""
     alike: defaultdict[Any, list[tuple[int, int]]] = defaultdict(list)
     for row, own in enumerate(matrices):
         for place, matrix in enumerate(own):
-            alike[matrix.shape, matrix.dtype, matrix.device].append((row, place))
+            alike[matrix.shape[-1], matrix.dtype, matrix.device].append((row, place))
     found: list[list[Tensor]] = [list(own) for own in matrices]
-    for (shape, *_), places in alike.items():
-        most = max(1, _MOST_STACKED // shape.numel())
-        for first in range(0, len(places), most):
-            some = places[first : first + most]
-            made = decompose(torch.stack([matrices[row][place] for row, place in some]))
-            for (row, place), each in zip(some, made.unbind(), strict=True):
-                found[row][place] = each
+    for (size, *_), places in alike.items():
+        every = [matrices[row][place].reshape(-1, size, size) for row, place in places]
+        joined = torch.cat(every) if len(every) > 1 else every[0]
+        made = [decompose(some) for some in torch.split(joined, max(1, _MOST_STACKED // size**2))]
+        whole = torch.cat(made) if len(made) > 1 else made[0]
+        for (row, place), each in zip(places, torch.split(whole, list(map(len, every))), strict=True):
+            found[row][place] = each.view(matrices[row][place].shape)
     return found
 
 
