@@ -138,6 +138,35 @@ def test_16_bit_parameters_have_state_in_float32():
     assert not torch.equal(param, torch.ones_like(param))
 
 
+def test_a_model_that_becomes_double_goes_on():
+    param, grads = parameter((4, 3), torch.float32), drawn((4, 3), 6, dtype=torch.float32)
+    optimizer = surefoot.SOAP([param], precondition_frequency=2)
+    for grad in grads[:3]:
+        param.grad = grad
+        optimizer.step()
+    param.data = param.data.double()
+    for grad in grads[3:]:
+        param.grad = grad.double()
+        optimizer.step()
+    assert {value.dtype for value in optimizer.state[param].values()} == {torch.float32}
+    expected = parameter((4, 3), torch.float32)
+    trained(expected, grads, precondition_frequency=2)
+    torch.testing.assert_close(param, expected.double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_there_twice_takes_two_steps():
+    param, others = parameter((3, 3)), [parameter((3, 3)) for _ in range(3)]
+    optimizer, alone = surefoot.SOAP([param, others[0], param]), parameter((3, 3))
+    for grad in drawn((3, 3), 4):
+        param.grad = others[0].grad = grad
+        optimizer.step()
+    trained(alone, [grad for grad in drawn((3, 3), 4) for _ in range(2)])
+    torch.testing.assert_close(param, alone)
+    trained(others[1], drawn((3, 3), 4))
+    torch.testing.assert_close(others[0], others[1])
+
+
 def test_what_is_not_a_number_stays_in_its_parameter():
     params = [parameter((3, 3)) for _ in range(2)]
     optimizer = surefoot.SOAP(params, precondition_frequency=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.constructor import WeightOptions, arguments
 from surefoot.locks import Lock
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import batches, readable
+from surefoot.optimizers.common import batches, in_turns, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
 from surefoot.step.prepared import PreparedParam
@@ -89,7 +89,7 @@ class SOAP(Optimizer):
     Of a tensor of more dimensions each is an axis with a factor of its own.  Axes longer than `max_precond_dim` have
     none, nor have vectors unless `precondition_1d`: without any it is Adam, with its eps in units of the uncorrected
     root.  State is float32 or better: `exp_avg` and `exp_avg_sq` like the parameter, `GG_i` and `Q_i` of the size of
-    the axis squared, `step`, which counts the first step too.
+    the axis squared, `step`, which counts the first step too.  Which axes have factors is settled by the first step.
 
     {arguments}
 
@@ -171,24 +171,28 @@ class SOAP(Optimizer):
     step = Optimizer._prepared_step
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        rows = [row for row in found if row.param.numel()]
-        with _full_precision({row.param.device.type for row in rows}):
-            steps = [_Batch(batch) for batch in _batches(rows)]
-            first, later = ([batch for batch in steps if (batch.calls == 1) == begins] for begins in (True, False))
-            for batch in first:
-                batch.average_products()
-            for batch, bases in zip(first, _decomposed([batch.factors for batch in first], _eigenvectors), strict=True):
-                batch.bases = bases
-            for batch in later:
-                batch.step()
-                batch.average_products()
-            due = [batch for batch in later if not (batch.calls - 1) % batch.h.precondition_frequency]
-            for batch, bases in zip(due, _decomposed([batch.iterates() for batch in due], _orthonormal), strict=True):
-                exp_avg = batch.turned(batch.exp_avg, back=True)
-                batch.bases = bases
-                batch.exp_avg.copy_(batch.turned(exp_avg))
-            for batch in steps:
-                batch.store()
+        for rows in in_turns(row for row in found if row.param.numel()):
+            with _full_precision({row.param.device.type for row in rows}):
+                _step([_Batch(batch) for batch in _batches(rows)])
+
+
+def _step(batches: Sequence["_Batch"]) -> None:
+    """Make a step of parameters, of which none is there twice."""
+    first, later = ([batch for batch in batches if (batch.calls == 1) == begins] for begins in (True, False))
+    for batch in first:
+        batch.average_products()
+    for batch, bases in zip(first, _decomposed([batch.factors for batch in first], _eigenvectors), strict=True):
+        batch.bases = bases
+    for batch in later:
+        batch.step()
+        batch.average_products()
+    due = [batch for batch in later if not (batch.calls - 1) % batch.h.precondition_frequency]
+    for batch, bases in zip(due, _decomposed([batch.iterates() for batch in due], _orthonormal), strict=True):
+        exp_avg = batch.turned(batch.exp_avg, back=True)
+        batch.bases = bases
+        batch.exp_avg.copy_(batch.turned(exp_avg))
+    for batch in batches:
+        batch.store()
 
 
 def _batches(rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
@@ -211,7 +215,7 @@ class _Batch:
     """Parameters of one shape that have taken as many steps, and what is done to them.
 
     Several are stacked along a first dimension; one is as it is.  Tensors have the shape of the parameter, whichever
-    axes it is seen as.
+    axes it is seen as, and the dtype of the arithmetic; `store` puts back what is no tensor of the state for that.
 
     Attributes:
         h: their hyperparameters.
@@ -226,7 +230,7 @@ class _Batch:
         self._stacked = int(len(rows) > 1)
         self._axes = [axis for axis in range(_MOST_AXES) if rows[0].state.get(f"GG_{axis}") is not None]
         self._sizes = _seen_as(self._param, vars(self.h))
-        self._grad = self._joined([row.grad.to(self._dtype) for row in rows])
+        self._grad = self._joined([row.grad for row in rows])
         self._held = ("exp_avg", "exp_avg_sq", *(f"{kind}_{axis}" for kind in ("GG", "Q") for axis in self._axes))
         self.exp_avg, self.exp_avg_sq, *matrices = (
             self._joined([row.state[name] for row in rows]) for name in self._held
@@ -234,7 +238,7 @@ class _Batch:
         self.factors, self._bases = matrices[: len(self._axes)], matrices[len(self._axes) :]
 
     def _joined(self, tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors) if self._stacked else tensors[0]
+        return (torch.stack(tensors) if self._stacked else tensors[0]).to(self._dtype)
 
     @property
     def bases(self) -> list[Tensor]:
@@ -247,12 +251,13 @@ class _Batch:
             basis.copy_(each)
 
     def store(self) -> None:
-        """Put what has been stacked back where it is from."""
-        if self._stacked:
-            for name, joined in zip(
-                self._held, (self.exp_avg, self.exp_avg_sq, *self.factors, *self._bases), strict=True
-            ):
-                torch._foreach_copy_([row.state[name] for row in self._rows], list(joined.unbind()))
+        """Put the state back where it is from, as far as it is elsewhere."""
+        now = (self.exp_avg, self.exp_avg_sq, *self.factors, *self._bases)
+        for name, value in zip(self._held, now, strict=True):
+            if self._stacked:
+                torch._foreach_copy_([row.state[name] for row in self._rows], list(value.unbind()))
+            elif value is not self._rows[0].state[name]:
+                self._rows[0].state[name].copy_(value)
 
     def _as_axes(self, tensor: Tensor) -> Tensor:
         return tensor.reshape((*tensor.shape[: self._stacked], *self._sizes))
@@ -261,16 +266,16 @@ class _Batch:
         """Return a tensor in the basis, or back from it."""
         found = self._as_axes(tensor)
         for axis, basis in zip(self._axes, self._bases, strict=True):
-            matrix = basis.to(self._dtype)
+            matrix = basis.mT if back else basis
             last = found.movedim(axis + self._stacked, -1)
             rows = last.flatten(self._stacked, -2) if last.dim() > 1 + self._stacked else last.unsqueeze(-2)
-            found = (rows @ (matrix.mT if back else matrix)).view(last.shape).movedim(-1, axis + self._stacked)
+            found = (rows @ matrix).view(last.shape).movedim(-1, axis + self._stacked)
         return found.reshape(tensor.shape)
 
     def step(self) -> None:
         """Take a step of Adam in the basis, and let the parameters decay."""
         h, steps, params = self.h, self.calls - 1, [row.param for row in self._rows]
-        beta1, beta2, lr = (readable(h, number) for number in (*h.betas, h.lr))
+        beta1, beta2, lr, decay = (float(readable(h, number)) for number in (*h.betas, h.lr, h.weight_decay))
         grad = self.turned(self._grad)
         self.exp_avg.lerp_(grad, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -280,21 +285,20 @@ class _Batch:
             squares = update.square()
             update = update / (_LEAST + (squares.mean(own, keepdim=True) if own else squares).sqrt())
         size = lr * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps) if h.correct_bias else lr
-        kept = 1 - lr * readable(h, h.weight_decay)
         if self._stacked:
             torch._foreach_add_(params, list(update.unbind()), alpha=-size)
-            torch._foreach_mul_(params, kept)
+            torch._foreach_mul_(params, 1 - lr * decay)
         else:  # torch's lists take no lazily negated ones
-            params[0].add_(update, alpha=-size).mul_(kept)
+            params[0].add_(update, alpha=-size).mul_(1 - lr * decay)
 
     def average_products(self) -> None:
         """Move each factor towards the product of the gradient, along its axis, with itself."""
-        beta = readable(self.h, self.h.betas[1] if self.h.shampoo_beta < 0 else self.h.shampoo_beta)
+        beta = float(readable(self.h, self.h.betas[1] if self.h.shampoo_beta < 0 else self.h.shampoo_beta))
         grad = self._as_axes(self._grad)
         for axis, factor in zip(self._axes, self.factors, strict=True):
             first = grad.movedim(axis + self._stacked, self._stacked)
             matrix = first.flatten(1 + self._stacked) if first.dim() > 1 + self._stacked else first.unsqueeze(-1)
-            factor.lerp_((matrix @ matrix.mT).to(factor.dtype), 1 - beta)
+            factor.lerp_(matrix @ matrix.mT, 1 - beta)
 
     def iterates(self) -> list[Tensor]:
         """Return what power iteration makes of the bases, their columns in the order of what they have of the factors.
