@@ -40,7 +40,8 @@ LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 16, 256, 1 << 18
 """Elements of matrices that are stacked on the CPU, how many are stacked at most, and of how many elements there.
 
 A product of small matrices takes as long to start as to compute: 64 matrices of 64 rows and columns take an eighth of
-the time that they take one by one, 8 of 192 two thirds.  Results are the same, bit for bit.
+the time that they take one by one, 8 of 192 two thirds.  Results are the same, bit for bit, but of matrices of 16 rows
+and columns or less, where one in a hundred is rounded otherwise.
 """
 
 
