@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import surefoot
+from surefoot.optimizers import orthogonal
 from surefoot.optimizers.orthogonal import SCHEDULES, newton_schulz
 
 STEPS = 5
@@ -191,6 +192,20 @@ def test_products_in_float32_are_nearer_than_torchs_in_bfloat16():
         theirs.step()
     assert distances["bfloat16"] <= 1.01 * (param.detach() - exact).norm()
     assert distances["float32"] < 0.01 * distances["bfloat16"]
+
+
+def test_a_processor_that_does_not_multiply_bfloat16_is_no_farther_from_the_formulas(monkeypatch):
+    """Products in float32 there, between what is rounded as torch rounds it."""
+    w, grads = drawn((24, 40))
+    exact = by_loop(w.clone(), grads, EXACT)["param"]
+    ends = []
+    for multiplies in (True, False):
+        monkeypatch.setattr(orthogonal, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        ends.append(by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1})["param"])
+        assert newton_schulz(w, (3.4445, -4.775, 2.0315), 5, 1e-7).dtype is torch.bfloat16
+    assert 0 < (ends[1] - exact).norm() < (ends[0] - exact).norm()
+    as_asked = by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1, "ns_dtype": torch.bfloat16})["param"]
+    assert torch.equal(as_asked, ends[0])
 
 
 # Polynomials
@@ -380,7 +395,7 @@ def matrix(*shape):
         (
             {"ns_dtype": torch.float16},
             ValueError,
-            "`ns_dtype` must be torch.bfloat16, torch.float32 or torch.float64, but got",
+            "`ns_dtype` must be None, torch.bfloat16, torch.float32 or torch.float64, but got",
         ),
         ({"num_heads": 0}, ValueError, "`num_heads` must be a number in [1"),
         ({"num_heads": 1.5}, TypeError, "`num_heads` must be a whole number"),

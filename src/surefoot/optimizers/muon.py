@@ -39,7 +39,7 @@ _SCALES: Mapping[str | None, Callable[[float, float], float]] = {
     "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
 }
 """How learning rates follow the shape of a matrix."""
-_PRODUCTS = (torch.bfloat16, torch.float32, torch.float64)
+_PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 _NORMUON_EPS = 1e-10
 _LEAST_SHARE = 1e-3
 
@@ -164,10 +164,11 @@ class Muon(Optimizer):
             "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
         ] = None,
         ns_dtype: Annotated[
-            torch.dtype,
-            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, and faster on processors without "
-            "products in bfloat16, or torch.float64",
-        ] = torch.bfloat16,
+            torch.dtype | None,
+            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
+            "bfloat16, as in torch, but on processors that do not multiply that: there what is made orthogonal, and "
+            "what comes of it, are rounded so, and products are in float32, which takes a small part of the time",
+        ] = None,
         state_dtype: Annotated[
             torch.dtype | None,
             "dtype in which new momentum is stored, torch.bfloat16 beside float32 parameters for instance; the "
@@ -218,7 +219,7 @@ class Muon(Optimizer):
         for rows in in_turns(row for row in found if is_sharded(row.param)):
             alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
             for row in rows:
-                alike[row.param.device_mesh, row.h.ns_dtype].append(row)  # type: ignore[attr-defined]
+                alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
             for some in alike.values():
                 _step_sharded(some)
 
@@ -255,7 +256,7 @@ def _step_sharded(rows: list[PreparedParam]) -> None:
     for batch in batches(shards, _dtypes):
         # What is made orthogonal is rounded to the dtype of the products first.
         momenta = zip(batch, _momenta(batch), strict=True)
-        updates |= {numbers[id(row)]: u.to(row.h.ns_dtype) for row, u in momenta}
+        updates |= {numbers[id(row)]: u.to(row.h.ns_dtype or torch.bfloat16) for row, u in momenta}
     wholes = exchange.collect([updates[number] for number in range(len(rows))])
     directions: dict[int, Tensor] = {}
     for own in _of_one_group(rows, wholes):

@@ -46,7 +46,7 @@ and columns or less, where one in a hundred is rounded otherwise.
 
 
 def newton_schulz(
-    matrix: Tensor, coefficients: Polynomials, steps: int, eps: float, dtype: torch.dtype = torch.bfloat16
+    matrix: Tensor, coefficients: Polynomials, steps: int, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return approximately the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration.
 
@@ -61,13 +61,15 @@ def newton_schulz(
             `"polar_express"` (Amsel et al. 2025, arXiv 2505.16932), before which X is divided by another 1.01.
         steps: number of iterations.
         eps: least norm to divide by.
-        dtype: that of the products.
+        dtype: that of the products.  With None the matrix and the result are rounded to bfloat16, and the products too
+            unless they are slow there: on processors that do not multiply bfloat16 they are in float32.
 
     Returns:
-        A new tensor of the same shape in that dtype.
+        A new tensor of the same shape in that dtype, bfloat16 with None.
     """
     multiply_add = torch.addmm if matrix.dim() == _MATRIX else torch.baddbmm
-    x = matrix.to(dtype)
+    x = matrix.to(dtype or torch.bfloat16)
+    x = x.float() if dtype is None and x.is_cpu and not multiplies_bfloat16() else x
     wide = x.mT if x.size(-2) > x.size(-1) else x
     norms = _norms(wide).clamp(min=eps)
     wide = wide / (norms * _SAFETY if isinstance(coefficients, str) else norms)
@@ -75,7 +77,14 @@ def newton_schulz(
         gram = wide @ wide.mT
         polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         wide = multiply_add(wide, polynomial, wide, beta=a)
-    return wide.mT if x.size(-2) > x.size(-1) else wide
+    return (wide.mT if x.size(-2) > x.size(-1) else wide).to(dtype or torch.bfloat16)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor has instructions that multiply bfloat16; True where torch cannot tell."""
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found.get("architecture") != "x86_64" or bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def polynomials(coefficients: Polynomials, steps: int) -> list[Coefficients]:
@@ -183,7 +192,7 @@ def row_dims_of(shape: torch.Size, flatten: bool | None) -> int:
 
 
 def orthogonal(h: Any, updates: Sequence[Tensor]) -> list[Tensor]:
-    """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype`."""
+    """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype` or bfloat16."""
     parts = [_matrices(update, blocks_of(update.shape, h)) for update in updates]
     made = dict(_made_orthogonal(h, [stack for own in parts for stack in own]))
     found, first = [], 0
