@@ -42,6 +42,8 @@ _SCALES: Mapping[str | None, Callable[[float, float], float]] = {
 _PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 _NORMUON_EPS = 1e-10
 _LEAST_SHARE = 1e-3
+_SMALL, _MOST_FINISHED = 1 << 12, 1 << 22
+"""Elements of a parameter whose direction is finished in a stack on the CPU, and of all in one."""
 
 
 def _row_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
@@ -233,8 +235,7 @@ def _step_batch(batch: list[PreparedParam]) -> None:
     h, params = batch[0].h, [row.param for row in batch]
     directions, blocks = orthogonal(h, _momenta(batch)), blocks_of(params[0].shape, h)
     if _asks_for_more(h, blocks):
-        for row, direction in zip(batch, directions, strict=True):
-            _finish([_Update(row, row.param, blocks, blocks.rows, direction)], _as_they_are)
+        _finish_batch(batch, blocks, directions)
         return
     shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
     if len(batch) == 1:
@@ -409,6 +410,27 @@ def _lengths_here(blocks: Blocks, shape: torch.Size, indices: Sequence[Any]) -> 
     for dim, index in enumerate(indices[: blocks.row_dims]):
         here = here.index_select(dim, torch.arange(shape[dim])[index])
     return tuple(here.flatten().bincount(minlength=len(blocks.rows)).tolist())
+
+
+def _finish_batch(batch: Sequence[PreparedParam], blocks: Blocks, directions: Sequence[Tensor]) -> None:
+    """Finish the directions of parameters of one shape, as a stack where there are several small ones."""
+    first, count = batch[0], len(batch)
+    large = first.param.is_cpu and first.param.numel() > _SMALL
+    if count == 1 or large or count * first.param.numel() > _MOST_FINISHED:
+        for row, direction in zip(batch, directions, strict=True):
+            _finish([_Update(row, row.param, blocks, blocks.rows, direction)], _as_they_are)
+        return
+    held = {"second_momentum_buffer": [row.state["second_momentum_buffer"] for row in batch]} if first.h.normuon else {}
+    state = {name: torch.stack(values) for name, values in held.items()}
+    params = [row.param for row in batch]
+    row = PreparedParam(first.h, torch.stack(params), torch.stack([row.grad for row in batch]), state)
+    rows = blocks.rows * count
+    stacked = blocks._replace(rows=rows, row_dims=blocks.row_dims + 1)
+    _finish([_Update(row, row.param, stacked, rows, torch.stack(list(directions)))], _as_they_are)
+    for name, values in held.items():
+        for value, new in zip(values, state[name].unbind(), strict=True):
+            value.copy_(new)
+    torch._foreach_copy_(params, list(row.param.unbind()))
 
 
 def _finish(updates: Sequence[_Update], add_up: _AddUp) -> None:
