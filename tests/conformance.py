@@ -468,6 +468,64 @@ def mars(
     param.sub_(lr / (1 - betas[0] ** t) * m / (v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps))
 
 
+def merged(shape: torch.Size, most: int) -> list[int]:
+    """Return the sizes of axes of which neighbours are put together up to a size."""
+    sizes = [1]
+    for size in shape:
+        together = sizes[-1] == 1 or sizes[-1] * size <= most
+        sizes[len(sizes) - together :] = [sizes[-1] * size] if together else [size] * (size != 1)
+    return sizes
+
+
+def average_products(grad: Tensor, axes: Iterable[int], state: Params, beta: float) -> None:
+    """Move factors towards the products of a gradient with itself, each along its axis."""
+    for i in axes:
+        rows = grad.movedim(i, 0).reshape(grad.size(i), grad.numel() // max(grad.size(i), 1))
+        state.setdefault(f"GG_{i}", torch.zeros_like(rows @ rows.T)).lerp_(rows @ rows.T, 1 - beta)
+
+
+def soap(
+    param: Tensor, grad: Tensor, state: Params, lr: Any, betas: Any, shampoo_beta: Any, eps: Any, weight_decay: Any,
+    precondition_frequency: Any, max_precond_dim: Any, merge_dims: Any, precondition_1d: Any, normalize_grads: Any,
+    correct_bias: Any, dim: int,
+) -> None:  # fmt: skip
+    t, (m, v) = counted(state) - 1, zeros(state, param, "exp_avg", "exp_avg_sq")
+    sizes = merged(param.shape, max_precond_dim) if merge_dims and dim > 1 else list(param.shape)
+    g, takes, beta = grad.reshape(sizes), dim > 1 or precondition_1d, betas[1] if shampoo_beta < 0 else shampoo_beta
+    axes = [i for i, size in enumerate(sizes) if takes and size <= max_precond_dim]
+
+    def turned(x: Tensor, side: int) -> Tensor:
+        x = x.reshape(sizes)
+        for i in axes:
+            x = torch.tensordot(x, state[f"Q_{i}"], ([i], [side])).movedim(-1, i)
+        return x.reshape(param.shape)
+
+    if not t:
+        average_products(g, axes, state, beta)
+        for i in axes:
+            gg = state[f"GG_{i}"]
+            state[f"Q_{i}"] = torch.linalg.eigh(gg + 1e-30 * torch.eye(len(gg), dtype=gg.dtype))[1].flip(1).contiguous()
+        return
+    p = turned(grad, 0)
+    m.lerp_(p, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(p, p, value=1 - betas[1])
+    u = turned(m / (v.sqrt() + eps), 1)
+    if normalize_grads:
+        u = u / (1e-30 + (u**2).mean().sqrt())
+    param.sub_(lr * ((1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t) if correct_bias else 1) * u)
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    average_products(g, axes, state, beta)
+    if not t % precondition_frequency:
+        plain = turned(m, 1)
+        for i in axes:
+            q, gg = state[f"Q_{i}"], state[f"GG_{i}"]
+            order = (q * (gg @ q)).sum(0).argsort(descending=True, stable=True)
+            v.copy_(v.reshape(sizes).index_select(i, order).reshape(v.shape))
+            q.copy_(torch.linalg.qr((gg @ q)[:, order]).Q)
+        m.copy_(turned(plain, 0))
+
+
 FLAGS: dict[str, tuple[Any, Any]] = {
     "amsgrad": (False, True),
     "centered": (False, True),
@@ -750,6 +808,29 @@ ROWS = (
         more=({"optimize_1d": True}, {"gamma": 0.5, "lr_1d_factor": 0.1, "weight_decay_1d": 0.0}),
         exact=False,
         reduces=True,
+    ),
+    Row(
+        surefoot.SOAP,
+        loop(
+            soap,
+            lr=3e-3,
+            betas=(0.95, 0.95),
+            shampoo_beta=-1,
+            eps=1e-8,
+            weight_decay=0.01,
+            precondition_frequency=10,
+            max_precond_dim=10000,
+            merge_dims=False,
+            precondition_1d=False,
+            normalize_grads=False,
+            correct_bias=True,
+        ),
+        more=(
+            {"precondition_frequency": 2, "precondition_1d": True, "shampoo_beta": 0.5},
+            {"precondition_frequency": 3, "merge_dims": True, "max_precond_dim": 30},
+            {"normalize_grads": True, "correct_bias": False},
+        ),
+        exact=False,
     ),
 )
 ELEMENTWISE = tuple(row for row in ROWS if row.elementwise)

@@ -17,6 +17,15 @@ torch.set_num_threads(1)
 # torch warns unless told whether to check them.
 torch.sparse.check_sparse_tensor_invariants.enable()
 
+
+@pytest.fixture(autouse=True, scope="session")
+def _torchs_products():
+    """Let Muon multiply as torch's does on every processor, or its bits could not be compared there."""
+    from surefoot.optimizers import orthogonal  # noqa: PLC0415 (GPU tests may lack what it imports)
+
+    orthogonal.multiplies_bfloat16 = lambda: True
+
+
 KNOWN_BUGS: dict[str, str] = {}
 """Tests that fail, by a pattern of their names, and why.  Whoever mends one takes its line away."""
 if torch.__version__.startswith("2.9."):

@@ -38,7 +38,7 @@ def test_signatures_are_torchs_and_more(cls):
     assert positional[0] == positional[1]
     ours, theirs = parameters(cls), parameters(twin(cls))
     assert {name: ours[name] for name in theirs} == theirs
-    assert ours.keys() - theirs.keys() <= set(ENGINE)
+    assert ours.keys() - theirs.keys() <= {*ENGINE, *cls.spec.later_options}
 
 
 @each_algorithm

@@ -265,7 +265,7 @@ def mesh(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-@each_row(DENSE)
+@each_row([row for row in DENSE if row.name != "SOAP"])  # which refuses them
 @pytest.mark.parametrize("engine", ["default", "eager", "foreach"])
 def test_sharded_parameters(engine, row, mesh):
     """Torch's Rprop, Adafactor and fused SGD and Adagrad fail.  (Kernels run on local shards.)"""

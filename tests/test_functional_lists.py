@@ -79,7 +79,8 @@ class Caller:
         self.group = row.ours([torch.zeros(1, 1)]).defaults | options
         self.arguments = inspect.signature(function).parameters
         self.counts = "momentum_buffer_list" not in self.arguments or row.name != "SGD"
-        for each in (*row.ours.slots, *row.ours.scalars):
+        slots = [slot for slot in row.ours.slots if slot.when is None or slot.when in self.arguments]
+        for each in (*slots, *row.ours.scalars):
             names = {"momentum_buffer": ["momentum_buffer_list", "muon_momentum_bufs"]}
             known = names.get(each.name, [LISTS.get(each.name, f"{each.name}s")])
             name = next(name for name in known if name in self.arguments)
@@ -90,7 +91,7 @@ class Caller:
             return None
         if isinstance(each, surefoot.Scalar):
             return each.new(self.group, param.device)
-        return None if each.shape_for(param) is None else each.new(param.detach(), self.group)
+        return None if each.shape_for(param, self.group) is None else each.new(param.detach(), self.group)
 
     def options(self, **given):
         found = {name: value for name, value in {**self.group, **given}.items() if name in self.arguments}

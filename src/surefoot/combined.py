@@ -523,7 +523,7 @@ def muon_with(
 
 def _can_step(algorithm: Optimizer, param: Tensor) -> bool:
     try:
-        algorithm.check_params([param])
+        algorithm.check_params([param], algorithm.defaults)
     except ValueError:
         return False
     return True

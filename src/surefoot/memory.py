@@ -69,7 +69,10 @@ COMMON = (
 
 def common_storages(algorithm: type[Optimizer]) -> list[Storage]:
     """Return the usual choices of an algorithm: those of `COMMON` whose options it has."""
-    return [storage for storage in COMMON if storage.options.keys() <= algorithm.spec.constructor.keys()]
+    spec = algorithm.spec
+    in_8_bits = any(slot.float8 for slot in spec.slots)
+    usual = [storage for storage in COMMON if in_8_bits or storage.options.get("state_dtype") != FLOAT8]
+    return [storage for storage in usual if storage.options.keys() <= spec.constructor.keys()]
 
 
 @dataclass(frozen=True)
@@ -242,14 +245,14 @@ def measure(weights: Weights, *optimizers: tuple[type[Optimizer], Mapping[str, A
         raise ValueError("there is nothing to train: no parameter requires a gradient")
     refusal = None
     for algorithm, options in optimizers:
-        optimizer = algorithm([_unallocated((2, 2), torch.float32, trained=True)], **options)
+        optimizer = algorithm([{"params": []}], **options)
         if not optimizer.spec.is_declared:
             raise ValueError(
                 f"{optimizer.spec.name} keeps state that grows as it steps, so that it cannot be told before"
             )
         for kind in [kind for kind in kinds if kind not in taken]:
             try:
-                optimizer.check_params([kinds[kind]])
+                optimizer.check_params([kinds[kind]], optimizer.param_groups[0])
             except ValueError as error:
                 refusal = error
             else:

@@ -286,8 +286,8 @@ class Optimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
 
-    def check_params(self, params: list[Tensor]) -> None:
-        """Raise ValueError when the algorithm cannot optimize one of these tensors."""
+    def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """Raise ValueError when the algorithm cannot optimize one of these tensors with the options of a group."""
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -333,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
             group["betas"] = tuple(group["betas"])
         self._check_own(group)
         self._check_membership(group)
-        self._algorithm_of(group).check_params(group["params"])
+        self._algorithm_of(group).check_params(group["params"], group)
         param_group.update(group)
         self.param_groups.append(param_group)
 
@@ -460,7 +460,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
         try:
-            self._algorithm_of(group).check_params([param])
+            self._algorithm_of(group).check_params([param], group)
         except ValueError as error:
             raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
@@ -589,6 +589,12 @@ class Optimizer(torch.optim.Optimizer):
         if self._stepping.constructed or self.is_rule():
             self._algorithm_of(group).check_group(self.step_options.own(group))
 
+    def _check_loaded(self, group: Mapping[str, Any]) -> None:
+        """Check a group that is to be taken over, and whether its options go with its parameters."""
+        self._check_own(group)
+        if self._stepping.constructed or self.is_rule():
+            self._algorithm_of(group).check_params(group["params"], group)
+
     def _hooks(self, kind: str) -> Iterable[Callable[..., Any]]:
         """Return the hooks of a kind, in order, for the kinds that torch knows under the same names."""
         hooks: Mapping[int, Callable[..., Any]] = getattr(
@@ -698,7 +704,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_own)
+        target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_loaded)
         loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
         new = {"state": loaded.state, "param_groups": loaded.param_groups}
@@ -798,6 +804,9 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         refused_options=cls.refused_options,
         own_options=frozenset(_own_options(cls)),
         constructor={p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty},
+        later_options=frozenset(
+            p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not inspect.Parameter.empty
+        ),
     )
 
 

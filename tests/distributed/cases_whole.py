@@ -12,9 +12,18 @@ import surefoot
 from surefoot.distributed.matrices import exchange_pairwise, exchange_together
 
 MATRICES = ((4, 6), (7, 3), (1, 5), (33, 40), (6, 4))
+OF_HEADS = ((4, 6), (8, 3), (2, 5), (32, 40), (6, 4))
+STACKS = ((4, 6, 3), (3, 6, 5), (6, 1), (6, 40), (2, 3, 6, 4))
+NORMED = {"normuon": True, "cautious": True, "cautious_weight_decay": True}
 ALGORITHMS = {
     "Adafactor": (surefoot.Adafactor, {"weight_decay": 0.01}, {}),
     "Muon": (surefoot.Muon, {"lr": 0.02}, {"shapes": MATRICES}),
+    "Muon of heads": (surefoot.Muon, {"lr": 0.02, "num_heads": 2, **NORMED}, {"shapes": OF_HEADS}),
+    "Muon of stacks": (
+        surefoot.Muon,
+        {"lr": 0.02, "flatten": False, "split_sizes": (2, 4), "ns_dtype": torch.float32, **NORMED},
+        {"shapes": STACKS},
+    ),
 }
 ASKED = ("nothing", "norm", "ema", "telemetry", "all")
 
@@ -144,6 +153,7 @@ def cases(world):
                     f"refused / {algorithm} / {case} / {failing}",
                     functools.partial(refused, cls, own, line, case, failing),
                 )
-        yield f"irregular / {algorithm}", functools.partial(irregular, cls, own, line)
+        whole = {name: None if name == "split_sizes" else value for name, value in own.items()}
+        yield f"irregular / {algorithm}", functools.partial(irregular, cls, whole, line)
     yield "state", functools.partial(layout_of_state, line)
     yield "transports", functools.partial(transports, line)

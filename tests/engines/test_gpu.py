@@ -40,7 +40,7 @@ from surefoot.engines.bucket import reduce
 from surefoot.engines.identity import Identity
 from surefoot.errors import NonFiniteGradientError
 from surefoot.explain import rule_of
-from surefoot.optimizers.muon import newton_schulz
+from surefoot.optimizers.orthogonal import newton_schulz
 from surefoot.rule import TELEMETRY, Reduction, bind, gradient_rule
 from surefoot.state import check
 from surefoot.step import clipping, device

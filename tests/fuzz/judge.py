@@ -80,7 +80,7 @@ def misfits(world: World) -> tuple[list[str], list[str]]:
             continue
         _misfits_of_parameter(param, must, may)
         declared = optimizer.spec.of(group).slots if isinstance(optimizer, surefoot.Optimizer) else ()
-        slots = {slot.name: slot.shape_for(param) for slot in (*declared, EMA)}
+        slots = {slot.name: slot.shape_for(param, group) for slot in (*declared, EMA)}
         for name, value in state.items():
             if name in SCALARS:
                 _misfits_of_scalar(value, may)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import surefoot
+from conformance import normals
 
 STEPS = 20
 SHAPES = ((), (5,), (8, 3), (2, 3, 4))
@@ -251,3 +252,54 @@ def test_another_kind_of_weight_decay_is_refused(name, option, value, kind):
     saved["param_groups"][0]["weight_decay"] = 0.0
     optimizer.load_state_dict(saved)
     assert option not in optimizer.param_groups[0]
+
+
+# What is stepped matrix by matrix
+
+
+def stepped_alike(theirs, ours, shapes, dtype):
+    """Return how far both have moved the parameters, and how far they are apart then."""
+    moved, ends = [], []
+    for build in (theirs, ours):
+        params = [normals(dtype, seed=i)(*shape).requires_grad_() for i, shape in enumerate(shapes)]
+        begun = [param.detach().clone() for param in params]
+        optimizer = build(params)
+        for step in range(STEPS):
+            for i, param in enumerate(params):
+                param.grad = normals(dtype, seed=100 * step + i)(*param.shape)
+            optimizer.step()
+        ends.append([param.detach() for param in params])
+        moved.append(max((a - b).abs().max() for a, b in zip(begun, ends[-1], strict=True)))
+    return min(moved), max((a - b).abs().max() for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_normuon_is_that_of_the_reference(match):
+    """To the rounding of bfloat16, in which both orthogonalise."""
+    kind = reference(Pair("Muon", f"{OTHERS}.muon.normuon", "NorMuon"))
+    options = {"lr": 0.02, "weight_decay": 0.1, "beta2": 0.9}
+    ours = {"adjust_lr_fn": "match_rms_adamw"} if match else {"adjust_lr_fn": "original"}
+    moved, apart = stepped_alike(
+        lambda params: kind([{"params": params, "use_muon": True, **options}], use_adjusted_lr=match),
+        lambda params: surefoot.Muon(params, normuon=True, **options, **ours),
+        [(8, 12), (12, 5), (16, 16)],
+        torch.float32,
+    )
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [({}, 10000), ({"precondition_frequency": 3, "shampoo_beta": 0.9}, 10000), ({"merge_dims": True}, 6)],
+    ids=str,
+)
+def test_soap_is_that_of_the_reference(options, longest):
+    """With gradients of full rank along every axis: the eigenvectors of others are anybody's."""
+    kind = reference(Pair("SOAP", f"{OTHERS}.soap", "SOAP"))
+    moved, apart = stepped_alike(
+        lambda params: kind(params, max_precondition_dim=longest, **options),
+        lambda params: surefoot.SOAP(params, max_precond_dim=longest, **options),
+        [(5, 5), (2, 3, 4), *[(6,)] * ("merge_dims" not in options)],  # of vectors it takes all axes for one of 1
+        torch.float64,
+    )
+    assert apart < 1e-6 * moved

@@ -98,6 +98,8 @@ def test_state_that_does_not_fit_its_parameter(engine, row):
         for kind, make in UNFIT_STATE.items():
             if value.dim() != 2 or (min(value.shape) == 1 and kind in ("broadcastable", "other order", "expanded")):
                 continue
+            if kind == "other order" and make(value).shape == value.shape:  # a square one
+                continue
             entry[name] = make(value)
             assert_refused(optimizer, rf"^state `{name}` of `params\[1\]` of shape \(5, 2\)")
         entry[name] = value

@@ -7,6 +7,7 @@ take part in the work, those that hold the same shards too.
 import functools
 import heapq
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,10 @@ class MatrixExchange:
             tuple(mesh.shape),
             tuple(coordinates[rank] for rank in ranks),
         )
+
+    def indices(self, number: int) -> tuple[_Index, ...]:
+        """Return which elements of a matrix this rank's shard has, by dimension."""
+        return self._division.regions[number][self._mine].indices
 
     def collect(self, shards: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the matrices that are this rank's to work on, whole, by their numbers.
@@ -194,7 +199,7 @@ def _divided(
     coordinates: tuple[_Coordinate, ...],
 ) -> _Division:
     """Return how matrices are divided among ranks at `coordinates`."""
-    owners = _balanced([rows * cols * min(rows, cols) for rows, cols in shapes], len(coordinates))
+    owners = _balanced(list(map(_cost, shapes)), len(coordinates))
     regions, senders = [], []
     for shape, own, owner in zip(shapes, placements, owners, strict=True):
         found = _regions(shape, own, mesh_shape)
@@ -204,6 +209,12 @@ def _divided(
         senders.append(frozenset(itertools.compress(range(len(coordinates)), near)))
     owned = tuple(tuple(m for m, owner in enumerate(owners) if owner == rank) for rank in range(len(coordinates)))
     return _Division(tuple(regions), owned, tuple(senders))
+
+
+def _cost(shape: tuple[int, ...]) -> int:
+    """Return about how much work a matrix is, or a tensor that is seen as one."""
+    elements = math.prod(shape)
+    return elements * min(shape[0], elements // max(shape[0], 1))
 
 
 def _balanced(costs: Sequence[int], ranks: int) -> list[int]:
@@ -259,7 +270,14 @@ def _get(whole: Tensor, indices: Sequence[_Index]) -> Tensor:
 
 
 def _put(whole: Tensor, indices: Sequence[_Index], part: Tensor) -> None:
-    rows, cols = indices
-    if not isinstance(rows, slice) and not isinstance(cols, slice):
-        rows = rows[:, None]
-    whole[rows, cols] = part
+    spread = []
+    for dim, index in enumerate(indices):
+        if isinstance(index, slice):
+            whole = whole.narrow(dim, index.start, index.stop - index.start)
+            spread.append(torch.arange(whole.size(dim)))
+        else:
+            spread.append(index)
+    if all(isinstance(index, slice) for index in indices):
+        whole.copy_(part)
+    else:
+        whole[torch.meshgrid(*(index.to(whole.device) for index in spread), indexing="ij")] = part

@@ -128,7 +128,9 @@ class Arguments:
         optimizer = kind([torch.zeros(1, 1)])
         stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.active_scalars({}))
         candidates = {each: _LISTS.get(each.name, (f"{each.name}s",)) for each in stored}
-        lists = {each: next(name for name in tried if name in names) for each, tried in candidates.items()}
+        found_lists = {each: [name for name in tried if name in names] for each, tried in candidates.items()}
+        # A slot that exists only by an option that the function does not take has no list.
+        lists = {e: found[0] for e, found in found_lists.items() if found or e.when in (None, *names)}
         found = {whole: _names_of(whole, value) for whole, value in optimizer.defaults.items()}
         tuples = {whole: parts for whole, parts in found.items() if parts and set(parts) <= set(names)}
         known = optimizer.defaults.keys() - lists.values()
@@ -170,7 +172,7 @@ class Arguments:
                 raise ValueError(
                     f"`{name}` must have one entry for each of {len(params)} params, but has {len(given[name])}"
                 )
-        self.optimizer.check_params(params)
+        self.optimizer.check_params(params, group)
         for each in stored:
             for row, value in enumerate(given[self.lists[each]]):
                 if value is None and isinstance(each, Slot):
@@ -179,10 +181,10 @@ class Arguments:
                     self._check_scalar(each, value, params[row], group, row)
 
     def _check_missing(self, slot: Slot, param: Tensor, group: Mapping[str, Any], row: int) -> None:
-        needed = slot.shape_for(param) is not None and not begins_with_nothing(self.optimizer.spec, group)
-        if needed:
+        shape = slot.shape_for(param, group)
+        if shape is not None and not begins_with_nothing(self.optimizer.spec, group):
             raise ValueError(
-                f"`{self.lists[slot]}[{row}]` must be a tensor of shape {tuple(slot.shape_for(param) or ())}, but is "
+                f"`{self.lists[slot]}[{row}]` must be a tensor of shape {tuple(shape)}, but is "
                 f"None; give what the first step begins from, such as zeros"
             )
 

@@ -49,7 +49,7 @@ def init(optimizer_class: type[Optimizer], params: Any, **hyperparameters: Any) 
     """
     optimizer, group = _optimizer_and_group(optimizer_class, hyperparameters)
     tensors = _values(params)
-    optimizer.check_params(tensors)
+    optimizer.check_params(tensors, group)
     made = [dict(_new_state(optimizer, group, param)) for param in tensors]
     return _as(params, made)
 
@@ -90,7 +90,7 @@ def update(
     optimizer, group = _optimizer_and_group(optimizer_class, hyperparameters)
     given, named = _values(params), isinstance(params, Mapping)
     keys = list(params) if named else list(range(len(given)))
-    optimizer.check_params(given)
+    optimizer.check_params(given, group)
     entries = [dict(entry) for entry in _in_order("state", state, keys, named=named)]
     names = [key if isinstance(key, str) else f"params[{key}]" for key in keys]
     every = _Rows(optimizer, group, given, _in_order("grads", grads, keys, named=named), entries, names)
@@ -119,7 +119,7 @@ def _optimizer_and_group(kind: type[Optimizer], hyperparameters: Mapping[str, An
     read = {name: value for name, value in hyperparameters.items() if name not in hidden}
     made: Callable[..., Optimizer] = kind
     known = all(map(is_constant, read.values()))
-    optimizer = _made(made, tuple(read.items())) if known else made([torch.zeros(1, 1)], **read)
+    optimizer = _made(made, tuple(read.items())) if known else made([{"params": []}], **read)
     # What a group takes from other options when it is made, it would take from options that are hidden here.
     return optimizer, {**optimizer.param_groups[0], **optimizer.defaults, **hidden}
 
@@ -127,7 +127,7 @@ def _optimizer_and_group(kind: type[Optimizer], hyperparameters: Mapping[str, An
 @functools.lru_cache(maxsize=64)
 def _made(kind: Callable[..., Optimizer], hyperparameters: tuple[tuple[str, Any], ...]) -> Optimizer:
     """Return an optimizer of constant hyperparameters, which says the same of them each time."""
-    return kind([torch.zeros(1, 1)], **dict(hyperparameters))
+    return kind([{"params": []}], **dict(hyperparameters))
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -144,7 +144,7 @@ def _new_state(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) ->
     for each in active(spec, group):
         if isinstance(each, Scalar):
             yield each.name, each.new(group, scalar_device(group, param))
-        elif each is not EMA and not later and each.shape_for(param) is not None:
+        elif each is not EMA and not later and each.shape_for(param, group) is not None:
             yield each.name, each.new(param, group)
 
 

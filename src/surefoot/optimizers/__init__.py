@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.schedule_free import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from surefoot.optimizers.sgd import SGD
     from surefoot.optimizers.signum import Signum
+    from surefoot.optimizers.soap import SOAP
     from surefoot.optimizers.sparse_adam import SparseAdam
     from surefoot.optimizers.stable_adamw import StableAdamW
     from surefoot.optimizers.yogi import Yogi
@@ -73,13 +74,14 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "StableAdamW",
     "NovoGrad",
     "MARS",
+    "SOAP",
 ]
 
 NOT_IN_TORCH = frozenset(
     {
         *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam", "Yogi"),
         *("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
-        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS"),
+        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS", "SOAP"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -29,15 +29,15 @@ _JOINED, _MOST_JOINED = 1 << 18, 256
 """Elements, and tensors, that are at most put together."""
 
 
-def _row_shape(param: Tensor) -> torch.Size | None:
+def _row_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:  # noqa: ARG001
     return torch.Size((*param.shape[:-1], 1)) if param.dim() > 1 else None
 
 
-def _col_shape(param: Tensor) -> torch.Size | None:
+def _col_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:  # noqa: ARG001
     return torch.Size((*param.shape[:-2], 1, param.shape[-1])) if param.dim() > 1 else None
 
 
-def _vector_shape(param: Tensor) -> torch.Size | None:
+def _vector_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:  # noqa: ARG001
     return param.shape if param.dim() <= 1 else None
 
 

@@ -1,85 +1,84 @@
 """Muon: orthogonalised momentum for the matrices of hidden layers."""
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from surefoot.constructor import WeightOptions, arguments
-from surefoot.distributed import MatrixExchange
+from surefoot.distributed import MatrixExchange, PartialSum, sum_over_shards
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, in_turns, local_row, readable
-from surefoot.rule import Slot
-from surefoot.rule.hyperparameters import Each, Interval, Number, at_least_zero, number
+from surefoot.optimizers.orthogonal import (
+    LARGEST_STACKED,
+    MOST_STACKED,
+    Blocks,
+    Polynomials,
+    blocks_of,
+    check_polynomials,
+    orthogonal,
+    row_dims_of,
+)
+from surefoot.rule import DIRECTED, Slot
+from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
-_ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 _MOST_NS_STEPS = 99
-_LARGEST_STACKED, _MOST_STACKED = 1 << 14, 256
-"""Elements of matrices that are stacked on the CPU, and how many are stacked at most."""
+_SCALES: Mapping[str | None, Callable[[float, float], float]] = {
+    None: lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+}
+"""How learning rates follow the shape of a matrix."""
+_PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
+_NORMUON_EPS = 1e-10
+_LEAST_SHARE = 1e-3
+_SMALL, _MOST_FINISHED = 1 << 12, 1 << 22
+"""Elements of a parameter whose direction is finished in a stack on the CPU, and of all in one."""
 
 
-def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Return approximately the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration in bfloat16.
-
-    With X = matrix / max(its Frobenius norm, eps) and coefficients (a, b, c), `steps` times::
-
-        A = X X^T
-        X = a X + (b A + c A A) X
-
-    Args:
-        matrix: a matrix, or a stack of matrices of one shape along a first dimension; any floating dtype.
-        coefficients: a, b, c of the polynomial.
-        steps: number of iterations.
-        eps: least norm to divide by.
-
-    Returns:
-        A new bfloat16 tensor of the same shape.
-    """
-    a, b, c = coefficients
-    multiply_add = torch.addmm if matrix.dim() == 2 else torch.baddbmm  # noqa: PLR2004 (one matrix)
-    x = matrix.bfloat16()
-    wide = x.mT if x.size(-2) > x.size(-1) else x
-    wide = wide / _norms(wide).clamp(min=eps)
-    for _ in range(steps):
-        gram = wide @ wide.mT
-        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
-        wide = multiply_add(wide, polynomial, wide, beta=a)
-    return wide.mT if x.size(-2) > x.size(-1) else wide
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Return the Frobenius norm of a matrix, or of each of a stack."""
-    if x.dim() == 2:  # noqa: PLR2004 (one matrix)
-        norm: Tensor = x.norm()
-        return norm
-    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return norms
+def _row_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
+    """Return the shape of one number for each row of a parameter's matrices, None where it has none."""
+    rows = row_dims_of(param.shape, group.get("flatten"))
+    return torch.Size((*param.shape[:rows], *(1,) * (param.dim() - rows))) if rows else None
 
 
 class Muon(Optimizer):
     """Muon: momentum, made orthogonal, for the matrices of hidden layers.
 
-    With the gradient g and orthogonal(u), the nearest semi-orthogonal matrix (see `newton_schulz`)::
+    With the gradient g and orthogonal(u), the nearest semi-orthogonal matrix (see `orthogonal.newton_schulz`)::
 
         momentum_buffer = momentum * momentum_buffer + (1 - momentum) * g
         u = momentum * momentum_buffer + (1 - momentum) * g if nesterov else momentum_buffer
-        param = (1 - lr * weight_decay) * param - lr * scale * orthogonal(u)
+        o = orthogonal(u)
+        param = (1 - lr * weight_decay) * param - lr * scale * o
 
     For a matrix of A rows and B columns scale is sqrt(max(1, A / B)), or 0.2 * sqrt(max(A, B)) with
     `adjust_lr_fn="match_rms_adamw"`, which lets a learning rate of AdamW serve, or sqrt(A / B) with
     `"spectral_unclamped"`, by which the spectral norm of a step follows the matrix's shape both ways.
 
+    With `normuon=True` rows are brought to one length, by an average of their mean squares, before that::
+
+        second_momentum_buffer = beta2 * second_momentum_buffer + (1 - beta2) * mean(o**2, over columns)
+        v = o / (sqrt(second_momentum_buffer) + 1e-10)
+        o = v * norm(o) / (norm(v) + 1e-10)
+
+    A parameter may be several matrices: heads, fused weights, experts.  Each is stepped as if it were a parameter by
+    itself: made orthogonal alone, with the scale of its own shape, with norms and shares of its own.
+
     {arguments}
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is no matrix.
+        ValueError: a hyperparameter is out of range, or a parameter is no matrix, or cannot be divided as asked.
         TypeError: a hyperparameter is no number.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
@@ -93,7 +92,8 @@ class Muon(Optimizer):
 
     Papers: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, "Muon is
     scalable for LLM training", section 2.2, for `"match_rms_adamw"`; Bernstein 2025, "Deriving Muon", for
-    `"spectral_unclamped"`.
+    `"spectral_unclamped"`; Amsel et al. 2025, "The Polar Express", for `"polar_express"`; Li et al. 2025, "NorMuon",
+    for `normuon`.
 
     Other than in torch, parameters that are no matrices are refused in later groups too, and with bfloat16 parameters
     and nesterov=False the buffer keeps its norm.
@@ -123,9 +123,12 @@ class Muon(Optimizer):
         ] = 0.95,
         nesterov: Annotated[bool, "look ahead by one step"] = True,
         ns_coefficients: Annotated[
-            tuple[float, float, float],
-            Each((number("ns_coefficients"),) * 3),
-            "(a, b, c) of the Newton-Schulz iteration, any numbers",
+            Polynomials,
+            check_polynomials,
+            "(a, b, c) of the Newton-Schulz iteration, any numbers; a tuple of such triples, one for an iteration and "
+            "the last for all that follow; or "
+            '`"polar_express"`, triples of which each is optimal after those before, by which the iteration converges; '
+            "by the default it stays within about 30 percent",
         ] = (3.4445, -4.775, 2.0315),
         eps: Annotated[float, at_least_zero("epsilon"), "least norm by which a matrix is divided"] = 1e-7,
         ns_steps: Annotated[
@@ -138,16 +141,52 @@ class Muon(Optimizer):
             "number of iterations",
         ] = 5,
         adjust_lr_fn: Annotated[
-            str | None, '`"original"`, which None means too, `"match_rms_adamw"` or `"spectral_unclamped"`'
+            str | None,
+            '`"original"`, which None and `"spectral"` mean too, `"match_rms_adamw"` or `"spectral_unclamped"`',
         ] = None,
         *,
+        normuon: Annotated[bool, "bring rows to one length, as NorMuon does"] = False,
+        beta2: Annotated[
+            float,
+            Interval("beta2 should be in [0, 1) but is: ", high=1.0, high_open=True),
+            "with normuon, decay of the average of the rows' mean squares",
+        ] = 0.95,
+        flatten: Annotated[
+            bool | None,
+            "what parameters of more than two dimensions are: with True, matrices of their first dimension's rows, as "
+            "convolutions; with False, stacks of matrices along their first dimensions, as experts; refused if None",
+        ] = None,
+        num_heads: Annotated[
+            int | None,
+            Interval("num_heads should be >= 1 but is: ", low=1, whole=True, optional=True),
+            "into how many matrices the rows of each are divided, as those of the heads of an attention",
+        ] = None,
+        split_sizes: Annotated[
+            tuple[int, ...] | None,
+            "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
+        ] = None,
+        ns_dtype: Annotated[
+            torch.dtype | None,
+            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
+            "bfloat16, as in torch, but on processors that do not multiply that: there what is made orthogonal, and "
+            "what comes of it, are rounded so, and products are in float32, which takes a small part of the time",
+        ] = None,
+        state_dtype: Annotated[
+            torch.dtype | None,
+            "dtype in which new momentum is stored, torch.bfloat16 beside float32 parameters for instance; the "
+            "parameter's own if None.  It is averaged in float32 or better either way",
+        ] = None,
         capturable: Annotated[bool, "allow steps to be captured in a graph; not on a CPU"] = False,
         **options: Unpack[WeightOptions],
     ) -> None:
         super().__init__(params, arguments(locals()))
 
-    slots = (Slot("momentum_buffer"),)
+    slots = (
+        Slot("momentum_buffer", float8=False),
+        Slot("second_momentum_buffer", when="normuon", shape=_row_shape, wide=True, signed=False, float8=False),
+    )
     scalars = ()
+    flags = ("normuon", *DIRECTED)
     complex_params = False
     prepares_params = True
     whole_tensors = True
@@ -155,83 +194,132 @@ class Muon(Optimizer):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        if group["adjust_lr_fn"] not in _ADJUSTMENTS:
+        if group["adjust_lr_fn"] not in _SCALES:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; `adjust_lr_fn` must be one "
-                f"of {', '.join(map(repr, _ADJUSTMENTS))}"
+                f"of {', '.join(map(repr, _SCALES))}"
             )
+        one_of("flatten", group["flatten"], (None, True, False))
+        one_of("ns_dtype", group["ns_dtype"], _PRODUCTS)
+        sizes = group["split_sizes"]
+        if sizes is not None:
+            if group["num_heads"] is not None:
+                raise ValueError("`num_heads` and `split_sizes` both divide rows; give one of them")
+            if not isinstance(sizes, list | tuple) or not sizes or not all(map(_is_size, sizes)):
+                raise ValueError(f"`split_sizes` must be a tuple of whole numbers > 0, or None, but got {sizes!r}")
 
-    def check_params(self, params: list[Tensor]) -> None:
+    def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         for param in params:
-            if param.dim() != 2:  # noqa: PLR2004 (matrices)
-                raise ValueError(
-                    f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}; give "
-                    f"such parameters to another optimizer, AdamW for instance"
-                )
+            blocks_of(param.shape, group)
 
     step = Optimizer._prepared_step
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
+        found = [row for row in found if row.param.numel()]
         for batch in _batches([row for row in found if not is_sharded(row.param)]):
-            self._step_batch(batch)
+            _step_batch(batch)
         for rows in in_turns(row for row in found if is_sharded(row.param)):
-            by_mesh: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+            alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
             for row in rows:
-                by_mesh[row.param.device_mesh].append(row)  # type: ignore[attr-defined]
-            for alike in by_mesh.values():
-                self._step_sharded(alike)
+                alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
+            for some in alike.values():
+                _step_sharded(some)
 
-    def _step_batch(self, batch: list[PreparedParam]) -> None:
-        """Step parameters whose directions are computed together."""
-        h, params, together = batch[0].h, [row.param for row in batch], len(batch) > 1
-        directions = _orthogonal(h, _momenta(batch))
-        shrink, factor = 1 - h.lr * h.weight_decay, self._factor(h, params[0])
-        if not together:
-            add_scaled_(params[0].mul_(shrink), directions, factor)
-            return
-        torch._foreach_mul_(params, shrink)
-        if not isinstance(factor, Tensor):
-            torch._foreach_add_(params, list(directions.unbind()), alpha=factor)
-            return
-        for param, direction in zip(params, directions, strict=True):
-            add_scaled_(param, direction, factor)
 
-    def _step_sharded(self, rows: list[PreparedParam]) -> None:
-        """Step sharded parameters of one mesh: each direction is computed on one rank, all else on the shards."""
-        exchange, shards = MatrixExchange([row.param for row in rows]), list(map(local_row, rows))
-        updates: dict[int, Tensor] = {}
-        numbers = {id(row): number for number, row in enumerate(shards)}
-        for batch in batches(shards, _dtypes):
-            # What is made orthogonal is rounded to bfloat16 first.
-            updates |= {numbers[id(row)]: u.bfloat16() for row, u in zip(batch, _momenta(batch), strict=True)}
-        wholes = exchange.collect([updates[number] for number in range(len(rows))])
-        directions: dict[int, Tensor] = {}
-        for alike in _stacks(rows, wholes):
-            found = _orthogonal(rows[alike[0]].h, [wholes[number] for number in alike])
-            directions |= zip(alike, found.unbind() if len(alike) > 1 else [found], strict=True)
-        for row, (h, param, *_), direction in zip(rows, shards, exchange.divide(directions, updates[0]), strict=True):
-            add_scaled_(param.mul_(1 - h.lr * h.weight_decay), direction, self._factor(h, row.param))
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
-    def _factor(self, h: SimpleNamespace, param: Tensor) -> Any:
-        """Return what a direction is multiplied with before it is added."""
-        return readable(h, -h.lr * self._scale(h, param))
 
-    @staticmethod
-    def _scale(h: SimpleNamespace, param: Tensor) -> float:
-        """Return the factor by which the learning rate follows the shape of a matrix."""
-        height, width = param.shape
-        if h.adjust_lr_fn == "match_rms_adamw":
-            return 0.2 * math.sqrt(max(height, width))
-        if h.adjust_lr_fn == "spectral_unclamped":
-            return math.sqrt(height / max(width, 1))
-        return math.sqrt(max(1.0, height / max(width, 1)))
+def _step_batch(batch: list[PreparedParam]) -> None:
+    """Step parameters whose directions are computed together."""
+    h, params = batch[0].h, [row.param for row in batch]
+    directions, blocks = orthogonal(h, _momenta(batch)), blocks_of(params[0].shape, h)
+    if _asks_for_more(h, blocks):
+        _finish_batch(batch, blocks, directions)
+        return
+    shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
+    if len(batch) == 1:
+        add_scaled_(params[0].mul_(shrink), directions[0], factor)
+        return
+    torch._foreach_mul_(params, shrink)
+    if not isinstance(factor, Tensor):
+        torch._foreach_add_(params, directions, alpha=factor)
+        return
+    for param, direction in zip(params, directions, strict=True):
+        add_scaled_(param, direction, factor)
+
+
+def _step_sharded(rows: list[PreparedParam]) -> None:
+    """Step sharded parameters of one mesh: each direction is computed on one rank, all else on the shards."""
+    exchange, shards = MatrixExchange([row.param for row in rows]), list(map(local_row, rows))
+    updates: dict[int, Tensor] = {}
+    numbers = {id(row): number for number, row in enumerate(shards)}
+    for batch in batches(shards, _dtypes):
+        # What is made orthogonal is rounded to the dtype of the products first.
+        momenta = zip(batch, _momenta(batch), strict=True)
+        updates |= {numbers[id(row)]: u.to(row.h.ns_dtype or torch.bfloat16) for row, u in momenta}
+    wholes = exchange.collect([updates[number] for number in range(len(rows))])
+    directions: dict[int, Tensor] = {}
+    for own in _of_one_group(rows, wholes):
+        directions |= zip(own, orthogonal(rows[own[0]].h, [wholes[number] for number in own]), strict=True)
+    finished = []
+    for number, direction in enumerate(exchange.divide(directions, updates[0])):
+        row, shard, blocks = rows[number], shards[number], blocks_of(rows[number].param.shape, rows[number].h)
+        if _asks_for_more(row.h, blocks):
+            lengths = _lengths_here(blocks, row.param.shape, exchange.indices(number))
+            finished.append(_Update(shard, row.param, blocks, lengths, direction))
+        else:
+            add_scaled_(shard.param.mul_(1 - row.h.lr * row.h.weight_decay), direction, _factor(row.h, blocks))
+    _finish(finished, sum_over_shards)
+
+
+def _of_one_group(rows: Sequence[PreparedParam], numbers: Iterable[int]) -> Iterable[list[int]]:
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for number in numbers:
+        found[id(rows[number].h)].append(number)
+    return found.values()
+
+
+def _factor(h: SimpleNamespace, blocks: Blocks) -> Any:
+    """Return what a direction is multiplied with before it is added; the scales of unlike blocks are not in it."""
+    scale = 1.0 if blocks.shape is None else _scale(h, *blocks.shape)
+    return readable(h, -h.lr * scale)
+
+
+def _scale(h: SimpleNamespace, rows: int, columns: int) -> float:
+    return _SCALES[h.adjust_lr_fn](rows, max(columns, 1))
+
+
+def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
+    """Average gradients into the buffers and return what is to be made orthogonal."""
+    h, buffers = batch[0].h, [row.state["momentum_buffer"] for row in batch]
+    wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
+    if wide != buffers[0].dtype:
+        return [_stored_momentum(row, wide) for row in batch]
+    grads = [row.grad.to(wide) for row in batch]
+    if len(batch) == 1:
+        buffers[0].lerp_(grads[0], 1 - h.momentum)
+        return [torch.lerp(grads[0], buffers[0], h.momentum)] if h.nesterov else buffers
+    torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
+    return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
+
+
+def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
+    """Do so for a buffer that is kept in a shorter dtype than that of the arithmetic."""
+    h, grad, buffer = row.h, row.grad.to(wide), row.state["momentum_buffer"]
+    average = torch.lerp(buffer.to(wide), grad, 1 - h.momentum)
+    buffer.copy_(average)
+    return torch.lerp(grad, average, h.momentum) if h.nesterov else average
+
+
+# What is computed together
 
 
 def _kind(row: PreparedParam) -> Any:
     """What rows share whose directions are computed together; on the CPU nothing where a stack is no faster."""
     h, param, grad, state, _ = row
     listed = is_plain(param) and is_plain(state["momentum_buffer"])  # torch's lists take no negated ones
-    if not listed or (param.is_cpu and param.numel() > _LARGEST_STACKED):
+    if not listed or (param.is_cpu and param.numel() > LARGEST_STACKED):
         return None
     return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
 
@@ -243,33 +331,176 @@ def _dtypes(row: PreparedParam) -> Any:
     return id(h), param.device, grad.dtype, state["momentum_buffer"].dtype
 
 
-def _stacks(rows: Sequence[PreparedParam], wholes: Mapping[int, Tensor]) -> Iterator[list[int]]:
-    """Yield numbers of matrices whose directions are computed together."""
-    found: defaultdict[Any, list[int]] = defaultdict(list)
-    for place, matrix in wholes.items():
-        apart = matrix.is_cpu and matrix.numel() > _LARGEST_STACKED
-        found[place if apart else (id(rows[place].h), matrix.shape)].append(place)
-    for numbers in found.values():
-        yield from (numbers[start : start + _MOST_STACKED] for start in range(0, len(numbers), _MOST_STACKED))
-
-
-def _orthogonal(h: SimpleNamespace, matrices: Sequence[Tensor]) -> Tensor:
-    """Return the direction of a matrix, or of several of one shape as a stack."""
-    stack = torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0]
-    return newton_schulz(stack, h.ns_coefficients, h.ns_steps, h.eps)
-
-
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
-        yield from (alike[start : start + _MOST_STACKED] for start in range(0, len(alike), _MOST_STACKED))
+        most = max(1, MOST_STACKED // max(1, len(blocks_of(alike[0].param.shape, alike[0].h).rows)))
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
-def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
-    """Average gradients into the buffers and return what is to be made orthogonal."""
-    h, buffers = batch[0].h, [row.state["momentum_buffer"] for row in batch]
-    grads = [row.grad.to(buffer.dtype) for row, buffer in zip(batch, buffers, strict=True)]
-    if len(batch) == 1:
-        buffers[0].lerp_(grads[0], 1 - h.momentum)
-        return [torch.lerp(grads[0], buffers[0], h.momentum)] if h.nesterov else buffers
-    torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
-    return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
+# Steps that ask for more than a factor
+
+
+class _Update(NamedTuple):
+    """A direction on its way into its parameter.
+
+    Attributes:
+        row: the parameter, gradient and state; of a sharded one what is here.
+        whole: the parameter itself.
+        blocks: how it is divided into matrices.
+        lengths: how many rows of each of them are here.
+        direction: the direction, of the shape of what is here.
+    """
+
+    row: PreparedParam
+    whole: Tensor
+    blocks: Blocks
+    lengths: tuple[int, ...]
+    direction: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the arithmetic."""
+        return torch.promote_types(self.row.param.dtype, torch.float32)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Return the dimensions that are columns."""
+        return tuple(range(self.blocks.row_dims, self.whole.dim()))
+
+    def block_sums(self, values: Tensor) -> Tensor:
+        """Return the sum of numbers of rows over each block's."""
+        if len(self.lengths) == 1:
+            return values.sum().view(1)
+        found: Tensor = torch.segment_reduce(
+            values.reshape(-1), "sum", lengths=_on_device(self.lengths, values.device), axis=0
+        )
+        return found
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Return numbers of blocks as those of their rows, to multiply the direction with."""
+        shape = (*self.direction.shape[: self.blocks.row_dims], *(1 for _ in self.columns))
+        if len(self.lengths) == 1:
+            return values.expand(shape)
+        lengths = _on_device(self.lengths, values.device)
+        return values.repeat_interleave(lengths, output_size=sum(self.lengths)).view(shape)
+
+
+_AddUp = Callable[[Sequence[PartialSum]], list[Tensor]]
+
+
+def _as_they_are(sums: Sequence[PartialSum]) -> list[Tensor]:
+    """Return sums over tensors that are whole."""
+    return [each.values for each in sums]
+
+
+def _asks_for_more(h: SimpleNamespace, blocks: Blocks) -> bool:
+    return h.normuon or blocks.shape is None or any(getattr(h, name, False) for name in DIRECTED)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return numbers as a tensor, which is kept: it could not be made while steps are captured."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _lengths_here(blocks: Blocks, shape: torch.Size, indices: Sequence[Any]) -> tuple[int, ...]:
+    """Return how many rows of each block are among some of a parameter's rows, given by dimension."""
+    owners = torch.arange(len(blocks.rows)).repeat_interleave(torch.tensor(blocks.rows))
+    here = owners.view(shape[: blocks.row_dims])
+    for dim, index in enumerate(indices[: blocks.row_dims]):
+        here = here.index_select(dim, torch.arange(shape[dim])[index])
+    return tuple(here.flatten().bincount(minlength=len(blocks.rows)).tolist())
+
+
+def _finish_batch(batch: Sequence[PreparedParam], blocks: Blocks, directions: Sequence[Tensor]) -> None:
+    """Finish the directions of parameters of one shape, as a stack where there are several small ones."""
+    first, count = batch[0], len(batch)
+    large = first.param.is_cpu and first.param.numel() > _SMALL
+    if count == 1 or large or count * first.param.numel() > _MOST_FINISHED:
+        for row, direction in zip(batch, directions, strict=True):
+            _finish([_Update(row, row.param, blocks, blocks.rows, direction)], _as_they_are)
+        return
+    held = {"second_momentum_buffer": [row.state["second_momentum_buffer"] for row in batch]} if first.h.normuon else {}
+    state = {name: torch.stack(values) for name, values in held.items()}
+    params = [row.param for row in batch]
+    row = PreparedParam(first.h, torch.stack(params), torch.stack([row.grad for row in batch]), state)
+    rows = blocks.rows * count
+    stacked = blocks._replace(rows=rows, row_dims=blocks.row_dims + 1)
+    _finish([_Update(row, row.param, stacked, rows, torch.stack(list(directions)))], _as_they_are)
+    for name, values in held.items():
+        for value, new in zip(values, state[name].unbind(), strict=True):
+            value.copy_(new)
+    torch._foreach_copy_(params, list(row.param.unbind()))
+
+
+def _finish(updates: Sequence[_Update], add_up: _AddUp) -> None:
+    """Normalise and mask directions, let parameters decay, and add; sums over tensors are put together by `add_up`."""
+    normalized = [_normalized(*pair) for pair in zip(updates, _row_factors(updates, add_up), strict=True)]
+    for update, share in zip(normalized, _shares(normalized, add_up), strict=True):
+        h, param, direction = update.row.h, update.row.param, update.direction
+        shrink = readable(h, 1 - h.lr * h.weight_decay)
+        if getattr(h, "cautious_weight_decay", False):
+            param.copy_(torch.where(direction * param >= 0, param * shrink, param))
+        else:
+            param.mul_(shrink)
+        if share is not None:
+            direction = direction * ((direction * update.row.grad > 0) / share)
+        add_scaled_(param, direction, _factor(h, update.blocks))
+
+
+def _normalized(update: _Update, factor: Tensor | None) -> _Update:
+    """Return an update with its rows multiplied by their factors, and by their blocks' scales where these differ."""
+    h, blocks, direction = update.row.h, update.blocks, update.direction
+    if blocks.shape is None:
+        scales = tuple(_scale(h, rows, blocks.columns) for rows in blocks.rows)
+        scale = update.of_rows(_on_device(scales, direction.device, update.dtype))
+        factor = scale if factor is None else factor * scale
+    return update if factor is None else update._replace(direction=direction.to(update.dtype) * factor)
+
+
+def _row_factors(updates: Sequence[_Update], add_up: _AddUp) -> list[Tensor | None]:
+    """Average the mean squares of rows into the state and return what rows are multiplied with, None without normuon.
+
+    Norms follow from the squares of rows: none is read twice.
+    """
+    asked = [update for update in updates if update.row.h.normuon]
+    squares = add_up([PartialSum(_row_squares(update), update.whole, update.columns) for update in asked])
+    sizes, partials = [], []
+    for update, own in zip(asked, squares, strict=True):
+        sizes.append(_row_sizes(update, own.to(update.dtype)))
+        sums = [update.block_sums(own), update.block_sums(own * sizes[-1].square())]
+        partials.append(PartialSum(torch.stack(sums), update.whole, range(update.blocks.row_dims)))
+    found: dict[int, Tensor] = {}
+    for update, size, (before, after) in zip(asked, sizes, add_up(partials), strict=True):
+        ratio = before.sqrt() / (after.sqrt() + _NORMUON_EPS)
+        found[id(update)] = size * update.of_rows(ratio.to(update.dtype))
+    return [found.get(id(update)) for update in updates]
+
+
+def _row_squares(update: _Update) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(update.direction.to(update.dtype), dim=update.columns, keepdim=True)
+    return norms.square()
+
+
+def _row_sizes(update: _Update, squares: Tensor) -> Tensor:
+    """Average the mean squares of rows into the state; return one by its root."""
+    h, average = update.row.h, update.row.state["second_momentum_buffer"]
+    if average.shape != squares.shape:  # the shard has no columns
+        return torch.zeros_like(squares)
+    average.lerp_((squares / update.blocks.columns).to(average.dtype), 1 - h.beta2)
+    return torch.reciprocal(average.to(update.dtype).sqrt() + _NORMUON_EPS)
+
+
+def _shares(updates: Sequence[_Update], add_up: _AddUp) -> list[Tensor | None]:
+    """Return for the rows of each the share of their block's elements that go with the gradient, None if not asked."""
+    asked = [update for update in updates if getattr(update.row.h, "cautious", False)]
+    partials = []
+    for update in asked:
+        along = (update.direction * update.row.grad > 0).sum(update.columns, dtype=update.dtype)
+        partials.append(PartialSum(update.block_sums(along), update.whole, range(update.whole.dim())))
+    found: dict[int, Tensor] = {}
+    for update, along in zip(asked, add_up(partials), strict=True):
+        elements = tuple(rows * update.blocks.columns for rows in update.blocks.rows)
+        share = along / _on_device(elements, along.device, along.dtype)
+        found[id(update)] = update.of_rows(share.clamp(min=_LEAST_SHARE).to(update.dtype))
+    return [found.get(id(update)) for update in updates]

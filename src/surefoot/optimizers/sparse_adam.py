@@ -1,5 +1,6 @@
 """SparseAdam: Adam on the rows that have a gradient."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
@@ -66,14 +67,14 @@ class SparseAdam(Optimizer):
     sparse = Sparse.ONLY
     complex_params = False
 
-    def check_params(self, params: list[Tensor]) -> None:
-        group = len(self.param_groups)
+    def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:  # noqa: ARG002
+        place = len(self.param_groups)
         for kind, indices in (
             ("Sparse", [i for i, param in enumerate(params) if param.is_sparse]),
             ("Complex", [i for i, param in enumerate(params) if param.is_complex()]),
         ):
             if indices:
-                positions = [[group, index] for index in indices]
+                positions = [[place, index] for index in indices]
                 raise ValueError(f"{kind} params at indices {positions}: SparseAdam {_REFUSALS[kind]}")
 
     @staticmethod

@@ -13,7 +13,7 @@ from surefoot.storage import BLOCK
 from surefoot.tensors.shards import full_for, has_whole_blocks, is_sharded
 
 
-def one_number(param: Tensor) -> torch.Size:  # noqa: ARG001 (of every parameter)
+def one_number(param: Tensor, group: Mapping[str, Any]) -> torch.Size:  # noqa: ARG001 (of every parameter)
     """Return the shape of a slot that is one number for each parameter, whatever the parameter's shape."""
     return torch.Size()
 
@@ -27,7 +27,7 @@ class Slot:
         when: the flag that must be true for the slot to exist; always, if None.
         init: the initial value of every element: a number, or the name of a hyperparameter.  A complex
             slot starts with it as real and as imaginary part, as in torch.
-        shape: shape of the slot for a parameter, None where this parameter does not have the slot;
+        shape: shape of the slot for a parameter of a group, None where this parameter does not have the slot;
             the parameter's own shape by default.  Of a rule's slots only `one_number` has another.
         wide: whether it is kept in at least float32, whatever the parameter's dtype.
         signed: whether its values may be negative.
@@ -39,7 +39,7 @@ class Slot:
     name: str
     when: str | None = None
     init: float | str = 0.0
-    shape: Callable[[Tensor], torch.Size | None] | None = None
+    shape: Callable[[Tensor, Mapping[str, Any]], torch.Size | None] | None = None
     wide: bool = False
     signed: bool = True
     slow: bool = False
@@ -50,9 +50,9 @@ class Slot:
         """Whether it is one number for each parameter, which a rule makes from reductions."""
         return self.shape is one_number
 
-    def shape_for(self, param: Tensor) -> torch.Size | None:
-        """Shape of this slot for `param`."""
-        return param.shape if self.shape is None else self.shape(param)
+    def shape_for(self, param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
+        """Return the shape of this slot for a parameter of a group."""
+        return param.shape if self.shape is None else self.shape(param, group)
 
     def is_complex_for(self, param: Tensor) -> bool:
         """Return whether this slot for `param` is complex; reductions of complex values are real."""
@@ -90,7 +90,7 @@ class Slot:
         if self.shape is None:
             made = torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             return made if (carried := _carrying_gradients(self.init, group)) is None else made.zero_() + carried
-        shape = self.shape(param) or torch.Size()
+        shape = self.shape(param, group) or torch.Size()
         if is_sharded(param):
             divided: Tensor = full_for(shape, param, value, dtype)
             return divided

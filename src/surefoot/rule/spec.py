@@ -44,6 +44,7 @@ class AlgorithmSpec:
         own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
         algorithms: of a combination of several algorithms: each by its name, which groups have under `algorithm`.
+        later_options: those of them that go by keyword only, which state dicts, as those of torch, need not know.
     """
 
     name: str
@@ -64,6 +65,7 @@ class AlgorithmSpec:
     refused_options: Mapping[str, str] = field(default_factory=dict)
     own_options: frozenset[str] = frozenset()
     constructor: Mapping[str, Any] = field(default_factory=dict)
+    later_options: frozenset[str] = frozenset()
     algorithms: Mapping[str, "AlgorithmSpec"] = field(default_factory=dict)
 
     def of(self, group: Mapping[str, Any]) -> "AlgorithmSpec":

@@ -143,7 +143,7 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
         if (value := entry.get(slot.name)) is None:
             continue
         in_codes = isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
-        reason = unfit_state(value, param, slot.shape_for(param), kinds=not (in_codes or slot.is_number))
+        reason = unfit_state(value, param, slot.shape_for(param, group), kinds=not (in_codes or slot.is_number))
         if reason is None and slot.is_number and not value.is_floating_point():
             reason = f"is {value.dtype}, must be real and floating point"
         if reason is not None:

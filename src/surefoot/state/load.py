@@ -296,7 +296,7 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
         )
         return dict(group)
     known = set(spec.constructor) or set(defaults)
-    required = set(defaults) - {*_LATE_OPTIONS, *_step_options(spec)}
+    required = set(defaults) - {*_LATE_OPTIONS, *spec.later_options, *_step_options(spec)}
     missing = sorted(required - set(partner))
     foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if spec.is_declared else []
     report.missing.extend(f"param_groups[{index}]: option `{name}`" for name in missing)
@@ -305,7 +305,7 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
         return dict(group)
     own = (*_step_options(spec), *(name for name in STORAGE_OPTIONS if _asks(group.get(name))))
     options = deepcopy({name: value for name, value in partner.items() if name not in ("params", *own)})
-    report.kept.extend(_kept_options(index, group, partner, own))
+    report.kept.extend(_kept_options(spec, index, group, partner, own))
     report.restored.extend(
         f"param_groups[{index}]: option `{name}` is {partner[name]}, as the state dict has it"
         for name in STORAGE_OPTIONS
@@ -323,7 +323,7 @@ def _step_options(spec: AlgorithmSpec) -> tuple[str, ...]:
 
 
 def _kept_options(
-    index: int, group: Mapping[str, Any], partner: Mapping[str, Any], of_step: Iterable[str]
+    spec: AlgorithmSpec, index: int, group: Mapping[str, Any], partner: Mapping[str, Any], of_step: Iterable[str]
 ) -> Iterator[str]:
     """Say where a group's own options hold although the state dict has others, or does not know them."""
     for name in of_step:
@@ -332,6 +332,9 @@ def _kept_options(
             yield f"param_groups[{index}]: option `{name}` stays {ours}, the state dict has {theirs}"
     for name in set(_LATE_OPTIONS) - set(of_step):
         if group.get(name) is not False and _asks(group.get(name)) and name not in partner:
+            yield f"param_groups[{index}]: option `{name}` stays {group[name]}, the state dict does not know it"
+    for name in spec.later_options - {*_LATE_OPTIONS, *of_step}:
+        if name in group and name not in partner and not _is_same(group[name], spec.constructor[name]):
             yield f"param_groups[{index}]: option `{name}` stays {group[name]}, the state dict does not know it"
 
 
@@ -352,9 +355,12 @@ def _all_hyperparameters() -> set[str]:
 
 def _lookalikes(groups: list[dict[str, Any]]) -> list[str]:
     """Return the names of the algorithms whose hyperparameters are those of a state dict."""
-    late = set(_LATE_OPTIONS)
-    names = set(groups[0]) & _all_hyperparameters() - late
-    return sorted(spec.name for spec in known_algorithms() if set(spec.constructor) - late == names)
+    names = set(groups[0]) & _all_hyperparameters() - set(_LATE_OPTIONS)
+    return sorted(
+        spec.name
+        for spec in known_algorithms()
+        if set(spec.constructor) - spec.later_options - set(_LATE_OPTIONS) == names - spec.later_options
+    )
 
 
 # State of one parameter
@@ -380,7 +386,7 @@ def _entry(
         if name in scalars:
             entry[name] = _scalar(scalars[name], group, pair, value, problems)
         elif name in slots:
-            entry |= _slot(slots[name], pair, value, saved.get(f"{name}_scale"), problems)
+            entry |= _slot(slots[name], group, pair, value, saved.get(f"{name}_scale"), problems)
         elif name == CORRECTION:
             entry[name] = _correction(pair, value, problems)
         elif name.removesuffix("_scale") in slots or name in spec.derived_state:
@@ -406,7 +412,7 @@ def _all_state_names() -> set[str]:
 
 def _needed(slot: Slot, group: Mapping[str, Any], param: Tensor) -> bool:
     """Return whether a parameter that was stepped must have a slot; an average may begin with any step."""
-    if slot is EMA or slot.shape_for(param) is None:
+    if slot is EMA or slot.shape_for(param, group) is None:
         return False
     return slot.when is None or bool(group.get(slot.when))
 
@@ -431,7 +437,9 @@ def _scalar(scalar: Scalar, group: Mapping[str, Any], pair: _Pair, value: Any, p
     return scalar.stored(number, scalar_device(group, pair.param), dtype)
 
 
-def _slot(slot: Slot, pair: _Pair, value: Any, scale: Any, problems: LoadReport) -> dict[str, Any]:
+def _slot(
+    slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, scale: Any, problems: LoadReport
+) -> dict[str, Any]:
     """Return a saved slot on its parameter's device, and its scale if it has one, or say why it does not fit."""
     param, codes = pair.param, isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
     if codes and value.shape == param.shape:
@@ -442,7 +450,7 @@ def _slot(slot: Slot, pair: _Pair, value: Any, scale: Any, problems: LoadReport)
             kept = {slot.name: value, f"{slot.name}_scale": scale}
             return {name: _placed_slot(name, pair, part, problems) for name, part in kept.items()}
         value = decode(format_8_bits(signed=slot.signed), value, scale)  # its blocks may end on other ranks
-    return {slot.name: _plain_slot(slot, pair, value, problems)}
+    return {slot.name: _plain_slot(slot, group, pair, value, problems)}
 
 
 def _correction(pair: _Pair, value: Any, problems: LoadReport) -> Any:
@@ -460,15 +468,14 @@ def _correction(pair: _Pair, value: Any, problems: LoadReport) -> Any:
     return None
 
 
-def _plain_slot(slot: Slot, pair: _Pair, value: Any, problems: LoadReport) -> Any:
+def _plain_slot(slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, problems: LoadReport) -> Any:
     """Copy a saved slot to its parameter's device, or say why it does not fit."""
     param = pair.param
     if not isinstance(value, Tensor):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {type(value).__name__}, must be a tensor")
-    elif value.shape != slot.shape_for(param):
-        expected = _shape(slot.shape_for(param))
+    elif value.shape != (expected := slot.shape_for(param, group)):
         problems.mismatched.append(
-            f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {expected}"
+            f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(expected)}"
         )
     elif value.is_complex() != slot.is_complex_for(param) or not (value.is_complex() or value.is_floating_point()):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {value.dtype}, the parameter {param.dtype}")

@@ -35,7 +35,7 @@ def ensure_state(
     entry = state.get(param, {})
     made: dict[str, Any] = {s.name: s.new(group, scalar_device(group, param)) for s in scalars if s.name not in entry}
     for slot in slots:
-        if entry.get(slot.name) is None and slot.shape_for(param) is not None:
+        if entry.get(slot.name) is None and slot.shape_for(param, group) is not None:
             made |= new_slot(slot, group, param)
     if has_correction(group, param) and entry.get(CORRECTION) is None:
         made[CORRECTION] = new_correction(group, param)

@@ -256,7 +256,7 @@ class _Validated:
                 self.slices.append(ParamSlice(group, params))
                 self._grads.append(grads)
         self.guards: list[Any] | None = None
-        self._flags: list[Any] = []
+        self._decided: list[Any] = []
         self._sequence: LaunchSequence | None = None
         self._options: list[SimpleNamespace] = []
         self.common: list[tuple[Any, ...]] | None = None
@@ -300,7 +300,7 @@ class _Validated:
             entries = [entry for _, entry in found]
             columns = ([param for param, _ in found], *([entry[name] for entry in entries] for name in names))
             self.guards.append(make_guard(columns, entries, names, gradients=True))
-        self._flags = _flags(step)
+        self._decided = _decided(step)
         self._params = [list(group["params"]) for group in step.groups]
         self._idle = [param for params in self._params for param in params if param.grad is None]
         self._groups, self._list, self._state = list(step.groups), step.groups, step.state
@@ -324,7 +324,7 @@ class _Validated:
         named = (pair for group in step.groups for pair in group.items())
         if not all(name in UNREAD or is_constant(value) for name, value in named):
             return False
-        if self._flags != _flags(step):
+        if self._decided != _decided(step):
             return False
         self._options = [hyperparameters(part.group) for part in self.slices]
         self._guard = DictGuard([*step.groups, vars(step.stepping.options)])
@@ -416,7 +416,7 @@ class _Validated:
             _release(self.guards)
             return False
         _release(self.guards)
-        return bool(self._flags == _flags(step))
+        return self._decided == _decided(step)
 
     @property
     def has_state(self) -> bool:
@@ -424,9 +424,17 @@ class _Validated:
         return self.guards is not None
 
 
-def _flags(step: StepInput) -> list[Any]:
-    """Return what of the options decides how groups are stepped."""
-    return [(step.spec.of(group), step.spec.of(group).settle_flags(group)) for group in step.groups]
+def _decided(step: StepInput) -> list[Any]:
+    """Return what of the groups' options decides which parameters and state are fit: flags, and no real numbers."""
+    found = []
+    for group in step.groups:
+        spec = step.spec.of(group)
+        found.append((spec, spec.settle_flags(group), {n: value for n, value in group.items() if _is_discrete(value)}))
+    return found
+
+
+def _is_discrete(value: object) -> bool:
+    return is_constant(value) and not any(type(each) is float for each in (value if type(value) is tuple else (value,)))
 
 
 def _release(guards: Sequence[Any]) -> None:
