@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from surefoot.optimizers import *  # noqa: F403 (the one list of them)
     from surefoot.precision import full_precision as full_precision
     from surefoot.precision import full_precision_state_dict as full_precision_state_dict
+    from surefoot.rule import GroupScalar as GroupScalar
     from surefoot.rule import Scalar as Scalar
     from surefoot.rule import Slot as Slot
+    from surefoot.rule import group_sum as group_sum
+    from surefoot.rule import total_sum as total_sum
     from surefoot.step.options import StepOptions as StepOptions
 
     __version__: str
 else:  # type checkers read no list that is put together
     __all__ = [
+        "GroupScalar",
         "Optimizer",
         "Scalar",
         "Slot",
@@ -40,6 +44,7 @@ else:  # type checkers read no list that is put together
         "full_precision",
         "full_precision_state_dict",
         "functional",
+        "group_sum",
         "load",
         "lr_finder",
         "lr_scheduler",
@@ -47,6 +52,7 @@ else:  # type checkers read no list that is put together
         "save",
         "swa_utils",
         "telemetry",
+        "total_sum",
     ]
     __all__ += optimizers.__all__
 
@@ -69,15 +75,18 @@ else:  # type checkers read no list that is put together
 
 
 _MODULES = {
+    "GroupScalar": "surefoot.rule",
     "Optimizer": "surefoot.optimizer",
     "Scalar": "surefoot.rule",
     "Slot": "surefoot.rule",
     "StepOptions": "surefoot.step.options",
     "full_precision": "surefoot.precision",
     "full_precision_state_dict": "surefoot.precision",
+    "group_sum": "surefoot.rule",
     "load": "surefoot.checkpoint",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",
+    "total_sum": "surefoot.rule",
 }
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 

@@ -9,6 +9,7 @@ from surefoot.rule.declare import (
     FLOAT8,
     ROUNDING_STEP,
     STEP,
+    GroupScalar,
     Reduction,
     Scalar,
     Slot,
@@ -17,6 +18,7 @@ from surefoot.rule.declare import (
     one_number,
     scalar_dtype,
 )
+from surefoot.rule.ops import group_sum, total_sum
 from surefoot.rule.spec import DIRECTED, ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
 from surefoot.rule.trace import TELEMETRY, bind, gradient_rule
 
@@ -31,6 +33,7 @@ __all__ = [
     "TELEMETRY",
     "AlgorithmSpec",
     "Flags",
+    "GroupScalar",
     "Reduction",
     "Rule",
     "Scalar",
@@ -39,7 +42,9 @@ __all__ = [
     "Stage",
     "bind",
     "gradient_rule",
+    "group_sum",
     "narrow",
     "one_number",
     "scalar_dtype",
+    "total_sum",
 ]

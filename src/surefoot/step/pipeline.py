@@ -26,6 +26,7 @@ from surefoot.step.metrics import step_metrics
 from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
+from surefoot.step.shared import store_shared_numbers
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
@@ -39,7 +40,8 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
         gradients are not the parameters' own.
     """
     refuse_capture(step.spec.name, step.groups)
-    step.stepping.context.acquire()
+    context = step.stepping.context
+    context.acquire()
     exchange = due_exchange(step)
     if exchange is None and _found_infinities(step):
         step.skip()
@@ -64,7 +66,9 @@ def run_step(step: StepInput, cache: StepCache | None) -> StepCache | None:
                 compute_coefficients(made, run)
                 measure_tensors(made, [run], exchange)
             _update(run)
+        store_shared_numbers(made, context.shared, runs[0].bucket.found_inf if runs else None)
     finally:
+        context.shared = []
         for run in runs:
             _release_grads(run)
     if known is not None and cache is not None and cache.fast is None:

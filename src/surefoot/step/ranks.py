@@ -36,14 +36,15 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    whole = step.measures_tensors()
-    if whole:
-        refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
-    asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
+    whole, totals = step.measures_tensors(), step.measures_all()
+    params = [param for group in step.groups for param in group["params"]] if whole else []
+    if whole and step.measures_each():
+        refuse_flattened(params, step.spec.name, whole_tensors=True)
+    asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
     if not asked and not (whole and _any_sharded(step)):
         return None
     exchange = exchange_of(step)
-    if exchange is None and step.needs_gradients():
+    if exchange is None and (totals or step.needs_gradients()):
         refuse_flattened([param for group in step.groups for param in group["params"]], step.spec.name)
     return exchange
 

@@ -1,0 +1,109 @@
+"""Numbers that parameters share: where they stand in the groups, what they become in a step, and their new values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.distributed import Exchange
+from surefoot.rule import GroupScalar
+from surefoot.step.device import refuse_new_buckets
+from surefoot.step.inputs import StepInput
+from surefoot.step.types import BucketRun
+from surefoot.tensors.modes import has_no_values
+
+
+def shared_numbers(step: StepInput, group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the numbers that the parameters of a group share, for a step of some on a device.
+
+    On an accelerator they are moved to where tensors are, so that no later step waits for them.
+    """
+    found = {}
+    for scalar in step.spec.group_scalars:
+        home = _home(step, scalar, group)
+        value = home[scalar.name]
+        if device.type not in ("cpu", "meta") and not (isinstance(value, Tensor) and not value.is_cpu):
+            refuse_new_buckets(step.spec.name)
+            value = home[scalar.name] = torch.full((), float(value), dtype=torch.float64, device=device)
+        found[scalar.name] = value.to(device) if isinstance(value, Tensor) and device.type != "cpu" else value
+    return found
+
+
+def new_shared_numbers(
+    step: StepInput, runs: Sequence[BucketRun], known: Sequence[Mapping[str, Any]], exchange: Exchange | None
+) -> list[dict[str, Any]]:
+    """Return for each group the new values of the numbers that its parameters share, none where no run tells them.
+
+    Args:
+        step: the step.
+        runs: those that measure.
+        known: for each of them all its numbers.
+        exchange: what puts numbers together over ranks, if there are any.
+    """
+    scalars = step.spec.group_scalars
+    if not scalars:
+        return []
+    index = {id(group): position for position, group in enumerate(step.groups)}
+    found: list[dict[str, Any]] = [{} for _ in step.groups]
+    for run, numbers in zip(runs, known, strict=True):
+        names = zip(scalars, run.bucket.rule.new_shared, strict=True)
+        found[index[id(run.group)]] = {scalar.name: numbers[name] for scalar, name in names}
+    if exchange is not None and exchange.process_group is not None:
+        found = _told(step, found, exchange)
+    for scalar in scalars:
+        told = [numbers[scalar.name] for numbers in found if numbers]
+        if told and not scalar.is_split(step.groups):
+            for numbers in found:
+                numbers[scalar.name] = told[0]
+    return found
+
+
+def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
+    """Write the numbers that parameters share, unless the device has found infinities."""
+    for scalar in step.spec.group_scalars:
+        for group, numbers in zip(step.groups, new, strict=True):
+            if scalar.name not in numbers:
+                continue
+            home = _home(step, scalar, group)  # which comes first, if it is another
+            if home is group:
+                group[scalar.name] = _written(scalar, group[scalar.name], numbers[scalar.name], found_inf)
+            group[scalar.name] = home[scalar.name]
+
+
+def _home(step: StepInput, scalar: GroupScalar, group: dict[str, Any]) -> dict[str, Any]:
+    """Return the group whose number is that of a group."""
+    return group if scalar.is_split(step.groups) else step.groups[0]
+
+
+def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) -> Any:
+    """Return a number after a step: the tensor that it was with another value, or one of Python's."""
+    carries = isinstance(new, Tensor) and (new.requires_grad or has_no_values(new))
+    if not isinstance(old, Tensor):
+        return new if carries else scalar.stored(float(new))
+    if carries:
+        return new.to(old)
+    if not isinstance(new, Tensor):
+        return old.fill_(new)
+    return old.copy_(new if found_inf is None else torch.where(found_inf.to(new.device) != 0, old.to(new), new))
+
+
+def _told(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
+    """Return the new numbers that some rank of the process group knows: not all have a parameter in every group."""
+    names = [scalar.name for scalar in step.spec.group_scalars]
+    table = torch.zeros(len(step.groups), 1 + len(names), dtype=torch.float64, device=exchange.device)
+    for row, numbers in zip(table, found, strict=True):
+        row[0] = float(bool(numbers))
+        for column, name in enumerate(names if numbers else (), 1):
+            row[column] = numbers[name]
+    every = exchange.gather(table)
+    first = every[:, :, 0].argmax(dim=0)
+    told = every[first, torch.arange(len(first), device=first.device)]
+    return [
+        {name: torch.where(row[0] != 0, row[column], _number(group[name], row)) for column, name in enumerate(names, 1)}
+        for row, group in zip(told, step.groups, strict=True)
+    ]
+
+
+def _number(value: Any, like: Tensor) -> Tensor:
+    return value.to(like) if isinstance(value, Tensor) else torch.full_like(like[0], value)
