@@ -516,15 +516,16 @@ class ProdigyLoop(torch.optim.Optimizer):
                 group |= {"d": d, "d_max": d_max, "d_numerator": numerator, "k": k + 1}
             for group, param in held:
                 state, w = self.state[param], in_pairs(param)
-                if group["decouple"]:
-                    w.mul_(1 - float(group["weight_decay"]) * rate)
+                if group["decouple"] and group["weight_decay"]:
+                    w.add_(w.clone(), alpha=-float(group["weight_decay"]) * rate)
                 m, v = (in_pairs(state[name]) for name in ("exp_avg", "exp_avg_sq"))
                 w.addcdiv_(m, v.sqrt() + d * group["eps"], value=-rate * (1 if beta1 else d / old))
 
     @staticmethod
     def direction(group: dict[str, Any], w: Tensor, g: Tensor) -> Tensor:
         g = -g if group["maximize"] else g
-        return g if group["decouple"] else g.add(w, alpha=float(group["weight_decay"]))
+        coupled = group["weight_decay"] and not group["decouple"]
+        return g.add(w, alpha=float(group["weight_decay"])) if coupled else g
 
 
 FLAGS: dict[str, tuple[Any, Any]] = {

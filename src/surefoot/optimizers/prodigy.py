@@ -26,6 +26,8 @@ from surefoot.rule.hyperparameters import (
 _Beta3 = Interval("Invalid beta3 value: ", high=1.0, high_open=True, optional=True)
 _D0 = Interval("Invalid d0 value: ", low_open=True, high_open=True)
 _Growth = Interval("Invalid growth_rate value: ", low=1.0)
+_LARGE = 1e290
+"""Stands for a growth rate without bound, through which no gradient could flow."""
 _AGREE = ("betas", "beta3", "d0", "d_coef", "growth_rate", "use_bias_correction")
 """What one d for all groups follows from."""
 
@@ -158,6 +160,7 @@ class Prodigy(Optimizer):
             "weight": h.d / h.d0 * rate,
             "neg_decay": -rate * h.weight_decay,
             "neg_rate": -rate,
+            "growth": min(h.growth_rate, _LARGE),
         }
 
     @staticmethod
@@ -195,7 +198,7 @@ def _estimated(gain: Any, length: Any, made: Any, c: Any) -> tuple[Any, Any, Any
     d_hat = torch.where(made, c.d_coef * numerator / torch.where(made, length, 1.0), c.d)
     d_max = torch.where(d_hat > c.d_max, d_hat, c.d_max)
     least = torch.where(c.d == c.d0, torch.where(d_hat > c.d, d_hat, c.d), c.d)
-    grown = least * c.growth_rate
+    grown = least * c.growth
     return torch.where(made, torch.where(grown < d_max, grown, d_max), c.d), d_max, numerator
 
 

@@ -52,7 +52,7 @@ def new_shared_numbers(
     if exchange is not None and exchange.process_group is not None:
         found = _told(step, found, exchange)
     for scalar in scalars:
-        told = [numbers[scalar.name] for numbers in found if numbers]
+        told = [numbers[scalar.name] for numbers in found if scalar.name in numbers]
         if told and not scalar.is_split(step.groups):
             for numbers in found:
                 numbers[scalar.name] = told[0]
