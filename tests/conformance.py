@@ -473,11 +473,14 @@ class ProdigyLoop(torch.optim.Optimizer):
         defaults = {
             "lr": 1.0, "betas": (0.9, 0.999), "beta3": None, "eps": 1e-8, "weight_decay": 0, "decouple": True,
             "use_bias_correction": False, "safeguard_warmup": False, "d0": 1e-6, "d_coef": 1.0,
-            "growth_rate": math.inf, "split_groups": False, "maximize": False,
+            "growth_rate": math.inf, "split_groups": False, "maximize": False, "fsdp_in_use": False, "slice_p": 1,
         }  # fmt: skip
         super().__init__(params, defaults | options)
-        for group in self.param_groups:
-            group |= {"d": group["d0"], "d_max": group["d0"], "d_numerator": 0.0, "k": 0}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        d0 = self.param_groups[-1]["d0"]
+        self.param_groups[-1] |= {"d": d0, "d_max": d0, "d_numerator": 0.0, "k": 0}
 
     @torch.no_grad()
     def step(self) -> None:

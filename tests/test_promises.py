@@ -189,7 +189,7 @@ def test_a_step_is_seen_by_autograd(engine, row):
     optimizer, params = started(row, engine)
     for name, grad in gradients(params, STEADY + 2, torch.float32).items():
         params[name].grad = None if name == "odd" else grad
-    slots = {slot.name for slot in row.ours.slots}
+    slots = {slot.name for slot in row.ours.slots if not slot.copies_param}
     saved = [param for name, param in params.items() if name != "odd"]
     saved += [
         state[slot] for param in saved for slot, state in [(s, optimizer.state[param]) for s in slots] if slot in state
@@ -542,7 +542,8 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         train(stepped, params, torch.float32, steps=BEFORE)
         CHANGES[change](stepped, params)
         train(stepped, params, torch.float32, steps=AFTER)
-    (assert_same if engine == "eager" else assert_close)(results(optimizer, ours), results(oracle, theirs))
+    equal = assert_same if engine == "eager" and row.exact else assert_close
+    equal(results(optimizer, ours), results(oracle, theirs), **{"rtol": 1e-4, "atol": 1e-4} if row.reduces else {})
 
 
 @pytest.mark.parametrize("kind", ["negated", "conjugated"])

@@ -40,7 +40,7 @@ def measure_tensors(step: StepInput, runs: Sequence[BucketRun], exchange: Exchan
         for (run, numbers, stage), found in zip(due, columns, strict=True):
             _add_numbers(run, numbers, stage, found)
     for run, numbers in zip(measured, known, strict=True):
-        run.new_numbers = [numbers[name] for name in run.bucket.rule.new_numbers]
+        run.new_numbers = [_of_each(numbers[name], run) for name in run.bucket.rule.new_numbers]
     step.stepping.context.shared = new_shared_numbers(step, measured, known, exchange)
 
 
@@ -50,6 +50,12 @@ class _Sums(NamedTuple):
     run: BucketRun
     stage: Stage
     found: Tensor
+
+
+def _of_each(value: Any, run: BucketRun) -> Tensor:
+    """Return a number for each parameter, of shape (parameters,), where all may share it."""
+    number: Tensor = torch.as_tensor(value, dtype=torch.float64, device=run.bucket.device)
+    return number if number.dim() else number.expand(len(run.params))
 
 
 def store_numbers(run: BucketRun) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from surefoot.distributed import Exchange
+from surefoot.errors import RuleError
 from surefoot.rule import GroupScalar
 from surefoot.step.device import refuse_new_buckets
 from surefoot.step.inputs import StepInput
@@ -40,6 +41,9 @@ def new_shared_numbers(
         runs: those that measure.
         known: for each of them all its numbers.
         exchange: what puts numbers together over ranks, if there are any.
+
+    Raises:
+        RuleError: a number differs from parameter to parameter.
     """
     scalars = step.spec.group_scalars
     if not scalars:
@@ -48,7 +52,7 @@ def new_shared_numbers(
     found: list[dict[str, Any]] = [{} for _ in step.groups]
     for run, numbers in zip(runs, known, strict=True):
         names = zip(scalars, run.bucket.rule.new_shared, strict=True)
-        found[index[id(run.group)]] = {scalar.name: numbers[name] for scalar, name in names}
+        found[index[id(run.group)]] = {scalar.name: _one(run, scalar, numbers[name]) for scalar, name in names}
     if exchange is not None and exchange.process_group is not None:
         found = _told(step, found, exchange)
     for scalar in scalars:
@@ -57,6 +61,18 @@ def new_shared_numbers(
             for numbers in found:
                 numbers[scalar.name] = told[0]
     return found
+
+
+def _one(run: BucketRun, scalar: GroupScalar, value: Any) -> Any:
+    """Return a new number that was computed for each parameter, and is the same for all."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if value.is_cpu and not has_no_values(value) and not bool(((value == value[0]) | value.isnan()).all()):
+        raise RuleError(
+            f"{run.spec.name}.update gives `{scalar.name}`, which all parameters share, for some of them otherwise "
+            f"than for others; it must not follow from their scalars, such as `step`"
+        )
+    return value[0]
 
 
 def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
