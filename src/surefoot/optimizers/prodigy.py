@@ -152,7 +152,7 @@ class Prodigy(Optimizer):
             "beta1": beta1**moves,
             "weight1": moves * h.d * (1 - beta1),
             "beta2": beta2**moves,
-            "weight2": moves * h.d**2 * (1 - beta2),
+            "weight2": moves * h.d * h.d * (1 - beta2),
             "beta3": beta3**moves,
             "weight3": moves * h.d / h.d0 * (h.d if h.safeguard_warmup else rate),
             "moves": moves,

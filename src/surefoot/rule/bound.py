@@ -58,6 +58,12 @@ class Rule:
         return tuple(node in measured or bool(node.users.keys() - shaped - {output}) for node in inputs)
 
     @functools.cached_property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the numbers that engines take, for the update or for a stage."""
+        stages = (name for stage in self.stages for name in stage.measures.coefficients)
+        return tuple(dict.fromkeys((*self.coefficients, *stages)))
+
+    @functools.cached_property
     def written(self) -> tuple[bool, ...]:
         """Of the parameter and of each slot, whether the update changes it."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]

@@ -82,6 +82,11 @@ def _pick(
     return pick
 
 
+def _pow(x: Any, y: Any) -> Any:
+    value = operator.pow(x, y)
+    return math.pow(x, y) if isinstance(value, complex) else value  # which raises ValueError
+
+
 def _add_scaled(x: Any, y: Any, alpha: Any) -> Any:
     if isinstance(alpha, Tensor) or not isinstance(x, Tensor):
         return x + y * alpha
@@ -147,7 +152,7 @@ OPS: tuple[Op, ...] = (
     Op("sub", 2, (operator.sub, torch.sub), operator.sub, "sub", ("subtract",)),
     Op("mul", 2, (operator.mul, torch.mul), operator.mul, "mul", ("multiply",)),
     Op("div", 2, (operator.truediv, torch.div), operator.truediv, "div", ("true_divide",)),
-    Op("pow", 2, (operator.pow, torch.pow), operator.pow, "pow"),
+    Op("pow", 2, (operator.pow, torch.pow), _pow, "pow"),
     Op("neg", 1, (operator.neg, torch.neg), operator.neg, "neg", ("negative",)),
     Op("abs", 1, (abs, operator.abs, torch.abs), abs, "abs"),
     Op("sign", 1, (torch.sign,), _unary(torch.sign, _sign), "sign"),

@@ -71,16 +71,6 @@ class StepInput(NamedTuple):
         """Return whether the algorithm needs to know more of a tensor than a shard of it."""
         return self.spec.whole_tensors or bool(self.stages())
 
-    def measures_each(self) -> bool:
-        """Return whether it needs to know of a single tensor as a whole, and not only of all together."""
-        return self.spec.whole_tensors or any(
-            len(stage.sums) > stage.totals for stages in self.stages() for stage in stages
-        )
-
-    def measures_all(self) -> bool:
-        """Return whether it adds up over parameters."""
-        return any(stage.totals for stages in self.stages() for stage in stages)
-
     def keys(self) -> dict[Tensor, str | int]:
         """Return the name of every parameter, or else its number among all."""
         found: dict[Tensor, str | int] = {}

@@ -6,6 +6,7 @@ algorithm needs more of a tensor than a shard, also which parameters have a grad
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,10 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    whole, totals = step.measures_tensors(), step.measures_all()
-    params = [param for group in step.groups for param in group["params"]] if whole else []
-    if whole and step.measures_each():
-        refuse_flattened(params, step.spec.name, whole_tensors=True)
+    stages = list(chain.from_iterable(step.stages()))
+    whole, totals = step.spec.whole_tensors or bool(stages), any(stage.totals for stage in stages)
+    if step.spec.whole_tensors or any(len(stage.sums) > stage.totals for stage in stages):
+        refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
     asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
     if not asked and not (whole and _any_sharded(step)):
         return None

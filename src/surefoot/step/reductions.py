@@ -1,11 +1,12 @@
 """Numbers of an update that depend on whole tensors: measured by engines, put together over ranks, stage by stage."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from surefoot.distributed import Exchange
 from surefoot.engines import eager
@@ -84,6 +85,8 @@ def _known(run: BucketRun) -> dict[str, Any]:
     bucket, rule = run.bucket, run.bucket.rule
     if isinstance(bucket.coefficients, EachParameter):
         known = dict(bucket.coefficients.numbers)
+    elif len(bucket.coefficients) == 1:
+        known = dict(bucket.coefficients[0])
     else:
         known = {name: _column([row[name] for row in bucket.coefficients], bucket.row) for name in rule.given}
     for slot in rule.number_slots:
@@ -202,17 +205,31 @@ def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Sequ
     """Add the numbers that follow from what a stage has measured, for all parameters at once."""
     for name, mean, found in zip(stage.sums, stage.means, sums, strict=True):
         known[name] = found / _elements(run).to(found.device) if mean else found
-    known |= zip(stage.gives, eager.evaluate(stage.numbers, [known[name] for name in stage.takes]), strict=True)
-    _share(run, {name: _for_engine(value, run.bucket.compute_dtype) for name, value in known.items()})
+    known |= zip(stage.gives, _evaluated(stage.numbers, [known[name] for name in stage.takes]), strict=True)
+    dtype, names = run.bucket.compute_dtype, run.bucket.rule.numbers
+    _share(run, {name: _for_engine(known[name], dtype) for name in names if name in known})
+
+
+def _evaluated(graph: fx.Graph, numbers: Sequence[Any]) -> Sequence[Any]:
+    """Compute numbers from numbers: as Python's where they are, unless that has no answer, as division by zero."""
+    plain = list(map(_read, numbers))
+    if not any(isinstance(value, Tensor) for value in plain):
+        with suppress(ArithmeticError, ValueError):
+            return eager.evaluate(graph, plain)
+    return eager.evaluate(graph, numbers)
+
+
+def _read(value: Any) -> Any:
+    """Return a number as one of Python's where all parameters on a CPU share it."""
+    if isinstance(value, Tensor) and value.is_cpu and not value.dim():
+        return value if value.requires_grad or has_no_values(value) else value.item()
+    return value
 
 
 def _for_engine(value: Any, dtype: torch.dtype) -> Any:
-    """Return a number in the dtype of the arithmetic, or as one of Python's where all parameters on a CPU share it."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_cpu and not (value.dim() or value.requires_grad or has_no_values(value)):
-        return value.item()
-    return value.to(dtype) if value.is_floating_point() else value
+    """Return a number in the dtype of the arithmetic, or as one of Python's."""
+    number = _read(value)
+    return number.to(dtype) if isinstance(number, Tensor) and number.is_floating_point() else number
 
 
 def _elements(run: BucketRun) -> Tensor:
