@@ -170,7 +170,7 @@ def make_exchange(params: Sequence[Tensor], process_group: Any = None) -> Exchan
 
 
 def _sums(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.stack([part.sum(dim=0) for part in rows.split(list(sizes))])
+    return torch.stack([part.sum(dim=0) for part in torch.split(rows, list(sizes))])
 
 
 def _all_reduced(numbers: Tensor, groups: Sequence[Any]) -> Tensor:

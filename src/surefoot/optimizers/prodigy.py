@@ -183,7 +183,7 @@ class Prodigy(Optimizer):
         gain, length = over_params(grad * (p0 - param) * c.weight), over_params(torch.abs(s) * c.moves)
         made = length != 0
         d, d_max, d_numerator = _estimated(gain, length, made, c)
-        decay = torch.where(made, c.neg_decay, 0.0)
+        decay: Any = torch.where(made, c.neg_decay, 0.0)
         if flags.weight_decay and flags.decouple and not flags.cautious_weight_decay:
             param = torch.add(param, param, alpha=decay)  # a factor would be 1 in float32 while d is small
         param, direction = directed(param, exp_avg, grad, c, flags, 1 + decay)

@@ -208,7 +208,8 @@ def gradient_rule() -> Rule:
 def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> dict[str, fx.Proxy]:
     """Check what `update` returned, and return it by name without the slots that do not exist."""
     values = returned if isinstance(returned, tuple) else (returned,)
-    where, names = f"{spec.name}.update", ["param", *(each.name for each in (*spec.slots, *spec.group_scalars))]
+    where = f"{spec.name}.update"
+    names = ["param", *(slot.name for slot in spec.slots), *(scalar.name for scalar in spec.group_scalars)]
     if len(values) != len(names):
         raise RuleError(f"{where} must return ({', '.join(names)}), but returned {len(values)} values")
     absent = {slot.name for slot in spec.slots} - {slot.name for slot in active}
