@@ -138,7 +138,7 @@ class Prodigy(Optimizer):
                         f"param_groups[{index}] has {name}={group[name]!r} and param_groups[0] {first[name]!r}, but "
                         f"one d is estimated for both; make them equal, or pass split_groups=True"
                     )
-        if not first["split_groups"]:
+        if len(groups) > 1 and not first["split_groups"]:
             _check_rates([group["lr"] for group in groups])
 
     @staticmethod

@@ -91,7 +91,7 @@ def _on_host(
     numbers, new = _numbers(step, run, _with_shared(step, run, run.options), scalars, fresh)
     # What clips is computed on the device, which kernels there need not wait for; and so is what parameters share.
     kept = ("step_clip",) * (run.engine is gpu)
-    on_device = bool(run.bucket.rule.group_scalars) and run.bucket.device.type != "cpu"
+    on_device = bool(run.bucket.rule.group_scalars) and run.is_unread
     names = run.bucket.rule.given
     coefficients = {name: _number(numbers[name], keep_tensors=on_device or name in kept) for name in names}
     _check_numbers(run, coefficients)
@@ -100,7 +100,7 @@ def _on_host(
 
 def _with_shared(step: StepInput, run: BucketRun, h: SimpleNamespace) -> SimpleNamespace:
     """Return hyperparameters, and the numbers that parameters share as they are now."""
-    return SimpleNamespace(**{**vars(h), **shared_numbers(step, run.group, run.bucket.device)})
+    return SimpleNamespace(**{**vars(h), **shared_numbers(step, run)})
 
 
 def _check_numbers(run: BucketRun, coefficients: Coefficients) -> None:

@@ -205,31 +205,34 @@ def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Sequ
     """Add the numbers that follow from what a stage has measured, for all parameters at once."""
     for name, mean, found in zip(stage.sums, stage.means, sums, strict=True):
         known[name] = found / _elements(run).to(found.device) if mean else found
-    known |= zip(stage.gives, _evaluated(stage.numbers, [known[name] for name in stage.takes]), strict=True)
+    read = _unchanged if run.is_unread else _read
+    takes = [known[name] for name in stage.takes]
+    known |= zip(stage.gives, _evaluated(stage.numbers, takes, list(map(read, takes))), strict=True)
     dtype, names = run.bucket.compute_dtype, run.bucket.rule.numbers
-    _share(run, {name: _for_engine(known[name], dtype) for name in names if name in known})
+    _share(run, {name: _in_dtype(read(known[name]), dtype) for name in names if name in known})
 
 
-def _evaluated(graph: fx.Graph, numbers: Sequence[Any]) -> Sequence[Any]:
+def _evaluated(graph: fx.Graph, numbers: Sequence[Any], plain: Sequence[Any]) -> Sequence[Any]:
     """Compute numbers from numbers: as Python's where they are, unless that has no answer, as division by zero."""
-    plain = list(map(_read, numbers))
     if not any(isinstance(value, Tensor) for value in plain):
         with suppress(ArithmeticError, ValueError):
             return eager.evaluate(graph, plain)
     return eager.evaluate(graph, numbers)
 
 
+def _unchanged(value: Any) -> Any:
+    return value
+
+
 def _read(value: Any) -> Any:
-    """Return a number as one of Python's where all parameters on a CPU share it."""
+    """Return a number as one of Python's where all parameters share it."""
     if isinstance(value, Tensor) and value.is_cpu and not value.dim():
         return value if value.requires_grad or has_no_values(value) else value.item()
     return value
 
 
-def _for_engine(value: Any, dtype: torch.dtype) -> Any:
-    """Return a number in the dtype of the arithmetic, or as one of Python's."""
-    number = _read(value)
-    return number.to(dtype) if isinstance(number, Tensor) and number.is_floating_point() else number
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _elements(run: BucketRun) -> Tensor:

@@ -15,19 +15,18 @@ from surefoot.step.types import BucketRun
 from surefoot.tensors.modes import has_no_values
 
 
-def shared_numbers(step: StepInput, group: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the numbers that the parameters of a group share, for a step of some on a device.
-
-    On an accelerator they are moved to where tensors are, so that no later step waits for them.
-    """
-    found = {}
+def shared_numbers(step: StepInput, run: BucketRun) -> dict[str, Any]:
+    """Return the numbers that the parameters of a bucket share, on their device where these must not be waited for."""
+    found, place = {}, run.bucket.device
     for scalar in step.spec.group_scalars:
-        home = _home(step, scalar, group)
+        home = _home(step, scalar, run.group)
         value = home[scalar.name]
-        if device.type not in ("cpu", "meta") and not (isinstance(value, Tensor) and not value.is_cpu):
-            refuse_new_buckets(step.spec.name)
-            value = home[scalar.name] = torch.full((), float(value), dtype=torch.float64, device=device)
-        found[scalar.name] = value.to(device) if isinstance(value, Tensor) and device.type != "cpu" else value
+        if run.is_unread:
+            if not isinstance(value, Tensor) or (value.is_cpu and place.type != "cpu"):
+                refuse_new_buckets(step.spec.name)
+                value = home[scalar.name] = torch.full((), float(value), dtype=torch.float64, device=place)
+            value = value.to(place)
+        found[scalar.name] = value
     return found
 
 
