@@ -12,7 +12,7 @@ import surefoot
 
 NAMES = {
     *surefoot.optimizers.__all__,
-    *("Optimizer", "Scalar", "Slot", "StepOptions"),
+    *("GroupScalar", "Optimizer", "Scalar", "Slot", "StepOptions", "group_sum", "total_sum"),
     *("checkpoint", "load", "save"),
     *(
         "full_precision",

@@ -25,20 +25,16 @@ from surefoot.rule.hyperparameters import (
 
 _Beta3 = Interval("Invalid beta3 value: ", high=1.0, high_open=True, optional=True)
 _D0 = Interval("Invalid d0 value: ", low_open=True, high_open=True)
+_Whole = Interval(
+    "`s` and `p0` are kept whole (to save memory, pass state_dtype=torch.bfloat16), not every n-th element of them: ",
+    low=1.0,
+    high=1.0,
+)
 _Growth = Interval("Invalid growth_rate value: ", low=1.0)
 _LARGE = 1e290
 """Stands for a growth rate without bound, through which no gradient could flow."""
 _AGREE = ("betas", "beta3", "d0", "d_coef", "growth_rate", "use_bias_correction")
 """What one d for all groups follows from."""
-
-
-def _only_whole(name: str, value: Any) -> None:
-    """Raise ValueError unless all elements are to be looked at."""
-    if value != 1:
-        raise ValueError(
-            f"`{name}` must be 1, but is {value!r}: `s` and `p0` are kept whole, as the parameter is; leave it out, "
-            f"and to save memory beside float32 parameters pass state_dtype=torch.bfloat16"
-        )
 
 
 class Prodigy(Optimizer):
@@ -103,7 +99,7 @@ class Prodigy(Optimizer):
             bool,
             "not looked at: sharded parameters tell of themselves; for those of FSDP1 pass its `process_group`",
         ] = False,
-        slice_p: Annotated[int, _only_whole, "1: all elements count in the sums"] = 1,
+        slice_p: Annotated[int, _Whole, "1: all elements count in the sums"] = 1,
         *,
         split_groups: Annotated[bool, "estimate d for each group by itself; each may have its own `lr`"] = False,
         **options: Unpack[EngineOptions],
