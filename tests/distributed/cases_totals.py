@@ -89,8 +89,9 @@ def divided(kind):
 
 def idle_rank(rank):
     """Return d where one rank of a process group has no gradient: it follows all the same."""
-    param = torch.full((3,), float(rank + 1)).requires_grad_()
-    optimizer = surefoot.Prodigy([param], d0=1e-2, process_group=distributed.group.WORLD)
+    param, idle = torch.full((3,), float(rank + 1)).requires_grad_(), torch.ones(2, requires_grad=True)
+    groups = [{"params": [idle]}, {"params": [param]}]
+    optimizer = surefoot.Prodigy(groups, d0=1e-2, process_group=distributed.group.WORLD)
     for step in range(6):
         param.grad = None if rank == 0 and step % 2 else torch.full((3,), 0.5)
         optimizer.step()

@@ -10,18 +10,9 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, ema_of_square
+from surefoot.optimizers.common import directed, ema, ema_of_square, smaller
 from surefoot.rule import DIRECTED, GroupScalar, Slot, group_sum, total_sum
-from surefoot.rule.hyperparameters import (
-    WEIGHT_DECAY,
-    Betas,
-    Eps,
-    Interval,
-    LearningRate,
-    Number,
-    finite,
-    number,
-)
+from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, Interval, LearningRate, Number, finite, number
 
 _Beta3 = Interval("Invalid beta3 value: ", high=1.0, high_open=True, optional=True)
 _D0 = Interval("Invalid d0 value: ", low_open=True, high_open=True)
@@ -156,7 +147,7 @@ class Prodigy(Optimizer):
             "weight": h.d / h.d0 * rate,
             "neg_decay": -rate * h.weight_decay,
             "neg_rate": -rate,
-            "growth": min(h.growth_rate, _LARGE),
+            "growth": smaller(h.growth_rate, _LARGE),
         }
 
     @staticmethod

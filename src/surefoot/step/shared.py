@@ -105,20 +105,18 @@ def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) 
 
 def _told(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
     """Return the new numbers that some rank of the process group knows: not all have a parameter in every group."""
-    names = [scalar.name for scalar in step.spec.group_scalars]
-    table = torch.zeros(len(step.groups), 1 + len(names), dtype=torch.float64, device=exchange.device)
+    scalars = step.spec.group_scalars
+    table = torch.zeros(len(step.groups), 1 + len(scalars), dtype=torch.float64, device=exchange.device)
     for row, numbers in zip(table, found, strict=True):
         row[0] = float(bool(numbers))
-        for column, name in enumerate(names if numbers else (), 1):
-            row[column] = numbers[name]
-    every = exchange.gather(table)
-    first = every[:, :, 0].argmax(dim=0)
-    told = every[first, torch.arange(len(first), device=first.device)]
-    return [
-        {name: torch.where(row[0] != 0, row[column], _number(group[name], row)) for column, name in enumerate(names, 1)}
-        for row, group in zip(told, step.groups, strict=True)
-    ]
-
-
-def _number(value: Any, like: Tensor) -> Tensor:
-    return value.to(like) if isinstance(value, Tensor) else torch.full_like(like[0], value)
+        for column, scalar in enumerate(scalars if numbers else (), 1):
+            row[column] = numbers[scalar.name]
+    every, told = exchange.gather(table), list[dict[str, Any]]()
+    for position, group in enumerate(step.groups):
+        told.append({})
+        for column, scalar in enumerate(scalars, 1):
+            rows = every[:, position] if scalar.is_split(step.groups) else every.flatten(end_dim=1)
+            first = rows[rows[:, 0].argmax()]
+            old = torch.as_tensor(_home(step, scalar, group)[scalar.name]).to(first)
+            told[-1][scalar.name] = torch.where(first[0] != 0, first[column], old)
+    return told
