@@ -99,8 +99,6 @@ PAIRS = (
         {"decoupled_weight_decay": True},
         {"weight_decouple": True},
     ),
-    Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
-    Pair("Yogi", f"{OTHERS}.yogi", "Yogi", {}, {}, {"weight_decouple": False}),
     # It keeps two slots flattened; tests of its own compare d.
     Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {"d0": 0.1}, same_state=False),
     Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {"d0": 0.1, "betas": (0.0, 0.9)}, same_state=False),
@@ -113,6 +111,8 @@ PAIRS = (
         same_state=False,
     ),
     Pair("Prodigy", f"{OTHERS}.prodigy", "Prodigy", {"d0": 0.1}, {}, {"weight_decouple": True}, same_state=False),
+    Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
+    Pair("Yogi", f"{OTHERS}.yogi", "Yogi", {}, {}, {"weight_decouple": False}),
 )
 
 
@@ -195,9 +195,9 @@ GOING_ON = (
     Pair("ADOPT", "timm.optim.adopt", "Adopt", {}, {}, {"decoupled": True}),
     Pair("AdamAtan2", "adam_atan2_pytorch.adam_atan2", "AdamAtan2"),
     Pair("LaProp", "timm.optim.laprop", "LaProp"),
+    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {}, {}, {"d0": 0.1}),
     Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam", {}, {}, {"weight_decouple": True}),
     Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
-    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {}, {}, {"d0": 0.1}),
 )
 
 
