@@ -526,10 +526,76 @@ def soap(
         m.copy_(turned(plain, 0))
 
 
+class ProdigyLoop(torch.optim.Optimizer):
+    """Prodigy as its authors spell it out, one parameter after the other, twice over."""
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        defaults = {
+            "lr": 1.0, "betas": (0.9, 0.999), "beta3": None, "eps": 1e-8, "weight_decay": 0, "decouple": True,
+            "use_bias_correction": False, "safeguard_warmup": False, "d0": 1e-6, "d_coef": 1.0,
+            "growth_rate": math.inf, "split_groups": False, "maximize": False, "fsdp_in_use": False, "slice_p": 1,
+        }  # fmt: skip
+        super().__init__(params, defaults | options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        d0 = self.param_groups[-1]["d0"]
+        self.param_groups[-1] |= {"d": d0, "d_max": d0, "d_numerator": 0.0, "k": 0}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        split = self.defaults["split_groups"]
+        for groups in [[group] for group in self.param_groups] if split else [self.param_groups]:
+            self._step(groups)
+
+    def _step(self, groups: list[dict[str, Any]]) -> None:
+        first = groups[0]
+        beta1, beta2 = first["betas"]
+        beta3 = math.sqrt(beta2) if first["beta3"] is None else first["beta3"]
+        d, old, k, lr = first["d"], first["d"], first["k"], max(float(group["lr"]) for group in groups)
+        bias = (1 - beta2 ** (k + 1)) ** 0.5 / (1 - beta1 ** (k + 1)) if first["use_bias_correction"] else 1.0
+        rate, gain, length = d * lr * bias, 0.0, 0.0
+        moving = [group for group in groups if float(group["lr"]) > 0]
+        held = [(group, param) for group in moving for param in group["params"] if param.grad is not None]
+        for group, param in held:
+            state, w, g = self.state[param], in_pairs(param), in_pairs(param.grad)
+            if not state:
+                state |= {"step": torch.tensor(0.0), "p0": param.clone()}
+                state |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq", "s")}
+            g = self.direction(group, w, g)
+            m, v, s, p0 = (in_pairs(state[name]) for name in ("exp_avg", "exp_avg_sq", "s", "p0"))
+            gain += d / group["d0"] * rate * (g * (p0 - w)).sum().item()
+            m.mul_(beta1).add_(g, alpha=d * (1 - beta1))
+            v.mul_(beta2).addcmul_(g, g, value=d**2 * (1 - beta2))
+            s.mul_(beta3).add_(g, alpha=d / group["d0"] * (d if group["safeguard_warmup"] else rate))
+            length += s.abs().sum().item()
+            state["step"] += 1
+        if length:
+            numerator = beta3 * first["d_numerator"] + gain
+            d_hat = first["d_coef"] * numerator / length
+            d_max, new = max(first["d_max"], d_hat), max(d, d_hat) if d == first["d0"] else d
+            d = min(d_max, new * first["growth_rate"])
+            for group in groups:
+                group |= {"d": d, "d_max": d_max, "d_numerator": numerator, "k": k + 1}
+            for group, param in held:
+                state, w = self.state[param], in_pairs(param)
+                if group["decouple"] and group["weight_decay"]:
+                    w.add_(w.clone(), alpha=-float(group["weight_decay"]) * rate)
+                m, v = (in_pairs(state[name]) for name in ("exp_avg", "exp_avg_sq"))
+                w.addcdiv_(m, v.sqrt() + d * group["eps"], value=-rate * (1 if beta1 else d / old))
+
+    @staticmethod
+    def direction(group: dict[str, Any], w: Tensor, g: Tensor) -> Tensor:
+        g = -g if group["maximize"] else g
+        coupled = group["weight_decay"] and not group["decouple"]
+        return g.add(w, alpha=float(group["weight_decay"])) if coupled else g
+
+
 FLAGS: dict[str, tuple[Any, Any]] = {
     "amsgrad": (False, True),
     "centered": (False, True),
     "clip_exp": (None, 0.333),
+    "decouple": (False, True),
     "decoupled_weight_decay": (False, True),
     "always_adapt": (False, True),
     "maximize": (False, True),
@@ -537,6 +603,7 @@ FLAGS: dict[str, tuple[Any, Any]] = {
     "nesterov": (False, True),
     "no_prox": (False, True),
     "rectify": (False, True),
+    "split_groups": (False, True),
     "trust_clip": (False, True),
     "weight_decay": (0, 0.1),
 }
@@ -806,6 +873,16 @@ ROWS = (
             weight_decay_1d=0.1,
         ),
         more=({"optimize_1d": True}, {"gamma": 0.5, "lr_1d_factor": 0.1, "weight_decay_1d": 0.0}),
+        exact=False,
+        reduces=True,
+    ),
+    Row(
+        surefoot.Prodigy,
+        ProdigyLoop,
+        more=(
+            {"use_bias_correction": True, "d_coef": 0.5, "growth_rate": 1.5},
+            {"safeguard_warmup": True, "beta3": 0.5, "d0": 1e-3, "betas": (0.0, 0.5), "lr": 0.1},
+        ),
         exact=False,
         reduces=True,
     ),

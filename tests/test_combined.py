@@ -596,6 +596,7 @@ def test_frozen_parameters_are_kept_for_later():
         ),
         (lambda m: Combined(m.named_parameters(), [Part(surefoot.SGD)], max_grad_norm=-1), ValueError, "max_grad_norm"),
         (lambda m: Part(surefoot.SGD, lr=-1.0), ValueError, "Invalid learning rate"),
+        (lambda m: Part(surefoot.Prodigy), TypeError, "Prodigy keeps `d` for all parameters of one optimizer"),
         (lambda m: Part(surefoot.SGD, weight=1.0), TypeError, "weight"),
         (lambda m: Part(surefoot.SGD, nonfinite="skip"), ValueError, "`nonfinite` is an option of the whole optimizer"),
         (lambda m: Part(surefoot.SGD, telemetry=True), ValueError, "`telemetry` is an option of the whole optimizer"),

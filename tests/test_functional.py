@@ -212,6 +212,10 @@ def test_pure_steps_are_those_of_the_class(row, options, record_property):
         found, state = pure(row, options, start, steps, **more)
         assert_close(found, {name: param.detach() for name, param in params.items()})
         for name, param in params.items():
+            shared = {each.name: state[name].pop(each.name) for each in row.ours.group_scalars}
+            assert {key: float(value) for key, value in shared.items()} == pytest.approx(
+                {key: float(optimizer.param_groups[0][key]) for key in shared}, rel=1e-6
+            )
             assert_close(state[name], dict(optimizer.state[param]))
     torch.testing.assert_close((start, steps), before, rtol=0, atol=0)
     record_property("compared", "functional: pure steps, to rounding with the class")

@@ -78,6 +78,9 @@ class Caller:
         self.function, self.params, self.lists = function, params, {}
         self.group = row.ours([torch.zeros(1, 1)]).defaults | options
         self.arguments = inspect.signature(function).parameters
+        self.shared = {
+            each.name: torch.tensor(float(each.new(self.group)), dtype=torch.float64) for each in row.ours.group_scalars
+        }
         self.counts = "momentum_buffer_list" not in self.arguments or row.name != "SGD"
         slots = [slot for slot in row.ours.slots if slot.when is None or slot.when in self.arguments]
         for each in (*slots, *row.ours.scalars):
@@ -98,6 +101,7 @@ class Caller:
         for whole, parts in PARTS.items():
             if parts[0] in self.arguments:
                 found |= dict(zip(parts, self.group[whole], strict=False))
+        found |= self.shared
         if "has_complex" in self.arguments:
             found["has_complex"] = any(map(torch.is_complex, self.params.values()))
         return {name: value for name, value in found.items() if name not in self.lists}

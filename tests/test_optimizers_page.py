@@ -22,7 +22,7 @@ def bytes_of(cls):
     optimizer = cls([torch.zeros(2, 2, requires_grad=True)])
     flags = cls.spec.settle_flags(optimizer.param_groups[0])
     rule = bind(cls.spec, flags)
-    traffic = 4 * (2 + len(rule.slots) + sum(rule.written))
+    traffic = 4 * (sum(rule.read) + sum(rule.written))
     measured = [read(stage.measures) for stage in rule.stages]
     return str(4 * len(rule.slots)), " + ".join(map(str, [traffic, *measured]))
 

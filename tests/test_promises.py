@@ -201,7 +201,7 @@ def test_a_step_is_seen_by_autograd(engine, row):
     optimizer, params = started(row, engine)
     for name, grad in gradients(params, STEADY + 2, torch.float32).items():
         params[name].grad = None if name == "odd" else grad
-    slots = {slot.name for slot in row.ours.slots}
+    slots = {slot.name for slot in row.ours.slots if not slot.copies_param}
     saved = [param for name, param in params.items() if name != "odd"]
     saved += [
         state[slot] for param in saved for slot, state in [(s, optimizer.state[param]) for s in slots] if slot in state
@@ -555,7 +555,7 @@ def test_what_is_changed_between_steps_counts(engine, row, change):
         CHANGES[change](stepped, params)
         train(stepped, params, torch.float32, steps=AFTER)
     equal = assert_same if engine == "eager" and row.exact else assert_close
-    equal(results(optimizer, ours), results(oracle, theirs))
+    equal(results(optimizer, ours), results(oracle, theirs), **{"rtol": 1e-4, "atol": 1e-4} if row.reduces else {})
 
 
 def switches(row):

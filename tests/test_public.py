@@ -12,7 +12,7 @@ import surefoot
 
 NAMES = {
     *surefoot.optimizers.__all__,
-    *("Combined", "Optimizer", "Part", "Scalar", "Slot", "StepOptions"),
+    *("Combined", "GroupScalar", "Optimizer", "Part", "Scalar", "Slot", "StepOptions", "group_sum", "total_sum"),
     *("checkpoint", "load", "save"),
     *(
         "full_precision",

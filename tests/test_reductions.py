@@ -284,6 +284,131 @@ def test_a_number_that_no_tensor_is_needed_for_is_a_scalar():
         rule(lambda param, grad, total, c, flags: (param - grad, total * 0.5), slots=NUMBER)([param]).step()
 
 
+# Sums over parameters
+
+
+def clipped_by_all(param, grad, norm, c, flags):
+    """SGD whose gradients are divided by the norm of all of them, counted."""
+    squares = (surefoot.group_sum if flags.split else surefoot.total_sum)(grad * grad)
+    return param - c.lr * grad / torch.sqrt(squares), norm, torch.sqrt(squares), c.count + 1, squares * 0.5 + c.mixed
+
+
+SHARED = (
+    surefoot.GroupScalar("norm", split="split"),
+    surefoot.GroupScalar("count", init=3, integer=True),
+    surefoot.GroupScalar("mixed", init="lr", split="split"),
+)
+
+
+def total_rule(update=clipped_by_all, **attributes):
+    known = {"flags": ("split",), "group_scalars": SHARED, "slots": (surefoot.Slot("kept"),), **attributes}
+    return rule(update, name="Total", **known)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["total", "by group"])
+@each_engine
+@each_dtype
+def test_a_sum_is_over_all_parameters_or_those_of_a_group(engine, dtype, split):
+    params = [normals(dtype, seed=1)(*shape).requires_grad_() for shape in ((), (5,), (40_000,), (3, 7), (0,))]
+    params.append(normals(torch.float64, seed=2)(6).requires_grad_())  # another bucket
+    params.append(torch.ones(4, dtype=dtype, requires_grad=True))  # never stepped
+    exact = [param.detach().double() for param in params]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = total_rule()(groups, split=split, **ENGINES[engine])
+    for step in range(4):
+        normal = normals(torch.float64, seed=step + 5)
+        for param in params[:-1]:
+            param.grad = normal(*param.shape).to(param.dtype)
+        squares = [param.grad.double().square().sum() for param in params[:-1]]
+        sums = [sum(squares[:2]), sum(squares[2:])] if split else [sum(squares)] * 2
+        for index, param in enumerate(params[:-1]):
+            exact[index] -= 0.1 * param.grad.double() / sums[index >= 2].sqrt()
+        optimizer.step()
+        for group, total in zip(optimizer.param_groups, sums, strict=True):
+            assert group["norm"] == pytest.approx(total.sqrt().item(), rel=1e-6)
+            assert group["count"] == 4 + step
+            assert type(group["count"]) is int
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
+    for param, value in zip(params, exact, strict=True):
+        torch.testing.assert_close(param.detach().double(), value, **tolerance)
+
+
+def test_shared_numbers_are_hyperparameters_to_the_next_step_and_are_saved():
+    param, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer, loaded = total_rule()([param]), total_rule()([other])
+    for each in (param, other):
+        each.grad = torch.ones(3)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.param_groups[0]["mixed"] == pytest.approx(0.1 + 2 * 1.5)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.data.copy_(param.data)
+    for each in (optimizer, loaded):
+        each.step()
+    assert torch.equal(param, other)
+    names = ("norm", "count", "mixed")
+    assert [optimizer.param_groups[0][n] for n in names] == [loaded.param_groups[0][n] for n in names]
+
+
+def test_a_step_without_gradients_and_a_skipped_one_leave_shared_numbers():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = total_rule()([param], nonfinite="skip")
+    optimizer.step()
+    param.grad = torch.tensor([1.0, torch.nan, 0.0])
+    with pytest.warns(RuntimeWarning, match="was skipped"):
+        optimizer.step()
+    assert (optimizer.param_groups[0]["norm"], optimizer.param_groups[0]["count"]) == (0.0, 3)
+
+
+def refusal(update, **attributes):
+    param = torch.ones(2, requires_grad=True)
+    param.grad = torch.ones(2)
+    with pytest.raises(RuleError) as caught:
+        total_rule(update, **attributes)([param]).step()
+    assert param.tolist() == [1.0, 1.0]
+    return str(caught.value)
+
+
+def test_a_shared_number_that_is_not_one_for_all_is_refused():
+    def own(param, grad, kept, c, flags):
+        return param - surefoot.total_sum(grad) * grad, kept, torch.sum(grad), c.count, c.mixed
+
+    def missing(param, grad, kept, c, flags):
+        return param - surefoot.total_sum(grad) * grad, kept
+
+    def unsummed(param, grad, kept, c, flags):
+        return param - grad, kept, c.norm, c.count, c.mixed
+
+    def python(param, grad, kept, c, flags):
+        return param - surefoot.total_sum(grad) * grad, kept, 1.0, c.count, c.mixed
+
+    assert "`norm` is one number for all parameters, but follows from what one of them has" in refusal(own)
+    assert "must return (param, kept, norm, count, mixed), but returned 2 values" in refusal(missing)
+    assert "`norm` is shared, but nothing is summed over groups" in refusal(unsummed)
+    assert "must return a number that follows from coefficients for `norm`, but returned 1.0" in refusal(python)
+
+
+def test_groups_that_ask_for_different_sums_are_refused():
+    def uneven(param, grad, kept, c, flags):
+        more = surefoot.total_sum(torch.abs(grad)) if flags.split else 1.0
+        return param - surefoot.total_sum(grad) * grad * more, kept, c.norm, c.count, c.mixed
+
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    cls = total_rule(uneven)
+    optimizer = cls([{"params": params[:1]}, {"params": params[1:], "split": True}], split=False)
+    with pytest.raises(RuleError, match="sums 1 tensors over parameters under some flags and 2 under others"):
+        optimizer.step()
+    assert params[0].tolist() == params[1].tolist() == [1.0, 1.0]
+
+
+def test_a_sum_over_parameters_is_for_rules_only():
+    for function in (surefoot.total_sum, surefoot.group_sum):
+        with pytest.raises(TypeError, match=f"`{function.__name__}` is a sum over all parameters"):
+            function(torch.ones(2))
+
+
 # Transforms of every rule that tells its direction
 
 DIRECTED_ROWS = [row for row in ROWS if "cautious" in row.ours.flags and row.ours.is_rule()]

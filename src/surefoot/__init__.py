@@ -29,14 +29,18 @@ if TYPE_CHECKING:
     from surefoot.optimizers import *  # noqa: F403 (the one list of them)
     from surefoot.precision import full_precision as full_precision
     from surefoot.precision import full_precision_state_dict as full_precision_state_dict
+    from surefoot.rule import GroupScalar as GroupScalar
     from surefoot.rule import Scalar as Scalar
     from surefoot.rule import Slot as Slot
+    from surefoot.rule import group_sum as group_sum
+    from surefoot.rule import total_sum as total_sum
     from surefoot.step.options import StepOptions as StepOptions
 
     __version__: str
 else:  # type checkers read no list that is put together
     __all__ = [
         "Combined",
+        "GroupScalar",
         "Optimizer",
         "Part",
         "Scalar",
@@ -46,6 +50,7 @@ else:  # type checkers read no list that is put together
         "full_precision",
         "full_precision_state_dict",
         "functional",
+        "group_sum",
         "hidden_matrices",
         "load",
         "lr_finder",
@@ -55,6 +60,7 @@ else:  # type checkers read no list that is put together
         "save",
         "swa_utils",
         "telemetry",
+        "total_sum",
     ]
     __all__ += optimizers.__all__
 
@@ -78,6 +84,7 @@ else:  # type checkers read no list that is put together
 
 _MODULES = {
     "Combined": "surefoot.combined",
+    "GroupScalar": "surefoot.rule",
     "Optimizer": "surefoot.optimizer",
     "Part": "surefoot.combined",
     "Scalar": "surefoot.rule",
@@ -86,10 +93,12 @@ _MODULES = {
     "full_precision": "surefoot.precision",
     "full_precision_state_dict": "surefoot.precision",
     "hidden_matrices": "surefoot.groups",
+    "group_sum": "surefoot.rule",
     "load": "surefoot.checkpoint",
     "muon_with": "surefoot.combined",
     "parameter_groups": "surefoot.groups",
     "save": "surefoot.checkpoint",
+    "total_sum": "surefoot.rule",
 }
 _OF_TORCH = ("swap_in_optimizer_params_and_state",)
 

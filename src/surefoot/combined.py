@@ -93,6 +93,11 @@ def _check_algorithm(algorithm: Any) -> None:
             f"{algorithm.__name__} has a step of its own, which cannot be made together with others; take a rule, Muon "
             f"or Adafactor"
         )
+    if shared := algorithm.spec.group_scalars:
+        raise TypeError(
+            f"{algorithm.__name__} keeps `{shared[0].name}` for all parameters of one optimizer, which parts cannot; "
+            f"let it step its parameters as an optimizer of its own"
+        )
 
 
 def _selections(select: Any) -> tuple[Selection, ...]:

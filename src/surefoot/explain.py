@@ -104,9 +104,14 @@ def measured_operations(stage: Stage) -> Iterator[str]:
     """
     yield from _without_return(stage.measures.graph)
     values = next(iter(reversed(stage.measures.graph.nodes))).args[0][-len(stage.sums) :]
-    for name, mean, kind, value in zip(stage.sums, stage.means, stage.measures.reductions, values, strict=True):
-        yield f"{name.removeprefix('measured_')} = {'mean' if mean else kind.kind}({value})"
+    parts = zip(stage.sums, stage.means, stage.over, stage.measures.reductions, values, strict=True)
+    for name, mean, over, kind, value in parts:
+        called = "mean" if mean else kind.kind if over == "tensor" else _SUMS[over]
+        yield f"{name.removeprefix('measured_')} = {called}({value})"
     yield from _without_return(stage.numbers)
+
+
+_SUMS = {"group": "group_sum", "all": "total_sum"}
 
 
 def _without_return(graph: fx.Graph) -> list[str]:

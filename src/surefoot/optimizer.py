@@ -8,7 +8,7 @@ import functools
 import inspect
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
@@ -24,7 +24,18 @@ from torch.utils.hooks import RemovableHandle
 from surefoot.constructor import complete_constructor
 from surefoot.dynamo import opaque
 from surefoot.errors import NotRestoredError
-from surefoot.rule import DIRECTED, EMA, ENGINE_OPTIONS, ROUNDING_STEP, STEP, AlgorithmSpec, Scalar, Slot, Sparse
+from surefoot.rule import (
+    DIRECTED,
+    EMA,
+    ENGINE_OPTIONS,
+    ROUNDING_STEP,
+    STEP,
+    AlgorithmSpec,
+    GroupScalar,
+    Scalar,
+    Slot,
+    Sparse,
+)
 from surefoot.rule.hyperparameters import Check, check_storage, truth
 from surefoot.state.check import format_param
 from surefoot.state.load import LoadReport, LoadTarget, load
@@ -117,6 +128,8 @@ class Optimizer(torch.optim.Optimizer):
     """Tensors kept for each parameter, in the order in which `update` takes and returns them."""
     scalars: ClassVar[tuple[Scalar, ...]] = (STEP,)
     """Numbers kept for each parameter; `coefficients` takes them by name, `step` already counted."""
+    group_scalars: ClassVar[tuple[GroupScalar, ...]] = ()
+    """Numbers that parameters share, kept in the param groups; `update` returns their new values after the slots."""
     flags: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters whose truth shapes the computation: `update` may branch on `flags.name`."""
     ranges: ClassVar[Mapping[str, Check]] = {}
@@ -286,6 +299,10 @@ class Optimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError("`fused` does not support `differentiable`")
 
+    @staticmethod
+    def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise RuntimeError when groups cannot be stepped together; asked at every step."""
+
     def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         """Raise ValueError when the algorithm cannot optimize one of these tensors with the options of a group."""
 
@@ -329,6 +346,9 @@ class Optimizer(torch.optim.Optimizer):
             if default is torch_hooks.required and name not in group:
                 raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
             group.setdefault(name, default)
+        for scalar in self.group_scalars:
+            others = self.param_groups if self.param_groups and not scalar.is_split(self.param_groups) else ()
+            group.setdefault(scalar.name, others[0][scalar.name] if others else scalar.new(group))
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
         self._check_own(group)
@@ -789,6 +809,8 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         name=cls.__name__,
         slots=cls.slots,
         scalars=_scalars(cls),
+        group_scalars=cls.group_scalars,
+        check_groups=cls.check_groups,
         flags=cls.flags,
         flags_of=None if cls.flags_of is Optimizer.flags_of else cls.flags_of,
         update=cls.update if cls.is_rule() else None,

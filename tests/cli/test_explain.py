@@ -1,5 +1,7 @@
 """The command `surefoot explain`."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -41,6 +43,14 @@ def test_a_number_of_state_is_told_from_a_tensor():
     assert "kept as: param float32; exp_avg float32; exp_avg_sq one number; max_exp_avg_sq one number" in output
     assert "traffic: 24 bytes per element (16 read, 8 written, in 2 passes)" in output
     assert output.count("def kernel(") == 2
+
+
+def test_numbers_that_parameters_share_are_told():
+    code, output = explain("Prodigy")
+    assert code == 0
+    assert "; d shared, in the groups; d_max shared, in the groups" in output
+    assert "traffic: 52 bytes per element (36 read, 16 written, in 2 passes)" in output
+    assert re.search(r"total_sum_\d = total_sum\(mul_\d+\)", output)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in optimizers.NOT_IN_TORCH if getattr(optimizers, n).is_rule()))

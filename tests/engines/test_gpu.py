@@ -399,7 +399,7 @@ def optimizer_state(param):
 # A GradScaler's steps
 
 
-@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.ASGD, surefoot.NAdam, surefoot.SGD])
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.ASGD, surefoot.NAdam, surefoot.SGD, surefoot.Prodigy])
 def test_a_step_with_infinities_changes_nothing_and_reads_nothing(cls):
     options = {"momentum": 0.9, "dampening": 0.5} if cls is surefoot.SGD else {}
     found = []
@@ -423,6 +423,31 @@ def test_a_step_with_infinities_changes_nothing_and_reads_nothing(cls):
                 optimizer.step()
         found.append(results(optimizer, params))
     assert_close(*found)
+
+
+def test_numbers_that_parameters_share_stay_on_the_device_and_are_not_read():
+    found = []
+    for way in ({"foreach": False}, CAPTURABLE):
+        params = list(few(torch.float32).values())
+        optimizer = surefoot.Prodigy([{"params": params[:4]}, {"params": params[4:]}], d0=1e-3, **way)
+        held = []
+        for step in range(6):
+            normal = normals(torch.float32, seed=step)
+            for param in params:
+                param.grad = torch.empty_like(param).copy_(param.detach() + 0.1 * normal(*param.shape))
+            if "capturable" in way and step > 1:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(step == 3))
+                held.append([group[name] for group in optimizer.param_groups for name in ("d", "d_numerator", "k")])
+                before = [number.clone() for number in held[-1]]
+                _step(optimizer, unread=step > STEADY)
+                assert all(map(torch.equal, held[-1], before)) is (step == 3)
+            elif step != 3:
+                optimizer.step()
+        found.append([[float(group[name]) for name in ("d", "d_numerator", "k")] for group in optimizer.param_groups])
+    assert all(number is first for each in held for number, first in zip(each, held[0], strict=True))
+    assert held[0][0] is held[0][3]  # of both groups
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert found[0][0][0] > 1e-3
 
 
 def _step(optimizer, *, unread):

@@ -110,23 +110,23 @@ def accesses(ptx):
     return Counter(re.findall(r"\b(?:ld|st)\.global[\w.:]*", ptx))
 
 
-def check(ptx, used, stored, written):
+def check(ptx, used, stored, written, read=None):
     """Check every kernel: two branches of wide accesses, one of single ones, IEEE arithmetic, no spills."""
     found = accesses(ptx)
-    wide = {kind: 2 * count for kind, count in wide_accesses(stored, written).items()}
+    wide = {kind: 2 * count for kind, count in wide_accesses(stored, written, read).items()}
     assert {kind: count for kind, count in found.items() if ".v" in kind} == wide
     check_singles(ptx, found, stored)
     assert used["registers"] <= (MOST_REGISTERS if len(stored) < MANY_ARRAYS else 128)
     assert used["spills"] == 0
 
 
-def wide_accesses(stored, written):
-    """Count the wide accesses of a block."""
+def wide_accesses(stored, written, read=None):
+    """Count the wide accesses of a block; all arrays are read unless `read` tells."""
     wide, launch = Counter(), LAUNCH[max(kept.itemsize for kept in stored)]
-    for kept, is_written in zip(stored, written, strict=True):
+    for kept, is_written, is_read in zip(stored, written, read or (True,) * len(stored), strict=True):
         size = launch.block // (32 * launch.warps) * kept.itemsize  # bytes of a thread
         vector = "v2.b64" if kept.dtype is torch.float64 else "v4.b32" if size >= 16 else "v2.b32"
-        wide[f"ld.global.{vector}"] += max(1, size // 16)
+        wide[f"ld.global.{vector}"] += max(1, size // 16) * is_read
         wide[f"st.global.{vector}"] += max(1, size // 16) * is_written
     return wide
 
@@ -139,6 +139,11 @@ def check_singles(ptx, found, stored):
     assert "div.full" not in ptx
 
 
+def read_by(cls, options):
+    optimizer = cls([torch.zeros(2)], **options)
+    return rule_of(optimizer, optimizer.param_groups[0]).read
+
+
 def written_by(source, stored):
     names = re.search(r"def update\((.*?), lanes", source)[1].split(", ")
     assert len(names) == len(stored)
@@ -148,8 +153,9 @@ def written_by(source, stored):
 @each_architecture
 @rows
 def test_float32(row, architecture, record_property):
-    source, stored = source_of(row.ours, row.all_flags(), torch.float32)
-    check(*compiled(source, stored, architecture), stored, written_by(source, stored))
+    source, stored = source_of(row.ours, options := row.all_flags(), torch.float32)
+    written, read = written_by(source, stored), read_by(row.ours, options)
+    check(*compiled(source, stored, architecture), stored, written, read)
     record_property("compared", f"gpu, compiled for sm_{architecture}: 128 bits, no spills, IEEE arithmetic")
 
 
@@ -157,7 +163,7 @@ def test_float32(row, architecture, record_property):
 @rows
 def test_other_dtypes(row, dtype, record_property):
     source, stored = source_of(row.ours, {}, dtype)
-    check(*compiled(source, stored, 90), stored, written_by(source, stored))
+    check(*compiled(source, stored, 90), stored, written_by(source, stored), read_by(row.ours, {}))
     record_property("compared", "gpu, compiled for sm_90: 128 bits, no spills, IEEE arithmetic")
 
 

@@ -100,6 +100,18 @@ PAIRS = (
         {"decoupled_weight_decay": True},
         {"weight_decouple": True},
     ),
+    # It keeps two slots flattened; tests of its own compare d.
+    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {"d0": 0.1}, same_state=False),
+    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {"d0": 0.1, "betas": (0.0, 0.9)}, same_state=False),
+    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {"d0": 0.1, "decouple": False, "beta3": 0.9}, same_state=False),
+    Pair(
+        "Prodigy",
+        "prodigyopt.prodigy",
+        "Prodigy",
+        {"d0": 0.1, "use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.1, "d_coef": 2.0},
+        same_state=False,
+    ),
+    Pair("Prodigy", f"{OTHERS}.prodigy", "Prodigy", {"d0": 0.1}, {}, {"weight_decouple": True}, same_state=False),
     Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
     Pair("Yogi", f"{OTHERS}.yogi", "Yogi", {}, {}, {"weight_decouple": False}),
     Pair("LAMB", "timm.optim.lamb", "Lamb"),
@@ -213,6 +225,7 @@ GOING_ON = (
     Pair("ADOPT", "timm.optim.adopt", "Adopt", {}, {}, {"decoupled": True}),
     Pair("AdamAtan2", "adam_atan2_pytorch.adam_atan2", "AdamAtan2"),
     Pair("LaProp", "timm.optim.laprop", "LaProp"),
+    Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {}, {}, {"d0": 0.1}),
     Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam", {}, {}, {"weight_decouple": True}),
     Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
 )

@@ -13,12 +13,12 @@ from surefoot.explain import rule_of
 from surefoot.optimizer import Optimizer, Params
 from surefoot.rule import Rule, Slot
 
-Stages = tuple[tuple[bool, ...], ...]
-"""For each stage of a rule, whether it reads the parameter, the gradient and each slot."""
+Passes = tuple[tuple[bool, ...], ...]
+"""For each stage of a rule, whether it reads the parameter, the gradient and each slot; then what the update writes."""
 
 
 class Traffic(Optimizer):
-    """Adds the gradient to the parameter and to every slot; it has no hyperparameters and counts no steps.
+    """Adds the gradient to the parameter and to what slots are written; it has no hyperparameters and counts no steps.
 
     Where the rule whose floor it is measures tensors before its update, it sums the same tensors in as many stages; and
     it measures the norm of all gradients where the rule's are clipped.
@@ -31,8 +31,8 @@ class Traffic(Optimizer):
 
 
 @functools.cache
-def _traffic(slots: int, kinds: tuple[Stages, ...]) -> Any:
-    """Make the class for rules of so many slots; each kind of parameter has stages of its own, and a flag."""
+def _traffic(slots: int, kinds: tuple[Passes, ...]) -> Any:
+    """Make the class for rules of so many slots; each kind of parameter has passes of its own, and a flag."""
     names = [f"kind{number}" for number in range(len(kinds))]
 
     def update(*arrays_coefficients_flags: Any) -> Any:
@@ -43,29 +43,30 @@ def _traffic(slots: int, kinds: tuple[Stages, ...]) -> Any:
     return type("Traffic", (Traffic,), {**members, "update": staticmethod(update)})
 
 
-def _added(arrays: Sequence[Tensor], stages: Stages) -> tuple[Tensor, ...]:
+def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:
     """Add once for each array that is read, and once for each that is written.
 
     Each sum is added to what is summed next, and the last to the parameter, times zero: so none can be left out.
     """
     param, grad, *slots = arrays
+    *stages, (_, *written) = passes
     for reads in stages:
         nothing = torch.sum(functools.reduce(operator.add, compress((param, grad, *slots), reads))) * 0.0
         param = param + nothing
-    return param + grad, *(slot + grad for slot in slots)
+    return param + grad, *(slot + grad if writes else slot for slot, writes in zip(slots, written, strict=True))
 
 
 def floor_of(optimizer: Optimizer) -> Optimizer:
     """Make the floor of an optimizer whose algorithm is a rule: the same parameters, and slots like its own."""
     group = optimizer.param_groups[0]
-    kinds: dict[Stages, list[Tensor]] = {}
+    kinds: dict[Passes, list[Tensor]] = {}
     for param in group["params"]:
-        kinds.setdefault(_stages(rule_of(optimizer, group, param)), []).append(param)
+        kinds.setdefault(_passes(rule_of(optimizer, group, param)), []).append(param)
     groups = [{"params": params, f"kind{number}": True} for number, params in enumerate(kinds.values())]
     made = _traffic(len(rule_of(optimizer, group).slots), tuple(kinds))
     floor: Optimizer = made(groups, optimizer.step_options.max_grad_norm)
     return floor
 
 
-def _stages(rule: Rule) -> Stages:
-    return tuple(stage.measures.read for stage in rule.stages)
+def _passes(rule: Rule) -> Passes:
+    return *(stage.measures.read for stage in rule.stages), rule.written

@@ -71,6 +71,7 @@ def _show(console: "Console", optimizer: "Optimizer", param: "Tensor", *, source
     rule = facts.rule_of(optimizer, group, param)
     kept = [f"{name} {one.name}" for name, one in facts.formats_of(optimizer, group, param).items()]
     kept += [f"{slot.name} one number" for slot in rule.number_slots]
+    kept += [f"{scalar.name} shared, in the groups" for scalar in rule.group_scalars]
     printed = facts.sources(optimizer, param, gpu=gpu) if source else []
     flags = ", ".join(name for name, value in rule.flags if value) or "none"
     console.print(f"[bold]{rule.name}[/bold]   flags that are on: {flags}")

@@ -116,6 +116,26 @@ class Exchange:
             shared = _all_reduced(shared, (self.process_group,))
         return rows, shared
 
+    def sum_groups(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return sums over the parameters of each group: one all-reduce, where a process group divides plain ones.
+
+        Args:
+            rows: what all ranks know of each parameter, as `sum` returns it: float64 of shape (parameters, n).
+            sizes: how many parameters each group has, one group after the other.
+
+        Returns:
+            The sums: float64 of shape (groups, n).
+        """
+        if self.process_group is None:
+            return _sums(rows, sizes)
+        plain = torch.tensor([not is_sharded(param) for param in self.params], dtype=torch.bool, device=rows.device)
+        divided = _all_reduced(_sums(rows * plain[:, None], sizes), (self.process_group,))
+        return divided + _sums(rows * ~plain[:, None], sizes)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Return the tensors of all ranks that the process group divides parameters over, along a first dimension."""
+        return gathered(numbers, self.process_group)
+
     def combine(self, rows: Tensor, largest: Sequence[int]) -> Tensor:
         """Return sums over ranks, and of some columns the largest, NaN where there is one: one gathering per group.
 
@@ -147,6 +167,10 @@ def make_exchange(params: Sequence[Tensor], process_group: Any = None) -> Exchan
     if process_group is None and not any(map(is_sharded, params)):
         return None
     return Exchange(params, process_group)
+
+
+def _sums(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.stack([part.sum(dim=0) for part in torch.split(rows, list(sizes))])
 
 
 def _all_reduced(numbers: Tensor, groups: Sequence[Any]) -> Tensor:

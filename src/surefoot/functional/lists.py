@@ -97,6 +97,8 @@ def _parameters(kind: type[Optimizer]) -> Iterator[inspect.Parameter]:
     for name, default in spec.constructor.items():
         for part in () if name in around else _names_of(name, default) or (name,):
             yield inspect.Parameter(part, inspect.Parameter.KEYWORD_ONLY)
+    for scalar in spec.group_scalars:
+        yield inspect.Parameter(scalar.name, inspect.Parameter.KEYWORD_ONLY)
 
 
 def _names_of(whole: str, value: Any) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class Arguments:
         lists = {e: found[0] for e, found in found_lists.items() if found or e.when in (None, *names)}
         found = {whole: _names_of(whole, value) for whole, value in optimizer.defaults.items()}
         tuples = {whole: parts for whole, parts in found.items() if parts and set(parts) <= set(names)}
-        known = optimizer.defaults.keys() - lists.values()
+        known = {*optimizer.defaults, *(scalar.name for scalar in optimizer.spec.group_scalars)} - {*lists.values()}
         return cls(optimizer, names[1], lists, tuples, tuple(name for name in names if name in known))
 
     def step(self, given: Mapping[str, Any]) -> None:
@@ -147,7 +149,7 @@ class Arguments:
                 return
             if scale is not None and not self.optimizer.is_rule():
                 grads, scale = [None if grad is None else grad / scale for grad in grads], None
-            for rows in rounds(given["params"]):
+            for rows in self._rounds(given["params"]):
                 self._step_rows(given, group, stored, rows, [grads[row] for row in rows], (scale, found_inf))
 
     def _group(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +175,11 @@ class Arguments:
                     f"`{name}` must have one entry for each of {len(params)} params, but has {len(given[name])}"
                 )
         self.optimizer.check_params(params, group)
+        for scalar in self.optimizer.spec.group_scalars:
+            if not isinstance(value := group[scalar.name], Tensor) or value.dim():
+                raise TypeError(
+                    f"`{scalar.name}` must be a 0-d tensor, which the step updates in place, but is {value!r}"
+                )
         for each in stored:
             for row, value in enumerate(given[self.lists[each]]):
                 if value is None and isinstance(each, Slot):
@@ -199,6 +206,14 @@ class Arguments:
             raise RuntimeError(
                 f"`{name}` must be on {param.device} with capturable=True or fused=True, but is on {value.device}"
             )
+
+    def _rounds(self, params: Sequence[Tensor]) -> Iterator[list[int]]:
+        found = list(rounds(params))
+        if len(found) > 1 and self.optimizer.spec.group_scalars:
+            raise ValueError(
+                f"`params` has a tensor twice, but {self.optimizer.spec.name} adds up over all at once; leave one out"
+            )
+        yield from found
 
     def _must_know(self, given: Mapping[str, Any], stored: Sequence[Stored]) -> bool:
         """Return whether the host must know of infinities: where slots begin in this step, or the step is custom."""

@@ -38,6 +38,7 @@ def init(optimizer_class: type[Optimizer], params: Any, **hyperparameters: Any) 
     Returns:
         For each parameter, in a dict or a sequence as `params` are, a dict of its state under the names that
         `optimizer.state[param]` has.  What begins as the first gradient, SGD's momentum buffer, is not there yet.
+        What parameters share, and a class keeps in its groups, is there for each of them.
 
     Raises:
         ValueError: a hyperparameter is out of range, or the algorithm cannot optimize one of the tensors.
@@ -141,6 +142,8 @@ def _is_hidden(value: Any) -> bool:
 def _new_state(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> Iterator[tuple[str, Any]]:
     spec = optimizer.spec
     later = begins_with_nothing(spec, group)
+    for shared in spec.group_scalars:
+        yield shared.name, torch.as_tensor(group[shared.name], dtype=torch.float64, device=param.device)
     for each in active(spec, group):
         if isinstance(each, Scalar):
             yield each.name, each.new(group, scalar_device(group, param))
@@ -229,11 +232,13 @@ class _Rows(NamedTuple):
         step = self._step(params, entries, self.group)
         with torch.set_grad_enabled(carries and torch.is_grad_enabled()):
             run(self.optimizer, step)
+        shared = {scalar.name: step.groups[0][scalar.name] for scalar in step.spec.group_scalars}
         for grad, old, param, before in zip(self.grads, self.params, params, self.entries, strict=True):
             if grad is None:
-                yield old, before
+                yield old, before | shared
             else:
-                yield param if carries else param.requires_grad_(old.requires_grad), step.state.get(param, {})
+                new = step.state.get(param, {}) | shared
+                yield param if carries else param.requires_grad_(old.requires_grad), new
 
     def evaluated(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Evaluate the rule by torch's operations."""
@@ -241,11 +246,15 @@ class _Rows(NamedTuple):
         step = self._step(self.params, [dict(entry) for entry in self.entries], self.group | eager)
         with step.stepping.context:
             found = {param: new for made, rows in evaluate_step(step) for param, new in _evaluated(made, rows)}
-        unchanged = zip(self.params, self.entries, strict=True)
-        return (found.get(param, (param, entry)) for param, entry in unchanged)
+            told = {name: new for numbers in step.stepping.context.shared for name, new in numbers.items()}
+        for param, entry in zip(self.params, self.entries, strict=True):
+            new_param, new = found.get(param, (param, entry))
+            yield new_param, new | {name: _stored_scalar(value, entry.get(name, value)) for name, value in told.items()}
 
     def _step(self, params: list[Tensor], entries: list[dict[str, Any]], group: dict[str, Any]) -> StepInput:
-        inside = {**group, "params": params, "param_names": self.names}
+        known = entries[0] if entries else {}
+        shared = {each.name: known[each.name] for each in self.optimizer.spec.group_scalars if each.name in known}
+        inside = {**group, **shared, "params": params, "param_names": self.names}
         state = dict(zip(params, entries, strict=True))
         return step_input(self.optimizer, inside, self.grads, state, lambda: self.names, self.optimizer.step_options)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surefoot.optimizers.muon import Muon
     from surefoot.optimizers.nadam import NAdam
     from surefoot.optimizers.novograd import NovoGrad
+    from surefoot.optimizers.prodigy import Prodigy
     from surefoot.optimizers.qhadam import QHAdam
     from surefoot.optimizers.radam import RAdam
     from surefoot.optimizers.rmsprop import RMSprop
@@ -74,6 +75,7 @@ __all__ = [  # noqa: RUF022 (the order of tables)
     "StableAdamW",
     "NovoGrad",
     "MARS",
+    "Prodigy",
     "SOAP",
 ]
 
@@ -81,7 +83,7 @@ NOT_IN_TORCH = frozenset(
     {
         *("Lion", "Signum", "AdEMAMix", "Adan", "AdaBelief", "ADOPT", "AdamAtan2", "LaProp", "QHAdam", "Yogi"),
         *("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"),
-        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS", "SOAP"),
+        *("LAMB", "LARS", "StableAdamW", "NovoGrad", "MARS", "Prodigy", "SOAP"),
     }
 )
 """Those that torch.optim does not have, so that nothing there can be compared with them."""

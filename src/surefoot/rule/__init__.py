@@ -9,6 +9,7 @@ from surefoot.rule.declare import (
     FLOAT8,
     ROUNDING_STEP,
     STEP,
+    GroupScalar,
     Reduction,
     Scalar,
     Slot,
@@ -17,6 +18,7 @@ from surefoot.rule.declare import (
     one_number,
     scalar_dtype,
 )
+from surefoot.rule.ops import group_sum, total_sum
 from surefoot.rule.spec import ALGORITHM, DIRECTED, ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec, Flags
 from surefoot.rule.trace import TELEMETRY, bind, gradient_rule
 
@@ -32,6 +34,7 @@ __all__ = [
     "TELEMETRY",
     "AlgorithmSpec",
     "Flags",
+    "GroupScalar",
     "Reduction",
     "Rule",
     "Scalar",
@@ -40,7 +43,9 @@ __all__ = [
     "Stage",
     "bind",
     "gradient_rule",
+    "group_sum",
     "narrow",
     "one_number",
     "scalar_dtype",
+    "total_sum",
 ]

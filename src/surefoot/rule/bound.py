@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from surefoot.rule.declare import Reduction, Scalar, Slot
+from surefoot.rule.declare import GroupScalar, Reduction, Scalar, Slot
 from surefoot.rule.spec import Flags
 
 
@@ -25,6 +25,8 @@ class Rule:
         stages: what must be measured before, in order, where numbers of the update depend on all elements of a tensor.
         given: names of the numbers that come from hyperparameters and scalars, for the graph and for stages.
         new_numbers: for each of `number_slots` the name of the number that is its new value.
+        group_scalars: the numbers that parameters share.
+        new_shared: for each of `group_scalars` the name of the number that is its new value.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Rule:
     stages: tuple["Stage", ...] = ()
     given: tuple[str, ...] = ()
     new_numbers: tuple[str, ...] = ()
+    group_scalars: tuple[GroupScalar, ...] = ()
+    new_shared: tuple[str, ...] = ()
 
     @property
     def writes(self) -> bool:
@@ -54,6 +58,12 @@ class Rule:
         return tuple(node in measured or bool(node.users.keys() - shaped - {output}) for node in inputs)
 
     @functools.cached_property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the numbers that engines take, for the update or for a stage."""
+        stages = (name for stage in self.stages for name in stage.measures.coefficients)
+        return tuple(dict.fromkeys((*self.coefficients, *stages)))
+
+    @functools.cached_property
     def written(self) -> tuple[bool, ...]:
         """Of the parameter and of each slot, whether the update changes it."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -68,8 +78,9 @@ class Stage:
 
     Attributes:
         measures: the rule that measures, and changes nothing.
-        sums: names of the numbers that it measures.
+        sums: names of the numbers that it measures; those that are not of one tensor first.
         means: for each of them whether it is to be divided by the number of elements.
+        over: for each of them what is added up: a tensor, the tensors of a group, or those of all groups.
         takes: names of the numbers that `numbers` takes.
         numbers: a graph of numbers only.
         gives: names of the numbers that it returns.
@@ -78,6 +89,12 @@ class Stage:
     measures: Rule
     sums: tuple[str, ...]
     means: tuple[bool, ...]
+    over: tuple[str, ...]
     takes: tuple[str, ...]
     numbers: fx.Graph
     gives: tuple[str, ...]
+
+    @property
+    def totals(self) -> int:
+        """Return how many of the sums are of several tensors."""
+        return len(self.over) - self.over.count("tensor")

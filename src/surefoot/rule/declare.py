@@ -1,7 +1,7 @@
 """What an optimizer declares: the state it keeps for each parameter, and how sparse gradients are met."""
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -29,21 +29,25 @@ class Slot:
             slot starts with it as real and as imaginary part, as in torch.
         shape: shape of the slot for a parameter of a group, None where this parameter does not have the slot;
             the parameter's own shape by default.  Of a rule's slots only `one_number` has another.
+        copies_param: whether it starts as a copy of the parameter, and in its dtype, whatever `state_dtype` says.
         wide: whether it is kept in at least float32, whatever the parameter's dtype.
         signed: whether its values may be negative.
         slow: whether a step may change it by less than half the distance of two 16-bit numbers, as a moving average of
             squares: such slots are rounded stochastically in 16 bits, or they would stand still.
         float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
+        flat_elsewhere: whether other implementations keep it flattened, and where all elements are zero as one number.
     """
 
     name: str
     when: str | None = None
     init: float | str = 0.0
     shape: Callable[[Tensor, Mapping[str, Any]], torch.Size | None] | None = None
+    copies_param: bool = False
     wide: bool = False
     signed: bool = True
     slow: bool = False
     float8: bool | str = True
+    flat_elsewhere: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -67,11 +71,14 @@ class Slot:
         """
         if isinstance(self.float8, str) and group.get(self.float8):
             return False
-        whole = self.float8 and not self.wide and self.shape is None and not param.is_complex()
+        own = self.wide or self.copies_param
+        whole = self.float8 and not own and self.shape is None and not param.is_complex()
         return bool(whole) and param.numel() > SMALL and (not is_sharded(param) or has_whole_blocks(param, BLOCK))
 
     def dtype_for(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
         """Return the dtype in which a new slot of a parameter is kept if it is a plain tensor."""
+        if self.copies_param:
+            return param.dtype
         asked: Any = group.get("state_dtype")
         dtype: torch.dtype = torch.float32 if asked == FLOAT8 else asked or param.dtype
         dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
@@ -84,6 +91,9 @@ class Slot:
 
         Its dtype is the parameter's, or the group's `state_dtype`; float32 where that is `"float8"`.
         """
+        if self.copies_param:
+            source = param if group.get("differentiable") else param.detach()
+            return source.resolve_conj().resolve_neg().clone(memory_format=torch.preserve_format)
         start = float(group[self.init] if isinstance(self.init, str) else self.init)
         dtype = self.dtype_for(param, group)
         value = complex(start, start) if dtype.is_complex else start
@@ -123,6 +133,40 @@ class Scalar:
     def stored(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor | int:
         """Put `value` in the form in which the state holds it."""
         return int(value) if self.integer else torch.full((), value, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class GroupScalar:
+    """A number of state that all parameters share: it stands in every param group, beside the hyperparameters.
+
+    `coefficients` and `update` read it as they read those.  `update` returns its new value after those of the slots; it
+    follows from sums over parameters, `total_sum` and `group_sum`, and not from what one of them has.  On a CPU it is
+    one of Python's numbers, elsewhere a 0-d tensor on the parameters' device; one that is a tensor is updated in place.
+
+    Attributes:
+        name: its key in a param group.
+        init: its initial value: a number, or the name of a hyperparameter.
+        integer: kept as a Python int where it is one of Python's numbers.
+        split: the hyperparameter that, when true, gives each group a number of its own; else, or if None, all groups
+            share one, which is that of the first group if somebody has made them differ.
+    """
+
+    name: str
+    init: float | str = 0.0
+    integer: bool = False
+    split: str | None = None
+
+    def new(self, group: Mapping[str, Any]) -> Any:
+        """Return the number with which a group begins."""
+        return group[self.init] if isinstance(self.init, str) else self.stored(self.init)
+
+    def stored(self, value: float) -> float | int:
+        """Put `value` in the form of Python's in which a group holds it."""
+        return int(value) if self.integer else float(value)
+
+    def is_split(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether each of these groups has a number of its own."""
+        return self.split is not None and bool(groups[0].get(self.split))
 
 
 def _carrying_gradients(init: float | str, group: Mapping[str, Any]) -> Tensor | None:

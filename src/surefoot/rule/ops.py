@@ -1,7 +1,7 @@
 """The closed list of operations that a rule may use, each with its meaning for every engine, in one table.
 
 Arguments of an operation are tensors (all of the parameter's shape) or numbers (coefficients and constants).  A
-reduction makes one number out of all elements of a tensor.
+reduction makes one number out of all elements of a tensor, or of those of several.
 An engine reads its own column and nothing else; an operation that is not here is an error that names the rule's line.
 """
 
@@ -10,10 +10,10 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 Number = float | int | bool
 
@@ -32,6 +32,7 @@ class Op:
         methods: further method names of tensors that mean it.
         compares: whether its value is a truth value.
         reduces: whether its value is one number for the whole tensor.
+        over: of what it is a number if it reduces: of a tensor, of the tensors of a group, or of those of all groups.
         takes: for each argument t where it must be a tensor, n where it must be a number, a dot where it may be either.
     """
 
@@ -43,6 +44,7 @@ class Op:
     methods: tuple[str, ...] = ()
     compares: bool = False
     reduces: bool = False
+    over: Literal["tensor", "group", "all"] = "tensor"
     takes: str = ""
 
     @property
@@ -80,6 +82,11 @@ def _pick(
     return pick
 
 
+def _pow(x: Any, y: Any) -> Any:
+    value = operator.pow(x, y)
+    return math.pow(x, y) if isinstance(value, complex) else value  # which raises ValueError
+
+
 def _add_scaled(x: Any, y: Any, alpha: Any) -> Any:
     if isinstance(alpha, Tensor) or not isinstance(x, Tensor):
         return x + y * alpha
@@ -105,9 +112,39 @@ def _fill(x: Tensor, number: Any) -> Tensor:
 def _where(condition: Any, x: Any, y: Any) -> Any:
     """Select; a new tensor, never one of the arguments, so that no engine writes through an alias."""
     if isinstance(condition, Tensor):
+        if not isinstance(x, Tensor) and not isinstance(y, Tensor):  # which torch would round to its default dtype
+            x = torch.full((), x, dtype=torch.float64, device=condition.device)
         return torch.where(condition if condition.dtype is torch.bool else condition != 0, x, y)
     chosen = x if condition else y
     return chosen.clone() if isinstance(chosen, Tensor) else chosen
+
+
+def total_sum(values: Any) -> Any:
+    """Return the sum of all elements of a tensor, over all parameters of all groups that are stepped together.
+
+    A rule's `update` calls it as it calls `torch.sum`, which is over the tensor of one parameter; the sum is taken over
+    the ranks of a sharded training as well.  It is a number, the same for all parameters: see `GroupScalar`, which is
+    made of such numbers.
+
+    Raises:
+        TypeError: called with anything but a value of a rule.
+    """
+    return _traced(total_sum, values)
+
+
+def group_sum(values: Any) -> Any:
+    """Return the sum of all elements of a tensor, over all parameters of a group; see `total_sum`."""
+    return _traced(group_sum, values)
+
+
+def _traced(function: Callable[..., Any], values: Any) -> fx.Proxy:
+    """Record the call of a function that only a graph can mean."""
+    if not isinstance(values, fx.Proxy):
+        raise TypeError(
+            f"`{function.__name__}` is a sum over all parameters, which the `update` of a rule may ask for; it cannot "
+            f"be called with {type(values).__name__}"
+        )
+    return values.tracer.create_proxy("call_function", function, (values,), {})
 
 
 OPS: tuple[Op, ...] = (
@@ -115,7 +152,7 @@ OPS: tuple[Op, ...] = (
     Op("sub", 2, (operator.sub, torch.sub), operator.sub, "sub", ("subtract",)),
     Op("mul", 2, (operator.mul, torch.mul), operator.mul, "mul", ("multiply",)),
     Op("div", 2, (operator.truediv, torch.div), operator.truediv, "div", ("true_divide",)),
-    Op("pow", 2, (operator.pow, torch.pow), operator.pow, "pow"),
+    Op("pow", 2, (operator.pow, torch.pow), _pow, "pow"),
     Op("neg", 1, (operator.neg, torch.neg), operator.neg, "neg", ("negative",)),
     Op("abs", 1, (abs, operator.abs, torch.abs), abs, "abs"),
     Op("sign", 1, (torch.sign,), _unary(torch.sign, _sign), "sign"),
@@ -142,6 +179,8 @@ OPS: tuple[Op, ...] = (
     Op("sum", 1, (torch.sum,), torch.sum, reduces=True, takes="t"),
     Op("mean", 1, (torch.mean,), torch.mean, reduces=True, takes="t"),
     Op("sum_of_squares", 1, (), lambda x: x.square().sum(), reduces=True, takes="t"),
+    Op("group_sum", 1, (group_sum,), torch.sum, reduces=True, over="group", takes="t"),
+    Op("total_sum", 1, (total_sum,), torch.sum, reduces=True, over="all", takes="t"),
     Op("fill", 2, (torch.full_like,), _fill),
     Op("copy", 1, (torch.clone,), lambda x: x.clone(), methods=("clone",)),
 )

@@ -1,12 +1,12 @@
 """AlgorithmSpec: what an algorithm declares, made once for each class; what lies below the optimizer is handed it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from surefoot.rule.declare import EMA, Scalar, Slot, Sparse
+from surefoot.rule.declare import EMA, GroupScalar, Scalar, Slot, Sparse
 from surefoot.tensors.modes import has_no_values
 
 Flags = tuple[tuple[str, bool], ...]
@@ -27,6 +27,8 @@ class AlgorithmSpec:
         name: its name, for messages.
         slots: tensors kept for each parameter, in the order in which `update` takes and returns them.
         scalars: numbers kept for each parameter.
+        group_scalars: numbers that parameters share, kept in the param groups.
+        check_groups: raises where groups cannot be stepped together.
         flags: hyperparameters whose truth shapes the computation.
         flags_of: gives flags that a parameter of a group has beside the group's, by its shape for instance; None if
             there are none.
@@ -50,6 +52,8 @@ class AlgorithmSpec:
     name: str
     slots: tuple[Slot, ...] = ()
     scalars: tuple[Scalar, ...] = ()
+    group_scalars: tuple[GroupScalar, ...] = ()
+    check_groups: Callable[[Sequence[Mapping[str, Any]]], None] = lambda _: None
     flags: tuple[str, ...] = ()
     flags_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, bool]] | None = None
     update: Callable[..., Any] | None = None

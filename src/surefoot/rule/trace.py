@@ -139,6 +139,7 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
         raise RuleError(f"{_place(error, tracer.file)}: {str(error).partition(', but expected')[0]}") from error
     outputs = _outputs(spec, returned, active)
     numbers = {slot: outputs.pop(slot.name) for slot in active if slot.is_number}
+    shared = [outputs.pop(scalar.name) for scalar in spec.group_scalars]
     if averaged:
         new: Any = outputs["param"]
         average: Any = torch.lerp(inputs[EMA.name], new, coefficients.step_ema_weight)
@@ -146,7 +147,7 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     if settled.get("rounded"):
         getattr(coefficients, ROUNDING_STEP.name)  # which engines read, and not the rule
     measured = _measured(inputs["param"], unscaled, outputs["param"]) if settled.get("measured") else {}
-    results = (*outputs.values(), *measured.values(), *numbers.values())
+    results = (*outputs.values(), *measured.values(), *numbers.values(), *shared)
     tracer.create_node("output", "output", (tuple(value.node for value in results),), {})
     run_passes(tracer.graph, len(outputs))
     due = [(name, True) for name in outputs] + [("telemetry", True)] * len(measured)
@@ -160,6 +161,7 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
         tuple(measured),
         spec.active_scalars(settled),
         tuple(numbers),
+        group_scalars=spec.group_scalars,
     )
     return divide(rule)
 
@@ -226,13 +228,15 @@ def gradient_rule() -> Rule:
 def _outputs(spec: AlgorithmSpec, returned: Any, active: tuple[Slot, ...]) -> dict[str, fx.Proxy]:
     """Check what `update` returned, and return it by name without the slots that do not exist."""
     values = returned if isinstance(returned, tuple) else (returned,)
-    declared, where = spec.slots, f"{spec.name}.update"
-    if len(values) != 1 + len(declared):
-        names = ", ".join(("param", *(slot.name for slot in declared)))
-        raise RuleError(f"{where} must return ({names}), but returned {len(values)} values")
-    by_name = {slot.name: value for slot, value in zip(declared, values[1:], strict=True)}
-    outputs = {"param": values[0], **{slot.name: by_name[slot.name] for slot in active}}
+    where = f"{spec.name}.update"
+    names = ["param", *(slot.name for slot in spec.slots), *(scalar.name for scalar in spec.group_scalars)]
+    if len(values) != len(names):
+        raise RuleError(f"{where} must return ({', '.join(names)}), but returned {len(values)} values")
+    absent = {slot.name for slot in spec.slots} - {slot.name for slot in active}
+    outputs = {name: value for name, value in zip(names, values, strict=True) if name not in absent}
+    shared = {scalar.name for scalar in spec.group_scalars}
     for name, value in outputs.items():
         if not isinstance(value, fx.Proxy):
-            raise RuleError(f"{where} must return a tensor for `{name}`, but returned {value!r}")
+            kind = "a number that follows from coefficients" if name in shared else "a tensor"
+            raise RuleError(f"{where} must return {kind} for `{name}`, but returned {value!r}")
     return outputs

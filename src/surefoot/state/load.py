@@ -41,6 +41,7 @@ _LATE_OPTIONS = (
     "differentiable",
     "fused",
     "decoupled_weight_decay",
+    "split_groups",
     *STORAGE_OPTIONS,
 )
 _UNASKED = (None, "nearest", 0)
@@ -296,7 +297,8 @@ def _merged(target: LoadTarget, index: int, partner: Mapping[str, Any] | None, r
         )
         return dict(group)
     known = set(spec.constructor) or set(defaults)
-    required = set(defaults) - {*_LATE_OPTIONS, *spec.later_options, *_step_options(spec)}
+    late = {*_LATE_OPTIONS, *spec.later_options, *_step_options(spec)}
+    required = set(defaults) - late | {each.name for each in spec.group_scalars}
     missing = sorted(required - set(partner))
     foreign = sorted(set(partner) & _all_hyperparameters() - known - set(group)) if spec.is_declared else []
     report.missing.extend(f"param_groups[{index}]: option `{name}`" for name in missing)
@@ -473,7 +475,10 @@ def _plain_slot(slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, p
     param = pair.param
     if not isinstance(value, Tensor):
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {type(value).__name__}, must be a tensor")
-    elif value.shape != (expected := slot.shape_for(param, group)):
+        return None
+    if slot.flat_elsewhere:
+        value = _unflattened(value, param)
+    if value.shape != (expected := slot.shape_for(param, group)):
         problems.mismatched.append(
             f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(expected)}"
         )
@@ -482,6 +487,13 @@ def _plain_slot(slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, p
     else:
         return _placed_slot(slot.name, pair, value, problems)
     return None
+
+
+def _unflattened(value: Tensor, param: Tensor) -> Tensor:
+    """Return a slot that others keep flattened, or as one zero, in the shape of its parameter; else as it is."""
+    if value.shape == (param.numel(),):
+        return value.reshape(param.shape)
+    return value.expand(param.shape).contiguous() if not value.dim() and not value.any() else value
 
 
 def _placed_slot(name: str, pair: _Pair, value: Tensor, problems: LoadReport) -> Any:

@@ -201,9 +201,10 @@ def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
 def _options(step: StepInput) -> list[object]:
     """Return the names and values of all options, and what else signatures depend on."""
     options: list[object] = [step.stepping.options.max_grad_norm, step.grad_scale is None]
+    shared = {scalar.name for scalar in step.spec.group_scalars}  # which every step changes, and no bucket depends on
     for group in step.groups:
         options += group
-        options += group.values()
+        options += [value for name, value in group.items() if name not in shared] if shared else group.values()
     return options
 
 

@@ -20,6 +20,7 @@ from surefoot.state.make import is_on_device
 from surefoot.state.scalars import read_scalars, write_scalars
 from surefoot.step.device import DeviceScalars, number_on, numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
+from surefoot.step.shared import shared_numbers
 from surefoot.step.types import BucketRun, Fresh
 from surefoot.tensors.modes import has_no_values, mode_is_active
 
@@ -87,13 +88,19 @@ def _on_host(
     scalars = {s.name: value for s, value in zip(run.bucket.rule.scalars, values, strict=True)}
     if run.options is None:
         run.options = hyperparameters(run.group)
-    numbers, new = _numbers(step, run, SimpleNamespace(**vars(run.options)), scalars, fresh)
-    # What clips is computed on the device, which kernels there need not wait for.
+    numbers, new = _numbers(step, run, _with_shared(step, run, run.options), scalars, fresh)
+    # What clips is computed on the device, which kernels there need not wait for; and so is what parameters share.
     kept = ("step_clip",) * (run.engine is gpu)
+    on_device = bool(run.bucket.rule.group_scalars) and run.is_unread
     names = run.bucket.rule.given
-    coefficients = {name: _number(numbers[name], keep_tensors=name in kept) for name in names}
+    coefficients = {name: _number(numbers[name], keep_tensors=on_device or name in kept) for name in names}
     _check_numbers(run, coefficients)
     return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+
+
+def _with_shared(step: StepInput, run: BucketRun, h: SimpleNamespace) -> SimpleNamespace:
+    """Return hyperparameters, and the numbers that parameters share as they are now."""
+    return SimpleNamespace(**{**vars(h), **shared_numbers(step, run)})
 
 
 def _check_numbers(run: BucketRun, coefficients: Coefficients) -> None:
@@ -157,7 +164,7 @@ def _number(value: Any, *, keep_tensors: bool) -> Any:
 
 def _compute_each(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> None:
     """Put the numbers of each parameter into a bucket, tensors where a gradient flows through or a mode sees them."""
-    h = hyperparameters(run.group)
+    h = _with_shared(step, run, hyperparameters(run.group))
     numbers: list[Coefficients] = []
     run.scalars = []
     for position, entry in enumerate(run.entries):
@@ -217,7 +224,7 @@ def _compute_on_device(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> N
         kernels = run.engine is gpu
         run.device_scalars = DeviceScalars(run.entries, run.bucket.rule.scalars, place, by_kernel=kernels)
         run.fresh, run.fresh_average = (_flags_on(place, [each[i] for each in fresh]) for i in (0, 1))
-    h = numbers_on(place, hyperparameters(run.group))
+    h = numbers_on(place, _with_shared(step, run, hyperparameters(run.group)))
     scalars = dict(zip((s.name for s in run.bucket.rule.scalars), run.device_scalars.read(), strict=True))
     numbers, run.scalars = _numbers(step, run, h, scalars, (run.fresh, run.fresh_average))
     numbers |= {name: number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}

@@ -21,6 +21,7 @@ class StepContext(threading.local):
         slices: its parameters.
         wants_metrics: whether telemetry is to get something of it.
         skips: whether it changes nothing.
+        shared: for each group the new values of numbers that its parameters share.
         start: when it began.
     """
 
@@ -28,6 +29,7 @@ class StepContext(threading.local):
         self.lock, self._holds = lock, False
         self.inside = self.wants_metrics = self.skips = False
         self.slices: list[ParamSlice] = []
+        self.shared: list[dict[str, Any]] = []
         self.step, self.start = 0, 0.0
 
     def begin(self) -> None:

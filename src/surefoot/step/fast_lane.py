@@ -284,7 +284,7 @@ def _is_fit(runs: Sequence[BucketRun]) -> bool:
         and (run.guard.reads or run.sparse)
         and run.slice.fresh is None
         and run.bucket.plan.is_regular
-        and not (run.bucket.plan.checked or run.bucket.rule.reductions)
+        and not (run.bucket.plan.checked or run.bucket.rule.reductions or run.bucket.rule.stages)
         and run.bucket.plan.versions.launch is not None
         and run.bucket.plan.row is run.shared_row
         for run in runs

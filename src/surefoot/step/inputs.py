@@ -69,9 +69,18 @@ class StepInput(NamedTuple):
         spec = self.spec.of(group)
         return () if spec.update is None else bind(spec, self.flags(group)).stages
 
-    def whole_params(self) -> list[Tensor]:
-        """Return the parameters whose algorithm needs to know more of a tensor than a shard of it."""
-        groups = (group for group in self.groups if self.spec.of(group).whole_tensors or self._stages_of(group))
+    def whole_params(self, *, alone: bool = False) -> list[Tensor]:
+        """Return the parameters whose algorithm needs to know more of a tensor than a shard of it.
+
+        Args:
+            alone: without those of which it needs no more than sums over several tensors.
+        """
+        groups = (
+            group
+            for group in self.groups
+            if self.spec.of(group).whole_tensors
+            or any(not alone or len(stage.sums) > stage.totals for stage in self._stages_of(group))
+        )
         return [param for group in groups for param in group["params"]]
 
     def keys(self) -> dict[Tensor, str | int]:

@@ -253,8 +253,9 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
 
     Raises:
         ValueError, TypeError: an option is; nothing has changed.
-        RuntimeError: an algorithm with two modes is not in train mode.
+        RuntimeError: an algorithm with two modes is not in train mode, or groups do not go together.
     """
+    spec.check_groups(groups)
     now = [group.get(option) for group in groups for option in _ALL]
     now += map(vars(stepping.options).__getitem__, _OF_OPTIMIZER)
     if spec.has_modes:

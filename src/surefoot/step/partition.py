@@ -38,6 +38,7 @@ def partition(step: StepInput) -> list[BucketRun]:
             # What is met again in its first step is as new as it was then.
             run.made = [made.setdefault(param, names) for param, names in zip(run.params, run.made, strict=True)]
         _refuse_shared_memory(runs)
+        _refuse_repeated(runs)
     except BaseException:
         detach_state(step, runs)
         raise
@@ -151,6 +152,20 @@ def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
     for run in runs:
         for param, made in zip(run.params, run.made, strict=False):
             discard_state(step.state, param, made)
+
+
+def _refuse_repeated(runs: Sequence[BucketRun]) -> None:
+    """Refuse parameters that must be stepped one after the other where a rule adds up over all of them.
+
+    Raises:
+        RuntimeError: there is one; the message names it.
+    """
+    for run in runs:
+        if run.repeats and any(stage.totals for stage in run.bucket.rule.stages):
+            raise RuntimeError(
+                f"{run.spec.name} adds up over all parameters at once, but {run.bucket.row_name(0)} stands in the "
+                f"groups twice or counts its steps with another's; leave it out once, or give it state of its own"
+            )
 
 
 class _Stored(NamedTuple):

@@ -27,6 +27,7 @@ from surefoot.step.partition import detach_state, partition
 from surefoot.step.prepared import PreparedParam, ValidatedParams, full_precision_rows, validate_params
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
+from surefoot.step.shared import store_shared_numbers
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
@@ -48,7 +49,8 @@ def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps
         gradients are not the parameters' own.
     """
     refuse_capture(step.spec.name, step.groups)
-    step.stepping.context.acquire()
+    context = step.stepping.context
+    context.acquire()
     exchange = due_exchange(step)
     if exchange is None and _found_infinities(step):
         step.skip()
@@ -69,7 +71,9 @@ def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps
             _update(run)
         if custom is not None and custom_steps is not None:
             _make_custom_steps(made, custom, custom_steps)
+        store_shared_numbers(made, context.shared, runs[0].bucket.found_inf if runs else None)
     finally:
+        context.shared = []
         for run in runs:
             _release_grads(run)
     if known is not None and cache is not None and cache.fast is None:

@@ -6,6 +6,7 @@ algorithm needs more of a tensor than a shard, also which parameters have a grad
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,14 +37,15 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    whole = step.whole_params()
-    if whole:
-        refuse_flattened(whole, step.spec.name, whole_tensors=True)
-    asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
+    whole, stages = step.whole_params(), list(chain.from_iterable(step.stages()))
+    totals = any(stage.totals for stage in stages)
+    if alone := step.whole_params(alone=True):
+        refuse_flattened(alone, step.spec.name, whole_tensors=True)
+    asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
     if not asked and not _any_sharded(whole):
         return None
     exchange = exchange_of(step)
-    if exchange is None and step.needs_gradients():
+    if exchange is None and (totals or step.needs_gradients()):
         refuse_flattened([param for group in step.groups for param in group["params"]], step.spec.name)
     return exchange
 

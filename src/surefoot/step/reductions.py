@@ -1,18 +1,22 @@
 """Numbers of an update that depend on whole tensors: measured by engines, put together over ranks, stage by stage."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from surefoot.distributed import Exchange
 from surefoot.engines import eager
 from surefoot.engines.bucket import EachParameter
+from surefoot.errors import RuleError
 from surefoot.rule import Stage
 from surefoot.step.inputs import StepInput
+from surefoot.step.shared import new_shared_numbers
 from surefoot.step.types import BucketRun
+from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.shards import to_local
 
 
@@ -26,19 +30,33 @@ def measure_tensors(step: StepInput, runs: Sequence[BucketRun], exchange: Exchan
     """
     measured = [run for run in runs if run.bucket.rule.stages]
     known = [_known(run) for run in measured]
-    for number, width in enumerate(_widths(step, measured, exchange)):
+    for number, stages in enumerate(_stages(step, measured, exchange)):
         due = [
             (run, numbers, run.bucket.rule.stages[number])
             for run, numbers in zip(measured, known, strict=True)
             if number < len(run.bucket.rule.stages)
         ]
-        sums = [_measure(run, stage) for run, _, stage in due]
-        if exchange is not None:
-            sums = _over_ranks(exchange, [run for run, *_ in due], sums, width)
-        for (run, numbers, stage), found in zip(due, sums, strict=True):
+        sums = [_Sums(run, stage, _measure(run, stage)) for run, _, stage in due]
+        columns = _columns(step, sums, exchange, stages)
+        for (run, numbers, stage), found in zip(due, columns, strict=True):
             _add_numbers(run, numbers, stage, found)
     for run, numbers in zip(measured, known, strict=True):
-        run.new_numbers = [numbers[name] for name in run.bucket.rule.new_numbers]
+        run.new_numbers = [_of_each(numbers[name], run) for name in run.bucket.rule.new_numbers]
+    step.stepping.context.shared = new_shared_numbers(step, measured, known, exchange)
+
+
+class _Sums(NamedTuple):
+    """What a stage has measured of a bucket: float64 of shape (parameters, sums)."""
+
+    run: BucketRun
+    stage: Stage
+    found: Tensor
+
+
+def _of_each(value: Any, run: BucketRun) -> Tensor:
+    """Return a number for each parameter, of shape (parameters,), where all may share it."""
+    number: Tensor = torch.as_tensor(value, dtype=torch.float64, device=run.bucket.device)
+    return number if number.dim() else number.expand(len(run.params))
 
 
 def store_numbers(run: BucketRun) -> None:
@@ -55,11 +73,11 @@ def store_numbers(run: BucketRun) -> None:
     run.new_numbers = []
 
 
-def _widths(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> list[int]:
-    """Return for each stage how many numbers of a parameter it measures at most; all ranks find the same."""
+def _stages(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> list[list[Stage]]:
+    """Return the stages that are due together, one list after the other; all ranks find as many."""
     known = [run.bucket.rule.stages for run in runs] if exchange is None else step.stages()
     longest = max(map(len, known), default=0)
-    return [max(len(stages[i].sums) for stages in known if i < len(stages)) for i in range(longest)]
+    return [[stages[i] for stages in known if i < len(stages)] for i in range(longest)]
 
 
 def _known(run: BucketRun) -> dict[str, Any]:
@@ -70,6 +88,8 @@ def _known(run: BucketRun) -> dict[str, Any]:
     bucket, rule = run.bucket, run.bucket.rule
     if isinstance(bucket.coefficients, EachParameter):
         known = dict(bucket.coefficients.numbers)
+    elif len(bucket.coefficients) == 1:
+        known = dict(bucket.coefficients[0])
     else:
         known = {name: _column([row[name] for row in bucket.coefficients], bucket.row) for name in rule.given}
     for slot in rule.number_slots:
@@ -91,9 +111,12 @@ def _column(values: Sequence[Any], row: np.ndarray) -> Any:
 
 
 def _share(run: BucketRun, known: Mapping[str, Any]) -> None:
-    """Give a bucket numbers of each parameter."""
-    run.bucket.coefficients = EachParameter(known, len(run.params))
-    run.bucket.row = np.arange(len(run.params))
+    """Give a bucket its numbers, one set of them where no parameter has another number than the rest."""
+    count = len(run.params)
+    if not any(isinstance(value, Tensor) and value.dim() for value in known.values()):
+        run.bucket.coefficients, run.bucket.row = EachParameter(known, 1), np.zeros(count, dtype=np.int64)
+        return
+    run.bucket.coefficients, run.bucket.row = EachParameter(known, count), np.arange(count)
 
 
 def _measure(run: BucketRun, stage: Stage) -> Tensor:
@@ -103,30 +126,121 @@ def _measure(run: BucketRun, stage: Stage) -> Tensor:
     return run.engine.measure(run.bucket, stage.measures)
 
 
-def _over_ranks(exchange: Exchange, runs: Sequence[BucketRun], sums: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Return sums over ranks, in one all-reduce for all tensors, in which every rank takes part."""
+def _columns(
+    step: StepInput, sums: Sequence[_Sums], exchange: Exchange | None, stages: Sequence[Stage]
+) -> list[list[Tensor]]:
+    """Return for each bucket what a stage's sums come to: of shape (parameters,), or () of several tensors.
+
+    Args:
+        step: the step.
+        sums: what was measured of this process's shards.
+        exchange: what puts numbers together over ranks, if there are any.
+        stages: the stages that are due.
+
+    Raises:
+        RuleError: parameters ask for another number of sums over several tensors.
+    """
+    summed = {each.run.spec.name for each in sums if each.stage.totals}
+    if len(summed) > 1:
+        raise RuleError(
+            f"{' and '.join(sorted(summed))} both sum over all parameters, which one step cannot tell apart"
+        )
+    counts = {stage.totals for stage in (*stages, *(each.stage for each in sums))} - {0}
+    if len(counts) > 1:
+        raise RuleError(
+            f"{step.spec.name}.update sums {min(counts)} tensors over parameters under some flags and {max(counts)} "
+            f"under others; all groups must ask for the same sums"
+        )
+    totals = max(counts, default=0)
+    if exchange is None:
+        own = [each.found[:, each.stage.totals :] for each in sums]
+        table = _group_sums(step, sums) if totals else None
+    else:
+        own, rows = _over_ranks(exchange, sums, totals, max(len(stage.sums) for stage in stages))
+        sizes = [len(group["params"]) for group in step.groups]
+        table = exchange.sum_groups(rows[:, :totals], sizes) if totals else None
+    found = [list(of_each.unbind(1)) for of_each in own]
+    if table is None:
+        return found
+    every, index = table.sum(dim=0), {id(group): row for row, group in enumerate(step.groups)}
+    for each, columns in zip(sums, found, strict=True):
+        kinds = each.stage.over[: each.stage.totals]
+        of_group = table[index[id(each.run.group)]]
+        columns[:0] = [
+            (every if over == "all" else of_group)[column].to(each.found.device) for column, over in enumerate(kinds)
+        ]
+    return found
+
+
+def _group_sums(step: StepInput, sums: Sequence[_Sums]) -> Tensor:
+    """Return the sums over the parameters of each group: float64 of shape (groups, totals)."""
+    parts: list[list[Tensor]] = [[] for _ in step.groups]
+    index = {id(group): row for row, group in enumerate(step.groups)}
+    place = sums[0].found.device
+    for run, stage, found in sums:
+        if stage.totals:
+            parts[index[id(run.group)]].append(found[:, : stage.totals].sum(dim=0).to(place))
+    zeros = torch.zeros_like(next(part[0] for part in parts if part))
+    return torch.stack([torch.stack(part).sum(dim=0) if part else zeros for part in parts])
+
+
+def _over_ranks(exchange: Exchange, sums: Sequence[_Sums], totals: int, width: int) -> tuple[list[Tensor], Tensor]:
+    """Add up over ranks, in one all-reduce for all tensors, in which every rank takes part.
+
+    Args:
+        exchange: what puts numbers together over ranks.
+        sums: what was measured of this process's shards.
+        totals: how many sums over several tensors there are, which come first in a row.
+        width: how many sums of a parameter there are at most.
+
+    Returns:
+        For each bucket its other sums, of shape (parameters, sums); and the rows of all parameters.
+    """
     place = exchange.device
-    rows = torch.zeros(len(exchange.params), width, dtype=torch.float64, device=place)
+    rows = torch.zeros(len(exchange.params), totals + width, dtype=torch.float64, device=place)
     position = {param: row for row, param in enumerate(exchange.params)}
-    indices = [torch.tensor([position[param] for param in run.params], device=place) for run in runs]
-    for index, found in zip(indices, sums, strict=True):
-        rows[index, : found.shape[1]] = found.to(place)
+    indices = [torch.tensor([position[param] for param in each.run.params], device=place) for each in sums]
+    ends = [totals + len(each.stage.sums) - each.stage.totals for each in sums]
+    for index, end, (_, stage, found) in zip(indices, ends, sums, strict=True):
+        rows[index, : stage.totals] = found[:, : stage.totals].to(place)
+        rows[index, totals:end] = found[:, stage.totals :].to(place)
     rows, _ = exchange.sum(rows, rows.new_zeros(0))
-    return [rows[index, : found.shape[1]].to(found.device) for index, found in zip(indices, sums, strict=True)]
+    own = [rows[index, totals:end].to(e.found.device) for index, end, e in zip(indices, ends, sums, strict=True)]
+    return own, rows
 
 
-def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Tensor) -> None:
+def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Sequence[Tensor]) -> None:
     """Add the numbers that follow from what a stage has measured, for all parameters at once."""
-    for name, mean, found in zip(stage.sums, stage.means, sums.unbind(1), strict=True):
+    for name, mean, found in zip(stage.sums, stage.means, sums, strict=True):
         known[name] = found / _elements(run).to(found.device) if mean else found
-    known |= zip(stage.gives, eager.evaluate(stage.numbers, [known[name] for name in stage.takes]), strict=True)
-    wanted = run.bucket.compute_dtype
-    numbers = {name: value.to(wanted) if _is_float(value) else value for name, value in known.items()}
-    _share(run, numbers)
+    read = _unchanged if run.is_unread else _read
+    takes = [known[name] for name in stage.takes]
+    known |= zip(stage.gives, _evaluated(stage.numbers, takes, list(map(read, takes))), strict=True)
+    dtype, names = run.bucket.compute_dtype, run.bucket.rule.numbers
+    _share(run, {name: _in_dtype(read(known[name]), dtype) for name in names if name in known})
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _evaluated(graph: fx.Graph, numbers: Sequence[Any], plain: Sequence[Any]) -> Sequence[Any]:
+    """Compute numbers from numbers: as Python's where they are, unless that has no answer, as division by zero."""
+    if not any(isinstance(value, Tensor) for value in plain):
+        with suppress(ArithmeticError, ValueError):
+            return eager.evaluate(graph, plain)
+    return eager.evaluate(graph, numbers)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _read(value: Any) -> Any:
+    """Return a number as one of Python's where all parameters share it."""
+    if isinstance(value, Tensor) and value.is_cpu and not value.dim():
+        return value if value.requires_grad or has_no_values(value) else value.item()
+    return value
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _elements(run: BucketRun) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from surefoot.engines import Bucket, Engine
 from surefoot.rule import AlgorithmSpec
 from surefoot.state.formats import part_names
+from surefoot.state.make import is_on_device
 from surefoot.step.device import DeviceScalars
 
 Fresh = tuple[bool, bool]
@@ -90,6 +91,12 @@ class BucketRun:
     def params(self) -> list[Tensor]:
         """The parameters."""
         return self.slice.params
+
+    @property
+    def is_unread(self) -> bool:
+        """Return whether a step reads none of its numbers: they are on an accelerator, or steps may be captured."""
+        on_device = is_on_device(self.group, self.params[0]) and not self.group.get("differentiable")
+        return on_device or self.bucket.device.type not in ("cpu", "meta")
 
     def stored_names(self) -> list[str]:
         """Return the keys of what of the state an engine writes, in the order of the bucket's columns."""

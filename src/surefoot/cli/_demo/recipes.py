@@ -100,6 +100,7 @@ _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
             note="LARS runs with momentum=0.9 and weight_decay=1e-4, without which it would be SGD.",
         ),
         "NovoGrad": Recipe(lr=1e-2),
+        "Prodigy": Recipe(lr=1.0),
     }
 )
 REFERENCE = "AdamW"

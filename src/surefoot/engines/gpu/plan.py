@@ -176,8 +176,8 @@ class Plan:
         Python's numbers only when they have changed; but a graph sets them too, and nobody knows when it is replayed.
         """
         self._in_graphs = self._in_graphs or capturing(self._device)
-        if not isinstance(known.table, Tensor):
-            shape = (len(names), len(coefficients))
+        shape = (len(names), len(coefficients))
+        if not isinstance(known.table, Tensor) or known.table.shape != shape:
             known.table, known.sent = torch.empty(shape, dtype=self._compute, device=self._device), {}
         for there, name in zip(known.table, names, strict=True):
             value = coefficients.numbers[name]

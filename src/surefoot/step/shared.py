@@ -1,0 +1,122 @@
+"""Numbers that parameters share: where they stand in the groups, what they become in a step, and their new values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.distributed import Exchange
+from surefoot.errors import RuleError
+from surefoot.rule import GroupScalar
+from surefoot.step.device import refuse_new_buckets
+from surefoot.step.inputs import StepInput
+from surefoot.step.types import BucketRun
+from surefoot.tensors.modes import has_no_values
+
+
+def shared_numbers(step: StepInput, run: BucketRun) -> dict[str, Any]:
+    """Return the numbers that the parameters of a bucket share, on their device where these must not be waited for."""
+    found, place = {}, run.bucket.device
+    for scalar in step.spec.group_scalars:
+        home = _home(step, scalar, run.group)
+        value = home[scalar.name]
+        if run.is_unread:
+            if not isinstance(value, Tensor) or (value.is_cpu and place.type != "cpu"):
+                refuse_new_buckets(step.spec.name)
+                value = home[scalar.name] = torch.full((), float(value), dtype=torch.float64, device=place)
+            value = value.to(place)
+        found[scalar.name] = value
+    return found
+
+
+def new_shared_numbers(
+    step: StepInput, runs: Sequence[BucketRun], known: Sequence[Mapping[str, Any]], exchange: Exchange | None
+) -> list[dict[str, Any]]:
+    """Return for each group the new values of the numbers that its parameters share, none where no run tells them.
+
+    Args:
+        step: the step.
+        runs: those that measure.
+        known: for each of them all its numbers.
+        exchange: what puts numbers together over ranks, if there are any.
+
+    Raises:
+        RuleError: a number differs from parameter to parameter.
+    """
+    scalars = step.spec.group_scalars
+    if not scalars:
+        return []
+    index = {id(group): position for position, group in enumerate(step.groups)}
+    found: list[dict[str, Any]] = [{} for _ in step.groups]
+    for run, numbers in zip(runs, known, strict=True):
+        names = zip(scalars, run.bucket.rule.new_shared, strict=True)
+        found[index[id(run.group)]] = {scalar.name: _one(run, scalar, numbers[name]) for scalar, name in names}
+    if exchange is not None and exchange.process_group is not None:
+        found = _told(step, found, exchange)
+    for scalar in scalars:
+        told = [numbers[scalar.name] for numbers in found if scalar.name in numbers]
+        if told and not scalar.is_split(step.groups):
+            for numbers in found:
+                numbers[scalar.name] = told[0]
+    return found
+
+
+def _one(run: BucketRun, scalar: GroupScalar, value: Any) -> Any:
+    """Return a new number that was computed for each parameter, and is the same for all."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if value.is_cpu and not has_no_values(value) and not bool(((value == value[0]) | value.isnan()).all()):
+        raise RuleError(
+            f"{run.spec.name}.update gives `{scalar.name}`, which all parameters share, for some of them otherwise "
+            f"than for others; it must not follow from their scalars, such as `step`"
+        )
+    return value[0]
+
+
+def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
+    """Write the numbers that parameters share, unless the device has found infinities."""
+    for scalar in step.spec.group_scalars:
+        for group, numbers in zip(step.groups, new, strict=True):
+            if scalar.name not in numbers:
+                continue
+            home = _home(step, scalar, group)  # which comes first, if it is another
+            if home is group:
+                group[scalar.name] = _written(scalar, group[scalar.name], numbers[scalar.name], found_inf)
+            group[scalar.name] = home[scalar.name]
+
+
+def _home(step: StepInput, scalar: GroupScalar, group: dict[str, Any]) -> dict[str, Any]:
+    """Return the group whose number is that of a group."""
+    return group if scalar.is_split(step.groups) else step.groups[0]
+
+
+def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) -> Any:
+    """Return a number after a step: the tensor that it was with another value, or one of Python's."""
+    carries = isinstance(new, Tensor) and (new.requires_grad or has_no_values(new))
+    if not isinstance(old, Tensor):
+        return new if carries else scalar.stored(float(new))
+    if carries:
+        return new.to(old)
+    if not isinstance(new, Tensor):
+        return old.fill_(new)
+    return old.copy_(new if found_inf is None else torch.where(found_inf.to(new.device) != 0, old.to(new), new))
+
+
+def _told(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
+    """Return the new numbers that some rank of the process group knows: not all have a parameter in every group."""
+    scalars = step.spec.group_scalars
+    table = torch.zeros(len(step.groups), 1 + len(scalars), dtype=torch.float64, device=exchange.device)
+    for row, numbers in zip(table, found, strict=True):
+        row[0] = float(bool(numbers))
+        for column, scalar in enumerate(scalars if numbers else (), 1):
+            row[column] = numbers[scalar.name]
+    every, told = exchange.gather(table), list[dict[str, Any]]()
+    for position, group in enumerate(step.groups):
+        told.append({})
+        for column, scalar in enumerate(scalars, 1):
+            rows = every[:, position] if scalar.is_split(step.groups) else every.flatten(end_dim=1)
+            first = rows[rows[:, 0].argmax()]
+            old = torch.as_tensor(_home(step, scalar, group)[scalar.name]).to(first)
+            told[-1][scalar.name] = torch.where(first[0] != 0, first[column], old)
+    return told
