@@ -50,34 +50,37 @@ class Setting(NamedTuple):
 
 SETTINGS: Mapping[str, tuple[Setting, ...]] = {
     "SGD": (Setting(0.3, {"momentum": 0.9, "nesterov": True}, "SGD, Nesterov 0.9"),),
-    "Adam": (Setting(3e-3),),
-    "AdamW": (Setting(3e-3, DECAY), Setting(3e-3, {**DECAY, "cautious": True}, "AdamW, cautious")),
-    "NAdam": (Setting(3e-3, {**DECAY, "decoupled_weight_decay": True}),),
-    "RAdam": (Setting(3e-3, {**DECAY, "decoupled_weight_decay": True}),),
-    "Adamax": (Setting(3e-3),),
-    "Adadelta": (Setting(1.0),),
-    "Adagrad": (Setting(1e-2),),
-    "RMSprop": (Setting(1e-3),),
-    "ASGD": (Setting(0.3),),
-    "Adafactor": (Setting(3e-2, DECAY),),
-    "Lion": (Setting(1e-3, {"weight_decay": 0.3}),),
-    "Signum": (Setting(1e-3, {"weight_decay": 0.3}),),
-    "AdEMAMix": (Setting(3e-3, {**DECAY, "alpha": 5.0, "beta3_warmup": STEPS, "alpha_warmup": STEPS}),),
+    "Adam": (Setting(1e-2),),
+    "AdamW": (Setting(1e-2, DECAY), Setting(1e-2, {**DECAY, "cautious": True}, "AdamW, cautious")),
+    "NAdam": (Setting(1e-2, {**DECAY, "decoupled_weight_decay": True}),),
+    "RAdam": (Setting(1e-1, {**DECAY, "decoupled_weight_decay": True}),),
+    "Adamax": (Setting(3e-2),),
+    "Adadelta": (Setting(3.0),),
+    "Adagrad": (Setting(3e-2),),
+    "RMSprop": (Setting(1e-2),),
+    "ASGD": (Setting(1.0),),
+    "Adafactor": (Setting(1e-1, DECAY),),
+    "Lion": (Setting(3e-3, {"weight_decay": 0.3}),),
+    "Signum": (Setting(3e-3, {"weight_decay": 0.3}),),
+    "AdEMAMix": (Setting(1e-2, {**DECAY, "alpha": 5.0, "beta3_warmup": STEPS, "alpha_warmup": STEPS}),),
     "Adan": (Setting(1e-2, {"weight_decay": 0.02}),),
-    "AdaBelief": (Setting(3e-3, DECAY),),
-    "ADOPT": (Setting(3e-3, {**DECAY, "decoupled_weight_decay": True}),),
-    "AdamAtan2": (Setting(3e-3, DECAY),),
-    "LaProp": (Setting(1e-3, DECAY),),
-    "QHAdam": (Setting(3e-3, {**DECAY, "decoupled_weight_decay": True, "nus": (0.7, 1.0), "betas": (0.995, 0.999)}),),
+    "AdaBelief": (Setting(1e-2, DECAY),),
+    "ADOPT": (Setting(1e-2, {**DECAY, "decoupled_weight_decay": True}),),
+    "AdamAtan2": (Setting(1e-2, DECAY),),
+    "LaProp": (Setting(3e-3, DECAY),),
+    "QHAdam": (Setting(1e-2, {**DECAY, "decoupled_weight_decay": True, "nus": (0.7, 1.0), "betas": (0.995, 0.999)}),),
     "Yogi": (Setting(1e-2),),
     "AdamWScheduleFree": (Setting(1e-2, {**DECAY, "warmup_steps": WARM_UP}),),
     "SGDScheduleFree": (Setting(3.0, {"warmup_steps": WARM_UP}),),
     "RAdamScheduleFree": (Setting(1e-2, DECAY),),
     "LAMB": (Setting(1e-2, DECAY),),
     "LARS": (Setting(3.0, {"momentum": 0.9, "weight_decay": 1e-4, "trust_coeff": 0.01}),),
-    "StableAdamW": (Setting(3e-3, DECAY),),
+    "StableAdamW": (Setting(1e-2, DECAY),),
     "NovoGrad": (Setting(1e-2, {"betas": (0.95, 0.98), "weight_decay": 1e-3}),),
     "MARS": (Setting(3e-3, DECAY),),
+    "Prodigy": (Setting(1.0, {**DECAY, "use_bias_correction": True, "safeguard_warmup": True}),),
+    "Muon": (Setting(3e-2, {**DECAY, "rest_options": DECAY}, "Muon, with AdamW at 0.01"),),
+    "SOAP": (Setting(1e-2, DECAY),),
 }
 
 
@@ -102,13 +105,14 @@ class Line(NamedTuple):
 def train(algorithm: str, setting: Setting, lr: float, seed: int, data: Corpus) -> Iterator[Line]:
     """Train and yield the curve; it ends early where the loss is no number any more."""
     model = build_model(data.kinds, SHAPE, seed)
-    optimizer = getattr(surefoot, algorithm)(model.parameters(), lr=lr, **setting.options)
+    optimizer = _optimizer(algorithm, setting, lr, model)
     generator = torch.Generator().manual_seed(seed)
-    scheduled = not optimizer.has_modes
+    scheduled, rates = not optimizer.has_modes, [group["lr"] for group in optimizer.param_groups]
     for step in range(1, STEPS + 1):
         if scheduled:
             falling = 0.5 * (1 + math.cos(math.pi * max(0, step - WARM_UP) / (STEPS - WARM_UP)))
-            optimizer.param_groups[0]["lr"] = lr * min(step / WARM_UP, falling)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(step / WARM_UP, falling)
         optimizer.zero_grad()
         loss_of(model, *batch(data.training, generator, 16)).backward()
         optimizer.step()
@@ -117,6 +121,13 @@ def train(algorithm: str, setting: Setting, lr: float, seed: int, data: Corpus) 
             if not math.isfinite(loss):
                 return
             yield Line(setting.title or algorithm, lr, seed, step, loss)
+
+
+def _optimizer(algorithm: str, setting: Setting, lr: float, model: torch.nn.Module) -> surefoot.Optimizer:
+    if algorithm == "Muon":
+        return surefoot.muon_with(model, lr=lr, rest_lr=1e-2, **setting.options)
+    made: surefoot.Optimizer = getattr(surefoot, algorithm)(model.parameters(), lr=lr, **setting.options)
+    return made
 
 
 def _evaluated(model: torch.nn.Module, optimizer: surefoot.Optimizer, data: Corpus, batches: int) -> float:
