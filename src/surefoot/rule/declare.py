@@ -34,6 +34,7 @@ class Slot:
         slow: whether a step may change it by less than half the distance of two 16-bit numbers, as a moving average of
             squares: such slots are rounded stochastically in 16 bits, or they would stand still.
         float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
+        begun: whether only a parameter's first step can begin it: then it is refused that it is missing later.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Slot:
     signed: bool = True
     slow: bool = False
     float8: bool | str = True
+    begun: bool = False
 
     @property
     def is_number(self) -> bool:
