@@ -225,6 +225,30 @@ def test_a_state_dict_goes_on_and_is_verified():
             second.load_state_dict(broken)
 
 
+def test_factors_that_are_missing_after_the_first_step_are_refused():
+    """A basis of zeros would hold the parameter where it is, in silence."""
+    param = parameter((4, 3))
+    optimizer = surefoot.SOAP([("weight", param)], max_precond_dim=3)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.step()
+    before, steps = param.detach().clone(), optimizer.state[param]["step"].clone()
+    optimizer.param_groups[0]["max_precond_dim"] = 4
+    with pytest.raises(
+        RuntimeError, match="^state `GG_0` of `weight` of shape \\(4, 3\\) is missing, which only its first"
+    ):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.state[param]["step"] == steps
+    optimizer.param_groups[0]["max_precond_dim"] = 2
+    with pytest.raises(RuntimeError, match="state `GG_1` .* must have none"):
+        optimizer.step()
+    del optimizer.state[param]
+    optimizer.step()
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
 # What is refused
 
 

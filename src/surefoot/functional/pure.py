@@ -66,7 +66,7 @@ def update(
     `differentiable=True`, and the step is made by the fastest engine.
 
     Args:
-        optimizer_class: a class of surefoot that is a rule, Adafactor or Muon, or your own rule.
+        optimizer_class: a class of surefoot that is a rule, Adafactor, Muon or SOAP, or your own rule.
         params: a dict of tensors by name, or a sequence of tensors.
         grads: the same of gradients; None leaves a parameter and its state as they are.
         state: what `init` or the last `update` has returned; what is missing of it begins with this step.
@@ -111,8 +111,8 @@ def _optimizer_and_group(kind: type[Optimizer], hyperparameters: Mapping[str, An
     """
     if not (isinstance(kind, type) and issubclass(kind, Optimizer) and (kind.is_rule() or kind.prepares_params)):
         raise TypeError(
-            f"`optimizer_class` must be a class of surefoot that is a rule, Adafactor or Muon, but is {kind!r}; others "
-            f"have a custom step that changes their parameters in place"
+            f"`optimizer_class` must be a class of surefoot that is a rule, Adafactor, Muon or SOAP, but is {kind!r}; "
+            f"others have a custom step that changes their parameters in place"
         )
     if misplaced := sorted(set(_AROUND) & set(hyperparameters)):
         raise TypeError(f"`{misplaced[0]}` has no place in a pure function; give it to an optimizer, or leave it out")

@@ -59,8 +59,8 @@ def _slots() -> Iterator[Slot]:
     yield Slot("exp_avg_sq", wide=True, signed=False, float8=False)
     for axis in range(_MOST_AXES):
         shape = functools.partial(_factor_shape, axis)
-        yield Slot(f"GG_{axis}", shape=shape, wide=True, float8=False)
-        yield Slot(f"Q_{axis}", shape=shape, wide=True, float8=False)
+        yield Slot(f"GG_{axis}", shape=shape, wide=True, float8=False, begun=True)
+        yield Slot(f"Q_{axis}", shape=shape, wide=True, float8=False, begun=True)
 
 
 _SLOTS = tuple(_slots())

@@ -36,6 +36,7 @@ class Slot:
             squares: such slots are rounded stochastically in 16 bits, or they would stand still.
         float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
         flat_elsewhere: whether other implementations keep it flattened, and where all elements are zero as one number.
+        begun: whether only a parameter's first step can begin it: then it is refused that it is missing later.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Slot:
     slow: bool = False
     float8: bool | str = True
     flat_elsewhere: bool = False
+    begun: bool = False
 
     @property
     def is_number(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import AlgorithmSpec, Flags, Sparse
+from surefoot.rule import STEP, AlgorithmSpec, Flags, Sparse
 from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.storage import scale_shape
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
@@ -141,6 +141,8 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
             _check_scalar(scalar.name, entry[scalar.name], group, param)
     for slot in spec.all_slots:
         if (value := entry.get(slot.name)) is None:
+            if slot.begun and STEP.name in entry and slot.shape_for(param, group) is not None:
+                raise _missing_state(slot.name, group, param)
             continue
         in_codes = isinstance(value, Tensor) and value.dtype is torch.uint8 and slot.float8
         reason = unfit_state(value, param, slot.shape_for(param, group), kinds=not (in_codes or slot.is_number))
@@ -158,6 +160,13 @@ def _unfit_state(name: str, group: Mapping[str, Any], param: Tensor, reason: str
     return RuntimeError(
         f"{name} of {format_param(group, param)} on {param.device} {reason}; after replacing or moving a parameter, "
         f"move its state with `optimizer.to()`, or delete it with `del optimizer.state[param]`"
+    )
+
+
+def _missing_state(name: str, group: Mapping[str, Any], param: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"state `{name}` of {format_param(group, param)} is missing, which only its first step makes; put it back, and "
+        f"the options that it hangs on, or begin anew with `del optimizer.state[param]`"
     )
 
 
