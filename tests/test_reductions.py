@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 
 import pytest
 import torch
@@ -386,6 +387,38 @@ def test_a_shared_number_that_is_not_one_for_all_is_refused():
     assert "must return (param, kept, norm, count, mixed), but returned 2 values" in refusal(missing)
     assert "`norm` is shared, but nothing is summed over groups" in refusal(unsummed)
     assert "must return a number that follows from coefficients for `norm`, but returned 1.0" in refusal(python)
+
+
+def test_a_shared_number_that_follows_from_the_steps_of_a_parameter_is_refused():
+    def stepwise(param, grad, kept, c, flags):
+        return param - surefoot.total_sum(grad) * grad, kept, c.count * c.steps, c.count, c.mixed
+
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizer = total_rule(stepwise, coefficients=staticmethod(lambda h, step: {"steps": step}))(params)
+    params[0].grad = torch.zeros(2)
+    optimizer.step()
+    params[1].grad = torch.ones(2)
+    with pytest.raises(RuleError, match="gives `norm`, which all parameters share, for some of them otherwise"):
+        optimizer.step()
+    assert params[1].tolist() == [1.0, 1.0]
+
+
+@each_engine
+def test_what_python_has_no_answer_for_is_what_tensors_give(engine):
+    def odd(param, grad, kept, c, flags):
+        total = surefoot.total_sum(grad)
+        finite = torch.where(total > 0, 1 / total, 0.0)
+        return param - finite * grad, kept, 1 / total, torch.sqrt(total - 1), torch.pow(total - 1, 0.5) + c.mixed
+
+    shared = (surefoot.GroupScalar("norm"), surefoot.GroupScalar("count"), surefoot.GroupScalar("mixed"))
+    param = torch.ones(2, requires_grad=True)
+    optimizer = total_rule(odd, group_scalars=shared)([param], **ENGINES[engine])
+    param.grad = torch.zeros(2)
+    optimizer.step()
+    numbers = [optimizer.param_groups[0][name] for name in ("norm", "count", "mixed")]
+    assert numbers[0] == math.inf
+    assert all(map(math.isnan, numbers[1:]))
+    assert param.tolist() == [1.0, 1.0]
 
 
 def test_groups_that_ask_for_different_sums_are_refused():

@@ -259,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
             slots_coefficients_flags: the slots (None where a flag leaves one out), then `c`, then `flags`.
 
         Returns:
-            `(param, *slots)`, None for the slots left out.
+            `(param, *slots, *group_scalars)`, None for the slots left out.
         """
         raise NotImplementedError
 
