@@ -40,7 +40,7 @@ def due_exchange(step: StepInput) -> Exchange | None:
     if whole:
         refuse_flattened([p for group in step.groups for p in group["params"]], step.spec.name, whole_tensors=True)
     asked = step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
-    if not asked and not (whole and _any_sharded(step)):
+    if not asked and not (whole and any_sharded(step)):
         return None
     exchange = exchange_of(step)
     if exchange is None and step.needs_gradients():
@@ -48,7 +48,8 @@ def due_exchange(step: StepInput) -> Exchange | None:
     return exchange
 
 
-def _any_sharded(step: StepInput) -> bool:
+def any_sharded(step: StepInput) -> bool:
+    """Return whether a parameter is sharded."""
     return sharded_type() is not None and any(is_sharded(param) for group in step.groups for param in group["params"])
 
 
@@ -79,7 +80,7 @@ def refuse_irregular(step: StepInput) -> None:
     Raises:
         RuntimeError: there is one; the message names it.
     """
-    if not _any_sharded(step) or not step.measures_tensors():
+    if not any_sharded(step) or not step.measures_tensors():
         return
     for group in step.groups:
         for param in group["params"]:
