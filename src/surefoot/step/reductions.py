@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surefoot.distributed import Exchange
-from surefoot.engines import eager
+from surefoot.engines import cpu, eager
 from surefoot.engines.bucket import EachParameter
 from surefoot.rule import Stage
 from surefoot.step.inputs import StepInput
@@ -120,7 +120,8 @@ def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Tens
     for name, mean, found in zip(stage.sums, stage.means, sums.unbind(1), strict=True):
         known[name] = found / _elements(run).to(found.device) if mean else found
     known |= zip(stage.gives, eager.evaluate(stage.numbers, [known[name] for name in stage.takes]), strict=True)
-    wanted = run.bucket.compute_dtype
+    # Kernels of the CPU take them in float64, as those that all parameters share, and some of them reciprocal.
+    wanted = torch.float64 if run.engine is cpu else run.bucket.compute_dtype
     numbers = {name: value.to(wanted) if _is_float(value) else value for name, value in known.items()}
     _share(run, numbers)
 

@@ -5,6 +5,8 @@ Each is a step of its own to the pipeline: groups that mirror the optimizer's an
 step cache.  `step` closes the iteration: it counts, and steps what has a gradient still.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -204,9 +206,8 @@ class ReleasedGradients:
 
     # Gradients that arrive
 
-    @torch.no_grad()
     def _arrive(self, param: Tensor) -> None:
-        """Step a bucket if this gradient is the last that it has waited for; the hook of every parameter."""
+        """Step a bucket if this gradient is the last that it has waited for."""
         with self._lock:
             if not self._open:
                 self._begin()
@@ -282,7 +283,6 @@ class ReleasedGradients:
         self._buckets.append(_Bucket(Stepping(options), device))
         return self._buckets[-1]
 
-    @torch.no_grad()
     def _step_waiting(self) -> None:
         """Step all that waits: the backward pass has come to its end, and streams have been waited for."""
         with self._lock:
@@ -291,6 +291,7 @@ class ReleasedGradients:
                     _keep_for_this_stream(member.param.grad for member in bucket.members if member.arrived)
                 self._step(bucket)
 
+    @torch.no_grad()
     def _step(self, bucket: _Bucket) -> None:
         """Step the members of a bucket whose gradients are whole, and drop these."""
         begun = perf_counter()
@@ -395,7 +396,8 @@ class ReleasedGradients:
                     continue
                 member = self._members.pop(param, None)
                 if member is None:
-                    member = _Param(param, param.register_post_accumulate_grad_hook(self._arrive))
+                    hook = functools.partial(_arrive, weakref.ref(self))
+                    member = _Param(param, param.register_post_accumulate_grad_hook(hook))
                 member.group, member.index, member.bucket = number, index, None
                 members[param] = member
         for gone in self._members.values():
@@ -462,6 +464,12 @@ def refuse_release(step: StepInput, model: nn.Module) -> None:
             f"{step.spec.name} needs to know more of a tensor than a shard, so that ranks would have to wait for one "
             f"another inside of the backward pass; take an elementwise optimizer, AdamW for instance"
         )
+
+
+def _arrive(handle: "weakref.ref[ReleasedGradients]", param: Tensor) -> None:
+    """Tell a handle that a parameter has a gradient; the hook of the parameter, which keeps no optimizer alive."""
+    if (released := handle()) is not None:
+        released._arrive(param)
 
 
 def _structure(groups: Iterable[Mapping[str, Any]]) -> tuple[list[Tensor], list[Any]]:
