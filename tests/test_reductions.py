@@ -366,12 +366,12 @@ def test_numbers_do_not_depend_on_the_steps_of_neighbours():
 
     def train(*, together):
         torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(5, 6)) for _ in range(2)]
+        params = [torch.nn.Parameter(torch.randn(64, 65)) for _ in range(2)]
         groups = [params] if together else [params[:1], params[1:]]
         optimizer = surefoot.AdamW([{"params": group} for group in groups], lr=0.01, cautious=True)
         for step in range(20):
-            params[0].grad = torch.randn(5, 6)
-            params[1].grad = torch.randn(5, 6) if step % 2 else None
+            params[0].grad = torch.randn(64, 65)
+            params[1].grad = torch.randn(64, 65) if step % 2 else None
             optimizer.step()
         return params
 
