@@ -598,3 +598,21 @@ def test_a_sparse_gradient_is_not_centralized():
     with pytest.raises(RuntimeError, match="is sparse, which gradient_centralization=True cannot do with"):
         optimizer.step()
     assert torch.equal(param, torch.ones(4, 2))
+
+
+def test_numbers_do_not_depend_on_the_steps_of_neighbours():
+    """Step counts that differ make a row of numbers for each parameter, which must not be rounded otherwise."""
+
+    def train(*, together):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(64, 65)) for _ in range(2)]
+        groups = [params] if together else [params[:1], params[1:]]
+        optimizer = surefoot.AdamW([{"params": group} for group in groups], lr=0.01, cautious=True)
+        for step in range(20):
+            params[0].grad = torch.randn(64, 65)
+            params[1].grad = torch.randn(64, 65) if step % 2 else None
+            optimizer.step()
+        return params
+
+    for ours, theirs in zip(train(together=True), train(together=False), strict=True):
+        assert torch.equal(ours, theirs)

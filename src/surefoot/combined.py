@@ -234,14 +234,14 @@ class Combined(Optimizer):
 
     step.is_whole = True  # type: ignore[attr-defined]
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, group in enumerate(self.param_groups):
             if missing := self._algorithm_of(group).defaults.keys() - group.keys() - StepOptions.__annotations__.keys():
                 raise ValueError(
                     f"param_groups[{index}] lacks `{min(missing)}`, which {group[ALGORITHM]} needs; set it, or add the "
                     f"group with `add_param_group`"
                 )
-        super()._begin_step()
+        super()._begin_step(args, kwargs)
 
     def _take_fast_lane(self) -> bool:
         if all(self.spec.of(group).update is not None for group in self.param_groups):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import optimizer as torch_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -40,6 +40,7 @@ from surefoot.rule.hyperparameters import Check, check_storage, truth
 from surefoot.state.check import format_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
+from surefoot.step.cache import StepCache
 from surefoot.step.clipping import listed
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
@@ -54,9 +55,11 @@ from surefoot.step.options import (
     refuse_short,
     refuse_unsupported,
 )
-from surefoot.step.pipeline import finish, run_step
+from surefoot.step.pipeline import finish, finish_part, run_step
 from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
 from surefoot.step.ranks import due_exchange, failures_told
+from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options, refuse_scaler
+from surefoot.step.types import ParamSlice
 from surefoot.tensors.modes import mode_is_active
 
 if TYPE_CHECKING:
@@ -313,6 +316,8 @@ class Optimizer(torch.optim.Optimizer):
         No other option needs the scale: what clips or measures gets gradients that the scaler has unscaled.  A
         scaler, or a trainer that asks this for one, is warned of `zero_grad_after_step`, which misses skipped steps.
         """
+        if self._releasing() is not None:
+            refuse_scaler()
         by_step = any(group.get("fused") for group in self.param_groups)
         if self.step_options.zero_grad_after_step and not by_step:
             warnings.warn(
@@ -395,6 +400,8 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             set_to_none: drop the gradients rather than filling them with zeros.
         """
+        if (released := self._releasing()) is not None:
+            released.before_zero_grad()
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             with_grad = [param for param in params if param.grad is not None]
@@ -468,14 +475,17 @@ class Optimizer(torch.optim.Optimizer):
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
         loss = self.evaluate(closure)
-        for group in self.param_groups:
+        self._prepare_and_step(self._step_input())
+        return loss
+
+    def _prepare_and_step(self, step: StepInput) -> None:
+        """Check and step the parameters of `step` that have gradients."""
+        for group in step.groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self._check_again(group, param)
-        step = self._step_input()
         with torch.no_grad(), full_precision_rows(step, prepare_params(step)) as rows:
             self._step_prepared(rows)
-        return loss
 
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
@@ -496,12 +506,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _take_prepared_lane(self) -> bool:
         """Do the same for a custom step of prepared parameters."""
-        stepping = self._stepping
-        if stepping.validated is None or stepping.context.inside or self._is_observed():
+        if self._stepping.validated is None or self._stepping.context.inside or self._is_observed():
             return False
+        return self._step_again(self._stepping, self.param_groups, self._step_input)
+
+    def _step_again(
+        self, stepping: Stepping, groups: list[dict[str, Any]], step_input: Callable[[], StepInput]
+    ) -> bool:
+        """Make a step of prepared parameters before which nothing has changed; return whether it is one."""
         with stepping.context.lock:
-            refuse_capture(self.spec.name, self.param_groups)
-            found = prepare_again(stepping, self.param_groups, self.state, self._step_input)
+            refuse_capture(self.spec.name, groups)
+            found = prepare_again(stepping, groups, self.state, step_input)
             if found is None:
                 return False
             with torch.no_grad():
@@ -513,7 +528,10 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step."""
+        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step.
+
+        It closes an iteration, too, where gradients are released while backward runs.
+        """
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
@@ -522,10 +540,12 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        return bool(hooks or scaled or _is_profiled() or mode_is_active())
+        return bool(hooks or scaled or self._releasing() or _is_profiled() or mode_is_active())
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
+        if (released := self._releasing()) is not None:
+            released.before_step(args, kwargs)
         stepping, context = self._stepping, self._stepping.context
         check_changed(stepping, self.spec, self.param_groups)
         context.begin()
@@ -533,6 +553,93 @@ class Optimizer(torch.optim.Optimizer):
             stepping.statistics.steps = context.step = stepping.statistics.steps + 1
         telemetry = stepping.options.telemetry
         context.wants_metrics = telemetry is not None and telemetry.wanted(context.step)
+
+    def _finish_step(self) -> Any:
+        """Do what comes after the update, and return what was measured, None if nothing was."""
+        context = self._stepping.context
+        if (released := self._releasing()) is not None:
+            released.after_step(context)
+        return finish(context, self._step_input)
+
+    # Gradients released while backward runs
+
+    def release_gradients(
+        self, model: nn.Module, *, micro_batches: int = 1, bucket_bytes: int = BUCKET_BYTES
+    ) -> ReleasedGradients:
+        """Step the model's parameters while `backward` runs, and drop each gradient as soon as it is used.
+
+        Gradients are then never there all at once.  The training loop stays as it is: `step` closes the iteration, by
+        which it counts, steps parameters that have a gradient still (those of no hook: outside of the model, or
+        not yet trained when gradients came), and calls hooks; `zero_grad` has little to do.  What is computed is
+        the same, bit for bit.  See docs/release.md for what is refused, and why.
+
+        Args:
+            model: the module that the parameters belong to.
+            micro_batches: how many backward passes add to a gradient before it is used, >= 1; see also
+                `ReleasedGradients.accumulate`.
+            bucket_bytes: bytes of gradients that are stepped together, > 0: more of them at a time are faster where
+                there are many small ones, and take as much more memory.
+
+        Returns:
+            A handle, to be used as a context manager or to be ended by `remove()`.
+
+        Raises:
+            TypeError: `model` is not a module, or one that DDP or FSDP1 has wrapped; the algorithm has a custom step
+                that takes all parameters at once.
+            ValueError: no parameter is one of the model's; or an option needs all gradients at once (`max_grad_norm`,
+                `nonfinite`, `differentiable`), or a number is out of its range.
+            RuntimeError: gradients are released already.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = surefoot.AdamW(model.parameters())
+            >>> with optimizer.release_gradients(model):
+            ...     for _ in range(2):
+            ...         model(torch.ones(1, 2)).sum().backward()
+            ...         optimizer.step()
+            >>> model.weight.grad is None
+            True
+        """
+        for name, value in (("micro_batches", micro_batches), ("bucket_bytes", bucket_bytes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, but is {value!r}")
+        in_parts = self.is_rule() or self.prepares_params
+        known = any(getattr(type(self).step, name, False) for name in ("is_whole", "is_prepared"))
+        if not (in_parts and known and self._stepping.constructed):
+            raise TypeError(
+                f"{type(self).__name__} has a custom step that takes all parameters at once; gradients can be released "
+                f"with an algorithm that is a rule, or steps prepared parameters"
+            )
+        if self._releasing() is not None:
+            raise RuntimeError("gradients are released already; remove() the handle of release_gradients first")
+        parts = PartialSteps(self._step_input, self._make_part)
+        self._released = ReleasedGradients(model, parts, micro_batches=micro_batches, bucket_bytes=bucket_bytes)
+        return self._released
+
+    def _releasing(self) -> ReleasedGradients | None:
+        """Return the handle by which gradients are released, None if they are not."""
+        released: ReleasedGradients | None = self.__dict__.get("_released")
+        return released if released is not None and released.active else None
+
+    def _make_part(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
+        """Step the parameters of `step`, which are some of ours; see `PartialSteps`."""
+        if step.grad_scale is None and not mode_is_active():
+            again = cache is not None and cache.fast
+            if again and again.run(step.groups, step.state, step.coefficients, lambda: step):
+                return cache, []
+            if step.stepping.validated is not None and self._step_again(step.stepping, step.groups, lambda: step):
+                return None, []
+        refuse_options(step)
+        check_changed(step.stepping, self.spec, step.groups)
+        context, measured = step.stepping.context, step.stepping.context.wants_metrics
+        context.begin()
+        context.wants_metrics = measured
+        with context:
+            if self.is_rule():
+                cache = run_step(step, cache)
+            else:
+                self._prepare_and_step(step)
+            return cache, finish_part(step)
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """Call the closure, if there is one, with gradients enabled; other ranks are told when it fails here."""
@@ -674,6 +781,8 @@ class Optimizer(torch.optim.Optimizer):
             `{"state": {number: {...}}, "param_groups": [{..., "params": [numbers]}]}`, the layout of torch.optim.  Its
             tensors are the optimizer's own, not copies.
         """
+        if (released := self._releasing()) is not None:
+            released.refuse_open("state_dict()")
         for hook in self._hooks("state_dict_pre"):
             hook(self)
         numbers = _numbers(self.param_groups)
@@ -737,6 +846,8 @@ class Optimizer(torch.optim.Optimizer):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+        if (released := self._releasing()) is not None:
+            released.abandon()
         return loaded.report
 
     def _hand_on(self, names: Iterable[str]) -> None:
@@ -890,10 +1001,10 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             positional: tuple[Any, ...] = (self, *args)
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
-            self._begin_step()
+            self._begin_step(positional[1:], kwargs)
             with context:
                 result = step(*positional, **kwargs)
-                metrics = finish(context, self._step_input)
+                metrics = self._finish_step()
             try:
                 if metrics is not None:
                     self.telemetry.record(metrics)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def dividing_group() -> Any:
@@ -41,3 +41,24 @@ def refuse_flattened(params: Sequence[Tensor], name: str, *, whole_tensors: bool
             f"its part of them and does not know it; pass `process_group=` (FSDP's own), or use "
             f"`torch.distributed.fsdp.fully_shard`"
         )
+
+
+def refuse_divided_by_module(model: nn.Module) -> None:
+    """Refuse modules that reduce gradients over ranks after a hook of the parameter has seen them.
+
+    Raises:
+        TypeError: there is one of DDP or of FSDP1.
+    """
+    for kind, where in _DIVIDING:
+        found = getattr(sys.modules.get(where), kind, None)
+        if found is not None and any(isinstance(module, found) for module in model.modules()):
+            raise TypeError(
+                f"{kind} reduces gradients over ranks after they have come to their parameters, which would be stepped "
+                f"by those of one rank; use `torch.distributed.fsdp.fully_shard`"
+            )
+
+
+_DIVIDING = (
+    ("DistributedDataParallel", "torch.nn.parallel.distributed"),
+    ("FullyShardedDataParallel", "torch.distributed.fsdp"),
+)

@@ -23,6 +23,8 @@ class StepInput(NamedTuple):
         coefficients: the algorithm's, of the optimizer where it needs one.
         param_names: return the names of all parameters, group by group.
         grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
+        whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
+            of them.
     """
 
     spec: AlgorithmSpec
@@ -34,6 +36,7 @@ class StepInput(NamedTuple):
     coefficients: Callable[..., dict[str, Any]]
     param_names: Callable[[], Sequence[str]]
     grads: Mapping[Tensor, Tensor | None] | None = None
+    whole: Sequence[Mapping[str, Any]] | None = None
 
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""
@@ -86,7 +89,7 @@ class StepInput(NamedTuple):
     def keys(self) -> dict[Tensor, str | int]:
         """Return the name of every parameter, or else its number among all."""
         found: dict[Tensor, str | int] = {}
-        for group in self.groups:
+        for group in self.whole or self.groups:
             start, names = len(found), group.get("param_names") or ()
             numbers = range(start, start + len(group["params"]))
             found |= zip(group["params"], names if len(names) == len(numbers) else numbers, strict=True)
@@ -94,7 +97,7 @@ class StepInput(NamedTuple):
 
     def names(self) -> dict[Tensor, str]:
         """Return the name of every parameter."""
-        params = (param for group in self.groups for param in group["params"])
+        params = (param for group in self.whole or self.groups for param in group["params"])
         return dict(zip(params, self.param_names(), strict=True))
 
     def skip(self) -> None:

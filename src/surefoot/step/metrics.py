@@ -25,7 +25,7 @@ def step_metrics(step: StepInput) -> Any:
 
     context, slices = step.stepping.context, step.slices
     measured = _metric_names(step, slices)
-    blocks = metrics_over_ranks(step, slices, [_sums(step, part) for part in slices])
+    blocks = metrics_over_ranks(step, slices, [measured_sums(step, part) for part in slices])
     blocks = blocks or [torch.zeros(0, 5, dtype=torch.float64)]
     sums = blocks[0] if len(blocks) == 1 else torch.cat([block.to(blocks[0].device) for block in blocks])
     return RawStep(
@@ -92,7 +92,7 @@ def _least(clips: Sequence[Any]) -> Any:
     return torch.stack([clip.to(on_device[0].device) for clip in on_device]).min().clamp(max=least)
 
 
-def _sums(step: StepInput, part: ParamSlice) -> Tensor:
+def measured_sums(step: StepInput, part: ParamSlice) -> Tensor:
     """Return a row for each parameter: squares of gradient, parameter, update, largest gradient, how many nonfinite."""
     skips = step.stepping.context.skips
     return part.sums if part.sums is not None and not skips else _sums_afterwards(step, part)

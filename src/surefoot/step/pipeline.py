@@ -22,7 +22,7 @@ from surefoot.step.context import StepContext
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
-from surefoot.step.metrics import step_metrics
+from surefoot.step.metrics import measured_sums, step_metrics
 from surefoot.step.partition import detach_state, partition
 from surefoot.step.prepared import PreparedParam, ValidatedParams, full_precision_rows, validate_params
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
@@ -271,13 +271,34 @@ def finish(context: StepContext, step_input: Callable[[], StepInput]) -> Any:
         context.slices = []
         return None
     step = step_input()
-    if not context.skips:
-        for part in context.slices:
-            if part.fresh is not None:
-                _average(step, part, part.fresh)
+    _average_rest(step)
     metrics = step_metrics(step) if context.wants_metrics else None
     context.slices = []
     return metrics
+
+
+def finish_part(step: StepInput) -> list[ParamSlice]:
+    """Average what the update of some of the parameters has not averaged; return them, measured, for the whole step.
+
+    There are none where nothing is measured.  They need their gradients no more.
+    """
+    context = step.stepping.context
+    slices, wanted = context.slices, context.wants_metrics
+    _average_rest(step)
+    for part in slices:
+        part.fresh = None
+        if wanted:
+            part.sums = measured_sums(step, part)
+        part.before = part.gradients = None
+    context.slices = []
+    return slices if wanted else []
+
+
+def _average_rest(step: StepInput) -> None:
+    if not step.stepping.context.skips:
+        for part in step.slices:
+            if part.fresh is not None:
+                _average(step, part, part.fresh)
 
 
 def _average(step: StepInput, part: ParamSlice, known: list[bool]) -> None:

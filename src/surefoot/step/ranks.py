@@ -42,7 +42,7 @@ def due_exchange(step: StepInput) -> Exchange | None:
     if alone := step.whole_params(alone=True):
         refuse_flattened(alone, step.spec.name, whole_tensors=True)
     asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
-    if not asked and not _any_sharded(whole):
+    if not asked and not any_sharded(whole):
         return None
     exchange = exchange_of(step)
     if exchange is None and (totals or step.needs_gradients()):
@@ -50,7 +50,8 @@ def due_exchange(step: StepInput) -> Exchange | None:
     return exchange
 
 
-def _any_sharded(params: Iterable[Tensor]) -> bool:
+def any_sharded(params: Iterable[Tensor]) -> bool:
+    """Return whether one of several parameters is sharded."""
     return sharded_type() is not None and any(map(is_sharded, params))
 
 
@@ -82,7 +83,7 @@ def refuse_irregular(step: StepInput) -> None:
         RuntimeError: there is one; the message names it.
     """
     whole = set(step.whole_params())
-    if not _any_sharded(whole):
+    if not any_sharded(whole):
         return
     for group in step.groups:
         for param in whole.intersection(group["params"]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from surefoot.distributed import Exchange
-from surefoot.engines import eager
+from surefoot.engines import cpu, eager
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
 from surefoot.rule import Stage
@@ -216,7 +216,8 @@ def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Sequ
     read = _unchanged if run.is_unread else _read
     takes = [known[name] for name in stage.takes]
     known |= zip(stage.gives, _evaluated(stage.numbers, takes, list(map(read, takes))), strict=True)
-    dtype, names = run.bucket.compute_dtype, run.bucket.rule.numbers
+    # Kernels of the CPU take them in float64, as those that all parameters share, and some of them reciprocal.
+    dtype, names = torch.float64 if run.engine is cpu else run.bucket.compute_dtype, run.bucket.rule.numbers
     _share(run, {name: _in_dtype(read(known[name]), dtype) for name in names if name in known})
 
 

@@ -120,6 +120,20 @@ def _blocks(value: Tensor) -> Tensor:
 
 
 def _encode_8_bits(kept: Format, value: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return codes and scales, computed piece by piece: what is computed takes many times their memory."""
+    flat, noise = value.reshape(-1), None if random is None else random.reshape(-1)
+    pieces = [slice(start, start + _PIECE) for start in range(0, len(flat), _PIECE)] or [slice(0)]
+    found = [_encode_piece(kept, flat[piece], None if noise is None else noise[piece]) for piece in pieces]
+    codes, scales = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*found, strict=True))
+    return codes.view(value.shape), scales.view(scale_shape(value.shape))
+
+
+_PIECE = BLOCK << 11
+"""Elements that are encoded at a time."""
+
+
+def _encode_piece(kept: Format, value: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the codes of a vector of whole blocks, but for the last, and their scales."""
     signed = kept.code == "e4m3"
     blocks = _blocks(value if signed else torch.where(value < 0, 0, value))
     magnitude = blocks.view(torch.int32) & _MAGNITUDE
@@ -139,8 +153,7 @@ def _encode_8_bits(kept: Format, value: Tensor, random: Tensor | None) -> tuple[
         code = torch.where((blocks < 0) & (code > 0), code | 0x80, code).masked_fill(nan, 0x80)
     else:
         code = torch.where(scaled > 0, code.clamp(1, 0xF7), 0).masked_fill(infinite, 0xF8).masked_fill(nan, 0xFF)
-    codes = code.to(torch.uint8).reshape(-1)[: value.numel()].view(value.shape)
-    return codes, exponent.view(torch.float32).view(scale_shape(value.shape))
+    return code.to(torch.uint8).reshape(-1)[: len(value)], exponent.view(torch.float32).reshape(-1)
 
 
 def _more(word: Tensor) -> Tensor:

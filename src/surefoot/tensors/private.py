@@ -80,6 +80,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "where a shard stands in its tensor",
         "loading shards raises",
     ),
+    *(
+        PrivateName(name, "tensors.backward", "stepping at the end of a backward pass", "step() steps what is left")
+        for name in ("torch._C._current_graph_task_id", "torch.autograd.Variable._execution_engine")
+    ),
     PrivateName("FlatParameter._fsdp_flattened", "distributed.divided", "knowing FSDP1", "norms are of one rank"),
     PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
     PrivateName("torch._utils._unflatten_dense_tensors", "optimizers.lbfgs", "views of a flat vector", "LBFGS raises"),

@@ -1,0 +1,513 @@
+"""Gradients released as they come: parameters are stepped inside the backward pass, and their gradients dropped.
+
+Parameters are put together in buckets, in the order in which gradients arrive, and a bucket is stepped when it is full.
+Each is a step of its own to the pipeline: groups that mirror the optimizer's and hold the bucket's parameters, and a
+step cache.  `step` closes the iteration: it counts, and steps what has a gradient still.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.distributed import refuse_divided_by_module
+from surefoot.locks import Lock
+from surefoot.step.cache import StepCache
+from surefoot.step.clipping import listed
+from surefoot.step.context import StepContext
+from surefoot.step.inputs import StepInput
+from surefoot.step.options import Stepping
+from surefoot.step.ranks import any_sharded
+from surefoot.step.types import ParamSlice
+from surefoot.tensors.backward import OUTSIDE, backward_pass, call_at_end_of_backward
+from surefoot.tensors.guards import same_objects
+from surefoot.tensors.shards import to_local
+
+BUCKET_BYTES = 4 << 20
+"""Bytes of gradients that are stepped together unless another size is asked for."""
+
+
+class PartialSteps(NamedTuple):
+    """How some of an optimizer's parameters are stepped, as it hands it over.
+
+    Attributes:
+        step_input: return all that a step of the optimizer is about.
+        make: `make(step, cache)` makes a step of the parameters in the groups of `step` that have a gradient; it
+            returns what the next step of the same may use again, and what telemetry is to get of them.
+    """
+
+    step_input: Callable[[], StepInput]
+    make: Callable[[StepInput, StepCache | None], tuple[StepCache | None, list[ParamSlice]]]
+
+
+@dataclass(eq=False, slots=True)
+class _Param:
+    """A parameter whose gradient is released.
+
+    Attributes:
+        param: the parameter.
+        hook: the handle of its hook.
+        group: the number of its group.
+        index: its number in the group.
+        bucket: where it is stepped, None before its first gradient.
+        gradients: how many have come since the last `step`, of those that count.
+        arrived: whether its gradient is whole and waits for the bucket.
+        stepped: whether it has been stepped since the last `step`.
+    """
+
+    param: Tensor
+    hook: Any
+    group: int = 0
+    index: int = 0
+    bucket: "_Bucket | None" = None
+    gradients: int = 0
+    arrived: bool = False
+    stepped: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Bucket:
+    """Parameters that are stepped together.
+
+    Attributes:
+        stepping: options of the optimizer; statistics and context of its own.
+        device: where they are.
+        members: they.
+        size: bytes of their gradients.
+        arrived: how many of them wait.
+        filling: whether it takes further parameters.
+        stepped: whether it has been stepped since the last `step`.
+        groups: groups that mirror the optimizer's, made when they are needed.
+        numbers: which of the optimizer's they mirror.
+        cache: what the last step has left.
+        streams: of an accelerator, those on which gradients have arrived.
+    """
+
+    stepping: Stepping
+    device: torch.device
+    members: list[_Param] = field(default_factory=list)
+    size: int = 0
+    arrived: int = 0
+    filling: bool = True
+    stepped: bool = False
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    cache: StepCache | None = None
+    streams: set[Any] = field(default_factory=set)
+
+    def add(self, member: _Param) -> None:
+        """Take a parameter whose gradient has arrived."""
+        member.bucket = self
+        self.members.append(member)
+        grad: Any = member.param.grad
+        self.size += 0 if grad.is_sparse else to_local(grad).nbytes
+        self.groups, self.numbers, self.cache = [], [], None
+
+    def drop(self, member: _Param) -> None:
+        """Let a parameter be stepped elsewhere."""
+        member.bucket = None
+        self.members.remove(member)
+        self.groups, self.numbers, self.cache = [], [], None
+
+    def mirror(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return groups that hold the members only."""
+        if not self.groups:
+            members = sorted(self.members, key=lambda member: (member.group, member.index))
+            self.numbers = sorted({member.group for member in members})
+            for number in self.numbers:
+                group, own = groups[number], [member for member in members if member.group == number]
+                names = group.get("param_names")
+                chosen = {} if names is None else {"param_names": [names[member.index] for member in own]}
+                self.groups.append({**group, "params": [member.param for member in own], **chosen})
+        return self.groups
+
+    def update_options(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over the options of groups."""
+        for mirror, number in zip(self.groups, self.numbers, strict=True):
+            new = {**groups[number], **{name: mirror[name] for name in _OF_MEMBERS if name in mirror}}
+            if new.keys() != mirror.keys():
+                mirror.clear()
+            mirror.update(new)
+
+
+_OF_MEMBERS = ("params", "param_names")
+
+
+class ReleasedGradients:
+    """The handle of `Optimizer.release_gradients`; also a context manager, which calls `remove` at its end.
+
+    Attributes:
+        micro_batches: how many gradients of a parameter are accumulated before it is stepped.
+        bucket_bytes: bytes of gradients that are stepped together.
+    """
+
+    def __init__(self, model: nn.Module, partial_steps: PartialSteps, *, micro_batches: int, bucket_bytes: int) -> None:
+        self.micro_batches, self.bucket_bytes = micro_batches, bucket_bytes
+        self._model, self._partial_steps = model, partial_steps
+        self._lock, self._members = Lock(), dict[Tensor, _Param]()
+        self._active, self._accumulates = True, False
+        self._params: list[Tensor] = []
+        self._others: list[Any] = []
+        self._options: list[Any] = []
+        self._buckets: list[_Bucket] = []
+        self._forget_iteration()
+        step = partial_steps.step_input()
+        refuse_release(step, model)
+        self._follow(step)
+        if not self._members:
+            self._active = False
+            raise ValueError(
+                f"no parameter of {step.spec.name} that requires a gradient is one of the model's; pass the model that "
+                f"the optimizer trains"
+            )
+
+    def _forget_iteration(self) -> None:
+        self._open, self._backward = False, OUTSIDE
+        self._slices: list[ParamSlice] = []
+        self._seconds = 0.0
+
+    # What a user calls
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients are released: until `remove` is called."""
+        return self._active
+
+    def remove(self) -> None:
+        """Release gradients no more; those that are there are left to `step`.  Calling it again does nothing."""
+        with self._lock:
+            self._active = False
+            for member in self._members.values():
+                member.hook.remove()
+            self._members.clear()
+            self._buckets.clear()
+            self._forget_iteration()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let backward passes inside a `with` block add to the gradients only, for the next one outside to step."""
+        before, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = before
+
+    # Gradients that arrive
+
+    def _arrive(self, param: Tensor) -> None:
+        """Step a bucket if this gradient is the last that it has waited for."""
+        with self._lock:
+            if not self._open:
+                self._begin()
+            member = self._members.get(param)
+            if member is None:  # in no group any more
+                return
+            self._check(member)
+            if self._accumulates:
+                return
+            member.gradients += 1
+            if member.gradients < self.micro_batches:
+                return
+            self._take(member)
+
+    def _begin(self) -> None:
+        """Begin an iteration: take over what was changed of groups since the last one."""
+        self._open = True
+        step = self._partial_steps.step_input()
+        self._follow(step)
+        options = _options(step.groups)
+        if not same_objects(self._options, options):
+            self._options = options
+            for bucket in self._buckets:
+                bucket.update_options(step.groups)
+
+    def _check(self, member: _Param) -> None:
+        """Refuse a gradient that cannot be released, before it changes anything."""
+        grad = member.param.grad
+        if grad is None:
+            raise RuntimeError(
+                f"the gradient of {self._name(member)} is gone before it was released; another hook has dropped it, "
+                f"perhaps that of another optimizer: remove one of them"
+            )
+        if grad.requires_grad:
+            raise RuntimeError(
+                f"the gradient of {self._name(member)} has a graph (create_graph=True), which needs the parameter as "
+                f"it was; remove() the handle of release_gradients for such steps"
+            )
+        if member.stepped or member.arrived:
+            raise RuntimeError(
+                f"{self._name(member)} has got another gradient after it was stepped; call step() after each backward "
+                f"pass, or accumulate: `with handle.accumulate():` around all backward passes but the last, or "
+                f"release_gradients(model, micro_batches=n), which steps at the n-th (now {self.micro_batches})"
+            )
+
+    def _take(self, member: _Param) -> None:
+        """Let a whole gradient wait for its bucket, and step that if it is the last, or else at the pass's end."""
+        bucket = member.bucket
+        if bucket is not None and bucket.stepped:
+            bucket.drop(member)
+            bucket = None
+        if bucket is None:
+            bucket = self._filling(member.param.device)
+            bucket.add(member)
+        member.arrived = True
+        bucket.arrived += 1
+        if bucket.device.type == "cuda":
+            bucket.streams.add(torch.cuda.current_stream(bucket.device))
+        full = bucket.size >= self.bucket_bytes if bucket.filling else bucket.arrived == len(bucket.members)
+        if full and len(bucket.streams) <= 1:
+            self._step(bucket)
+        elif (current := backward_pass()) != self._backward:
+            self._backward = current
+            if current != OUTSIDE:
+                call_at_end_of_backward(self._step_waiting)
+
+    def _filling(self, device: torch.device) -> _Bucket:
+        """Return the bucket that takes parameters of a device, which have none yet."""
+        for bucket in self._buckets:
+            if bucket.filling and bucket.device == device:
+                return bucket
+        options = self._partial_steps.step_input().stepping.options
+        self._buckets.append(_Bucket(Stepping(options), device))
+        return self._buckets[-1]
+
+    def _step_waiting(self) -> None:
+        """Step all that waits: the backward pass has come to its end, and streams have been waited for."""
+        with self._lock:
+            for bucket in [each for each in self._buckets if each.arrived]:
+                if len(bucket.streams) > 1:
+                    _keep_for_this_stream(member.param.grad for member in bucket.members if member.arrived)
+                self._step(bucket)
+
+    @torch.no_grad()
+    def _step(self, bucket: _Bucket) -> None:
+        """Step the members of a bucket whose gradients are whole, and drop these."""
+        begun = perf_counter()
+        bucket.filling = False
+        for member in [each for each in bucket.members if not each.arrived and each.param.grad is not None]:
+            bucket.drop(member)  # it waits for more
+        whole = self._partial_steps.step_input()
+        step = whole._replace(groups=bucket.mirror(whole.groups), stepping=bucket.stepping, whole=whole.groups)
+        context = step.stepping.context
+        context.wants_metrics = _is_measured(whole)
+        cache, bucket.cache = bucket.cache, None
+        bucket.cache, slices = self._partial_steps.make(step, cache)
+        self._slices += slices
+        for member in bucket.members:
+            if member.arrived:
+                member.param.grad = None
+                member.arrived, member.stepped = False, True
+        bucket.arrived, bucket.stepped = 0, True
+        bucket.streams.clear()
+        self._seconds += perf_counter() - begun
+
+    # The calls of the training loop
+
+    def before_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a `step` that cannot close the iteration.
+
+        Raises:
+            RuntimeError: there is a closure, or a GradScaler, or options were changed after parameters were stepped, or
+                these have been given gradients again.
+        """
+        if any(value is not None for value in (*args, *kwargs.values())):
+            raise RuntimeError(
+                "step() was given a closure, but gradients are released while backward runs, so that a closure that is "
+                "called again would step again; call backward before step(), or remove() the handle of "
+                "release_gradients"
+            )
+        step = self._partial_steps.step_input()
+        if step.found_inf is not None:
+            raise RuntimeError(_NO_SCALER)
+        refuse_options(step)
+        stepped = [member for member in self._members.values() if member.stepped]
+        if stepped and not same_objects(self._options, _options(step.groups)):
+            raise RuntimeError(
+                f"options of param groups were changed after backward has stepped {len(stepped)} parameters by those "
+                f"before; change them before backward or after step()"
+            )
+        if again := [member for member in stepped if member.param.grad is not None]:
+            raise RuntimeError(
+                f"{self._name(again[0])} was given a gradient after it was stepped; set it to None, or give it before "
+                f"backward"
+            )
+
+    def after_step(self, context: StepContext) -> None:
+        """Close the iteration, and let telemetry have what was measured in it."""
+        with self._lock:
+            if self._slices:
+                rank = {param: number for number, param in enumerate(self._members)}
+                slices = [*context.slices, *self._slices]
+                context.slices = sorted(slices, key=lambda part: rank.get(part.params[0], len(rank)))
+                context.start -= self._seconds
+            self.abandon()
+
+    def before_zero_grad(self) -> None:
+        """Refuse to drop gradients that parameters were stepped by already; forget those that wait.
+
+        Raises:
+            RuntimeError: parameters have been stepped since the last `step`.
+        """
+        self.refuse_open("zero_grad()")
+        self.abandon()
+
+    def refuse_open(self, call: str) -> None:
+        """Raise RuntimeError where some parameters have been stepped, and the iteration is not closed yet."""
+        if count := sum(member.stepped for member in self._members.values()):
+            raise RuntimeError(
+                f"{call} was called after backward has stepped {count} of {len(self._members)} parameters and before "
+                f"step(); their gradients are gone. Call step() first, or remove() the handle of release_gradients "
+                f"for backward passes whose gradients are not to be used"
+            )
+
+    def abandon(self) -> None:
+        """Begin anew with the next gradient."""
+        with self._lock:
+            for member in self._members.values():
+                member.gradients, member.arrived, member.stepped = 0, False, False
+            for bucket in self._buckets:
+                bucket.arrived, bucket.stepped = 0, False
+                bucket.streams.clear()
+            self._forget_iteration()
+
+    # Groups
+
+    def _follow(self, step: StepInput) -> None:
+        """Take over which parameters there are; if others than before, buckets are made anew."""
+        params, others = _structure(step.groups)
+        if same_objects(self._params, params) and self._others == others:
+            return
+        ours, members = set(self._model.parameters()), dict[Tensor, _Param]()
+        for number, group in enumerate(step.groups):
+            for index, param in enumerate(group["params"]):
+                if param not in ours or not (param.requires_grad and param.is_leaf):
+                    continue
+                member = self._members.pop(param, None)
+                if member is None:
+                    hook = functools.partial(_arrive, weakref.ref(self))
+                    member = _Param(param, param.register_post_accumulate_grad_hook(hook))
+                member.group, member.index, member.bucket = number, index, None
+                members[param] = member
+        for gone in self._members.values():
+            gone.hook.remove()
+        self._members, self._params, self._others = members, params, others
+        self._options, self._buckets = _options(step.groups), []
+
+    def _name(self, member: _Param) -> str:
+        return listed([self._partial_steps.step_input().names()[member.param]])
+
+
+_NO_SCALER = (
+    "a GradScaler leaves out whole steps whose gradients hold inf, but gradients that are released have been used, "
+    "scaled as they were, before it can look at them; train in bfloat16, or scale the loss by a constant and set "
+    "`optimizer.grad_scale` to it, or remove() the handle of release_gradients"
+)
+
+
+def refuse_scaler() -> None:
+    """Raise RuntimeError: a GradScaler asks whether the step unscales."""
+    raise RuntimeError(_NO_SCALER)
+
+
+def refuse_options(step: StepInput) -> None:
+    """Refuse options that need all gradients at once.
+
+    Raises:
+        ValueError: an option is set; the message says which.
+    """
+    if any(map(step.is_clipped, step.groups)):
+        raise ValueError(
+            "`max_grad_norm` needs the norm of all gradients before the first parameter is stepped, and released "
+            "gradients are never there all at once; leave it out, or pass `max_grad_value`, which needs no norm"
+        )
+    if (nonfinite := step.stepping.options.nonfinite) != "ignore":
+        raise ValueError(
+            f"nonfinite={nonfinite!r} looks at all gradients before the first parameter is stepped, and released "
+            f"gradients are never there all at once; leave it out"
+        )
+    if any(group.get("differentiable") for group in step.groups):
+        raise ValueError("differentiable=True keeps the graph of a step, which released gradients are no part of")
+
+
+def refuse_release(step: StepInput, model: nn.Module) -> None:
+    """Refuse what cannot be trained with released gradients.
+
+    Raises:
+        TypeError: the model is none, or divides the work over ranks in a way that gradients are whole too late.
+        ValueError: an option needs all gradients at once.
+        RuntimeError: a parameter stands twice in the groups, or ranks need sums over shards in the backward pass.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"release_gradients needs the model, a torch.nn.Module, but got {type(model).__name__}")
+    if step.spec.algorithms:
+        raise TypeError(
+            f"{step.spec.name} steps its algorithms together; release the gradients of separate optimizers, one for "
+            f"each of {', '.join(step.spec.algorithms)}"
+        )
+    refuse_divided_by_module(model)
+    refuse_options(step)
+    params = [param for group in step.groups for param in group["params"]]
+    if len(params) != len(set(params)):
+        raise RuntimeError(
+            "a parameter stands in the groups twice, and its gradient would be dropped after its first step; leave it "
+            "out of one of them"
+        )
+    if any(stage.totals for stages in step.stages() for stage in stages):
+        raise RuntimeError(
+            f"{step.spec.name} sums over all parameters before the first is stepped, and released gradients are never "
+            f"there all at once; take an algorithm that steps each parameter by itself, AdamW for instance"
+        )
+    if any_sharded(step.whole_params()):
+        raise RuntimeError(
+            f"{step.spec.name} needs to know more of a tensor than a shard, so that ranks would have to wait for one "
+            f"another inside of the backward pass; take an elementwise optimizer, AdamW for instance"
+        )
+
+
+def _arrive(handle: "weakref.ref[ReleasedGradients]", param: Tensor) -> None:
+    """Tell a handle that a parameter has a gradient; the hook of the parameter, which keeps no optimizer alive."""
+    if (released := handle()) is not None:
+        released._arrive(param)
+
+
+def _structure(groups: Iterable[Mapping[str, Any]]) -> tuple[list[Tensor], list[Any]]:
+    """Return the parameters, and what else decides which of them are released, for comparison."""
+    params: list[Tensor] = []
+    others: list[Any] = []
+    for group in groups:
+        own, names = group["params"], group.get("param_names")
+        params += own
+        others += (len(own), names and [*names])
+    return params, [*others, *(param.requires_grad for param in params)]
+
+
+def _options(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Return the names and values of all options."""
+    found: list[Any] = []
+    for group in groups:
+        found += (item for pair in group.items() if pair[0] not in _OF_MEMBERS for item in pair)
+    return found
+
+
+def _is_measured(step: StepInput) -> bool:
+    """Return whether telemetry is to get something of the iteration that the next `step` closes."""
+    telemetry = step.stepping.options.telemetry
+    return telemetry is not None and telemetry.wanted(step.stepping.statistics.steps + 1)
+
+
+def _keep_for_this_stream(grads: Iterable[Any]) -> None:
+    """Let the memory of gradients that other streams have made be used again only after what runs on this one."""
+    for grad in grads:
+        grad.record_stream(torch.cuda.current_stream(grad.device))
