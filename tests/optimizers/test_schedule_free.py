@@ -553,3 +553,48 @@ def test_full_precision_in_eval_mode_is_that_of_the_weights_to_evaluate(bits):
     with torch.no_grad():
         params[1].fill_(3.0)
     assert torch.equal(surefoot.full_precision(optimizer, params[1]), torch.full((7,), 3.0))
+
+
+def as_theirs(saved):
+    """Return a state dict as `schedulefree` lays it out, with numbers of the whole group and no momentum of a step."""
+    theirs = copy.deepcopy(saved)
+    for group in theirs["param_groups"]:
+        for key in group["params"]:
+            entry = theirs["state"][key]
+            group["k"], group["weight_sum"], group["lr_max"] = (
+                entry.pop(name).item() for name in ("step", "weight_sum", "lr_max")
+            )
+            theirs["state"][key] = {name: entry[name] for name in ("z", "exp_avg_sq") if name in entry}
+        group["k"], group["scheduled_lr"] = int(group["k"]), group["lr"]
+    return theirs
+
+
+@each_class
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_state_dict_of_the_authors_goes_on(cls, mode):
+    optimizer, params = stepped(cls)
+    if mode == "eval":
+        optimizer.eval()
+    resumed, others = made(cls)
+    for other, value in zip(others, values(params), strict=True):
+        other.detach().copy_(value)
+    resumed.load_state_dict(as_theirs(optimizer.state_dict()))
+    assert not {"k", "step", "weight_sum", "lr_max", "scheduled_lr"} & resumed.param_groups[0].keys()
+    for each, its in ((optimizer, params), (resumed, others)):
+        each.train()
+        for number in range(5, 8):
+            step(each, its, number)
+    for param, other in zip(params, others, strict=True):
+        if mode == "train":
+            assert torch.equal(param, other)
+        torch.testing.assert_close(param, other)
+    assert resumed.state_dict()["state"][0].keys() == optimizer.state_dict()["state"][0].keys()
+
+
+@each_class
+def test_a_state_dict_without_counts_is_refused_by_name(cls):
+    optimizer, _ = stepped(cls)
+    theirs = as_theirs(optimizer.state_dict())
+    del theirs["param_groups"][0]["k"]
+    with pytest.raises(ValueError, match="missing: .* state `step`"):
+        optimizer.load_state_dict(theirs)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import compress
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, Unpack
 
 import torch
@@ -77,6 +77,7 @@ class ScheduleFree(Optimizer):
     flags = ("weight_decay",)
     has_modes = True
     eval_slots = (Slot(TRAIN_WEIGHTS, float8=False),)
+    also_called = MappingProxyType({"k": ("step",), "scheduled_lr": ()})
     derived_state = (EVAL_WEIGHTS,)
     refused_options = {"ema": "its average x is what an EMA is for; evaluate inside of `with optimizer.eval_mode():`"}
 

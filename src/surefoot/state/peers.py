@@ -1,13 +1,14 @@
 """State dicts of other implementations of an algorithm, read as if this one had written them.
 
-Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some count
-steps for a whole group.  What another implementation computes otherwise is refused, not read as something else.
+Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some keep
+numbers, such as the count of steps, for a whole group.  What another implementation computes otherwise is refused, not
+read as something else.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from surefoot.rule import STEP, AlgorithmSpec
+from surefoot.rule import AlgorithmSpec
 
 _DECOUPLED = ("decoupled", "weight_decouple", "decouple_weight_decay", "decoupled_decay")
 """What others call `decoupled_weight_decay`, where an algorithm may have it on and off."""
@@ -25,12 +26,15 @@ def translate(
     if not spec.is_declared:
         return groups, dict(state)
     entries = {key: _renamed(spec, entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
-    for group in groups:
-        if STEP in spec.scalars and STEP.name in group:
-            for key in group["params"]:
-                if entries.get(key):
-                    entries[key] = {STEP.name: group[STEP.name], **entries[key]}
-    return [_translated_group(spec, group) for group in groups], entries
+    numbers = {scalar.name for scalar in spec.scalars} - set(spec.constructor)
+    found = []
+    for group in (_translated_group(spec, group) for group in groups):
+        kept = {name: group.pop(name) for name in numbers & group.keys()}
+        for key in group["params"] if kept else ():
+            if entries.get(key):
+                entries[key] = {**kept, **entries[key]}
+        found.append(group)
+    return found, entries
 
 
 def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,13 +52,14 @@ def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str
             )
     if "fixed_decay" not in spec.constructor and not found.get("fixed_decay"):
         found.pop("fixed_decay", None)
-    if STEP in spec.scalars and STEP.name not in spec.constructor:
-        found.pop(STEP.name, None)
     return found
 
 
 def _renamed(spec: AlgorithmSpec, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group or an entry of state with our names; what stands there under these already is kept."""
+    """Return a group or an entry of state with our names; what stands there under these already is kept.
+
+    What has no name here is left out.
+    """
     names = {theirs: ours for theirs, ours in spec.also_called.items() if theirs in found}
     new = {name: value for name, value in found.items() if name not in names}
     return {our: found[theirs] for theirs, ours in names.items() for our in ours} | new
