@@ -598,3 +598,33 @@ def test_a_state_dict_without_counts_is_refused_by_name(cls):
     del theirs["param_groups"][0]["k"]
     with pytest.raises(ValueError, match="missing: .* state `step`"):
         optimizer.load_state_dict(theirs)
+
+
+# Functions
+
+
+@pytest.mark.parametrize("name", ["adamw_schedule_free", "sgd_schedule_free"])
+def test_a_function_begins_without_slots_and_makes_the_steps_of_the_class(name):
+    cls = {"adamw_schedule_free": surefoot.AdamWScheduleFree, "sgd_schedule_free": surefoot.SGDScheduleFree}[name]
+    optimizer, params = made(cls)
+    ours = values(params)
+    slots = {f"{slot.name}s": [None] * len(ours) for slot in cls.slots}
+    begin = {"state_steps": 0.0, "weight_sums": 0.0, "lr_maxs": -1.0, "last_momentums": 0.9}
+    scalars = {name: [torch.tensor(value) for _ in ours] for name, value in begin.items()}
+    group = optimizer.param_groups[0]
+    options = {name: group[name] for name in ("lr", "weight_decay", "warmup_steps", "r", "weight_lr_power", "maximize")}
+    betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8} if "betas" in group else {"momentum": 0.9}
+    for number in range(4):
+        step(optimizer, params, number)
+        grads = [param.grad for param in params]
+        getattr(surefoot.functional, name)(ours, grads, **slots, **scalars, **options, **betas)
+    assert all(torch.equal(a, b) for a, b in zip(ours, params, strict=True))
+    assert all(torch.equal(z, optimizer.state[param]["z"]) for z, param in zip(slots["zs"], params, strict=True))
+
+
+def test_the_function_says_what_its_lists_begin_as():
+    text = surefoot.functional.adamw_schedule_free.__doc__
+    assert "entry in `zs` and `exp_avg_sqs` is None" in text
+    assert "`lr_maxs` begin as -1, `last_momentums` begin as the class has it (0.9 by default)" in text
+    assert "begin" not in surefoot.functional.lion.__doc__
+    assert "`exp_avgs` begin as `initial_accumulator`" in surefoot.functional.yogi.__doc__
