@@ -405,11 +405,14 @@ def schedule_free(
             else:
                 lr, direction = lr * (0 if silent_sgd_phase else 1), grad
     lr_max.fill_(max(float(lr_max), float(lr)))
+    last = state.setdefault("last_momentum", torch.tensor(1.0))
     weight = t**r * lr_max.item() ** weight_lr_power
     weight_sum.add_(weight)
     c = weight / weight_sum.item() if weight_sum else 0.0
     direction = direction + weight_decay * param if weight_decay else direction
-    param.lerp_(z, c).add_(direction * lr, alpha=beta1 * (1 - c) - 1)
+    param.copy_(z + (param - z) * ((1 - c) * beta1 / last.item())) if abs(beta1 - last) > 1e-6 else param.lerp_(z, c)
+    param.add_(direction * lr, alpha=beta1 * (1 - c) - 1)
+    last.fill_(beta1)
     z.sub_(lr * direction)
 
 

@@ -424,6 +424,12 @@ def set_option(**options):
     return change
 
 
+def no_momentum(optimizer, params):
+    for group in optimizer.param_groups:
+        least = 0.5 if "train_mode" in group else 0  # without momentum there is nothing to evaluate, and a step refuses
+        group.update({name: value for name, value in {"momentum": least, "nesterov": False}.items() if name in group})
+
+
 def other_betas(optimizer, params):
     for group in optimizer.param_groups:
         if "betas" in group:
@@ -512,7 +518,7 @@ def loaded(optimizer, params):
 CHANGES = {
     "lr": set_option(lr=0.3),
     "no weight decay": set_option(weight_decay=0.0),
-    "no momentum": set_option(momentum=0, nesterov=False),
+    "no momentum": no_momentum,
     "minimize": set_option(maximize=False),
     "eps": set_option(eps=0.1),
     "betas": other_betas,

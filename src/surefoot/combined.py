@@ -303,6 +303,14 @@ class Combined(Optimizer):
 
     # State
 
+    def exact_param(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        """Return the full value of a parameter, as the algorithm of its group does."""
+        return self._algorithm_of(group).exact_param(group, param, entry)
+
+    def derive_state(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the algorithm of a parameter's group tells of it beside its state."""
+        return self._algorithm_of(group).derive_state(group, param, entry)
+
     def load_state_dicts(self, state_dicts: Mapping[str, Mapping[str, Any]], strict: bool = True) -> LoadReport:
         """Load what separate optimizers have saved, one for each algorithm: `{"Muon": ..., "AdamW": ...}`.
 

@@ -38,6 +38,7 @@ from surefoot.rule import (
 )
 from surefoot.rule.hyperparameters import Check, check_storage, truth
 from surefoot.state.check import format_param
+from surefoot.state.convert import plain_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
@@ -52,6 +53,7 @@ from surefoot.step.options import (
     check_changed,
     check_group_options,
     group_ranges,
+    refuse_eval_mode,
     refuse_short,
     refuse_unsupported,
 )
@@ -155,6 +157,8 @@ class Optimizer(torch.optim.Optimizer):
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
     has_modes: ClassVar[bool] = False
     """Return whether groups have a `train_mode`, and steps are refused unless it is True."""
+    eval_slots: ClassVar[tuple[Slot, ...]] = ()
+    """Tensors kept for each parameter while its group is in eval mode, and only then."""
     derived_state: ClassVar[tuple[str, ...]] = ()
     """Keys of what `derive_state` returns, which state dicts tell and loading passes over."""
     refused_options: ClassVar[Mapping[str, str]] = {}
@@ -647,7 +651,9 @@ class Optimizer(torch.optim.Optimizer):
             return None
         step = self._step_input()
         with failures_told(step, due_exchange(step)), torch.enable_grad():
-            return closure()
+            loss = closure()
+            refuse_eval_mode(self.spec, self.param_groups)
+            return loss
 
     @property
     def telemetry(self) -> "Telemetry":
@@ -794,18 +800,44 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         state = {numbers.get(key, key) if isinstance(key, Tensor) else key: v for key, v in self.state.items()}
-        for group in self.param_groups if self.spec.derived_state else ():
-            for param in group["params"]:
-                if derived := self._algorithm_of(group).derive_state(group, param, self.state.get(param, {})):
-                    state[numbers[param]] = {**state[numbers[param]], **derived}
+        if self.spec.derived_state:
+            for param, derived in self._derived_state():
+                state[numbers[param]] = {**state[numbers[param]], **derived}
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for hook in self._hooks("state_dict_post"):
             result = _or(hook(self, result), result)
         return result
 
+    def exact_param(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        """Return the full value of a parameter: float32 where the state has a correction of it, else itself."""
+        return plain_param(group, param, entry)
+
     def derive_state(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return what a state dict tells of a parameter beside its state; under the keys `derived_state`."""
+        """Return what a state dict tells of a parameter beside its state; under the keys `derived_state`.
+
+        Raises:
+            RuntimeError, TypeError: it cannot be derived; the state dict does without, and a warning says so.
+        """
         return {}
+
+    def _derived_state(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield what can be derived of each parameter, and warn of what cannot."""
+        failed: list[Exception] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                try:
+                    derived = self.derive_state(group, param, self.state.get(param, {}))
+                except (RuntimeError, TypeError) as error:
+                    failed.append(error)
+                else:
+                    yield from [(param, derived)] if derived else []
+        if failed:
+            warnings.warn(
+                f"the state dict has no {', '.join(map(repr, self.derived_state))} of {len(failed)} parameters, where "
+                f"it cannot be derived; all else is there. The first of them: {failed[0]}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     @opaque
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
@@ -932,6 +964,7 @@ def _spec_of(cls: type[Optimizer]) -> AlgorithmSpec:
         complex_params=cls.complex_params,
         whole_tensors=cls.whole_tensors,
         has_modes=cls.has_modes,
+        eval_slots=cls.eval_slots,
         derived_state=cls.derived_state,
         step_options=frozenset(cls.supported_step_options()),
         refused_options=cls.refused_options,

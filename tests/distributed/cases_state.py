@@ -64,6 +64,22 @@ def loaded(name, saved, live, mesh):
     return outcome(action, param)
 
 
+def switched(saved, live, mesh):
+    """Load what was saved in eval mode in one layout into parameters of another, and switch to train mode."""
+    source, weights = stepped(surefoot.AdamWScheduleFree, {}, saved, mesh, steps=3)
+    source.eval()
+    whole = weights.detach().full_tensor() if isinstance(weights, DTensor) else weights.detach()
+    placements = LAYOUTS[live]
+    param = torch.nn.Parameter(whole if placements is None else distribute_tensor(whole, mesh, placements))
+    target = surefoot.AdamWScheduleFree([("weight", param)])
+
+    def action():
+        target.load_state_dict(source.state_dict())
+        target.train()
+
+    return outcome(action, param)
+
+
 def put(name, other, live, mesh):
     """Put state of one layout beside a parameter of another, and step."""
     optimizer, param = stepped(*ALGORITHMS[name], live, mesh)
@@ -89,5 +105,7 @@ def cases(world):
     for name, other, live in product(ALGORITHMS, LAYOUTS, LAYOUTS):
         yield f"load {name} {other} {live}", functools.partial(loaded, name, other, live, mesh)
         yield f"state {name} {other} {live}", functools.partial(put, name, other, live, mesh)
+    for other, live in product(LAYOUTS, LAYOUTS):
+        yield f"switch AdamWScheduleFree {other} {live}", functools.partial(switched, other, live, mesh)
     for size in (1, 3):
         yield f"shard of {size} rows", functools.partial(wrong_shard, size, mesh)

@@ -28,6 +28,15 @@ def test_what_is_loaded_from_any_layout_gives_the_numbers_of_a_plain_step(found)
                 torch.testing.assert_close(torch.tensor(result["values"]), torch.tensor(expected), equal_nan=True)
 
 
+def test_weights_to_train_that_are_loaded_in_eval_mode_are_laid_out_as_their_parameter(found):
+    """They come back with the same bits."""
+    for results in found:
+        switched = {name: result for name, result in results.items() if name.startswith("switch")}
+        expected = switched["switch AdamWScheduleFree plain plain"]["values"]
+        assert len(switched) == 16
+        assert all(result == {"values": expected} for result in switched.values())
+
+
 def test_a_step_refuses_state_of_another_layout_by_name_and_nothing_changes(found):
     for results in found:
         refused = 0

@@ -228,6 +228,9 @@ GOING_ON = (
     Pair("Prodigy", "prodigyopt.prodigy", "Prodigy", {}, {}, {"d0": 0.1}),
     Pair("QHAdam", f"{OTHERS}.qhadam", "QHAdam", {}, {}, {"weight_decouple": True}),
     Pair("Yogi", "torch_optimizer.yogi", "Yogi"),
+    Pair("AdamWScheduleFree", "schedulefree.adamw_schedulefree", "AdamWScheduleFree", {"warmup_steps": 30, "r": 1.0}),
+    Pair("SGDScheduleFree", "schedulefree.sgd_schedulefree", "SGDScheduleFree", {"warmup_steps": 3, "momentum": 0.8}),
+    Pair("RAdamScheduleFree", "schedulefree.radam_schedulefree", "RAdamScheduleFree"),
 )
 
 
@@ -248,6 +251,22 @@ def test_a_run_goes_on_here(pair):
     ours.load_state_dict(theirs.state_dict())
     for one, other in zip(trained(ours, copies), trained(theirs, params), strict=True):
         torch.testing.assert_close(one["param"], other["param"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in GOING_ON if pair.module.startswith("schedulefree.")], ids=str)
+def test_a_run_that_was_saved_in_eval_mode_goes_on_here(pair):
+    theirs, params = begun(reference(pair), torch.float64, **pair.options)
+    theirs.eval()
+    copies = [param.detach().clone().requires_grad_() for param in params]
+    ours = getattr(surefoot, pair.ours)(copies)
+    ours.load_state_dict(theirs.state_dict())
+    assert not ours.param_groups[0]["train_mode"]
+    for one, other in zip(trained(ours, copies), trained(theirs, params), strict=True):
+        torch.testing.assert_close(one["param"], other["param"], rtol=1e-6, atol=1e-6)
+    ours.eval()
+    theirs.eval()
+    for one, other in zip(copies, params, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

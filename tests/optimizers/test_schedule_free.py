@@ -205,3 +205,426 @@ def test_kept_corrections_count_in_the_weights_to_evaluate(cls):
     exact.eval()
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param, other.to(torch.bfloat16))
+
+
+# What fails changes nothing
+
+
+def stepped(cls=surefoot.SGDScheduleFree, steps=5, **options):
+    optimizer, params = made(cls, **options)
+    for number in range(steps):
+        step(optimizer, params, number)
+    return optimizer, params
+
+
+def put_other(param):
+    """Let a parameter have another shape; return what it was."""
+    good, param.data = param.data, torch.ones(17)
+    return good
+
+
+@each_class
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_switch_that_fails_changes_nothing(cls, mode):
+    """The last parameter is the one that does not fit; the others must not have been written before it is met."""
+    optimizer, params = stepped(cls)
+    trained = values(params)
+    if mode == "train":
+        optimizer.eval()
+    before, good = snapshot(optimizer), put_other(params[1])
+    now = values(params)
+    with pytest.raises(RuntimeError, match=r"`params\[1\]` of shape \(17,\).* has shape \(7,\), must have \(17,\)"):
+        getattr(optimizer, mode)()
+    assert all(torch.equal(a, b) for a, b in zip(params, now, strict=True))
+    params[1].data = good
+    assert_same(snapshot(optimizer), before)
+    getattr(optimizer, mode)()
+    optimizer.train()
+    assert all(torch.equal(a, b) for a, b in zip(params, trained, strict=True))
+
+
+def test_kept_weights_that_were_replaced_by_others_are_refused_by_name():
+    optimizer, params = stepped()
+    optimizer.eval()
+    kept = optimizer.state[params[0]]["y"]
+    for wrong, reason in ((kept[:2], "has shape"), (kept.long(), "must be real and floating point"), (3, "is int")):
+        optimizer.state[params[0]]["y"] = wrong
+        with pytest.raises(RuntimeError, match=rf"state `y` of `params\[0\]` .*{reason}"):
+            optimizer.train()
+    optimizer.state[params[0]]["y"] = kept
+    optimizer.train()
+    assert torch.equal(params[0], kept)
+
+
+def test_a_parameter_that_stands_twice_in_a_group_gets_its_weights_back():
+    normal = normals(torch.float32, seed=0)
+    param = normal(5).requires_grad_()
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = surefoot.SGDScheduleFree([param, param], lr=0.1)
+    for _ in range(3):
+        param.grad = normal(5)
+        optimizer.step()
+    trained = param.detach().clone()
+    optimizer.eval()
+    assert not torch.equal(param, trained)
+    optimizer.train()
+    assert torch.equal(param, trained)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_odd_element_does_not_change_the_bits_of_others(odd, dtype):
+    optimizer, params = made(surefoot.AdamWScheduleFree, dtype)
+    for number in range(6):
+        step(optimizer, params, number)
+    with torch.no_grad():
+        params[0][1, 1] = odd
+    before = values(params)
+    for _ in range(3):
+        optimizer.eval()
+        optimizer.train()
+    for param, value in zip(params, before, strict=True):
+        torch.testing.assert_close(param.detach(), value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_only_elements_that_are_written_in_eval_mode_are_new():
+    optimizer, params = stepped(surefoot.AdamWScheduleFree)
+    trained = values(params)
+    optimizer.eval()
+    with torch.no_grad():
+        params[0][0] = 1.0
+    optimizer.train()
+    assert torch.equal(params[0][1:], trained[0][1:])
+    optimizer.eval()
+    torch.testing.assert_close(params[0][0].detach(), torch.ones(3))
+
+
+# Modes
+
+
+def grouped(**options):
+    normal = normals(torch.float32, seed=0)
+    params = [normal(4).requires_grad_() for _ in range(2)]
+    optimizer = surefoot.SGDScheduleFree(params[:1], lr=0.1, **options)
+    for param in params:
+        param.grad = normal(4)
+    optimizer.step()
+    return optimizer, params
+
+
+def modes(optimizer):
+    return [group["train_mode"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_group_that_is_added_is_in_the_mode_of_the_others(mode):
+    optimizer, params = grouped()
+    getattr(optimizer, mode)()
+    optimizer.add_param_group({"params": params[1:]})
+    assert modes(optimizer) == [mode == "train"] * 2
+    optimizer.train()
+    optimizer.step()
+    assert all("z" in optimizer.state[param] for param in params)
+
+
+def test_a_group_that_is_refused_is_left_as_it_was():
+    optimizer, params = grouped()
+    optimizer.eval()
+    group = {"params": params[1:], "momentum": 2.0}
+    with pytest.raises(ValueError, match="Invalid momentum value"):
+        optimizer.add_param_group(group)
+    assert group == {"params": params[1:], "momentum": 2.0}
+
+
+def test_a_context_puts_back_the_mode_of_each_group():
+    optimizer, params = grouped()
+    optimizer.eval()
+    optimizer.add_param_group({"params": params[1:], "train_mode": True})
+    with optimizer.eval_mode():
+        assert modes(optimizer) == [False, False]
+    assert modes(optimizer) == [False, True]
+
+
+def test_a_group_that_is_added_inside_of_a_context_trains_afterwards():
+    optimizer, params = grouped()
+    with optimizer.eval_mode():
+        optimizer.add_param_group({"params": params[1:]})
+        assert modes(optimizer) == [False, False]
+    assert modes(optimizer) == [True, True]
+
+
+@each_class
+def test_a_closure_that_switches_to_eval_mode_is_refused_and_nothing_is_stepped(cls):
+    optimizer, params = stepped(cls)
+
+    def closure():
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.eval()
+
+    before = values(params)
+    with pytest.raises(RuntimeError, match=r"is in eval mode, .* call optimizer.train\(\)"):
+        optimizer.step(closure)
+    optimizer.train()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_a_pure_step_of_state_in_eval_mode_is_refused_by_name():
+    optimizer, params = stepped(surefoot.AdamWScheduleFree)
+    grads = [torch.ones_like(param) for param in params]
+    optimizer.eval()
+    state = [dict(optimizer.state[param]) for param in params]
+    with pytest.raises(RuntimeError, match=r"`params\[0\]` of shape \(4, 3\) has `y`, so it is that .* in eval mode"):
+        surefoot.functional.update(surefoot.AdamWScheduleFree, params, grads, state)
+    optimizer.train()
+    state = [dict(optimizer.state[param]) for param in params]
+    surefoot.functional.update(surefoot.AdamWScheduleFree, params, grads, state)
+
+
+# A momentum that changes
+
+
+def set_momentum(optimizer, momentum):
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum
+        else:
+            group["betas"] = (momentum, group["betas"][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_a_momentum_that_changes_moves_the_weights_to_train_and_not_the_average(options):
+    """In the form of the paper, which keeps x and z, only the line that makes y reads the momentum."""
+    param = normals(torch.float64, seed=0)(6).requires_grad_()
+    x = z = y = param.detach().clone()
+    optimizer = surefoot.SGDScheduleFree([param], lr=0.05, momentum=0.9, **options)
+    for t, momentum in enumerate((0.9, 0.9, 0.8, 0.5, 0.95, 0.95, 0.85), start=1):
+        optimizer.param_groups[0]["momentum"] = momentum
+        param.grad = normals(torch.float64, seed=t)(6)
+        optimizer.step()
+        z = z - 0.05 * param.grad
+        x = x + (z - x) / t
+        y = (1 - momentum) * z + momentum * x
+        torch.testing.assert_close(param.detach(), y, rtol=1e-6, atol=1e-7)
+        optimizer.param_groups[0]["momentum"] = 0.3  # which no step has seen
+        optimizer.eval()
+        torch.testing.assert_close(param.detach(), x, rtol=1e-6, atol=1e-7)
+        optimizer.train()
+
+
+@each_class
+def test_the_average_is_the_same_whatever_the_momentum_is_set_to(cls):
+    optimizer, params = stepped(cls)
+    expected = [optimizer.state_dict()["state"][index]["x"] for index in range(len(params))]
+    for momentum in (0.5, 0.0, 1.0, 0.98):
+        set_momentum(optimizer, momentum)
+        found = optimizer.state_dict()["state"]
+        for index, value in enumerate(expected):
+            torch.testing.assert_close(found[index]["x"], value)
+
+
+@each_class
+def test_a_schedule_that_cycles_the_momentum_trains(cls):
+    optimizer, params = made(cls)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    for number in range(15):
+        step(optimizer, params, number)
+        scheduler.step()
+    momentum = optimizer.state[params[0]]["last_momentum"]
+    optimizer.eval()
+    for param in params:
+        y, z = (optimizer.state[param][name] for name in ("y", "z"))
+        torch.testing.assert_close(torch.lerp(z, param.detach(), momentum.item()), y)
+
+
+@each_class
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("momentum", 0.0, "Invalid momentum value: 0.0"),
+        ("momentum", 1.5, "Invalid momentum value: 1.5"),
+        ("lr", -0.1, "Invalid learning rate: -0.1"),
+        ("weight_lr_power", -1.0, "Invalid weight_lr_power value: -1.0"),
+    ],
+)
+def test_a_number_that_leaves_no_average_is_refused_by_the_step_and_changes_nothing(cls, option, value, message):
+    optimizer, params = stepped(cls, weight_lr_power=1.5)
+    before = snapshot(optimizer)["state"]
+    if option == "momentum":
+        set_momentum(optimizer, value)
+    else:
+        optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=message):
+        step(optimizer, params, 9)
+    assert_same(snapshot(optimizer)["state"], before)
+
+
+@each_class
+@pytest.mark.parametrize(
+    ("option", "value"), [("weight_lr_power", -1.0), ("weight_lr_power", float("inf")), ("r", float("inf"))]
+)
+def test_powers_that_have_no_weight_are_refused(cls, option, value):
+    with pytest.raises(ValueError, match=f"Invalid {option} value: {value}"):
+        made(cls, **{option: value})
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("other", ["moved", "reshaped"])
+def test_a_state_dict_without_weights_to_evaluate_warns_and_has_all_else(other):
+    optimizer, params = stepped(surefoot.AdamWScheduleFree)
+    if other == "moved":
+        optimizer.to("meta")
+    else:
+        put_other(params[1])
+    with pytest.warns(
+        RuntimeWarning, match=r"has no 'x' of \d parameters, where it cannot be derived.*`params\[[01]\]`"
+    ):
+        saved = optimizer.state_dict()
+    assert saved["state"].keys() == {0, 1, 2}
+    assert all({"z", "exp_avg_sq", "step"} <= entry.keys() for entry in saved["state"].values())
+    assert "x" not in saved["state"][1]
+    assert ("x" in saved["state"][0]) == (other == "reshaped")
+
+
+@each_class
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y[:2], "state `y` has shape"),
+        (lambda y: y.to(torch.int64), "state `y` is torch.int64"),
+        (lambda y: y.to(torch.complex64), "state `y` is torch.complex64"),
+        (lambda _: "weights", "state `y` is str, must be a tensor"),
+    ],
+)
+def test_kept_weights_that_do_not_fit_are_not_loaded(cls, change, message):
+    optimizer, _ = stepped(cls)
+    optimizer.eval()
+    saved, before = copy.deepcopy(optimizer.state_dict()), snapshot(optimizer)
+    saved["state"][0]["y"] = change(saved["state"][0]["y"])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_kept_weights_of_a_group_in_train_mode_are_not_loaded():
+    optimizer, _ = stepped()
+    optimizer.eval()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["train_mode"] = True
+    with pytest.raises(ValueError, match="state `y` of eval mode, but param_groups say train mode"):
+        optimizer.load_state_dict(saved)
+
+
+def test_kept_weights_are_loaded_into_another_dtype():
+    source, params = stepped(surefoot.SGDScheduleFree)
+    source.eval()
+    target, others = made(surefoot.SGDScheduleFree, torch.bfloat16)
+    with torch.no_grad():
+        for other, param in zip(others, params, strict=True):
+            other.copy_(param)
+    target.load_state_dict(source.state_dict())
+    target.train()
+    source.train()
+    for other, param in zip(others, params, strict=True):
+        assert torch.equal(other, param.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_full_precision_in_eval_mode_is_that_of_the_weights_to_evaluate(bits):
+    optimizer, params = made(
+        surefoot.AdamWScheduleFree, torch.bfloat16, master_weight_bits=bits, state_dtype=torch.float32
+    )
+    for number in range(5):
+        step(optimizer, params, number)
+    exact, trained = ([surefoot.full_precision(optimizer, param) for param in params] for _ in range(2))
+    optimizer.eval()
+    for param, y in zip(params, exact, strict=True):
+        x = surefoot.full_precision(optimizer, param)
+        assert x.dtype is torch.float32
+        assert torch.equal(x.to(torch.bfloat16), param)
+        z = optimizer.state[param]["z"]
+        torch.testing.assert_close(torch.lerp(z, x, 0.9), y)
+    optimizer.train()
+    for param, y in zip(params, trained, strict=True):
+        assert torch.equal(surefoot.full_precision(optimizer, param), y)
+    optimizer.eval()
+    with torch.no_grad():
+        params[1].fill_(3.0)
+    assert torch.equal(surefoot.full_precision(optimizer, params[1]), torch.full((7,), 3.0))
+
+
+def as_theirs(saved):
+    """Return a state dict as `schedulefree` lays it out, with numbers of the whole group and no momentum of a step."""
+    theirs = copy.deepcopy(saved)
+    for group in theirs["param_groups"]:
+        for key in group["params"]:
+            entry = theirs["state"][key]
+            group["k"], group["weight_sum"], group["lr_max"] = (
+                entry.pop(name).item() for name in ("step", "weight_sum", "lr_max")
+            )
+            theirs["state"][key] = {name: entry[name] for name in ("z", "exp_avg_sq") if name in entry}
+        group["k"], group["scheduled_lr"] = int(group["k"]), group["lr"]
+    return theirs
+
+
+@each_class
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_state_dict_of_the_authors_goes_on(cls, mode):
+    optimizer, params = stepped(cls)
+    if mode == "eval":
+        optimizer.eval()
+    resumed, others = made(cls)
+    for other, value in zip(others, values(params), strict=True):
+        other.detach().copy_(value)
+    resumed.load_state_dict(as_theirs(optimizer.state_dict()))
+    assert not {"k", "step", "weight_sum", "lr_max", "scheduled_lr"} & resumed.param_groups[0].keys()
+    for each, its in ((optimizer, params), (resumed, others)):
+        each.train()
+        for number in range(5, 8):
+            step(each, its, number)
+    for param, other in zip(params, others, strict=True):
+        if mode == "train":
+            assert torch.equal(param, other)
+        torch.testing.assert_close(param, other)
+    assert resumed.state_dict()["state"][0].keys() == optimizer.state_dict()["state"][0].keys()
+
+
+@each_class
+def test_a_state_dict_without_counts_is_refused_by_name(cls):
+    optimizer, _ = stepped(cls)
+    theirs = as_theirs(optimizer.state_dict())
+    del theirs["param_groups"][0]["k"]
+    with pytest.raises(ValueError, match="missing: .* state `step`"):
+        optimizer.load_state_dict(theirs)
+
+
+# Functions
+
+
+@pytest.mark.parametrize("name", ["adamw_schedule_free", "sgd_schedule_free"])
+def test_a_function_begins_without_slots_and_makes_the_steps_of_the_class(name):
+    cls = {"adamw_schedule_free": surefoot.AdamWScheduleFree, "sgd_schedule_free": surefoot.SGDScheduleFree}[name]
+    optimizer, params = made(cls)
+    ours = values(params)
+    slots = {f"{slot.name}s": [None] * len(ours) for slot in cls.slots}
+    begin = {"state_steps": 0.0, "weight_sums": 0.0, "lr_maxs": -1.0, "last_momentums": 0.9}
+    scalars = {name: [torch.tensor(value) for _ in ours] for name, value in begin.items()}
+    group = optimizer.param_groups[0]
+    options = {name: group[name] for name in ("lr", "weight_decay", "warmup_steps", "r", "weight_lr_power", "maximize")}
+    betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8} if "betas" in group else {"momentum": 0.9}
+    for number in range(4):
+        step(optimizer, params, number)
+        grads = [param.grad for param in params]
+        getattr(surefoot.functional, name)(ours, grads, **slots, **scalars, **options, **betas)
+    assert all(torch.equal(a, b) for a, b in zip(ours, params, strict=True))
+    assert all(torch.equal(z, optimizer.state[param]["z"]) for z, param in zip(slots["zs"], params, strict=True))
+
+
+def test_the_function_says_what_its_lists_begin_as():
+    text = surefoot.functional.adamw_schedule_free.__doc__
+    assert "entry in `zs` and `exp_avg_sqs` is None" in text
+    assert "`lr_maxs` begin as -1, `last_momentums` begin as the class has it (0.9 by default)" in text
+    assert "begin" not in surefoot.functional.lion.__doc__
+    assert "`exp_avgs` begin as `initial_accumulator`" in surefoot.functional.yogi.__doc__

@@ -79,17 +79,44 @@ def function_of(name: str) -> Callable[..., None]:
         return bound.arguments
 
     declared.__name__ = declared.__qualname__ = optimizers.function_name(name)
-    declared.__doc__ = f"Take a step of `surefoot.{name}` on lists, in place, with the gradients as they are."
+    declared.__doc__ = _documentation(name)
     declared.__module__ = "surefoot.functional"
     declared.__signature__ = signature  # type: ignore[attr-defined]
     return steps_lists(name)(declared)
+
+
+def _documentation(name: str) -> str:
+    """Return the docstring of an algorithm's function, with what its lists begin as where that is not zeros."""
+    optimizer = getattr(optimizers, name)([torch.zeros(1, 1)])
+    spec, group = optimizer.spec, optimizer.param_groups[0]
+    stored, none_at_first = active(spec, group), begins_with_nothing(spec, group)
+    text = [f"Take a step of `surefoot.{name}` on lists, in place, with the gradients as they are."]
+    if none_at_first:
+        slots = " and ".join(f"`{_list_names(each)[0]}`" for each in stored if isinstance(each, Slot))
+        text += [f"At a parameter's first step its entry in {slots} is None, and is replaced by what the step makes."]
+    known = [each for each in stored if each.init != 0 and not (none_at_first and isinstance(each, Slot))]
+    if begin := [f"`{_list_names(each)[0]}` begin as {_beginning(each, group)}" for each in known]:
+        text += [f"{', '.join(begin)}; all others as zeros."]
+    return "\n\n    ".join(text)
+
+
+def _beginning(stored: Stored, group: Mapping[str, Any]) -> str:
+    """Return what an entry of state begins as, for documentation."""
+    if callable(stored.init):
+        return f"the class has it ({stored.init(group)} by default)"
+    return f"`{stored.init}`" if isinstance(stored.init, str) else f"{stored.init:g}"
+
+
+def _list_names(stored: Stored) -> tuple[str, ...]:
+    """Return what the list of a slot or scalar may be called."""
+    return _LISTS.get(stored.name, (f"{stored.name}s",))
 
 
 def _parameters(kind: type[Optimizer]) -> Iterator[inspect.Parameter]:
     """Yield the arguments of an algorithm's function: lists, options of engines, and by keyword hyperparameters."""
     spec, given = kind.spec, inspect.Parameter.POSITIONAL_OR_KEYWORD
     stored: tuple[Stored, ...] = (*spec.slots, *spec.active_scalars({}))
-    for name in ("params", "grads", *(_LISTS.get(each.name, (f"{each.name}s",))[0] for each in stored)):
+    for name in ("params", "grads", *(_list_names(each)[0] for each in stored)):
         yield inspect.Parameter(name, given)
     for name, default in _ENGINE_OPTIONS.items():
         yield inspect.Parameter(name, given, default=default)
@@ -129,10 +156,9 @@ class Arguments:
         """Find what arguments of these names are to an algorithm."""
         optimizer = kind([torch.zeros(1, 1)])
         stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.active_scalars({}))
-        candidates = {each: _LISTS.get(each.name, (f"{each.name}s",)) for each in stored}
-        found_lists = {each: [name for name in tried if name in names] for each, tried in candidates.items()}
+        candidates = {each: [name for name in _list_names(each) if name in names] for each in stored}
         # A slot that exists only by an option that the function does not take has no list.
-        lists = {e: found[0] for e, found in found_lists.items() if found or e.when in (None, *names)}
+        lists = {e: found[0] for e, found in candidates.items() if found or e.when in (None, *names)}
         found = {whole: _names_of(whole, value) for whole, value in optimizer.defaults.items()}
         tuples = {whole: parts for whole, parts in found.items() if parts and set(parts) <= set(names)}
         known = {*optimizer.defaults, *(scalar.name for scalar in optimizer.spec.group_scalars)} - {*lists.values()}

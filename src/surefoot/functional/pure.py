@@ -37,7 +37,8 @@ def init(optimizer_class: type[Optimizer], params: Any, **hyperparameters: Any) 
 
     Returns:
         For each parameter, in a dict or a sequence as `params` are, a dict of its state under the names that
-        `optimizer.state[param]` has.  What begins as the first gradient, SGD's momentum buffer, is not there yet.
+        `optimizer.state[param]` has.  What begins as the first gradient, SGD's momentum buffer, or as
+        the parameter, z of the schedule-free algorithms, is not there yet, and no other slot of these.
         What parameters share, and a class keeps in its groups, is there for each of them.
 
     Raises:

@@ -96,7 +96,7 @@ class Slot:
         if self.copies_param:
             source = param if group.get("differentiable") else param.detach()
             return source.resolve_conj().resolve_neg().clone(memory_format=torch.preserve_format)
-        start = float(group[self.init] if isinstance(self.init, str) else self.init)
+        start = float(_start(self.init, group))
         dtype = self.dtype_for(param, group)
         value = complex(start, start) if dtype.is_complex else start
         if self.shape is None:
@@ -115,21 +115,22 @@ class Scalar:
 
     Attributes:
         name: its key.
-        init: its initial value: a number, or the name of a hyperparameter.
+        init: its initial value: a number, the name of a hyperparameter, or a function of the group.  What a function
+            gives is also what state without this scalar means: such state can be loaded.
         integer: kept as a Python int rather than as a tensor.
         when: the flag that must be true for the scalar to exist; always, if None.
     """
 
     name: str
-    init: float | str = 0.0
+    init: float | str | Callable[[Mapping[str, Any]], float] = 0.0
     integer: bool = False
     when: str | None = None
 
     def new(self, group: Mapping[str, Any], device: torch.device) -> Tensor | int:
         """Make the scalar with its initial value."""
-        start = float(group[self.init] if isinstance(self.init, str) else self.init)
+        start = float(self.init(group) if callable(self.init) else _start(self.init, group))
         made = self.stored(start, device, torch.float32 if group.get("fused") else scalar_dtype())
-        carried = _carrying_gradients(self.init, group)
+        carried = None if callable(self.init) else _carrying_gradients(self.init, group)
         return made if carried is None or isinstance(made, int) else carried.to(made, copy=True).reshape(())
 
     def stored(self, value: float, device: torch.device, dtype: torch.dtype) -> Tensor | int:
@@ -169,6 +170,11 @@ class GroupScalar:
     def is_split(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether each of these groups has a number of its own."""
         return self.split is not None and bool(groups[0].get(self.split))
+
+
+def _start(init: float | str, group: Mapping[str, Any]) -> Any:
+    """Return what state starts from: a number, or the hyperparameter of a name."""
+    return group[init] if isinstance(init, str) else init
 
 
 def _carrying_gradients(init: float | str, group: Mapping[str, Any]) -> Tensor | None:

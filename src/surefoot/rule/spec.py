@@ -40,6 +40,7 @@ class AlgorithmSpec:
         complex_params: whether complex parameters are taken.
         whole_tensors: whether a step needs to know more of a tensor than a shard of it.
         has_modes: whether groups have a `train_mode`, without which no step is made.
+        eval_slots: tensors kept for each parameter in eval mode only.
         derived_state: keys of state that a state dict tells but that is not kept.
         step_options: the options of `StepOptions` that it takes.
         refused_options: why some of them are not taken.
@@ -64,6 +65,7 @@ class AlgorithmSpec:
     complex_params: bool = True
     whole_tensors: bool = False
     has_modes: bool = False
+    eval_slots: tuple[Slot, ...] = ()
     derived_state: tuple[str, ...] = ()
     step_options: frozenset[str] = frozenset()
     refused_options: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +98,11 @@ class AlgorithmSpec:
     def all_slots(self) -> tuple[Slot, ...]:
         """Slots that a parameter may have: the algorithm's, and the average."""
         return (*self.slots, EMA)
+
+    @property
+    def known_slots(self) -> tuple[Slot, ...]:
+        """Slots that the state of a parameter may hold, those of eval mode too."""
+        return (*self.all_slots, *self.eval_slots)
 
     def active_slots(self, flags: Mapping[str, bool]) -> tuple[Slot, ...]:
         """Return the slots that exist under settled flags."""

@@ -72,6 +72,12 @@ def validated_gradient(
             f"the gradient of {format_param(group, param)} {reason}; set it to None after changing a parameter"
         )
     check_state(spec, group, param, entry)
+    if held := [slot.name for slot in spec.eval_slots if entry.get(slot.name) is not None]:
+        raise RuntimeError(
+            f"the state of {format_param(group, param)} has `{held[0]}`, so it is that of {spec.name} in eval mode, "
+            f"and the parameter is not what is to be stepped; call optimizer.train(), and take state and parameters "
+            f"after that"
+        )
     if grad.layout is torch.strided:
         return _dense_gradient(spec, group, param, grad)
     return _sparse_gradient(spec, group, param, grad, flags)
@@ -139,7 +145,7 @@ def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, en
     for scalar in spec.scalars:
         if scalar.name in entry:
             _check_scalar(scalar.name, entry[scalar.name], group, param)
-    for slot in spec.all_slots:
+    for slot in spec.known_slots:
         if (value := entry.get(slot.name)) is None:
             if slot.begun and STEP.name in entry and slot.shape_for(param, group) is not None:
                 raise _missing_state(slot.name, group, param)

@@ -169,7 +169,7 @@ def _meshes(target: LoadTarget, pairs: Iterable[Iterable[_Pair]], saved: Mapping
     found = []
     for group, group_pairs in zip(target.groups, pairs, strict=True):
         spec = target.spec.of(group)
-        slots = {slot.name for slot in spec.all_slots} if spec.is_declared else set()
+        slots = {slot.name for slot in spec.known_slots} if spec.is_declared else set()
         for pair in group_pairs:
             for name, value in (saved.get(pair.key) or {}).items():
                 if name in slots and needs_ranks(value, pair.param):
@@ -382,7 +382,7 @@ def _entry(
     saved = {name: value for name, value in saved.items() if value is not None}
     entry: dict[str, Any] = {}
     others: dict[str, Any] = {}
-    slots: dict[str, Slot] = {slot.name: slot for slot in spec.all_slots}
+    slots: dict[str, Slot] = {slot.name: slot for slot in spec.known_slots}
     scalars: dict[str, Scalar] = {scalar.name: scalar for scalar in spec.scalars}
     for name, value in saved.items():
         if name in scalars:
@@ -397,8 +397,13 @@ def _entry(
             others[name] = moved(value, pair.param.device, key=name)  # what a wrapper keeps there is its own
         else:
             problems.unexpected.append(f"{pair.label}: state `{name}`")
-    needed = [name for name, scalar in scalars.items() if scalar.when is None]
-    needed += [slot.name for slot in slots.values() if _needed(slot, group, pair.param)]
+    problems.unexpected.extend(
+        f"{pair.label}: state `{slot.name}` of eval mode, but param_groups say train mode"
+        for slot in spec.eval_slots
+        if slot.name in entry and group.get("train_mode", True)
+    )
+    needed = [name for name, scalar in scalars.items() if scalar.when is None and not callable(scalar.init)]
+    needed += [slot.name for slot in spec.all_slots if _needed(slot, group, pair.param)]
     if saved.keys() - others.keys():
         problems.missing.extend(f"{pair.label}: state `{name}`" for name in needed if name not in saved)
     for lines, new in zip(report, problems, strict=True):

@@ -1,13 +1,14 @@
 """State dicts of other implementations of an algorithm, read as if this one had written them.
 
-Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some count
-steps for a whole group.  What another implementation computes otherwise is refused, not read as something else.
+Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some keep
+numbers, such as the count of steps, for a whole group.  What another implementation computes otherwise is refused, not
+read as something else.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from surefoot.rule import ALGORITHM, STEP, AlgorithmSpec
+from surefoot.rule import ALGORITHM, AlgorithmSpec
 
 _DECOUPLED = ("decoupled", "weight_decouple", "decouple_weight_decay", "decoupled_decay")
 """What others call `decoupled_weight_decay`, where an algorithm may have it on and off."""
@@ -23,16 +24,18 @@ def translate(
         ValueError: weight decay was no part of the gradient there and always is here, or the other way round.
     """
     found, entries = [], dict(state)
-    for group in groups:
-        own = spec.algorithms.get(str(group.get(ALGORITHM))) if spec.algorithms else spec
+    for given in groups:
+        own = spec.algorithms.get(str(given.get(ALGORITHM))) if spec.algorithms else spec
         if own is None or not own.is_declared:
-            found.append(group)
+            found.append(given)
             continue
-        counted = {STEP.name: group[STEP.name]} if STEP in own.scalars and STEP.name in group else {}
+        group = _translated_group(own, given)
+        numbers = {scalar.name for scalar in own.scalars} - set(own.constructor)
+        kept = {name: group.pop(name) for name in numbers & group.keys()}
         for key in group["params"]:
             if isinstance(entry := entries.get(key), Mapping) and entry:
-                entries[key] = counted | _renamed(own, entry)
-        found.append(_translated_group(own, group))
+                entries[key] = {**kept, **_renamed(own, entry)}
+        found.append(group)
     return found, entries
 
 
@@ -51,13 +54,14 @@ def _translated_group(spec: AlgorithmSpec, group: Mapping[str, Any]) -> dict[str
             )
     if "fixed_decay" not in spec.constructor and not found.get("fixed_decay"):
         found.pop("fixed_decay", None)
-    if STEP in spec.scalars and STEP.name not in spec.constructor:
-        found.pop(STEP.name, None)
     return found
 
 
 def _renamed(spec: AlgorithmSpec, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group or an entry of state with our names; what stands there under these already is kept."""
+    """Return a group or an entry of state with our names; what stands there under these already is kept.
+
+    What has no name here is left out.
+    """
     names = {theirs: ours for theirs, ours in spec.also_called.items() if theirs in found}
     new = {name: value for name, value in found.items() if name not in names}
     return {our: found[theirs] for theirs, ours in names.items() for our in ours} | new

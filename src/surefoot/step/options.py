@@ -248,6 +248,15 @@ def refuse_short(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{spec.name} has a custom step, which takes no `{option}={group[option]!r}`; leave it out")
 
 
+def refuse_eval_mode(spec: AlgorithmSpec, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError when an algorithm with two modes is not in train mode, in which alone it steps."""
+    if spec.has_modes and not all(group.get("train_mode", True) for group in groups):
+        raise RuntimeError(
+            f"{spec.name} is in eval mode, in which the parameters hold the weights to evaluate; call "
+            f"optimizer.train() before backward and step()"
+        )
+
+
 def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that were changed since the last step to what is out of range or not taken.
 
@@ -264,11 +273,7 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
         return
     stepping.options.check()
     refuse_unsupported(spec, stepping.options.requested())
-    if not all(group.get("train_mode", True) for group in groups if spec.of(group).has_modes):
-        raise RuntimeError(
-            f"{spec.name} is in eval mode, in which the parameters hold the weights to evaluate; call "
-            f"optimizer.train() before backward and step()"
-        )
+    refuse_eval_mode(spec, groups)
     for group in map(stepping.options.own, groups):
         own = spec.of(group)
         check_group_options(own, group)
