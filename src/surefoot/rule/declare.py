@@ -31,10 +31,10 @@ class Slot:
             the parameter's own shape by default.  Of a rule's slots only `one_number` has another.
         wide: whether it is kept in at least float32, whatever the parameter's dtype.
         signed: whether its values may be negative.
-        begun: whether only a parameter's first step can begin it: then it is refused that it is missing later.
         slow: whether a step may change it by less than half the distance of two 16-bit numbers, as a moving average of
             squares: such slots are rounded stochastically in 16 bits, or they would stand still.
         float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
+        begun: whether only a parameter's first step can begin it: then it is refused that it is missing later.
     """
 
     name: str
@@ -43,9 +43,9 @@ class Slot:
     shape: Callable[[Tensor, Mapping[str, Any]], torch.Size | None] | None = None
     wide: bool = False
     signed: bool = True
-    begun: bool = False
     slow: bool = False
     float8: bool | str = True
+    begun: bool = False
 
     @property
     def is_number(self) -> bool:
