@@ -333,14 +333,22 @@ def test_other_engines_take_numbers_on_the_device(row, options, engine):
     assert_close(trained(row, options, torch.float32, **engine, capturable=True), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls", [surefoot.Muon, surefoot.Adafactor])
-def test_steps_of_their_own_read_nothing_when_capturable(cls):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (surefoot.Muon, {}),
+        (surefoot.Muon, {"normuon": True, "cautious": True, "cautious_weight_decay": True, "split_sizes": (3, 1)}),
+        (surefoot.Adafactor, {}),
+    ],
+    ids=str,
+)
+def test_steps_of_their_own_read_nothing_when_capturable(cls, options):
     found = []
     for capturable in (False, True):
         normal = normals(torch.float32, seed=3)
         params = [normal(4, 6).requires_grad_() for _ in range(3)]
         lr = torch.tensor(0.1, dtype=torch.float64)
-        optimizer = cls(params, lr=lr if capturable else 0.1, weight_decay=0.1, capturable=capturable)
+        optimizer = cls(params, lr=lr if capturable else 0.1, weight_decay=0.1, capturable=capturable, **options)
         for step in range(4):
             for param in params:
                 param.grad = normal(4, 6)

@@ -32,7 +32,11 @@ RULES = {
     "ASGD": (surefoot.ASGD, {"t0": 2, "lambd": 0.1}),
 }
 """Every elementwise optimizer, with the flags that change its kernel most."""
-OWN_STEP = {"Muon": (surefoot.Muon, {}), "Adafactor": (surefoot.Adafactor, {"weight_decay": 0.1})}
+OWN_STEP = {
+    "Muon": (surefoot.Muon, {}),
+    "Muon of rows": (surefoot.Muon, {"normuon": True, "cautious": True, "cautious_weight_decay": True, "num_heads": 2}),
+    "Adafactor": (surefoot.Adafactor, {"weight_decay": 0.1}),
+}
 SHAPES = [(), (0,), (1,), (7,), (768,), (1024,), (1000,), (1025,), (50, 40), (64, 3, 7, 7), (300_007,)]
 rules = pytest.mark.parametrize("name", RULES)
 

@@ -371,9 +371,9 @@ class _Update(NamedTuple):
         """Return the sum of numbers of rows over each block's."""
         if len(self.lengths) == 1:
             return values.sum().view(1)
-        found: Tensor = torch.segment_reduce(
-            values.reshape(-1), "sum", lengths=_on_device(self.lengths, values.device), axis=0
-        )
+        lengths = _on_device(self.lengths, values.device)
+        # They add up; to check that torch would wait for a device.
+        found: Tensor = torch.segment_reduce(values.reshape(-1), "sum", lengths=lengths, axis=0, unsafe=True)
         return found
 
     def of_rows(self, values: Tensor) -> Tensor:

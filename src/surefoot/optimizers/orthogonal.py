@@ -193,8 +193,14 @@ def row_dims_of(shape: torch.Size, flatten: bool | None) -> int:
 
 def orthogonal(h: Any, updates: Sequence[Tensor]) -> list[Tensor]:
     """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype` or bfloat16."""
+    make = functools.partial(
+        newton_schulz, coefficients=h.ns_coefficients, steps=h.ns_steps, eps=h.eps, dtype=h.ns_dtype
+    )
+    shape = updates[0].shape
+    if len(shape) == len(blocks_of(shape, h).rows) + 1 == _MATRIX and all(update.shape == shape for update in updates):
+        return list(_together(make, updates))
     parts = [_matrices(update, blocks_of(update.shape, h)) for update in updates]
-    made = dict(_made_orthogonal(h, [stack for own in parts for stack in own]))
+    made = dict(_made_orthogonal(make, [stack for own in parts for stack in own]))
     found, first = [], 0
     for update, own in zip(updates, parts, strict=True):
         last = first + len(own)
@@ -217,11 +223,8 @@ def _matrices(update: Tensor, blocks: Blocks) -> list[Tensor]:
     return list(torch.split(update.reshape(sum(blocks.rows), blocks.columns), list(blocks.rows)))
 
 
-def _made_orthogonal(h: Any, stacks: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def _made_orthogonal(make: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield numbers of matrices, or of stacks, and what becomes of each; those of one shape are computed together."""
-    make = functools.partial(
-        newton_schulz, coefficients=h.ns_coefficients, steps=h.ns_steps, eps=h.eps, dtype=h.ns_dtype
-    )
     alike: defaultdict[Any, list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
         alike[index if _most_together(stack) == 1 else stack.shape[-2:]].append(index)
