@@ -12,6 +12,12 @@ surefoot.Adadelta(params, 1.0, 0.9, 1e-6, 0, True, maximize=True)
 AdamW(params, lr=torch.tensor(1e-3), foreach=True, state_dtype=torch.float32, max_grad_norm=1.0)
 optimizers.SGD(params, momentum=0.9, capturable=True)
 
+matrices = surefoot.Part(surefoot.Muon, ["*.weight", lambda name, param: param.dim() == 2], lr=0.02)
+surefoot.Combined([("weight", params[0])], [matrices, surefoot.Part(AdamW)], max_grad_norm=1.0)
+surefoot.muon_with(torch.nn.Linear(2, 2), rest=surefoot.Lion, head=(), ema=0.99).load_state_dicts({})
+
+surefoot.Combined(params, [matrices], lr=0.1)  # type: ignore[call-arg]
+surefoot.Part("AdamW")  # type: ignore[arg-type]
 surefoot.Adam(params, forech=True)  # type: ignore[call-arg]
 surefoot.Adam(params, fused="yes")  # type: ignore[arg-type]
 surefoot.Adam(params, betas=0.9)  # type: ignore[arg-type]

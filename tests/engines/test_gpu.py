@@ -361,6 +361,41 @@ def test_steps_of_their_own_read_nothing_when_capturable(cls, options):
     torch.testing.assert_close(*found)
 
 
+def _combined(params, **options):
+    parts = [surefoot.Part(surefoot.Muon, "[01]", lr=0.1, **options), surefoot.Part(surefoot.AdamW, lr=0.1, **options)]
+    return surefoot.Combined([(str(i), param) for i, param in enumerate(params)], parts)
+
+
+def test_several_algorithms_read_nothing_when_capturable():
+    found = []
+    for capturable in (False, True):
+        normal = normals(torch.float32, seed=3)
+        params = [normal(4, 6).requires_grad_() for _ in range(4)]
+        optimizer = _combined(params, capturable=capturable)
+        for step in range(5):
+            for param in params:
+                param.grad = torch.empty_like(param).copy_(normal(4, 6))
+            _step(optimizer, unread=step > 2 and capturable)
+        found.append(torch.stack([param.detach() for param in params]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_several_algorithms_skip_together_what_a_scaler_has_found_infinite():
+    normal = normals(torch.float32, seed=3)
+    params = [normal(4, 6).requires_grad_() for _ in range(4)]
+    twins = [param.detach().clone().requires_grad_() for param in params]
+    optimizer, plain = _combined(params, capturable=True), _combined(twins, capturable=True)
+    for step in range(4):
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = normal(4, 6)
+            param.grad = 4.0 * twin.grad
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(step == 2))
+        optimizer.step()
+        if step != 2:
+            plain.step()
+        torch.testing.assert_close(params, twins, rtol=1e-5, atol=1e-6)
+
+
 def test_a_stack_of_matrices_is_orthogonalised_as_each_of_them():
     for shape in ((5, 7, 4), (3, 4, 4), (2, 3, 9)):
         stack = normals(torch.float32, seed=5)(*shape)
