@@ -5,8 +5,9 @@
 
 Memory is what the system has counted as most of a process that does nothing else, less what it had before the model was
 made, with kernels compiled and torch warm.  glibc is told to give freed tensors back (MALLOC_MMAP_THRESHOLD_), which it
-keeps otherwise, the more the smaller the pieces are that are made between them.  Activations are in it: of eight rows they are few.  It writes
-`benchmarks/results/release_memory.csv` and `release.csv`; the ratios of the latter are of neighbours in time.
+keeps otherwise, the more the smaller the pieces are that are made between them.  Activations are in it: of eight rows
+they are few.  It writes `benchmarks/results/release_memory.csv` and `release.csv`; the ratios of the latter are of
+neighbours in time.
 """
 
 import argparse
