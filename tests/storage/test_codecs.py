@@ -307,3 +307,16 @@ def test_kernels_draw_the_same_bits():
     elements = torch.arange(256) + (1 << 33) + 256
     low, high = (random_bits(7, -3, 5, elements, number) for number in (3, 4))
     assert torch.equal(found.to(torch.int64) & 0xFFFFFFFF, low | (high << 16))
+
+
+@pytest.mark.parametrize("signed", SIGNED)
+@pytest.mark.parametrize("random", [False, True], ids=["nearest", "stochastic"])
+def test_codes_do_not_depend_on_the_pieces_in_which_they_are_made(signed, random, monkeypatch):
+    kept, value = (
+        format_8_bits(signed=signed),
+        torch.randn(7, 5 * BLOCK + 3, generator=torch.Generator().manual_seed(0)),
+    )
+    noise = torch.randint(1 << 16, value.shape) if random else None
+    whole = encode(kept, value, noise)
+    monkeypatch.setattr("surefoot.storage.codecs._PIECE", 2 * BLOCK)
+    assert all(map(torch.equal, encode(kept, value, noise), whole))

@@ -128,7 +128,7 @@ def _encode_8_bits(kept: Format, value: Tensor, random: Tensor | None) -> tuple[
     return codes.view(value.shape), scales.view(scale_shape(value.shape))
 
 
-_PIECE = BLOCK << 11
+_PIECE = BLOCK << 8
 """Elements that are encoded at a time."""
 
 
