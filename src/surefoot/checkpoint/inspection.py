@@ -101,12 +101,14 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
     }
     for part in (part for part in parts.values() if part["kind"] == "optimizer"):
         known = part["class"] in optimizers.__all__
-        slots = getattr(optimizers, part["class"]).spec.all_slots if known else ()
+        spec = getattr(optimizers, part["class"]).spec if known else None
+        slots, eval_slots = (spec.all_slots, spec.eval_slots) if spec else ((), ())
         named = {one["number"]: one["name"] for one in part["parameters"]}
         for key, entry in part["state"]:
             held = _tensor_names(checkpoint, entry)
             pairs = [(held.get(s.name), held.get(f"{s.name}_scale"), format_8_bits(signed=s.signed)) for s in slots]
             weight, correction = weights.get(named.get(key) if isinstance(key, int) else None), held.get(CORRECTION)
+            weight = next((held[s.name] for s in eval_slots if s.name in held), weight)  # whose correction it is then
             if weight is not None and correction is not None:
                 dtype, rest = (checkpoint.places[name].dtype for name in (weight, correction))
                 pairs.append((weight, correction, format_16_bits(dtype, stochastic=False, correction=rest)))

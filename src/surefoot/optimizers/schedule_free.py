@@ -203,7 +203,10 @@ def _last_momentum(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, 
     Raises:
         RuntimeError: the state has none that is possible.
     """
-    present, last = _momentum(group), float(entry.get("last_momentum", _momentum(group)))
+    present, kept = _momentum(group), entry.get("last_momentum")
+    if kept is None or (isinstance(kept, Tensor) and has_no_values(kept)):
+        return present
+    last = float(kept)
     if math.isclose(present, last, rel_tol=1e-7):  # the state has it in float32
         return present
     if not _MOMENTUM.contains(last) and last != 1:
