@@ -30,6 +30,7 @@ from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION
 from surefoot.tensors.fit import unfit_param
 from surefoot.tensors.modes import has_no_values
+from surefoot.tensors.shards import to_local
 
 _MOMENTUM = Interval("Invalid momentum value: ", high=1.0, low_open=True, high_open=True)
 _BETAS = Each(
@@ -189,12 +190,16 @@ class ScheduleFree(Optimizer):
     @classmethod
     def _train_weights(cls, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
         """Return y where the parameter holds x: as it was, but for elements that are not those that `eval` wrote."""
-        made = _interpolated(param.detach(), entry["z"], 1 - _last_momentum(group, param, entry))
-        if (kept := entry.get(TRAIN_WEIGHTS)) is None:
-            return made
+        momentum, kept = _last_momentum(group, param, entry), entry.get(TRAIN_WEIGHTS)
+        if kept is None:
+            return _interpolated(param.detach(), entry["z"], 1 - momentum)
         kept = kept.to(param.dtype) if CORRECTION in entry else kept  # of which it is the correction
-        untouched = _same(param.detach(), cls._eval_weights(group, kept, entry).to(param.dtype))
-        return torch.where(untouched, kept, made)
+        written = cls._eval_weights(group, kept, entry).to(param.dtype)
+        present = to_local(param.detach())
+        if not has_no_values(present) and torch.equal(present, to_local(written)):
+            return kept
+        made = _interpolated(param.detach(), entry["z"], 1 - momentum)
+        return torch.where(_same(param.detach(), written), kept, made)
 
 
 def _last_momentum(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> float:
