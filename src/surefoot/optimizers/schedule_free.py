@@ -190,7 +190,8 @@ class ScheduleFree(Optimizer):
     @classmethod
     def _train_weights(cls, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
         """Return y where the parameter holds x: as it was, but for elements that are not those that `eval` wrote."""
-        momentum, kept = _last_momentum(group, param, entry), entry.get(TRAIN_WEIGHTS)
+        momentum = _last_momentum(group, param, entry)
+        kept: Tensor | None = entry.get(TRAIN_WEIGHTS)
         if kept is None:
             return _interpolated(param.detach(), entry["z"], 1 - momentum)
         kept = kept.to(param.dtype) if CORRECTION in entry else kept  # of which it is the correction
