@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import surefoot
 from conformance import normals
 from helpers import assert_same, snapshot
+from surefoot.checkpoint.inspection import summarize_values
+from surefoot.checkpoint.reader import Checkpoint
 
 CLASSES = (surefoot.AdamWScheduleFree, surefoot.SGDScheduleFree, surefoot.RAdamScheduleFree)
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
@@ -628,3 +631,27 @@ def test_the_function_says_what_its_lists_begin_as():
     assert "`lr_maxs` begin as -1, `last_momentums` begin as the class has it (0.9 by default)" in text
     assert "begin" not in surefoot.functional.lion.__doc__
     assert "`exp_avgs` begin as `initial_accumulator`" in surefoot.functional.yogi.__doc__
+
+
+def test_a_checkpoint_in_eval_mode_has_the_norms_of_both_weights(tmp_path):
+    """A correction belongs to the weights to train, also while the model holds those to evaluate."""
+    model = torch.nn.Linear(40, 30).to(torch.bfloat16)
+    optimizer = surefoot.SGDScheduleFree(model.parameters(), lr=0.1, master_weight_bits=32)
+    for number in range(4):
+        step(optimizer, list(model.parameters()), number)
+    trained = surefoot.full_precision(optimizer, model.weight)
+    optimizer.eval()
+    checkpoint = Checkpoint(surefoot.save(tmp_path, model=model, optimizer=optimizer))
+    summarize_values(checkpoint)
+    found = {name: place.summary.norm for name, place in checkpoint.places.items()}
+    assert found["model.weight"] == pytest.approx(model.weight.double().norm().item(), rel=1e-6)
+    assert found["optimizer.weight.y"] == pytest.approx(trained.double().norm().item(), rel=1e-6)
+
+
+def test_fake_tensors_switch_and_have_whole_state_dicts():
+    with FakeTensorMode():
+        optimizer, params = stepped(surefoot.AdamWScheduleFree)
+        assert {"x", "z"} <= optimizer.state_dict()["state"][0].keys()
+        optimizer.eval()
+        assert optimizer.state[params[0]]["y"].shape == params[0].shape
+        optimizer.train()

@@ -16,7 +16,7 @@ from surefoot.checkpoint.header import Place
 from surefoot.checkpoint.json_codec import TAG, tensors_in
 from surefoot.checkpoint.reader import Checkpoint
 from surefoot.errors import CheckpointError
-from surefoot.rule import ALGORITHM, Slot
+from surefoot.rule import ALGORITHM, AlgorithmSpec
 from surefoot.state.formats import CORRECTION
 from surefoot.storage import BLOCK, Format, decode, format_8_bits, format_16_bits
 
@@ -101,13 +101,15 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
         for tensor in places_of(checkpoint, data)
     }
     for part in (part for part in parts.values() if part["kind"] == "optimizer"):
-        slots_of = {n: slots for group in part["groups"] for n, slots in _slots_of_group(part["class"], group)}
+        specs = {number: spec for group in part["groups"] for number, spec in _specs_of_group(part["class"], group)}
         named = {one["number"]: one["name"] for one in part["parameters"]}
         for key, entry in part["state"]:
             held = _tensor_names(checkpoint, entry)
-            slots = slots_of.get(key, ()) if isinstance(key, int) else ()
+            spec = specs.get(key) if isinstance(key, int) else None
+            slots, eval_slots = (spec.all_slots, spec.eval_slots) if spec else ((), ())
             pairs = [(held.get(s.name), held.get(f"{s.name}_scale"), format_8_bits(signed=s.signed)) for s in slots]
             weight, correction = weights.get(named.get(key) if isinstance(key, int) else None), held.get(CORRECTION)
+            weight = next((held[s.name] for s in eval_slots if s.name in held), weight)  # whose correction it is then
             if weight is not None and correction is not None:
                 dtype, rest = (checkpoint.places[name].dtype for name in (weight, correction))
                 pairs.append((weight, correction, format_16_bits(dtype, stochastic=False, correction=rest)))
@@ -116,12 +118,13 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Format]]:
                     yield first, second, kept
 
 
-def _slots_of_group(name: str | None, group: Mapping[str, Any]) -> list[tuple[int, tuple[Slot, ...]]]:
-    """Return the numbers of a group's parameters, each with the slots of its algorithm, none of an unknown one."""
+def _specs_of_group(name: str | None, group: Mapping[str, Any]) -> list[tuple[int, AlgorithmSpec]]:
+    """Return the numbers of a group's parameters, each with its algorithm; none of an unknown one."""
     options = group["options"] if isinstance(group["options"], dict) else {}
     algorithm = options.get(ALGORITHM, name)
-    slots = getattr(optimizers, algorithm).spec.all_slots if algorithm in optimizers.__all__ else ()
-    return [(number, slots) for number in group["params"]]
+    if algorithm not in optimizers.__all__:
+        return []
+    return [(number, getattr(optimizers, algorithm).spec) for number in group["params"]]
 
 
 def _tensor_names(checkpoint: Checkpoint, entry: Any) -> dict[str, str]:

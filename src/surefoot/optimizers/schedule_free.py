@@ -30,6 +30,7 @@ from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION
 from surefoot.tensors.fit import unfit_param
 from surefoot.tensors.modes import has_no_values
+from surefoot.tensors.shards import to_local
 
 _MOMENTUM = Interval("Invalid momentum value: ", high=1.0, low_open=True, high_open=True)
 _BETAS = Each(
@@ -189,12 +190,17 @@ class ScheduleFree(Optimizer):
     @classmethod
     def _train_weights(cls, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
         """Return y where the parameter holds x: as it was, but for elements that are not those that `eval` wrote."""
-        made = _interpolated(param.detach(), entry["z"], 1 - _last_momentum(group, param, entry))
-        if (kept := entry.get(TRAIN_WEIGHTS)) is None:
-            return made
+        momentum = _last_momentum(group, param, entry)
+        kept: Tensor | None = entry.get(TRAIN_WEIGHTS)
+        if kept is None:
+            return _interpolated(param.detach(), entry["z"], 1 - momentum)
         kept = kept.to(param.dtype) if CORRECTION in entry else kept  # of which it is the correction
-        untouched = _same(param.detach(), cls._eval_weights(group, kept, entry).to(param.dtype))
-        return torch.where(untouched, kept, made)
+        written = cls._eval_weights(group, kept, entry).to(param.dtype)
+        present = to_local(param.detach())
+        if not has_no_values(present) and torch.equal(present, to_local(written)):
+            return kept
+        made = _interpolated(param.detach(), entry["z"], 1 - momentum)
+        return torch.where(_same(param.detach(), written), kept, made)
 
 
 def _last_momentum(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> float:
@@ -203,7 +209,10 @@ def _last_momentum(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, 
     Raises:
         RuntimeError: the state has none that is possible.
     """
-    present, last = _momentum(group), float(entry.get("last_momentum", _momentum(group)))
+    present, kept = _momentum(group), entry.get("last_momentum")
+    if kept is None or (isinstance(kept, Tensor) and has_no_values(kept)):
+        return present
+    last = float(kept)
     if math.isclose(present, last, rel_tol=1e-7):  # the state has it in float32
         return present
     if not _MOMENTUM.contains(last) and last != 1:
