@@ -959,6 +959,8 @@ class Gpt(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(9, width)
         self.pos_embed = nn.Parameter(torch.zeros(5, width))
+        self.cls_token, self.scales = nn.Parameter(torch.zeros(1, 2, width)), nn.Parameter(torch.ones(1, 1, width))
+        self.value_head = nn.Linear(width, 3)
         self.adapter = nn.Linear(width, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(2))
         self.lm_head = nn.Linear(width, 9, bias=False)
@@ -984,9 +986,10 @@ def test_matrices_of_hidden_layers(tied):
 
 
 def test_the_output_layer_by_patterns():
-    assert hidden(Gpt(), head="adapter.*") == [*HIDDEN[1:], "lm_head.weight"]
-    assert hidden(Gpt(), head=()) == [*HIDDEN, "lm_head.weight"]
-    assert hidden(Gpt(), head=["adapter.*", "lm_head.*"]) == HIDDEN[1:]
+    heads = ["value_head.weight", "lm_head.weight"]
+    assert set(hidden(Gpt(), head="adapter.*")) == {*HIDDEN[1:], *heads}
+    assert set(hidden(Gpt(), head=())) == {*HIDDEN, *heads}
+    assert hidden(Gpt(), head=["adapter.*", "*_head.*"]) == HIDDEN[1:]
     mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(ValueError, match="are the output layer's is not to be told by their names; say so: head="):
         hidden(mlp)

@@ -207,28 +207,28 @@ def _levels(
 
 _HEADS = frozenset(
     {
-        *("head", "heads", "lm_head", "output", "output_layer", "output_projection", "proj_out", "embed_out"),
+        *("head", "heads", "output", "output_layer", "output_projection", "proj_out", "embed_out"),
         *("unembed", "unembedding", "logits", "classifier", "score", "fc", "qa_outputs"),
     }
 )
-"""What output layers are called."""
+"""What output layers are called, beside names that end with `_head`."""
 
 
 def hidden_matrices(model: nn.Module, head: str | Iterable[str] | None = None) -> Callable[[str, Tensor], bool]:
     """Return a function `select(name, param)` that tells which parameters are matrices of hidden layers.
 
-    These are the parameters of two dimensions or more, except
+    These are the parameters of two dimensions or more, two of which are longer than 1, except
 
     - weights of `Embedding` and `EmbeddingBag`, also where another layer shares them;
     - those of the output layer;
-    - those of norms, and what is called an embedding (a word of the name has `embed` or `embd` in it, or is `wte` or
-      `wpe`) and stands outside of the model's repeated blocks.
+    - those of norms, and what is called an embedding (a word of the name has `embed`, `embd` or `token` in it, or is
+      `wte` or `wpe`) and stands outside of the model's repeated blocks.
 
     Args:
         model: the model, whose parameters `select` is asked about.
         head: patterns of the names of the output layer's parameters, as of file names; empty if there is none.  By
             default it is what shares its weight with an embedding, and outside of the repeated blocks, which
-            `parameter_groups` explains, what is called `head`, `lm_head`, `output`, `classifier`, `fc` or the like.
+            `parameter_groups` explains, what is called `head`, `..._head`, `output`, `classifier`, `fc` or the like.
 
     Raises:
         TypeError: `model` is no module.
@@ -249,7 +249,8 @@ def hidden_matrices(model: nn.Module, head: str | Iterable[str] | None = None) -
     called = {param for name, param in outer.items() if any(map(_is_embedding, name.split(".")))}
     spared = called | _head(model, outer, owners, head)
     kinds = (*_NORMS, *_EMBEDDINGS)
-    found = {param for param in owners if param.dim() > 1 and not any(isinstance(m, kinds) for m in owners[param])}
+    matrices = {param for param in owners if sum(size > 1 for size in param.shape) > 1}
+    found = {param for param in matrices if not any(isinstance(module, kinds) for module in owners[param])}
 
     def hidden_matrix(name: str, param: Tensor) -> bool:  # noqa: ARG001
         return param in found and param not in spared
@@ -258,7 +259,11 @@ def hidden_matrices(model: nn.Module, head: str | Iterable[str] | None = None) -
 
 
 def _is_embedding(word: str) -> bool:
-    return "embed" in word or "embd" in word or word in ("wte", "wpe")
+    return any(part in word for part in ("embed", "embd", "token")) or word in ("wte", "wpe")
+
+
+def _is_head(word: str) -> bool:
+    return word in _HEADS or word.endswith("_head")
 
 
 def _head(
@@ -282,7 +287,7 @@ def _head(
         for param, modules in owners.items()
         if len(modules) > 1 and any(isinstance(module, _EMBEDDINGS) for module in modules)
     }
-    found = tied | {param for name, param in outer.items() if _HEADS.intersection(name.split("."))}
+    found = tied | {param for name, param in outer.items() if any(map(_is_head, name.split(".")))}
     if not found:
         raise ValueError(
             f"which parameters of the {type(model).__name__} are the output layer's is not to be told by their names; "
