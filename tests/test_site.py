@@ -121,7 +121,9 @@ def squeezed(text):
 
 def quoted():
     """Yield the messages that the page about troubleshooting quotes."""
-    for block in re.findall(r"^```text\n(.*?)^```", read(DOCS / "troubleshooting.md"), re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^``` \{ \.text \.wrap \}\n(.*?)^```", read(DOCS / "troubleshooting.md"), re.MULTILINE | re.DOTALL
+    ):
         yield from block.splitlines()
 
 

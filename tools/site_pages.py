@@ -27,6 +27,8 @@ from surefoot.step.options import StepOptions
 ROOT = Path(__file__).parents[1]
 SHARED = tuple(name for name in EngineOptions.__annotations__ if name not in StepOptions.__annotations__)
 """Options that all rules have."""
+SHORT = 60
+"""Characters of arguments that fit on a line of a page, a telephone's aside."""
 
 # Docstrings
 
@@ -77,12 +79,12 @@ def optimizer_page(name: str) -> str:
     own = {option: text for option, text in arguments.items() if option not in (*SHARED, "options")}
     shared = {option: text for option, text in arguments.items() if option in SHARED}
     folded = f'??? note "Options of every rule: {", ".join(shared)}"\n\n{indented(options_table(cls, shared))}'
-    around = [f"[`{option}`](../options.md#{option})" for option in cls.supported_step_options() if option not in own]
+    around = [f"[`{option}`](../options.md#{option})" for option in step_options(cls) if option not in own]
     errors = [(f"`{kind}`", text) for kind, text in entries(found["Raises"]).items()]
     parts = [
         f"# {name}",
         formula,
-        f"```python\nsurefoot.{name}({', '.join(signature(cls, own))})\n```",
+        f"```python\nsurefoot.{name}({wrapped(signature(cls, own))})\n```",
         f"## Options\n\n{options_table(cls, own)}",
         folded if shared else "",
         f"Around the update: {', '.join(around)}.",
@@ -106,6 +108,17 @@ def signature(cls: Any, own: dict[str, str]) -> Iterator[str]:
             bare = parameter.default is inspect.Parameter.empty
             yield parameter.name if bare else f"{parameter.name}={parameter.default!r}"
     yield "**options"
+
+
+def wrapped(arguments: Iterable[str]) -> str:
+    """Return arguments on one line, or each on its own where that would be too long for a page."""
+    line = ", ".join(shown := list(arguments))
+    return line if len(line) < SHORT else "".join(f"\n    {argument}," for argument in shown) + "\n"
+
+
+def step_options(cls: Any) -> list[str]:
+    """Return the options around the update that an optimizer takes, in the order of the page that explains them."""
+    return [option for option in StepOptions.__annotations__ if option in cls.supported_step_options()]
 
 
 def options_table(cls: Any, options: dict[str, str]) -> str:
@@ -223,13 +236,13 @@ def functions_page() -> str:
         function = getattr(surefoot.functional, name)
         (first, rest), found = sections(inspect.getdoc(function) or "")
         parameters = inspect.signature(function).parameters.values()
-        shown = ",\n    ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
+        shown = [str(parameter.replace(annotation=parameter.empty)) for parameter in parameters]
         tables = [
             table("name | what it is", [(f"`{key}`", text) for key, text in entries(found[title]).items()])
             for title in ("Args", "Raises")
             if title in found
         ]
-        parts += [f"## {name}", f"```python\n{name}(\n    {shown},\n)\n```", first, *tables, rest]
+        parts += [f"## {name}", f"```python\n{name}({wrapped(shown)})\n```", first, *tables, rest]
     return joined(parts)
 
 
@@ -263,7 +276,9 @@ def messages_page() -> str:
     parts = [MESSAGES]
     for path in sorted((ROOT / "src/surefoot").rglob("*.py")):
         found = messages(ast.parse(path.read_text(encoding="utf-8")))
-        rows = [(f"`{kind}`", escape(" ".join(text.split()), quote=False)) for kind, text in found]
+        # What consists of reasons from elsewhere says nothing by itself.
+        told = [(kind, " ".join(text.split())) for kind, text in found if len(re.findall("[a-z]{2,}", text)) > 2]
+        rows = [(f"`{kind}`", escape(text, quote=False)) for kind, text in told]
         if rows:
             name = path.relative_to(ROOT / "src").with_suffix("").as_posix().replace("/", ".")
             parts.append(f"## {name.removesuffix('.__init__')}\n\n{table('raised | message', rows)}")
