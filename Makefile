@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types suite docs docs-serve clean
+.PHONY: demo test lint types suite docs docs-serve dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/surefoot demo
@@ -32,6 +32,11 @@ docs: $(INSTALLED)
 docs-serve: export NO_MKDOCS_2_WARNING = 1
 docs-serve: $(INSTALLED)
 	$(BIN)/mkdocs serve
+
+# A source distribution and a wheel, into dist/.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -219,6 +219,9 @@ def with_links_to_optimizers(text: str) -> str:
 
 # Functions, commands and messages
 
+TELLING = 3
+"""Words without which a message says nothing by itself, since it consists of reasons from elsewhere."""
+
 FUNCTIONS = """# surefoot.functional
 
 [Steps without an optimizer](../functional.md) explains both forms. Hyperparameters are those of the class; lists of
@@ -276,8 +279,7 @@ def messages_page() -> str:
     parts = [MESSAGES]
     for path in sorted((ROOT / "src/surefoot").rglob("*.py")):
         found = messages(ast.parse(path.read_text(encoding="utf-8")))
-        # What consists of reasons from elsewhere says nothing by itself.
-        told = [(kind, " ".join(text.split())) for kind, text in found if len(re.findall("[a-z]{2,}", text)) > 2]
+        told = [(kind, " ".join(text.split())) for kind, text in found if len(re.findall("[a-z]{2,}", text)) >= TELLING]
         rows = [(f"`{kind}`", escape(text, quote=False)) for kind, text in told]
         if rows:
             name = path.relative_to(ROOT / "src").with_suffix("").as_posix().replace("/", ".")
