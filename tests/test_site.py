@@ -109,6 +109,13 @@ def test_functions_commands_and_messages_are_all_there():
     assert "some parameters appear in more than one parameter group" in site_pages.messages_page()
 
 
+def test_a_notebook_is_a_page_with_what_it_prints():
+    page = site_pages.notebook_page(ROOT / "examples/five_minutes.ipynb")
+    assert page.startswith("# From a training loop to surefoot in five minutes\n")
+    assert "import surefoot as optim" in page
+    assert "resumed at step 40: the same bits" in page
+
+
 def said():
     """Return every message of the package with its kind, white space made one space."""
     trees = (ast.parse(read(path)) for path in sorted((ROOT / "src/surefoot").rglob("*.py")))

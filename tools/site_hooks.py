@@ -13,6 +13,7 @@ import site_pages as pages  # noqa: E402
 from surefoot import optimizers  # noqa: E402
 
 FROM_ELSEWHERE = ("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md")
+NOTEBOOKS = sorted((pages.ROOT / "examples").glob("*.ipynb"))
 GENERATED = {
     "options.md": pages.options_page,
     "reference/functional.md": pages.functions_page,
@@ -34,6 +35,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, uri, content=make()))
     for name in optimizers.__all__:
         files.append(File.generated(config, pages.page_of(name), content=pages.optimizer_page(name)))
+    for path in NOTEBOOKS:
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=pages.notebook_page(path)))
     results = [path.relative_to(pages.ROOT) for path in (pages.ROOT / "benchmarks/results").iterdir()]
     for path in [Path(name) for name in FROM_ELSEWHERE] + sorted(results):
         if (pages.ROOT / path).exists():
@@ -46,6 +49,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
     if source == "optimizers.md":
         markdown = pages.with_links_to_optimizers(markdown)
-    generated = source in GENERATED or source.startswith("optimizers/")
+    generated = source in GENERATED or source.startswith(("notebooks/", "optimizers/"))
     elsewhere = source in FROM_ELSEWHERE or source.startswith("benchmarks/")
     return markdown if generated else pages.with_links_on_the_site(markdown, source if elsewhere else f"docs/{source}")

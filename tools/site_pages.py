@@ -5,6 +5,7 @@ Nothing here knows the program that makes the site; `site_hooks.py` does.
 
 import ast
 import inspect
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -309,6 +310,19 @@ def text_of(node: ast.AST) -> str:
     if isinstance(node, ast.BinOp):
         return text_of(node.left) + text_of(node.right)
     return "..."
+
+
+# Notebooks
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook as a page: its prose, its code, and the text that came out of it."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"``` {{ .text .wrap }}\n{''.join(output['text'])}```" for output in cell.get("outputs", ())]
+    return joined(parts)
 
 
 # Links
