@@ -13,7 +13,7 @@ UPDATE = os.environ.get("SUREFOOT_UPDATE_GOLDEN") == "1"
 
 
 def executed(name, monkeypatch):
-    """Run a notebook's cells in order; return what its names stand for then, and of each cell the text and that kept."""
+    """Run a notebook's cells in order; return what names stand for then, and of each cell the text and that kept."""
     monkeypatch.syspath_prepend(FOLDER)  # as in Jupyter, which starts where the notebook is
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent / "src"))
     path = FOLDER / f"{name}.ipynb"

@@ -151,6 +151,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
         ("docs/run.md", "#here", "#here"),
         ("CHANGELOG.md", "docs/gpu.md#b", "gpu.md#b"),
         ("docs/reference/index.md", "../gpu.md", "../gpu.md"),
+        ("docs/telemetry.md", "../examples/diverging_run.ipynb", "notebooks/diverging_run.md"),
     ],
 )
 def test_links_are_made_for_the_site(source, link, renewed):

@@ -327,12 +327,13 @@ def notebook_page(path: Path) -> str:
 
 # Links
 
+NOTEBOOK = re.compile(r"^examples/(\w+)\.ipynb$")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
 def on_the_site(path: str) -> str:
-    """Return where a file of the repository stands on the site: what is in docs/ at the top, all else as it does."""
-    return path.removeprefix("docs/")
+    """Return where a file of the repository stands on the site: what is in docs/ at the top, notebooks as pages."""
+    return NOTEBOOK.sub(r"notebooks/\1.md", path.removeprefix("docs/"))
 
 
 def with_links_on_the_site(text: str, source: str) -> str:
