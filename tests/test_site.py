@@ -109,6 +109,16 @@ def test_functions_commands_and_messages_are_all_there():
     assert "some parameters appear in more than one parameter group" in site_pages.messages_page()
 
 
+def test_names_to_migrate_to_are_there():
+    table = read(DOCS / "migrating.md").split("## From other libraries")[1].split("### Options by other names")[0]
+    cells = [row.split(" | ")[2] for row in table.splitlines() if row.startswith("| ") and "`" in row]
+    calls = [name for cell in cells for name in re.findall(r"`([A-Z][^`]*)`", cell)]
+    for call in calls:
+        name, options = re.fullmatch(r"(\w+)(?:\((.*)\))?", call).groups()
+        eval(f"surefoot.{name}([torch.ones(2, requires_grad=True)], {options or ''})")  # noqa: S307 (our own page)
+    assert len(calls) > 30
+
+
 def test_a_notebook_is_a_page_with_what_it_prints():
     page = site_pages.notebook_page(ROOT / "examples/five_minutes.ipynb")
     assert page.startswith("# From a training loop to surefoot in five minutes\n")
