@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import site_pages
+import torch
 
 import surefoot
 from surefoot import checkpoint, errors, functional, lr_finder, lr_scheduler, swa_utils, telemetry
@@ -115,7 +116,8 @@ def test_names_to_migrate_to_are_there():
     calls = [name for cell in cells for name in re.findall(r"`([A-Z][^`]*)`", cell)]
     for call in calls:
         name, options = re.fullmatch(r"(\w+)(?:\((.*)\))?", call).groups()
-        eval(f"surefoot.{name}([torch.ones(2, requires_grad=True)], {options or ''})")  # noqa: S307 (our own page)
+        params = [torch.ones(2, requires_grad=True)]
+        eval(f"surefoot.{name}(params, {options or ''})", {"surefoot": surefoot, "params": params})  # noqa: S307 (ours)
     assert len(calls) > 30
 
 
