@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types suite clean
+.PHONY: demo test lint types suite docs docs-serve dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/surefoot demo
@@ -24,10 +24,24 @@ types: $(INSTALLED)
 suite: $(INSTALLED)
 	$(BIN)/pytest -n 2
 
+# The documentation: into site/, strictly; or shown, and built anew when a file of docs/ changes.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs-serve: $(INSTALLED)
+	$(BIN)/mkdocs serve
+
+# A source distribution and a wheel, into dist/.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

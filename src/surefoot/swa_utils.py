@@ -71,7 +71,7 @@ def get_swa_multi_avg_fn() -> AverageAll:
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> AverageOne:
-    """Return the function that returns the new exponential moving average of one tensor; see `get_ema_multi_avg_fn`."""
+    """Return the function that averages one tensor exponentially, by `decay`; see `get_ema_multi_avg_fn`."""
     _checked_decay(decay)
 
     @torch.no_grad()

@@ -401,7 +401,7 @@ class Piecewise(Curve):
 
 @dataclass(frozen=True, repr=False)
 class Scale(Curve):
-    """A curve times a number."""
+    """A curve times a number, `factor`."""
 
     curve: Curve
     factor: float

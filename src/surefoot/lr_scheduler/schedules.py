@@ -146,7 +146,7 @@ def one_cycle(
 
 
 def constant_with_warmup(warmup_steps: float) -> Curve:
-    """Rise linearly from 0 to 1 and stay there."""
+    """Rise linearly from 0 to 1 in `warmup_steps` and stay there."""
     return warmup(warmup_steps)
 
 
@@ -163,7 +163,7 @@ def cosine_with_warmup(warmup_steps: float, total_steps: float, end: float = 0.0
 
 
 def cosine_with_restarts(warmup_steps: float, total_steps: float, cycles: int = 1, end: float = 0.0) -> Curve:
-    """Rise linearly, then fall as a cosine `cycles` times, and stay at `end` from `total_steps` on."""
+    """Rise linearly in `warmup_steps`, fall as a cosine `cycles` times, and stay at `end` from `total_steps` on."""
     longer = between(warmup_steps, low_open=True)
     _check("cosine_with_restarts", cycles=(cycles, AT_LEAST_ONE_EPOCH), total_steps=(total_steps, longer))
     period = (total_steps - warmup_steps) / cycles
@@ -172,7 +172,7 @@ def cosine_with_restarts(warmup_steps: float, total_steps: float, cycles: int = 
 
 
 def polynomial_with_warmup(warmup_steps: float, total_steps: float, power: float = 1.0, end: float = 0.0) -> Curve:
-    """Rise linearly from 0 to 1 in `warmup_steps`, fall as a polynomial to `end` at `total_steps`."""
+    """Rise linearly from 0 to 1 in `warmup_steps`, fall as a polynomial of degree `power` to `end` at `total_steps`."""
     _check("polynomial_with_warmup", total_steps=(total_steps, between(warmup_steps)))
     return warmup(warmup_steps, Polynomial(1.0, end, total_steps - warmup_steps, power))
 

@@ -282,7 +282,7 @@ class Telemetry:
 
 
 def as_telemetry(value: "bool | Telemetry | None") -> Telemetry | None:
-    """Read an optimizer's option `telemetry`: True for one with the defaults, None or False for none.
+    """Return what a `value` of the option `telemetry` asks for: True one with the defaults, None and False none.
 
     Raises:
         TypeError: anything else than a bool, None or a Telemetry.
