@@ -120,7 +120,7 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def total_sum(values: Any) -> Any:
-    """Return the sum of all elements of a tensor, over all parameters of all groups that are stepped together.
+    """Return the sum of the elements of `values`, over all parameters of all groups that are stepped together.
 
     A rule's `update` calls it as it calls `torch.sum`, which is over the tensor of one parameter; the sum is taken over
     the ranks of a sharded training as well.  It is a number, the same for all parameters: see `GroupScalar`, which is
@@ -133,7 +133,7 @@ def total_sum(values: Any) -> Any:
 
 
 def group_sum(values: Any) -> Any:
-    """Return the sum of all elements of a tensor, over all parameters of a group; see `total_sum`."""
+    """Return the sum of the elements of `values`, over all parameters of a group; see `total_sum`."""
     return _traced(group_sum, values)
 
 
