@@ -118,7 +118,7 @@ def memory(width: int = 1024, blocks: int = 12) -> Iterator[MemoryLine]:
     """Measure what training takes, one process after the other."""
     for name in LOOPS:
         command = [sys.executable, __file__, "--train", name, str(width), str(blocks)]
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_WAIT_POLICY": "passive"}
         with subprocess.Popen(  # noqa: S603 (this script)
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as child:
@@ -155,16 +155,17 @@ def _train(name: str, width: int, blocks: int) -> None:
 
 
 def time(rounds: int) -> Iterator[TimeLine]:
-    """Time an iteration of a model of 120 parameters."""
+    """Time an iteration of models of 120 parameters, forward pass included."""
 
-    def made(loop: Loop) -> Callable[[], float]:
+    def made(loop: Loop, width: int) -> Callable[[], float]:
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(60)))
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(60)))
         iterate = loop(model)
         return lambda: timed(iterate)
 
-    contenders = {name: made(LOOPS[name][1]) for name in ("released", "surefoot", "torch", HOOKS)}
-    yield from compare("time", "60 linear layers of 512", contenders, rounds)
+    for width in (512, 16):
+        contenders = {name: made(LOOPS[name][1], width) for name in ("released", "surefoot", "torch", HOOKS)}
+        yield from compare("time", f"60 linear layers of {width}", contenders, rounds)
 
 
 def main() -> None:
@@ -187,7 +188,10 @@ def main() -> None:
         found = []
         for each in time(options.rounds):
             found.append(each)
-            print(f"{each.contender} {each.ms:.1f} ms; {each.other} takes {each.ratio:.2f} times as long", flush=True)
+            print(
+                f"{each.case}, {each.contender}: {each.ms:.1f} ms; {each.other} takes {each.ratio:.2f} times as long",
+                flush=True,
+            )
         write(options.out / "release.csv", found, TimeLine._fields)
 
 

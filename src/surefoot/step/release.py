@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class _Param:
     """
 
     param: Tensor
-    hook: Any
+    hook: Any = None
     group: int = 0
     index: int = 0
     bucket: "_Bucket | None" = None
@@ -206,21 +206,21 @@ class ReleasedGradients:
 
     # Gradients that arrive
 
-    def _arrive(self, param: Tensor) -> None:
+    def _arrive(self, member: _Param) -> None:
         """Step a bucket if this gradient is the last that it has waited for."""
         with self._lock:
             if not self._open:
                 self._begin()
-            member = self._members.get(param)
-            if member is None:  # in no group any more
-                return
-            self._check(member)
+                if member.param not in self._members:  # in no group any more
+                    return
+            grad = member.param.grad
+            if grad is None or grad.requires_grad or member.stepped or member.arrived:
+                self._refuse(member)
             if self._accumulates:
                 return
             member.gradients += 1
-            if member.gradients < self.micro_batches:
-                return
-            self._take(member)
+            if member.gradients >= self.micro_batches:
+                self._take(member)
 
     def _begin(self) -> None:
         """Begin an iteration: take over what was changed of groups since the last one."""
@@ -233,7 +233,7 @@ class ReleasedGradients:
             for bucket in self._buckets:
                 bucket.update_options(step.groups)
 
-    def _check(self, member: _Param) -> None:
+    def _refuse(self, member: _Param) -> NoReturn:
         """Refuse a gradient that cannot be released, before it changes anything."""
         grad = member.param.grad
         if grad is None:
@@ -246,12 +246,11 @@ class ReleasedGradients:
                 f"the gradient of {self._name(member)} has a graph (create_graph=True), which needs the parameter as "
                 f"it was; remove() the handle of release_gradients for such steps"
             )
-        if member.stepped or member.arrived:
-            raise RuntimeError(
-                f"{self._name(member)} has got another gradient after it was stepped; call step() after each backward "
-                f"pass, or accumulate: `with handle.accumulate():` around all backward passes but the last, or "
-                f"release_gradients(model, micro_batches=n), which steps at the n-th (now {self.micro_batches})"
-            )
+        raise RuntimeError(
+            f"{self._name(member)} has got another gradient after it was stepped; call step() after each backward "
+            f"pass, or accumulate: `with handle.accumulate():` around all backward passes but the last, or "
+            f"release_gradients(model, micro_batches=n), which steps at the n-th (now {self.micro_batches})"
+        )
 
     def _take(self, member: _Param) -> None:
         """Let a whole gradient wait for its bucket, and step that if it is the last, or else at the pass's end."""
@@ -396,8 +395,9 @@ class ReleasedGradients:
                     continue
                 member = self._members.pop(param, None)
                 if member is None:
-                    hook = functools.partial(_arrive, weakref.ref(self))
-                    member = _Param(param, param.register_post_accumulate_grad_hook(hook))
+                    member = _Param(param)
+                    hook = functools.partial(_arrive, weakref.ref(self), member)
+                    member.hook = param.register_post_accumulate_grad_hook(hook)
                 member.group, member.index, member.bucket = number, index, None
                 members[param] = member
         for gone in self._members.values():
@@ -476,10 +476,10 @@ def refuse_release(step: StepInput, model: nn.Module) -> None:
         )
 
 
-def _arrive(handle: "weakref.ref[ReleasedGradients]", param: Tensor) -> None:
+def _arrive(handle: "weakref.ref[ReleasedGradients]", member: _Param, _: Tensor) -> None:
     """Tell a handle that a parameter has a gradient; the hook of the parameter, which keeps no optimizer alive."""
     if (released := handle()) is not None:
-        released._arrive(param)
+        released._arrive(member)
 
 
 def _structure(groups: Iterable[Mapping[str, Any]]) -> tuple[list[Tensor], list[Any]]:
