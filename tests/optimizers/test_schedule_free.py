@@ -471,6 +471,19 @@ def test_powers_that_have_no_weight_are_refused(cls, option, value):
         made(cls, **{option: value})
 
 
+@each_class
+@pytest.mark.parametrize("r", [80.0, 1000.0])
+def test_weights_that_outgrow_the_state_are_refused_by_name_and_nothing_changes(cls, r):
+    """With an infinite sum of weights the average would stand still without a word."""
+    optimizer, params = made(cls, r=r)
+    step(optimizer, params, 0)
+    optimizer.state[params[0]]["step"].fill_(4.0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"are too large for float32 in step 5, with r={r} .*take smaller powers"):
+        step(optimizer, params, 1)
+    assert_same(snapshot(optimizer), before)
+
+
 # State dicts
 
 

@@ -248,8 +248,16 @@ def _averaging(
     momentum = h.momentum if hasattr(h, "momentum") else h.betas[0]
     _refuse_changed(momentum, lr, h)
     lr_max = narrow(larger(lr_max, lr))
-    weight = step**h.r * lr_max**h.weight_lr_power
+    try:
+        weight = step**h.r * lr_max**h.weight_lr_power
+    except OverflowError:
+        weight = math.inf
     weight_sum = narrow(weight_sum + weight)
+    if isinstance(weight_sum, float) and math.isinf(weight_sum):
+        raise ValueError(
+            f"the weights step**r * lr_max**weight_lr_power of the average are too large for float32 in step {step:g}, "
+            f"with r={h.r} and weight_lr_power={h.weight_lr_power}; take smaller powers"
+        )
     average = weight / larger(weight_sum, _TINY)
     return {
         "lr_max": lr_max,
