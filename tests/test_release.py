@@ -543,7 +543,8 @@ def test_graphs_of_gradients_are_refused():
 
 def test_two_optimizers_of_one_parameter_are_refused():
     model, _, _ = begun(bucket_bytes=1)
-    surefoot.SGD(model.parameters()).release_gradients(model)
+    other = surefoot.SGD(model.parameters())
+    other.release_gradients(model)
     with pytest.raises(RuntimeError, match="is gone before it was released; another hook has dropped it"):
         loss_of(model, 0).backward()
 

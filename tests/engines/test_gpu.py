@@ -1238,7 +1238,7 @@ def test_capturable_is_an_option_of_everything_that_can_be_captured():
         for cls in surefoot.optimizers.__all__
         if "capturable" not in inspect.signature(getattr(surefoot, cls)).parameters
     }
-    assert without == {"LBFGS", "SparseAdam"}
+    assert without == {"LBFGS", "SOAP", "SparseAdam"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
