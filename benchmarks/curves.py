@@ -208,7 +208,7 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.grid(visible=True, alpha=0.3)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
-    axes[0].set_ylim(1.55, 3.2)
+    axes[0].set_ylim(1.35, 3.2)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("held-out loss, nats of a character; grey: AdamW; three seeds each", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

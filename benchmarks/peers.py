@@ -69,7 +69,7 @@ PEERS = (
     Peer("Yogi", f"{OTHERS}.yogi", "Yogi"),
     Peer("LAMB", "timm.optim.lamb", "Lamb"),
     Peer("LARS", "timm.optim.lars", "Lars", {"momentum": 0.9}),
-    Peer("StableAdamW", "optimi.stableadamw", "StableAdamW"),
+    Peer("StableAdamW", "optimi.stableadamw", "StableAdamW", {"triton": False}),
     Peer("NovoGrad", "timm.optim.nvnovograd", "NvNovoGrad"),
     Peer("MARS", "timm.optim.mars", "Mars"),
     Peer("AdamWScheduleFree", "schedulefree.adamw_schedulefree", "AdamWScheduleFree"),
