@@ -86,7 +86,7 @@ CONTENDERS: Mapping[str, Callable[[Named], list[Any]]] = {
 
 
 def step_of(who: str, named: Named) -> Callable[[], float]:
-    """Give what takes a step of all parameters and tells the seconds that its thread was busy."""
+    """Return what takes a step of all parameters and returns the seconds that its thread was busy."""
     generator = torch.Generator().manual_seed(1)
     for param in named.values():
         param.grad = torch.randn(param.shape, generator=generator)

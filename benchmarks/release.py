@@ -65,7 +65,7 @@ def _torchs(model: nn.Module) -> Callable[[], object]:
 
 
 def _torchs_hooks(model: nn.Module) -> Callable[[], object]:
-    """Give torch's way: an optimizer and a hook for each parameter."""
+    """Return an iteration in torch's way: an optimizer and a hook for each parameter."""
     optimizers = {param: torch.optim.AdamW([param], fused=True) for param in model.parameters()}
 
     def step(param: torch.Tensor) -> None:

@@ -224,7 +224,8 @@ def _square(graph: fx.Graph, input: Argument) -> fx.Node:  # noqa: A002
 def _norm(graph: fx.Graph, x: Argument, p: Any = 2, *others: Any, **options: Any) -> fx.Node:
     """Make the Euclidean norm; torch's functions hand on all their options, of which none but `p` may ask for more."""
     p = options.pop("p", options.pop("ord", p))
-    if p not in (2, "fro", None) or any(others) or any(options.values()):
+    unasked = all(value is None or value is False for value in (*others, *options.values()))
+    if p not in (2, "fro", None) or not unasked:
         raise TypeError("another norm")
     return _call(graph, "sqrt", _call(graph, "sum_of_squares", x))
 

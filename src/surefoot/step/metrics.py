@@ -105,7 +105,6 @@ def _sums_afterwards(step: StepInput, part: ParamSlice) -> Tensor:
     gradients = measure_gradients(grads) if part.gradients is None else part.gradients
     if step.grad_scale is not None:
         scale = torch.as_tensor(step.grad_scale).to(gradients).reshape(())
-        scale = torch.as_tensor(step.grad_scale).to(gradients).reshape(())
         gradients = gradients / torch.stack([scale * scale, scale], dim=-1)
     params = [to_local(param) for param in part.params]
     unchanged = part.before is None or step.stepping.context.skips
