@@ -86,6 +86,15 @@ def test_a_step_of_an_angle_is_bounded_and_knows_no_scale():
     assert ((before - lost).abs() <= 0.1 * 1.27 * torch.pi / 2 + 1e-6).all()
 
 
+@pytest.mark.parametrize("engine", [{"fused": True}, {"foreach": False}], ids=str)
+def test_no_rate_and_no_trust_stand_still(engine):
+    """LARC divides one by the other, in timm too, of which the gradient becomes NaN."""
+    param = torch.ones(7, requires_grad=True)
+    options = {"lr": 0.0, "trust_coeff": 0.0, "trust_clip": True, "weight_decay": 0.1}
+    stepped(surefoot.LARS([param], **options, **engine), param, gradients(2))
+    assert (param == 1).all()
+
+
 def test_the_greatest_rate_is_that_of_the_new_group():
     param = torch.ones(3, requires_grad=True)
     optimizer = surefoot.StableAdamW([{"params": [param], "decouple_lr": True}], lr=0.1, weight_decay=0.5)

@@ -52,6 +52,8 @@ def changed(change, optimizer, params):  # noqa: C901 (a list of changes)
         state[slot] = state[slot] * 3
     elif change == "count" and "step" in state:
         state["step"] += 5
+    elif change == "count negated" and "step" in state:
+        state["step"] = torch._neg_view(-state["step"])
     elif change == "cleared":
         optimizer.state.clear()
     elif change == "double":
@@ -78,8 +80,8 @@ def test_negated_memory_is_averaged():
 @ALGORITHMS
 @pytest.mark.parametrize(
     "change",
-    ["rate", "rate as a tensor", "maximize", "data", "state in place", "state replaced", "count", "cleared", "double",
-     "another parameter", "a group"],
+    ["rate", "rate as a tensor", "maximize", "data", "state in place", "state replaced", "count", "count negated",
+     "cleared", "double", "another parameter", "a group"],
 )  # fmt: skip
 def test_what_changes_between_steps_counts(name, change):
     if (name, change) == ("Muon", "maximize"):

@@ -140,6 +140,15 @@ def test_a_jump_that_passes():
     assert re.search(r"The largest jump was to (19|20)\d times the usual, of `head.weight` in step 101\.", text)
 
 
+def test_growth_in_the_first_steps_is_measured_from_the_first():
+    growing = [line(1 + k, [1, 1, 1, 10.0**k]) for k in range(8)]
+    text = words([*growing, broken(9)])[FIRST][1]
+    assert text.endswith(
+        "Layer `head` (its `weight`) is the one to look at: before that its gradient norm had grown to 1.0e07 times its "
+        "first one."
+    )
+
+
 def test_a_run_without_warm_up_is_not_judged_too_early():
     assert words([line(1, 1.0), line(2, 500.0)])[FIRST][0] == "good"
 

@@ -79,7 +79,7 @@ class LARS(Optimizer):
             ratio = c.trust_coeff * norm / (of_grad + norm * c.weight_decay + c.eps)
             ratio = trust_ratio(norm, of_grad, ratio)
             if flags.trust_clip:
-                ratio = torch.clamp(ratio / c.lr, max=1.0)
+                ratio = torch.where(ratio >= c.lr, 1.0, ratio / c.lr)  # both may be 0
             grad = torch.add(grad, param, alpha=c.weight_decay) * ratio
         if flags.momentum:
             buffer = torch.where(c.fresh, grad, torch.add(buffer * c.momentum, grad, alpha=c.weight))

@@ -189,7 +189,7 @@ def _counted(rows: list[PreparedParam], known: "_Validated") -> list[PreparedPar
         if ROUNDING_STEP.name in row.state:
             row.state[ROUNDING_STEP.name] += 1
     counts = [row.state["step"] for row in rows if "step" in row.state]
-    if not known.repeated and all(isinstance(count, Tensor) for count in counts):
+    if not known.repeated and all(isinstance(count, Tensor) and is_plain(count) for count in counts):
         if counts:
             torch._foreach_add_(counts, 1)
         return rows

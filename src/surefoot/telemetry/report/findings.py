@@ -37,13 +37,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Event:
-    """Something that happened to some parameters in a step, the most striking of them, and how far beyond its usual."""
+    """Something that happened to some parameters in a step.
+
+    Attributes:
+        step: the step.
+        names: the parameters.
+        of: how many there are.
+        striking: the most striking of them.
+        factor: how many times its usual gradient norm, or its first one, this parameter had.
+        usual: whether its usual one was known.
+    """
 
     step: int
     names: tuple[str, ...]
     of: int
     striking: str
     factor: float
+    usual: bool = True
 
 
 class Findings:
@@ -76,7 +86,7 @@ class Findings:
             self._note_broken(line.step, broken)
         if factors.size:
             self._note_growth(line.step, factors)
-        self._last_factor = np.where(broken, self._last_factor, np.maximum(factors, 1))
+        self._last_factor = np.where(broken, self._last_factor, np.maximum(factors, self._usual.growth(line.grad)))
         self._usual.add(line.grad)
         self._ratios.add(line.update_ratio)
         self._last = line.step
@@ -100,7 +110,9 @@ class Findings:
     def _event(self, step: int, which: np.ndarray, factors: np.ndarray) -> _Event:
         most = int(factors.argmax())
         names = tuple(self._names[index] for index in np.flatnonzero(which))
-        return _Event(step, names, len(self._names), self._names[most], float(factors[most]))
+        return _Event(
+            step, names, len(self._names), self._names[most], float(factors[most]), bool(self._usual.known[most])
+        )
 
     def _forget_from(self, step: int) -> None:
         """Forget what a run did before it went back to an earlier step."""
@@ -176,6 +188,7 @@ class _Usual:
 
     def __init__(self, count: int) -> None:
         self._log = np.zeros(count)
+        self._first = np.zeros(count)
         self._seen = np.zeros(count)
 
     def add(self, values: np.ndarray) -> None:
@@ -185,18 +198,34 @@ class _Usual:
         logs = np.log(values, out=self._log.copy(), where=good)
         outlying = np.where(self._seen > _WARM_UP, _OUTLYING, np.inf)
         self._log += weight * np.clip(logs - self._log, -outlying, outlying)
+        self._first = np.where(good & (self._seen == 1), logs, self._first)
 
     def mean(self) -> np.ndarray:
         """Return the means; NaN where there was nothing."""
         means: np.ndarray = np.where(self._seen > 0, np.exp(self._log), np.nan)
         return means if (self._seen > 0).any() else np.zeros(0)
 
+    @property
+    def known(self) -> np.ndarray:
+        """Return whether enough was seen to tell what is usual."""
+        known: np.ndarray = self._seen >= _WARM_UP
+        return known
+
     def factors(self, values: np.ndarray) -> np.ndarray:
         """Return how many times their means values are; 0 for what is not finite, or seen too seldom."""
-        known = np.isfinite(values) & (self._seen >= _WARM_UP)
-        with np.errstate(over="ignore"):
-            factors: np.ndarray = np.where(known, np.where(known, values, 0) / np.exp(self._log), 0)
-        return factors
+        return _times_as_much(values, self._log, self.known)
+
+    def growth(self, values: np.ndarray) -> np.ndarray:
+        """Return how many times their first values are that were seen too seldom; 1 for others, and for less."""
+        return np.maximum(_times_as_much(values, self._first, (self._seen > 0) & ~self.known), 1)
+
+
+def _times_as_much(values: np.ndarray, logs: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Return how many times `exp(logs)` values are; 0 for what is not finite, or not asked for."""
+    asked = asked & np.isfinite(values)
+    with np.errstate(over="ignore"):
+        factors: np.ndarray = np.where(asked, np.where(asked, values, 0) / np.exp(logs), 0)
+    return factors
 
 
 def _broken_text(event: _Event, sign: _Event | None) -> Iterator[str]:
@@ -218,7 +247,7 @@ def _culprit(event: _Event) -> str:
     if event.factor >= _SIGN:
         return (
             f"{_sentence(_layer(event.striking))} is the one to look at: before that its gradient norm had grown to "
-            f"{_times(event.factor)} its usual one."
+            f"{_times(event.factor)} its {'usual' if event.usual else 'first'} one."
         )
     if len(event.names) == event.of:
         return "None of them had grown before, so look at the loss and the batch of that step rather than at a layer."
