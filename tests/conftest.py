@@ -42,11 +42,43 @@ def pytest_ignore_collect(collection_path, config):
     return True if config.option.markexpr == "gpu" and others else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items):
     for item in items:
         for pattern, reason in KNOWN_BUGS.items():
             if re.search(pattern, item.name):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True, run="segfault" not in reason))
+        if (marker := item.get_closest_marker("in_turn")) and not _is_its_turn(item, marker.args[0]):
+            item.add_marker(pytest.mark.long)
+
+
+def _is_its_turn(item, name):
+    """Return whether an argument has the one value with which a set of the others is tried.
+
+    If it has no more values than any other, every value of each argument meets every value of each other.
+    """
+    own, count, others = 0, 1, 0
+    for marker in item.iter_markers("parametrize"):
+        names, values = marker.args
+        names = (names,) if isinstance(names, str) else names
+        positions = POSITIONS.get(id(values)) or POSITIONS.setdefault(id(values), _positions(values, len(names)))
+        position = positions[tuple(id(item.callspec.params[each]) for each in names)]
+        if names[0] == name:
+            own, count = position, len(values)
+        else:
+            others += position
+    return (own - others) % count == 0
+
+
+POSITIONS = {}
+"""Of each list of values that tests are parametrized with the position of each."""
+
+
+def _positions(values, width):
+    """Return positions by the identities of each set of values, which pytest hands on as they are."""
+    named = type(pytest.param())
+    sets = (each.values if isinstance(each, named) else each if width > 1 else (each,) for each in values)
+    return {tuple(map(id, each)): position for position, each in enumerate(sets)}
 
 
 def pytest_terminal_summary(terminalreporter):

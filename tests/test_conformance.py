@@ -77,13 +77,14 @@ def test_every_flag_of_a_class_is_tried(row):
 # The eager engine: the bits of torch's for-loop
 
 
+@pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize(
     ("dtype", "lr"),
     [
         pytest.param(torch.float32, "number", id="float32-number"),
         pytest.param(torch.float32, "tensor", id="float32-tensor"),
         pytest.param(torch.float64, "number", id="float64-number"),
-        pytest.param(torch.float64, "tensor", id="float64-tensor", marks=pytest.mark.long),
+        pytest.param(torch.float64, "tensor", id="float64-tensor"),
     ],
 )
 @cases(DENSE)
@@ -185,6 +186,7 @@ def special_values(dtype):
     return torch.tensor([*finite, torch.inf, -torch.inf, torch.nan], dtype=dtype)
 
 
+@pytest.mark.in_turn("dtype")
 @dtypes("float32", "float64")
 @cases(ELEMENTWISE, engines=ENGINES, only_flags=True)
 def test_nan_inf_denormals_and_signed_zero(engine, row, options, dtype, record_property):
@@ -217,6 +219,7 @@ def test_nan_inf_denormals_and_signed_zero(engine, row, options, dtype, record_p
 # 16-bit and complex parameters
 
 
+@pytest.mark.in_turn("dtype")
 @dtypes("float16", "bfloat16")
 @cases(ELEMENTWISE, engines=ENGINES, only_flags=True)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row, options, dtype, record_property):
@@ -252,6 +255,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
     record_property("compared", f"{engine}: 16-bit parameters, with float32 rounded once a step")
 
 
+@pytest.mark.in_turn("dtype")
 @dtypes("complex64", "complex128")
 @cases(ELEMENTWISE, engines=ENGINES, only_flags=True)
 def test_complex_parameters(engine, row, options, dtype, record_property):
