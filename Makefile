@@ -21,8 +21,10 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# Many tests start processes, each of which imports what the others do: it is to be compiled once.
+suite: export PYTHONDONTWRITEBYTECODE =
 suite: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The documentation: into site/, strictly; or shown, and built anew when a file of docs/ changes.
 docs: export NO_MKDOCS_2_WARNING = 1

@@ -60,7 +60,19 @@ def main() -> int:
         print(f"torch {versions['torch']}, Python {versions['python']}, {guard} guard: {folder}", flush=True)
         results = folder / "results.xml"
         paths = arguments.tests or (SMOKE if arguments.smoke else ("tests",))
-        command = (ours, "-m", "pytest", "-q", "-n", str(arguments.processes), "--junitxml", results, *paths)
+        command = (
+            ours,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(arguments.processes),
+            "--dist",
+            "worksteal",
+            "--junitxml",
+            results,
+            *paths,
+        )
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         seconds = (round(time.monotonic() - installed), round(installed - start))
         kind = "smoke" if arguments.smoke else " ".join(arguments.tests) or "suite"

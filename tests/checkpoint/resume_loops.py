@@ -82,14 +82,13 @@ def cases() -> list[Case]:
 
 
 def _cases() -> Iterator[Case]:
-    """Give every optimizer with every scheduler and every combination of its flags, and with every dtype."""
+    """Give every optimizer with every combination of its flags and with every dtype, schedulers in turn."""
+    schedulers = cycle(SCHEDULERS)
     for row in ROWS:
         # An iteration of LBFGS is a step of the others.
         variants = [{"max_iter": 3}] if row.needs_closure else list(row.flag_variants())
-        engines, turns = row.engines(["eager", "foreach"]), max(len(variants), len(SCHEDULERS))
-        turning = cycle(variants), cycle(engines), cycle(SCHEDULERS)
-        for _, options, engine, scheduler in zip(range(turns), *turning, strict=False):
-            yield Case(row, options, engine, scheduler)
+        for options, engine in zip(variants, cycle(row.engines(["eager", "foreach"])), strict=False):
+            yield Case(row, options, engine, next(schedulers))
         for options in ({}, {"lr": torch.tensor(1e-3)}, *row.more):
             yield Case(row, options, row.engines(["cpu"])[0], "StepLR")
         for kind in ("bfloat16", "complex64", "float64"):

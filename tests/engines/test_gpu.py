@@ -23,7 +23,6 @@ import surefoot
 from conformance import (
     ELEMENTWISE,
     STEADY,
-    STEPS,
     assert_close,
     assert_same,
     normals,
@@ -61,6 +60,8 @@ from surefoot.engines.gpu import plan, proof, tables
 from surefoot.engines.gpu.measured import combined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy on inf and NaN
+STEPS = STEADY + 2
+"""As many as use a plan again, with another learning rate: the interpreter takes long for each."""
 FUSED = {"fused": True}
 CAPTURABLE = {"fused": True, "capturable": True}
 ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "capturable"])
@@ -116,12 +117,11 @@ def three(dtype):
     return {name: param for name, param in few(dtype).items() if name in ("odd", "matrix", "blocks")}
 
 
-def variants(*names, plain=True):
-    """Every rule, or those named, with all of its flags, and without any unless `plain` is false; it may be a mark."""
+def variants(*names, plain=(), full=()):
+    """Every rule, or those named, without any of its flags and with all; each under marks, or not at all if None."""
     rows = [row for row in ELEMENTWISE if not names or row.name in names]
-    marks = () if plain is True else plain
-    found = [pytest.param(row, {}, id=f"{row.name}-False", marks=marks) for row in rows] if plain else []
-    found += [pytest.param(row, row.all_flags(), id=f"{row.name}-True") for row in rows]
+    found = [] if plain is None else [pytest.param(row, {}, id=f"{row.name}-False", marks=plain) for row in rows]
+    found += [pytest.param(row, row.all_flags(), id=f"{row.name}-True", marks=full) for row in rows]
     return pytest.mark.parametrize(("row", "options"), found)
 
 
@@ -138,7 +138,7 @@ def by_torch(row, options, dtype, *, like=None, foreach=False):
     if like is not None:
         params = {name: param.detach().to(like).requires_grad_() for name, param in params.items()}
     optimizer = row.build_oracle(list(params.values()), options, foreach=foreach)
-    train(optimizer, params, dtype, plain=True)
+    train(optimizer, params, dtype, steps=range(STEPS), plain=True)
     return results(optimizer, params)
 
 
@@ -156,7 +156,7 @@ def distance_to_float64(row, options, way):
     return ours, theirs
 
 
-@variants()
+@variants(full=pytest.mark.long)  # these are tried with numbers of the device, and in float64
 def test_no_farther_from_float64_than_torch(row, options, record_property):
     ours, theirs = distance_to_float64(row, options, FUSED)
     assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
@@ -164,7 +164,7 @@ def test_no_farther_from_float64_than_torch(row, options, record_property):
     record_property("compared", "gpu, interpreted: no farther from float64 than torch's foreach (ASGD: for-loop)")
 
 
-@variants(plain=False)
+@variants(plain=None)
 def test_no_farther_with_numbers_of_the_device(row, options, record_property):
     ours, theirs = distance_to_float64(row, options, CAPTURABLE)
     assert ours.square().mean().sqrt() <= 1.1 * theirs.square().mean().sqrt()
@@ -180,7 +180,7 @@ def test_float64_agrees_with_the_for_loop(row, options, record_property):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16], ids=str)
-@variants(plain=False)
+@variants(plain=None)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
     """The interpreter fuses no multiplication with an addition, so there is hardly anything to differ."""
     options = {**options, "lr": 2**-8}
@@ -292,7 +292,7 @@ class Unread(TorchDispatchMode):
 TENSORS = {"lr": 0.05, "weight_decay": 0.1, "momentum_decay": 0.01, "alpha": 0.8, "rho": 0.8, "eps": 1e-3, "lambd": 0.1}
 
 
-@variants(plain=False)
+@variants(plain=None)
 def test_a_capturable_step_reads_nothing(row, options):
     """With hyperparameters that are tensors, and they count."""
     tensors = {name: torch.tensor(value) for name, value in TENSORS.items() if name in row.defaults}
@@ -706,7 +706,7 @@ def noted(row, options, dtype, way, **whole):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
-@variants("Adam", "SGD", plain=False)
+@variants("Adam", "SGD", plain=None)
 def test_the_update_measures_what_the_eager_engine_does(row, options, dtype):
     options = {**options, "lr": 2**-8}
     (ours, params), (theirs, expected) = (

@@ -144,8 +144,8 @@ def test_growth_in_the_first_steps_is_measured_from_the_first():
     growing = [line(1 + k, [1, 1, 1, 10.0**k]) for k in range(8)]
     text = words([*growing, broken(9)])[FIRST][1]
     assert text.endswith(
-        "Layer `head` (its `weight`) is the one to look at: before that its gradient norm had grown to 1.0e07 times its "
-        "first one."
+        "Layer `head` (its `weight`) is the one to look at: before that its gradient norm had grown to 1.0e07 times "
+        "its first one."
     )
 
 

@@ -155,7 +155,7 @@ def exchange_together(sent: Sequence[Tensor], sizes: Sequence[int], group: Any) 
 
 
 def exchange_pairwise(sent: Sequence[Tensor], sizes: Sequence[int], ranks: Sequence[int], mine: int) -> list[Tensor]:
-    """Do the same among ranks that have no group of their own: all sends and receives in one batch.
+    """Send each rank a flat tensor and return what each has sent, in one batch, where ranks have no group of their own.
 
     Args:
         sent: for each rank a flat tensor.

@@ -17,7 +17,7 @@ from surefoot.tensors.shards import to_local
 
 
 def decay_weights(param: Tensor, grad: Tensor, c: Any, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Weight decay: as a shrinking of the parameter where decoupled, else as a gradient (L2 penalty).
+    """Return parameter and gradient after weight decay: a shrinking where decoupled, else a gradient (L2 penalty).
 
     What decays only where the step goes the same way is left to `directed`, which knows where it goes.
     """
@@ -61,12 +61,12 @@ def directed(
 
 
 def ema(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:
-    """Exponential moving average: `decay * average + weight * value`."""
+    """Return an exponential moving average: `decay * average + weight * value`."""
     return torch.add(average * decay, value, alpha=weight)
 
 
 def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Tensor:
-    """Exponential moving average of a square: `decay * average + weight * value**2`."""
+    """Return an exponential moving average of a square: `decay * average + weight * value**2`."""
     return torch.addcmul(average * decay, value, value, value=weight)
 
 
@@ -100,7 +100,7 @@ def trust_ratio(of: Any, by: Any, ratio: Any) -> Any:
 
 
 def smaller(x: Any, y: Any) -> Any:
-    """The smaller of two numbers, of which either may be a tensor."""
+    """Return the smaller of two numbers, of which either may be a tensor."""
     return -larger(-x, -y)
 
 

@@ -305,7 +305,7 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
 
 
 def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
-    """Do so for a buffer that is kept in a shorter dtype than that of the arithmetic."""
+    """Average a gradient into a buffer of a shorter dtype than the arithmetic has; return what is made orthogonal."""
     h, grad, buffer = row.h, row.grad.to(wide), row.state["momentum_buffer"]
     average = torch.lerp(buffer.to(wide), grad, 1 - h.momentum)
     buffer.copy_(average)
@@ -316,7 +316,7 @@ def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
 
 
 def _kind(row: PreparedParam) -> Any:
-    """What rows share whose directions are computed together; on the CPU nothing where a stack is no faster."""
+    """Return what rows share whose directions are computed together; on the CPU None where a stack is no faster."""
     h, param, grad, state, _ = row
     listed = is_plain(param) and is_plain(state["momentum_buffer"])  # torch's lists take no negated ones
     if not listed or (param.is_cpu and param.numel() > LARGEST_STACKED):

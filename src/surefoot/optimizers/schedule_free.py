@@ -51,6 +51,10 @@ _WarmUp = Annotated[int, at_least_zero("warmup_steps"), "steps in which the lear
 _Power = Annotated[float, _POWER, "power of the step's number in its weight in the average"]
 _LrPower = Annotated[float, _LR_POWER, "power of the greatest learning rate so far in that weight"]
 
+_TINY = 1e-38
+"""Stands for a sum of weights that is zero, and so are its parts."""
+_JUST_TRACTABLE = 4.001
+"""At 4 itself the variance of the adaptive learning rate is infinite."""
 TRAIN_WEIGHTS, EVAL_WEIGHTS = "y", "x"
 """Keys of the state: of the weights to train while parameters hold those to evaluate, and in state dicts the other way
 round."""
@@ -284,10 +288,6 @@ def _as_stored(number: Any) -> Any:
     return number.to(scalar_dtype()) if isinstance(number, Tensor) else narrow(number)
 
 
-_TINY = 1e-38
-"""Stands for a sum of weights that is zero, and so are its parts."""
-
-
 def _rate(h: SimpleNamespace) -> Any:
     """Return the learning rate: a number if it can be read, so that averages carry all of its digits."""
     return h.lr if getattr(h.lr, "requires_grad", False) else readable(h, h.lr)
@@ -487,7 +487,3 @@ class RAdamScheduleFree(ScheduleFree):
         adapted = grad / (torch.sqrt(exp_avg_sq / c.bias_correction2) + c.eps)
         direction = torch.where(c.tractable, adapted, grad)
         return *_moved(param, direction, z, c, flags), exp_avg_sq
-
-
-_JUST_TRACTABLE = 4.001
-"""At 4 itself the variance of the adaptive learning rate is infinite."""
