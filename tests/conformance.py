@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.testing._internal.common_optimizers import optim_db
 
 import surefoot
 from surefoot.rule import Sparse
@@ -81,8 +80,8 @@ class Row:
 
     def variants(self, *, few: bool = False) -> list[Options]:
         """Return every set of hyperparameters to compare, each once; if `few`, only some sets of flags."""
-        found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
-        return list({str(sorted((self.defaults | options).items())): options for options in found}.values())
+        found, defaults = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few)), self.defaults
+        return list({str(sorted((defaults | options).items())): options for options in found}.values())
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
         """Return all combinations of the flags that the constructor takes; if `few`, none, each by itself, and all."""
@@ -923,6 +922,8 @@ def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options
 
     Those for `capturable=True` are of use on CUDA only; here they are tried without it, for their other options.
     """
+    from torch.testing._internal.common_optimizers import optim_db  # noqa: PLC0415 (it takes seconds)
+
     info = next((info for info in optim_db if info.optim_cls is oracle), None)
     inputs = info.optim_inputs_func(device="cuda", dtype=torch.float32) if info else []
     return [{name: value for name, value in one.kwargs.items() if name != "capturable"} for one in inputs]
