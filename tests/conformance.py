@@ -26,7 +26,7 @@ Options = dict[str, Any]
 ENGINES: dict[str, Options] = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "cpu": {"fused": True}}
 COMPILED = {"cpu"}
 """Engines that compile a kernel for each setting of the flags, in most of a second: they get fewer settings."""
-STEPS = 7
+STEPS = 8
 STEADY = 4
 """The step from which on every parameter has a gradient of the same layout, so that engines can keep their plans."""
 

@@ -217,7 +217,8 @@ class _Usual:
 
     def growth(self, values: np.ndarray) -> np.ndarray:
         """Return how many times their first values are that were seen too seldom; 1 for others, and for less."""
-        return np.maximum(_times_as_much(values, self._first, (self._seen > 0) & ~self.known), 1)
+        growth: np.ndarray = np.maximum(_times_as_much(values, self._first, (self._seen > 0) & ~self.known), 1)
+        return growth
 
 
 def _times_as_much(values: np.ndarray, logs: np.ndarray, asked: np.ndarray) -> np.ndarray:
