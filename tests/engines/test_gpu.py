@@ -23,6 +23,7 @@ import surefoot
 from conformance import (
     ELEMENTWISE,
     STEADY,
+    STEPS,
     assert_close,
     assert_same,
     normals,
@@ -60,8 +61,8 @@ from surefoot.engines.gpu import plan, proof, tables
 from surefoot.engines.gpu.measured import combined
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy on inf and NaN
-STEPS = STEADY + 2
-"""As many as use a plan again, with another learning rate: the interpreter takes long for each."""
+FEW = STEADY + 2
+"""Steps of which the last uses a plan again, with another learning rate: the interpreter takes long for each."""
 FUSED = {"fused": True}
 CAPTURABLE = {"fused": True, "capturable": True}
 ways = pytest.mark.parametrize("way", [FUSED, CAPTURABLE], ids=["host", "capturable"])
@@ -125,7 +126,7 @@ def variants(*names, plain=(), full=()):
     return pytest.mark.parametrize(("row", "options"), found)
 
 
-def trained(row, options, dtype, *, steps=STEPS, **way):
+def trained(row, options, dtype, *, steps=FEW, **way):
     params = few(dtype)
     optimizer = row.ours(list(params.values()), **options, **way)
     train(optimizer, params, dtype, steps=range(steps))
@@ -133,12 +134,12 @@ def trained(row, options, dtype, *, steps=STEPS, **way):
     return results(optimizer, params)
 
 
-def by_torch(row, options, dtype, *, like=None, foreach=False):
+def by_torch(row, options, dtype, *, steps=FEW, like=None, foreach=False):
     params = few(dtype)
     if like is not None:
         params = {name: param.detach().to(like).requires_grad_() for name, param in params.items()}
     optimizer = row.build_oracle(list(params.values()), options, foreach=foreach)
-    train(optimizer, params, dtype, steps=range(STEPS), plain=True)
+    train(optimizer, params, dtype, steps=range(steps), plain=True)
     return results(optimizer, params)
 
 
@@ -150,9 +151,9 @@ def flat(found):
 
 
 def distance_to_float64(row, options, way):
-    exact = flat(by_torch(row, options, torch.float32, like=torch.float64))
-    theirs = flat(by_torch(row, options, torch.float32, foreach=row.name != "ASGD")) - exact
-    ours = flat(trained(row, options, torch.float32, **way)) - exact
+    exact = flat(by_torch(row, options, torch.float32, steps=STEPS, like=torch.float64))
+    theirs = flat(by_torch(row, options, torch.float32, steps=STEPS, foreach=row.name != "ASGD")) - exact
+    ours = flat(trained(row, options, torch.float32, steps=STEPS, **way)) - exact
     return ours, theirs
 
 
