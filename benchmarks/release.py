@@ -2,15 +2,17 @@
 
     python benchmarks/release.py                 # both, in about three minutes on two quiet cores, with 3 GB
     python benchmarks/release.py --part memory
+    python benchmarks/release.py --draw          # the picture anew, from the csv file that is there
 
 Memory is what the system has counted as most of a process that does nothing else, less what it had before the model was
 made, with kernels compiled and torch warm.  glibc is told to give freed tensors back (MALLOC_MMAP_THRESHOLD_), which it
 keeps otherwise, the more the smaller the pieces are that are made between them.  Activations are in it: of eight rows
-they are few.  It writes `benchmarks/results/release_memory.csv` and `release.csv`; the ratios of the latter are of
-neighbours in time.
+they are few.  It writes `benchmarks/results/release_memory.csv`, which it draws, and `release.csv`; the ratios of the
+latter are of neighbours in time.
 """
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from turns import Line as TimeLine
 from turns import compare, timed, write
@@ -26,6 +29,7 @@ from turns import compare, timed, write
 import surefoot
 
 ROWS, ITERATIONS = 8, 4
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "release.png"
 SHORT = {"master_weight_bits": 24, "state_dtype": "float8"}
 Loop = Callable[[nn.Module], Callable[[], object]]
 
@@ -154,6 +158,42 @@ def _train(name: str, width: int, blocks: int) -> None:
         sys.stdin.readline()
 
 
+def read(path: Path) -> list[MemoryLine]:
+    """Return the lines of the table of memory."""
+    with path.open(newline="") as file:
+        return [
+            MemoryLine(row["contender"], int(row["parameters"]), float(row["megabytes"]), float(row["bytes_each"]))
+            for row in csv.DictReader(file)
+        ]
+
+
+SHOWN = {
+    "torch": ("torch.optim.AdamW(fused=True)", "#b8b8b8"),
+    "surefoot": ("surefoot.AdamW", "#8fb0dd"),
+    HOOKS: ("torch's, one for each parameter in hooks", "#b8b8b8"),
+    "released": ("surefoot.AdamW, released", "#1c4f9c"),
+    "short numbers": ("24-bit weights, 8-bit state", "#8fb0dd"),
+    "short numbers, released": ("24-bit weights, 8-bit state, released", "#1c4f9c"),
+}
+"""Contenders in the picture, from top to bottom: what they are called, and the colour of their bars."""
+
+
+def draw(lines: list[MemoryLine], path: Path) -> None:
+    """Draw the memory of each contender as a bar."""
+    sizes = {line.contender: line.bytes_each for line in lines}
+    figure = Figure(figsize=(7.5, 2.7), layout="constrained")
+    axis = figure.subplots()
+    labels, colours = zip(*SHOWN.values(), strict=True)
+    bars = axis.barh(labels, [sizes[name] for name in SHOWN], color=colours)
+    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.08 * max(sizes.values()))
+    axis.set_xlabel(f"most bytes of a training step for each of {lines[0].parameters / 1e6:.0f} million parameters")
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 def time(rounds: int) -> Iterator[TimeLine]:
     """Time an iteration of models of 120 parameters, forward pass included."""
 
@@ -177,13 +217,20 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=("memory", "time"), default=("memory", "time"), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, and draw what was written")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
+    table = options.out / "release_memory.csv"
+    if options.draw:
+        draw(read(table), options.picture)
+        return
     if "memory" in options.part:
         lines = []
         for line in memory():
             lines.append(line)
             print(f"{line.contender:40} {line.megabytes:8.1f} MB {line.bytes_each:6.2f} bytes a parameter", flush=True)
-        write(options.out / "release_memory.csv", lines, MemoryLine._fields)
+        write(table, lines, MemoryLine._fields)
+        draw(lines, options.picture)
     if "time" in options.part:
         found = []
         for each in time(options.rounds):

@@ -13,13 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 import surefoot
 from conformance import ROWS
-from helpers import Noted, assert_same, snapshot
+from helpers import Noted, assert_same, params_of, snapshot
+from surefoot.errors import NonFiniteGradientError
 
 STEPS = 20
 WIDTHS = (6, 8, 4)
 SMALL = 100
 """Bytes of a bucket that holds one or two of the test's parameters."""
-TAKEN = [row.ours for row in ROWS if row.name not in ("LBFGS", "Prodigy")]
+AT_ONCE = {surefoot.LBFGS, surefoot.Prodigy}
+"""Algorithms that step all parameters at once, and are refused."""
+TAKEN = [row.ours for row in ROWS if row.ours not in AT_ONCE]
 
 
 class Net(nn.Module):
@@ -54,7 +57,7 @@ def trained(make, steps=STEPS, *, released=None, sparse=False, between=None, fir
     for step in range(first, first + steps):
         loss_of(model, step).backward()
         if handle is not None:
-            assert all(param.grad is None for group in optimizer.param_groups for param in group["params"])
+            assert all(param.grad is None for param in params_of(optimizer))
         optimizer.step()
         optimizer.zero_grad()
         if between is not None:
@@ -136,6 +139,39 @@ def test_matrices_that_muon_stacks_are_released_to_rounding():
     ours, theirs = trained(make, released={"bucket_bytes": 1})[0], trained(make)[0]
     for param, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(param, other, atol=0.005, rtol=0)  # half a step, after 20 of them
+
+
+def in_parts(*parts):
+    """Return what makes an optimizer of several algorithms."""
+    return lambda model: surefoot.Combined(
+        [(name, param) for name, param in model.named_parameters() if param is not model.unused.weight],
+        [surefoot.Part(cls, select, lr=0.01) for cls, select in parts],
+    )
+
+
+PARTS = {
+    "rules": in_parts((surefoot.SGD, "tied*"), (surefoot.AdamW, "*")),
+    "a custom step": in_parts((surefoot.Muon, "layers*"), (surefoot.AdamW, "*")),
+    "custom steps": in_parts((surefoot.Muon, "layers*"), (surefoot.Adafactor, "*")),
+}
+
+
+@pytest.mark.parametrize("make", PARTS.values(), ids=PARTS.keys())
+def test_combinations(make):
+    same(make)
+
+
+def test_plans_of_combinations_are_kept():
+    model = Net()
+    optimizer = PARTS["a custom step"](model)
+    handle = optimizer.release_gradients(model)
+    for step in range(5):
+        loss_of(model, step).backward()
+        optimizer.step()
+    (bucket,) = handle._buckets
+    steps = bucket.stepping.statistics.steps  # which the fast lane counts, and the pipeline leaves to the optimizer
+    loss_of(model, 1).backward()
+    assert bucket.stepping.statistics.steps == steps + 1
 
 
 def in_groups(model):
@@ -378,6 +414,157 @@ def test_telemetry_of_a_custom_step():
     assert train(released=True) == train(released=False)
 
 
+# Clipping, and gradients that hold inf or NaN
+
+
+def clipped_by_hand(make, steps, *, previous=None, each=None):
+    """Train plainly, with gradients clipped as the options say; return optimizer and the factors."""
+    model, before, factors = Net().double(), None, []
+    optimizer = make(model)
+    for step in range(steps):
+        loss_of(model, step).backward()
+        grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+        norms = [None if grad is None else grad.norm() for grad in grads]
+        factor = 1.0 if before is None or previous is None else min(1.0, previous / (before + 1e-6))
+        factors.append(factor)
+        before = sum(norm**2 for norm in norms if norm is not None).sqrt().item()
+        for grad, norm in zip(grads, norms, strict=True):
+            if grad is not None:
+                grad.mul_(factor * (1.0 if each is None else min(1.0, each / (norm.item() + 1e-6))))
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, factors
+
+
+CLIPS = {
+    "previous": ({"max_previous_grad_norm": 1.0}, {"previous": 1.0}),
+    "each": ({"max_param_grad_norm": 0.3}, {"each": 0.3}),
+    "both": ({"max_previous_grad_norm": 1.0, "max_param_grad_norm": 0.3}, {"previous": 1.0, "each": 0.3}),
+}
+CLIPPED = {
+    "AdamW": all_params(surefoot.AdamW, lr=0.01),
+    "foreach": all_params(surefoot.AdamW, lr=0.01, foreach=True),
+    "eager": all_params(surefoot.SGD, lr=0.01, foreach=False),
+    "LAMB": all_params(surefoot.LAMB, lr=0.01, max_grad_norm=None),
+    "Adafactor": all_params(surefoot.Adafactor, lr=0.01),
+    "Combined": PARTS["custom steps"],
+}
+
+
+@pytest.mark.parametrize(("options", "by_hand"), CLIPS.values(), ids=CLIPS.keys())
+@pytest.mark.parametrize("make", CLIPPED.values(), ids=CLIPPED.keys())
+def test_clipping(make, options, by_hand):
+    expected, _ = clipped_by_hand(make, 6, **by_hand)
+    found = []
+    for bucket_bytes in (1, 2 * SMALL, 1 << 20):
+        released = {"bucket_bytes": bucket_bytes, **options}
+        found.append(trained(make, 6, released=released, model=Net().double())[1])
+    for other in found[1:]:
+        assert_same(snapshot(other), snapshot(found[0]))
+    for ours, theirs in zip(params_of(found[0]), params_of(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kept", ["state dict", "checkpoint"])
+def test_the_last_norm_is_resumed(kept, tmp_path):
+    make, released = all_params(surefoot.AdamW, lr=0.01), {"max_previous_grad_norm": 0.5, "bucket_bytes": SMALL}
+    expected = trained(make, 8, released=released)[1]
+    model, optimizer = trained(make, 5, released=released)
+    other = Net()
+    another = make(other)
+    if kept == "checkpoint":
+        surefoot.save(tmp_path / "it", model=model, optimizer=optimizer)
+        surefoot.load(tmp_path / "it", model=other, optimizer=another)
+    else:
+        other.load_state_dict(model.state_dict())
+        another.load_state_dict(optimizer.state_dict())
+    trained(make, 3, first=5, released=released, model=other, optimizer=another)
+    assert_same(snapshot(another), snapshot(expected))
+
+
+def test_telemetry_tells_how_gradients_were_clipped():
+    model, telemetry = Net(), Noted()
+    optimizer = surefoot.AdamW(model.named_parameters(), telemetry=telemetry)
+    handle, before = optimizer.release_gradients(model, max_previous_grad_norm=1.0, bucket_bytes=SMALL), None
+    for step in range(3):
+        loss_of(model, step).backward()
+        optimizer.step()
+        norm = optimizer.param_groups[0]["previous_grad_norm"]
+        record = telemetry.raw[-1]
+        assert record.sums[:, 0].sum().sqrt().item() == pytest.approx(norm)
+        assert record.clip == pytest.approx(1.0 if before is None else min(1.0, 1.0 / (before + 1e-6)))
+        before = norm
+    handle.remove()
+    assert "previous_grad_norm" not in optimizer.param_groups[0]
+
+
+def test_a_norm_that_is_no_number_clips_nothing_later():
+    model = Net()
+    optimizer = surefoot.SGD(model.parameters(), lr=0.0)
+    optimizer.release_gradients(model, max_previous_grad_norm=1.0)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    norm = optimizer.param_groups[0]["previous_grad_norm"]
+    (loss_of(model, 1) * float("inf")).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["previous_grad_norm"] == norm
+
+
+def train_with_nan(make, released, at=3):
+    """Train, one gradient of which is NaN once; plainly, it is then left out by hand."""
+    model, telemetry = Net(), Noted()
+    optimizer = make(model, telemetry=telemetry)
+    outside = optimizer.param_groups[0]["params"][-1]
+    if released:
+        optimizer.release_gradients(model, bucket_bytes=SMALL, nonfinite_params="skip")
+    for step in range(6):
+        bad = (model.tied.weight, outside) if step == at else ()
+        hooks = [param.register_hook(lambda grad: grad * float("nan")) for param in bad]
+        (loss_of(model, step) + outside.square().sum()).backward()
+        for param in () if released else bad:
+            param.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    return optimizer, telemetry
+
+
+NAMED_BY = {"AdamW": surefoot.AdamW, "Adafactor": surefoot.Adafactor}
+
+
+@pytest.mark.parametrize("cls", NAMED_BY.values(), ids=NAMED_BY.keys())
+def test_a_parameter_with_nan_is_left_out(cls):
+    def make(model, **options):
+        outside = ("outside", nn.Parameter(torch.ones(2, 2)))
+        return cls([*model.named_parameters(), outside], lr=0.01, **options)
+
+    with pytest.warns(
+        RuntimeWarning, match="a step leaves out `tied.weight`, whose gradients hold inf or NaN"
+    ) as found:
+        ours, telemetry = train_with_nan(make, released=True)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    plain, _ = train_with_nan(make, released=False)
+    assert_same(snapshot(ours), snapshot(plain))
+    assert ours.step_statistics.skipped_params == 2
+    counts = dict(zip(telemetry.raw[3].names, telemetry.raw[3].sums[:, 4].tolist(), strict=True))
+    assert {name: count for name, count in counts.items() if count} == {"tied.weight": 16, "outside": 4}
+
+
+def test_a_parameter_with_nan_raises():
+    model, optimizer, _ = begun(nonfinite_params="raise")
+    model.tied.weight.register_hook(lambda grad: grad * float("nan"))
+    before = snapshot(optimizer)
+    with pytest.raises(NonFiniteGradientError, match=r"gradients of `tied.weight` hold inf or NaN; these parameters"):
+        loss_of(model, 0).backward()
+    assert_same(snapshot(optimizer), before)  # they are of one bucket
+    with pytest.raises(NonFiniteGradientError, match="close the iteration with step"):
+        optimizer.step()
+    model.zero_grad()
+    optimizer.step()
+
+
 def test_hooks_run_at_step():
     model, calls = Net(), []
     optimizer = surefoot.AdamW(model.parameters())
@@ -446,6 +633,62 @@ def begun(**options):
     model = Net()
     optimizer = surefoot.AdamW(model.named_parameters(), lr=0.01)
     return model, optimizer, optimizer.release_gradients(model, **options)
+
+
+def test_a_backward_pass_that_fails_in_the_middle():
+    model, optimizer, _ = begun(bucket_bytes=1)
+    expected = Net()
+    plain = surefoot.AdamW(expected.named_parameters(), lr=0.01)
+    for each, of in ((model, optimizer), (expected, plain)):
+        failing = each.layers[0].weight.register_hook(fail)
+        with pytest.raises(OSError, match="in the middle"):
+            loss_of(each, 1).backward()
+        failing.remove()
+        if of is optimizer:
+            assert [each.tied.weight.grad, each.unused.weight.grad] == [None, None]  # stepped
+            with pytest.raises(RuntimeError, match=r"after backward has stepped 3 of 5 .* Call step\(\) first"):
+                of.zero_grad()
+        of.step()
+        of.zero_grad()
+        loss_of(each, 2).backward()
+        of.step()
+        of.zero_grad()
+    assert_same(snapshot(optimizer), snapshot(plain))
+
+
+def fail(_):
+    raise OSError("in the middle")
+
+
+def test_a_graph_that_is_kept_knows_of_the_step():
+    model, _, _ = begun()
+    loss = loss_of(model, 1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_compiled_model_in_a_compiled_loop():
+    def train(released):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+        optimizer = surefoot.AdamW(model.parameters(), lr=0.01)
+        called = torch.compile(model, backend="eager") if released else model
+        if released:
+            optimizer.release_gradients(called, bucket_bytes=SMALL)
+
+        def iterate():
+            called(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        iterate = torch.compile(iterate, backend="eager") if released else iterate
+        for _ in range(3):
+            iterate()
+        return snapshot(optimizer)
+
+    torch._dynamo.reset()
+    assert_same(train(released=True), train(released=False))
 
 
 def test_a_second_gradient_is_refused():
@@ -561,8 +804,8 @@ def test_a_grad_scaler_is_refused():
 
 
 REFUSED = {
-    "max_grad_norm": ({"max_grad_norm": 1.0}, "`max_grad_norm` needs the norm of all gradients"),
-    "nonfinite": ({"nonfinite": "skip"}, "nonfinite='skip' looks at all gradients"),
+    "max_grad_norm": ({"max_grad_norm": 1.0}, "`max_grad_norm` needs the norm .* pass to release_gradients `max_prev"),
+    "nonfinite": ({"nonfinite": "skip"}, "nonfinite='skip' looks at all gradients .* pass `nonfinite_params='skip'`"),
     "differentiable": ({"differentiable": True}, "differentiable=True keeps the graph of a step"),
 }
 
@@ -629,6 +872,11 @@ def test_what_is_given_is_checked():
         for value in (0, 1.5, True):
             with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1, but is {value!r}"):
                 optimizer.release_gradients(model, **{name: value})
+    for name in ("max_previous_grad_norm", "max_param_grad_norm"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number > 0, or None, but is: 0"):
+            optimizer.release_gradients(model, **{name: 0.0})
+    with pytest.raises(ValueError, match="`nonfinite_params` must be one of 'ignore', 'skip', 'raise', but is 'drop'"):
+        optimizer.release_gradients(model, nonfinite_params="drop")
     optimizer.release_gradients(model)
     with pytest.raises(RuntimeError, match="gradients are released already"):
         optimizer.release_gradients(model)
@@ -638,9 +886,6 @@ def test_what_steps_all_parameters_together_is_refused():
     model = Net()
     with pytest.raises(RuntimeError, match="Prodigy sums over all parameters before the first is stepped"):
         surefoot.Prodigy(model.parameters()).release_gradients(model)
-    parts = [surefoot.Part(surefoot.SGD, "tied*"), surefoot.Part(surefoot.AdamW)]
-    with pytest.raises(TypeError, match="release the gradients of separate optimizers, one for each of AdamW, SGD"):
-        surefoot.Combined(model.named_parameters(), parts).release_gradients(model)
 
 
 def test_a_parameter_that_stands_there_twice_is_refused():

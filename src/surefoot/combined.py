@@ -21,8 +21,11 @@ from surefoot.optimizers.muon import Muon
 from surefoot.rule import ALGORITHM, AlgorithmSpec
 from surefoot.state.load import LoadReport, parts_of
 from surefoot.state.make import make_state
+from surefoot.step.cache import StepCache
 from surefoot.step.clipping import listed
-from surefoot.step.options import GROUP_RANGES, StepOptions
+from surefoot.step.device import refuse_capture
+from surefoot.step.inputs import StepInput
+from surefoot.step.options import GROUP_RANGES, StepOptions, Stepping
 from surefoot.step.pipeline import run_step
 from surefoot.step.prepared import PreparedParam, unchanged_params
 
@@ -222,15 +225,18 @@ class Combined(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, each by its group's algorithm; see `Optimizer.step`."""
         loss = self.evaluate(closure)
-        custom = [group for group in self.param_groups if self.spec.of(group).update is None]
+        with torch.no_grad():
+            cache = self.__dict__.pop("_step_cache", None)
+            self._step_cache = self._run_with_finite(self._step_input(), cache)
+        return loss
+
+    def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
+        custom = [group for group in step.groups if self.spec.of(group).update is None]
         for group in custom:
             for param in group["params"]:
                 if param.grad is not None:
                     self._check_again(group, param)
-        with torch.no_grad():
-            cache = self.__dict__.pop("_step_cache", None)
-            self._step_cache = run_step(self._step_input(), cache, self._step_prepared if custom else None)
-        return loss
+        return run_step(step, cache, self._step_prepared if custom else None)
 
     step.is_whole = True  # type: ignore[attr-defined]
 
@@ -243,18 +249,29 @@ class Combined(Optimizer):
                 )
         super()._begin_step(args, kwargs)
 
-    def _take_fast_lane(self) -> bool:
-        if all(self.spec.of(group).update is not None for group in self.param_groups):
-            return super()._take_fast_lane()
-        cache, stepping = self.__dict__.get("_step_cache"), self._stepping
-        if cache is None or not cache.fast or stepping.context.inside or self._is_observed():
+    def _run_again(
+        self,
+        stepping: Stepping,
+        groups: list[dict[str, Any]],
+        cache: StepCache | None,
+        step_input: Callable[[], StepInput],
+    ) -> bool:
+        of_rules = [self.spec.of(group).update is not None for group in groups]
+        fast: Any = None if cache is None else cache.fast
+        if any(of_rules) and not fast:
             return False
         with stepping.context.lock:
-            known = unchanged_params(stepping, self.param_groups, self.state, self._step_input)
-            if known is None or not super()._take_fast_lane():
+            known = None if all(of_rules) else unchanged_params(stepping, groups, self.state, step_input)
+            if known is None and not all(of_rules):
                 return False
-            with torch.no_grad():
-                self._step_prepared(known.prepared())
+            if not any(of_rules):
+                refuse_capture(self.spec.name, groups)
+                stepping.statistics.steps += 1
+            elif not fast.run(groups, self.state, self.coefficients, step_input):
+                return False
+            if known is not None:
+                with torch.no_grad():
+                    self._step_prepared(known.prepared())
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:

@@ -42,11 +42,12 @@ from surefoot.state.convert import plain_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
-from surefoot.step.clipping import listed
+from surefoot.step.clipping import NonFiniteParams, listed, warn_left_out
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import (
     OptimizerOptions,
+    ReleaseOptions,
     StepOptions,
     Stepping,
     StepStatistics,
@@ -406,7 +407,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if (released := self._releasing()) is not None:
             released.before_zero_grad()
-        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
+        with _profiled(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             with_grad = [param for param in params if param.grad is not None]
             if set_to_none:
@@ -442,8 +443,29 @@ class Optimizer(torch.optim.Optimizer):
         loss = self.evaluate(closure)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             cache = self.__dict__.pop("_step_cache", None)
-            self._step_cache = run_step(self._step_input(), cache)
+            self._step_cache = self._run_with_finite(self._step_input(), cache)
         return loss
+
+    def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
+        """Step the parameters of `step` that have gradients; return what the next step of the same may use again."""
+        if self.is_rule():
+            return run_step(step, cache)
+        self._prepare_and_step(step)
+        return None
+
+    def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
+        """Do the same, but leave parameters out that `nonfinite_params` says are to be."""
+        try:
+            return self._run(step, cache)
+        except NonFiniteParams as found:
+            bad = set(found.params)
+        params = [param for group in step.groups for param in group["params"]]
+        self._run(step._replace(grads={param: None if param in bad else param.grad for param in params}), None)
+        warn_left_out(self._step_input(), [param for param in params if param in bad])
+        for group in step.groups:
+            if own := [param for param in group["params"] if param in bad]:
+                step.slices.append(ParamSlice(group, own))
+        return None
 
     def _step_input(self) -> StepInput:
         """Return all that a step is about."""
@@ -457,6 +479,7 @@ class Optimizer(torch.optim.Optimizer):
             found_inf=found_inf,
             coefficients=self.coefficients,
             param_names=self._param_names,
+            released=None if (released := self._releasing()) is None else released.options,
         )
 
     def _param_names(self) -> list[str]:
@@ -479,7 +502,7 @@ class Optimizer(torch.optim.Optimizer):
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
         loss = self.evaluate(closure)
-        self._prepare_and_step(self._step_input())
+        self._run_with_finite(self._step_input(), None)
         return loss
 
     def _prepare_and_step(self, step: StepInput) -> None:
@@ -500,24 +523,37 @@ class Optimizer(torch.optim.Optimizer):
 
     _prepared_step.is_prepared = True  # type: ignore[attr-defined]
 
-    def _take_fast_lane(self) -> bool:
-        """Make a step by what the last one has left behind, if nothing is asked for beside the update."""
-        cache = self.__dict__.get("_step_cache")
-        if cache is None or not cache.fast or self._stepping.context.inside or self._is_observed():
-            return False
-        made: bool = cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input)
-        return made
+    def _step_at_once(self) -> bool:
+        """Make a step by what the last one has left behind, if nothing is asked for beside the update.
 
-    def _take_prepared_lane(self) -> bool:
-        """Do the same for a custom step of prepared parameters."""
-        if self._stepping.validated is None or self._stepping.context.inside or self._is_observed():
+        Where gradients are released, close an iteration of which nothing is left to be done.
+        """
+        if self._stepping.context.inside or self._is_observed():
             return False
-        return self._step_again(self._stepping, self.param_groups, self._step_input)
+        if (released := self._releasing()) is not None:
+            return released.close_at_once()
+        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
 
-    def _step_again(
-        self, stepping: Stepping, groups: list[dict[str, Any]], step_input: Callable[[], StepInput]
+    def _run_again(
+        self,
+        stepping: Stepping,
+        groups: list[dict[str, Any]],
+        cache: StepCache | None,
+        step_input: Callable[[], StepInput],
     ) -> bool:
-        """Make a step of prepared parameters before which nothing has changed; return whether it is one."""
+        """Make a step before which nothing has changed; return whether it is one, else nothing has been done.
+
+        Args:
+            stepping: options and context.
+            groups: the groups that are stepped.
+            cache: what their last step has left.
+            step_input: return all that the step is about.
+        """
+        if self.is_rule():
+            fast = cache is not None and cache.fast
+            return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
+        if stepping.validated is None:
+            return False
         with stepping.context.lock:
             refuse_capture(self.spec.name, groups)
             found = prepare_again(stepping, groups, self.state, step_input)
@@ -532,10 +568,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step.
-
-        It closes an iteration, too, where gradients are released while backward runs.
-        """
+        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
@@ -544,7 +577,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        return bool(hooks or scaled or self._releasing() or _is_profiled() or mode_is_active())
+        return bool(hooks or scaled or _is_profiled() or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -568,7 +601,14 @@ class Optimizer(torch.optim.Optimizer):
     # Gradients released while backward runs
 
     def release_gradients(
-        self, model: nn.Module, *, micro_batches: int = 1, bucket_bytes: int = BUCKET_BYTES
+        self,
+        model: nn.Module,
+        *,
+        micro_batches: int = 1,
+        bucket_bytes: int = BUCKET_BYTES,
+        max_previous_grad_norm: float | None = None,
+        max_param_grad_norm: float | None = None,
+        nonfinite_params: str = "ignore",
     ) -> ReleasedGradients:
         """Step the model's parameters while `backward` runs, and drop each gradient as soon as it is used.
 
@@ -583,6 +623,14 @@ class Optimizer(torch.optim.Optimizer):
                 `ReleasedGradients.accumulate`.
             bucket_bytes: bytes of gradients that are stepped together, > 0: more of them at a time are faster where
                 there are many small ones, and take as much more memory.
+            max_previous_grad_norm: greatest norm of the previous step's gradients, all together and before clipping,
+                > 0; where it was greater, this step's gradients are scaled down by as much, in the step.  So a
+                sudden great gradient is not clipped, but those of the step after it.  The norm stands in the groups,
+                as `previous_grad_norm`, and so in state dicts; there is none at first, and then nothing is clipped.
+            max_param_grad_norm: greatest norm of the gradient of each parameter, > 0; a greater one is scaled down in
+                the step.
+            nonfinite_params: what to do with a parameter whose gradient holds inf or NaN: `"ignore"`, `"skip"` it,
+                leaving it and its state as they were, or `"raise"` NonFiniteGradientError from `backward`.
 
         Returns:
             A handle, to be used as a context manager or to be ended by `remove()`.
@@ -591,8 +639,9 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: `model` is not a module, or one that DDP or FSDP1 has wrapped; the algorithm has a custom step
                 that takes all parameters at once.
             ValueError: no parameter is one of the model's; or an option needs all gradients at once (`max_grad_norm`,
-                `nonfinite`, `differentiable`), or a number is out of its range.
-            RuntimeError: gradients are released already.
+                `nonfinite`, `differentiable`), or an argument is out of its range.
+            RuntimeError: gradients are released already; or ranks would have to wait for one another while backward
+                runs, for sums over the shards of a parameter.
 
         Example:
             >>> model = torch.nn.Linear(2, 1)
@@ -616,8 +665,11 @@ class Optimizer(torch.optim.Optimizer):
             )
         if self._releasing() is not None:
             raise RuntimeError("gradients are released already; remove() the handle of release_gradients first")
+        options = ReleaseOptions(max_previous_grad_norm, max_param_grad_norm, nonfinite_params)
         parts = PartialSteps(self._step_input, self._make_part)
-        self._released = ReleasedGradients(model, parts, micro_batches=micro_batches, bucket_bytes=bucket_bytes)
+        self._released = ReleasedGradients(
+            model, parts, options, micro_batches=micro_batches, bucket_bytes=bucket_bytes
+        )
         return self._released
 
     def _releasing(self) -> ReleasedGradients | None:
@@ -627,22 +679,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _make_part(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
         """Step the parameters of `step`, which are some of ours; see `PartialSteps`."""
-        if step.grad_scale is None and not mode_is_active():
-            again = cache is not None and cache.fast
-            if again and again.run(step.groups, step.state, step.coefficients, lambda: step):
-                return cache, []
-            if step.stepping.validated is not None and self._step_again(step.stepping, step.groups, lambda: step):
-                return None, []
+        plain = step.grad_scale is None and not mode_is_active()
+        if plain and self._run_again(step.stepping, step.groups, cache, lambda: step):
+            return cache, []
         refuse_options(step)
         check_changed(step.stepping, self.spec, step.groups)
         context, measured = step.stepping.context, step.stepping.context.wants_metrics
         context.begin()
         context.wants_metrics = measured
         with context:
-            if self.is_rule():
-                cache = run_step(step, cache)
-            else:
-                self._prepare_and_step(step)
+            cache = self._run_with_finite(step, cache)
             return cache, finish_part(step)
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
@@ -1018,11 +1064,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if (
-            not args
-            and not kwargs
-            and ((is_whole and self._take_fast_lane()) or (is_prepared and self._take_prepared_lane()))
-        ):
+        if not args and not kwargs and (is_whole or is_prepared) and self._step_at_once():
             return None
         context = self._stepping.context
         if context.inside:  # the hooks of a step that calls its base's have been run

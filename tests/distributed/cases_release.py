@@ -1,6 +1,7 @@
 """Gradients released while backward runs, of models of FSDP2 and of what wraps models otherwise."""
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from cases_layouts import tensor, whole
@@ -16,31 +17,46 @@ OPTIONS = {
     "groups and averages": {"ema": 0.9},
     "short": {"state_dtype": "float8", "rounding": "stochastic"},
     "telemetry": {"telemetry": Noted},
+    "not resharded": {"reshard": False},
+    "accumulated": {"accumulate": "sync"},
+    "accumulated by us": {"accumulate": "handle"},
+    "combination": {"cls": None},
 }
 
 
-def made(cls=surefoot.AdamW, sharded=True, **options):
+def made(cls=surefoot.AdamW, sharded=True, reshard=True, **options):
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.Tanh())))
     if "rounding" in options:
         model.to(torch.bfloat16)
     for layer in model[::2] if sharded else ():
-        fully_shard(layer)
+        fully_shard(layer, reshard_after_forward=reshard)
     if sharded:
-        fully_shard(model)
+        fully_shard(model, reshard_after_forward=reshard)
     if "telemetry" in options:
         options["telemetry"] = options["telemetry"]()
+    if cls is None:
+        parts = [surefoot.Part(surefoot.Lion, "0.*", lr=0.01), surefoot.Part(surefoot.AdamW, lr=0.01)]
+        return model, surefoot.Combined(model.named_parameters(), parts, **options)
     return model, cls(model.named_parameters(), lr=0.01, **options)
 
 
-def trained(released, **options):
-    """Return the parameters after some steps, whole, and of released ones how many gradients were left."""
+def trained(released, accumulate=None, **options):
+    """Return the parameters after some steps, whole, and of released ones how many gradients were left.
+
+    With `accumulate` each step is of two batches: gradients are reduced after the second only, or after each and added
+    up by the handle.
+    """
     model, optimizer = made(**options)
-    if released is not None:
-        optimizer.release_gradients(model, bucket_bytes=released)
+    handle = None if released is None else optimizer.release_gradients(model, bucket_bytes=released)
     left = 0
     for step in range(6):
         x = tensor((4, 6), step).to(next(model.parameters()).dtype)
+        if accumulate is not None:
+            model.set_requires_gradient_sync(accumulate == "handle")
+            with handle.accumulate() if handle and accumulate == "handle" else nullcontext():
+                model(x + 1).square().mean().backward()
+            model.set_requires_gradient_sync(True)
         model(x).square().mean().backward()
         left += sum(param.grad is not None for param in model.parameters())
         optimizer.step()
@@ -48,6 +64,26 @@ def trained(released, **options):
     if "telemetry" in options:
         return left, [dict(zip(raw.names, raw.sums.tolist(), strict=True)) for raw in optimizer.telemetry.raw]
     return left, [whole(param.detach()) for param in model.parameters()]
+
+
+def clipped():
+    """Return parameters and norms of released training that is clipped by the previous norm, sharded and not."""
+    found = []
+    for sharded in (True, False):
+        model, optimizer = made(sharded=sharded)
+        optimizer.release_gradients(model, bucket_bytes=300, max_previous_grad_norm=0.05)
+        norms = []
+        for step in range(4):
+            model(tensor((4, 6), step)).square().mean().backward()
+            optimizer.step()
+            norms.append(optimizer.param_groups[0]["previous_grad_norm"])
+        found.append([torch.tensor(norms), *(whole(param.detach()) for param in model.parameters())])
+    return found
+
+
+def of_whole_params(**options):
+    model, optimizer = made()
+    optimizer.release_gradients(model, **options)
 
 
 def same(options):
@@ -69,6 +105,9 @@ def refused(make):
 def cases(_world):
     for name, options in OPTIONS.items():
         yield name, functools.partial(same, options)
+    yield "clipped", clipped
+    yield "each clipped", functools.partial(of_whole_params, max_param_grad_norm=1.0)
+    yield "left out", functools.partial(of_whole_params, nonfinite_params="skip")
     yield "Muon", functools.partial(refused, functools.partial(of_matrices, surefoot.Muon))
     yield "LAMB", functools.partial(refused, functools.partial(of_matrices, surefoot.LAMB, max_grad_norm=None))
     yield "DDP", functools.partial(refused, functools.partial(wrapped, DistributedDataParallel))

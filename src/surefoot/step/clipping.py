@@ -1,8 +1,9 @@
 """Gradients measured before the update, and what follows from that: clip, skip, raise."""
 
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from surefoot.errors import NonFiniteGradientError
 from surefoot.rule import gradient_rule
 from surefoot.state.check import format_param
 from surefoot.step.inputs import StepInput
-from surefoot.step.ranks import RankSums
+from surefoot.step.options import ReleaseOptions
+from surefoot.step.ranks import RankSums, exchange_of, sums_over_ranks
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.shards import to_local
@@ -39,17 +41,19 @@ def refuse_unmeasurable(step: StepInput) -> None:
     Raises:
         RuntimeError: a parameter is on meta, or gradients are to be looked at in a step with `capturable=True`.
     """
-    options = step.stepping.options
+    name, nonfinite = "nonfinite", step.stepping.options.nonfinite
+    if step.released is not None:
+        name, nonfinite = "nonfinite_params", step.released.nonfinite_params
     for group in step.groups:
         if meta := [param for param in group["params"] if param.is_meta and step.gradient(param) is not None]:
             raise RuntimeError(
                 f"{format_param(group, meta[0])} is on meta, where gradients cannot be measured; leave out "
-                f"`max_grad_norm` and `nonfinite`"
+                f"`max_grad_norm` and `nonfinite`, or what release_gradients was asked for in their place"
             )
-        if options.nonfinite != "ignore" and group.get("capturable"):
+        if nonfinite != "ignore" and group.get("capturable"):
             raise RuntimeError(
-                f"nonfinite={options.nonfinite!r} looks at gradients on the host, which a step with capturable=True "
-                f"must not; leave one of them out"
+                f"{name}={nonfinite!r} looks at gradients on the host, which a step with capturable=True must not; "
+                f"leave one of them out"
             )
 
 
@@ -63,7 +67,11 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums |
 
     Raises:
         NonFiniteGradientError: a gradient holds inf or NaN and `nonfinite="raise"`; it names the parameters.
+        NonFiniteParams: gradients hold inf or NaN, and their parameters are to be left out.
     """
+    if step.released is not None:
+        _clip_released(step, step.released, slices)
+        return True
     options, measured = step.stepping.options, _by_group(step, slices, sums)
     if options.nonfinite != "ignore" and (nonfinite := list(_nonfinite(step, measured))):
         if options.nonfinite == "raise":
@@ -74,7 +82,7 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums |
         step.skip()
         _warn(step, nonfinite)
         return False
-    scale = 1.0 if step.grad_scale is None else step.grad_scale
+    scale = _scale(step)
     clips = {id(e.group): _factor(own, [e], scale) for e in measured if (own := step.own_norm(e.group))}
     others = [each for each in measured if id(each.group) not in clips]
     if options.max_grad_norm and others:
@@ -82,6 +90,124 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums |
     for part in slices:
         part.clip = clips.get(id(part.group), 1.0)
     return True
+
+
+# Gradients that are never there all at once
+
+PREVIOUS_NORM = "previous_grad_norm"
+"""Key of the groups under which the norm of the last step's gradients stands, where the next is clipped by it."""
+
+
+class NonFiniteParams(Exception):  # noqa: N818 (a message between two rooms, and no error)
+    """Parameters whose gradients hold inf or NaN are to be left out of a step, of which nothing has been made yet."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__(params)
+        self.params = params
+
+
+def _clip_released(step: StepInput, options: ReleaseOptions, slices: Sequence[ParamSlice]) -> None:
+    """Decide how gradients of some of the parameters are clipped.
+
+    Raises:
+        NonFiniteGradientError, NonFiniteParams: see `clip_or_skip`.
+    """
+    if options.nonfinite_params != "ignore":
+        _refuse_nonfinite(step, options, slices)
+    previous = _norms(step)[0].get(PREVIOUS_NORM)
+    clip: Any = 1.0
+    if options.max_previous_grad_norm is not None and previous is not None:
+        clip = _shortening(options.max_previous_grad_norm, torch.as_tensor(previous, dtype=torch.float64))
+    for part in slices:
+        part.clip = clip
+        if options.max_param_grad_norm is not None and part.gradients is not None:
+            norms = part.gradients[:, 0].sqrt() / _scale(step)
+            own = (options.max_param_grad_norm / (norms + _TINY)).clamp(max=1.0)
+            part.clip = own * (clip.to(own.device) if isinstance(clip, Tensor) else clip)
+
+
+def _refuse_nonfinite(step: StepInput, options: ReleaseOptions, slices: Sequence[ParamSlice]) -> None:
+    params = [
+        param
+        for part in slices
+        if part.gradients is not None and not has_no_values(part.gradients)
+        for param, suspect in zip(part.params, part.gradients[:, 1].tolist(), strict=True)
+        if not math.isfinite(suspect)
+    ]
+    if not params:
+        return
+    if options.nonfinite_params == "skip":
+        raise NonFiniteParams(params)
+    names = step.names()
+    raise NonFiniteGradientError(
+        f"the gradients of {listed([names[param] for param in params])} hold inf or NaN; these parameters were not "
+        f"changed, those whose gradients came before were. Load the last checkpoint, or drop the gradients "
+        f"(model.zero_grad()) and close the iteration with step(); nonfinite_params='skip' leaves such parameters out"
+    )
+
+
+def keep_norm(step: StepInput, slices: Sequence[ParamSlice]) -> None:
+    """Keep the norm of a step's gradients in the groups, for the next one to be clipped by.
+
+    One that is inf or NaN, and that of a step without gradients, leave the one before in its place.
+
+    Args:
+        step: the step.
+        slices: all its parameters, their gradients measured.
+    """
+    measured, exchange = [part for part in slices if part.gradients is not None], exchange_of(step)
+    if exchange is not None:
+        sums = sums_over_ranks(step, exchange, measured)
+        total = sums.rows[:, 0].sum() + sums.divided[:, 0].sum()
+    elif measured:
+        # In the order of the groups, so that the sum does not hang on how parameters were stepped together.
+        rank = {param: number for number, param in enumerate(p for group in step.groups for p in group["params"])}
+        order = torch.tensor([rank[param] for part in measured for param in part.params]).argsort()
+        squares = [part.gradients[:, 0] for part in measured if part.gradients is not None]
+        every = torch.cat([each.to(squares[0].device) for each in squares])
+        total = every[order.to(every.device)].sum()
+    else:
+        return
+    norm = total.sqrt() / _scale(step)
+    if has_no_values(norm):
+        return
+    if norm.is_cpu:
+        new: Any = norm.item() if norm.isfinite() else None
+    else:
+        before = _norms(step)[0].get(PREVIOUS_NORM)
+        new = norm if before is None else torch.where(norm.isfinite(), norm, torch.as_tensor(before).to(norm))
+    for group in () if new is None else step.groups:
+        group[PREVIOUS_NORM] = new
+
+
+def forget_norm(groups: Iterable[dict[str, Any]]) -> None:
+    """Let the next step be clipped by no norm."""
+    for group in groups:
+        group.pop(PREVIOUS_NORM, None)
+
+
+def _norms(step: StepInput) -> Sequence[Mapping[str, Any]]:
+    """Return the groups in which the norm of the previous step's gradients stands."""
+    return step.groups if step.whole is None else step.whole
+
+
+def _scale(step: StepInput) -> Any:
+    return 1.0 if step.grad_scale is None else step.grad_scale
+
+
+def _shortening(limit: float, norm: Tensor) -> Any:
+    """Return what makes a norm at most `limit`; NaN where it is NaN.
+
+    It is a number where the norm is on the host, and stays on the device otherwise.
+    """
+    factor = (limit / (norm + _TINY)).clamp(max=1.0)
+    return factor.item() if factor.is_cpu and not has_no_values(factor) else factor
+
+
+_TINY = 1e-6
+
+
+# Gradients that are there all at once
 
 
 class _Measured(NamedTuple):
@@ -124,14 +250,9 @@ def _add(measured: _Measured, squares: Tensor, suspects: Tensor, params: Sequenc
 
 
 def _factor(limit: float, measured: Sequence[_Measured], scale: Any) -> Any:
-    """Return what gradients are multiplied with so that their norm is at most `limit`; NaN where the norm is NaN.
-
-    It is a number where the norm is on the host, and stays on the device otherwise.
-    """
+    """Return what gradients are multiplied with so that their norm is at most `limit`."""
     squares = [each for one in measured for each in one.squares]
-    norm = torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return factor.item() if factor.is_cpu and not has_no_values(factor) else factor
+    return _shortening(limit, torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale)
 
 
 def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:
@@ -150,6 +271,20 @@ def listed(names: Sequence[str]) -> str:
     """Return the names of parameters for a message, the first few if there are many."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more parameters"
+
+
+def warn_left_out(step: StepInput, params: Sequence[Tensor]) -> None:
+    """Count parameters that are left out of a step, and warn of the first ones."""
+    statistics = step.stepping.statistics
+    if not statistics.skipped_params:
+        names = step.names()
+        warnings.warn(
+            f"a step leaves out {listed([names[param] for param in params])}, whose gradients hold inf or NaN "
+            f"(nonfinite_params='skip'); step_statistics.skipped_params counts what is left out from now on",
+            RuntimeWarning,
+            stacklevel=_callers_level(),
+        )
+    statistics.skipped_params += len(params)
 
 
 def _warn(step: StepInput, nonfinite: Sequence[str]) -> None:

@@ -115,7 +115,8 @@ def _numbers(
     own = count_step(scalars)
     derived = step.coefficients(h, **own)
     numbers = {"fresh": fresh[0], "loss_scale": step.grad_scale, **derived}
-    numbers |= {"step_clip": run.slice.clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
+    clip = 1.0 if run.slice.clips_each else run.slice.clip  # which follow, as what else is measured of each does
+    numbers |= {"step_clip": clip, "step_ema_weight": _weight_of_average(run.group, fresh[1])}
     numbers[ROUNDING_STEP.name] = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
     for name in run.bucket.rule.given:
         if name not in numbers:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Stage, bind
-from surefoot.step.options import Stepping
+from surefoot.step.options import ReleaseOptions, Stepping
 from surefoot.step.types import ParamSlice
 
 
@@ -25,6 +25,7 @@ class StepInput(NamedTuple):
         grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
         whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
             of them.
+        released: what is done to gradients where they are released while backward runs.
     """
 
     spec: AlgorithmSpec
@@ -37,13 +38,24 @@ class StepInput(NamedTuple):
     param_names: Callable[[], Sequence[str]]
     grads: Mapping[Tensor, Tensor | None] | None = None
     whole: Sequence[Mapping[str, Any]] | None = None
+    released: ReleaseOptions | None = None
 
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""
         return param.grad if self.grads is None else self.grads.get(param)
 
+    def has_no_gradients(self) -> bool:
+        """Return whether there is nothing to step."""
+        if self.grads is not None:
+            return all(grad is None for grad in self.grads.values())
+        return not any(param.grad is not None for group in self.groups for param in group["params"])
+
     def is_clipped(self, group: Mapping[str, Any]) -> bool:
-        """Return whether the gradients of a group are clipped by norm."""
+        """Return whether the gradients of a group are clipped by a norm."""
+        return self.is_clipped_at_once(group) or (self.released is not None and self.released.clips)
+
+    def is_clipped_at_once(self, group: Mapping[str, Any]) -> bool:
+        """Return whether they are clipped by the norm of all gradients, which then must be there all at once."""
         return bool(self.stepping.options.max_grad_norm or group.get("max_grad_norm"))
 
     def own_norm(self, group: Mapping[str, Any]) -> float | None:
@@ -52,6 +64,8 @@ class StepInput(NamedTuple):
 
     def needs_gradients(self) -> bool:
         """Return whether the gradients must be measured before the update."""
+        if self.released is not None and self.released.measures:
+            return True
         guarded = self.stepping.options.nonfinite != "ignore"
         return guarded or any(map(self.is_clipped, self.groups))
 

@@ -85,11 +85,11 @@ def _metric_names(step: StepInput, slices: Sequence[ParamSlice]) -> MetricNames:
 
 
 def _least(clips: Sequence[Any]) -> Any:
-    on_device = [clip for clip in clips if isinstance(clip, Tensor)]
+    on_device = [clip.reshape(-1) for clip in clips if isinstance(clip, Tensor)]
     least = min((clip for clip in clips if not isinstance(clip, Tensor)), default=1.0)
     if not on_device:
         return least
-    return torch.stack([clip.to(on_device[0].device) for clip in on_device]).min().clamp(max=least)
+    return torch.cat([clip.to(on_device[0].device) for clip in on_device]).min().clamp(max=least)
 
 
 def measured_sums(step: StepInput, part: ParamSlice) -> Tensor:

@@ -72,6 +72,49 @@ GROUP_RANGES: Mapping[str, Check] = {
     ),
 }
 _NONFINITE = ("ignore", "skip", "raise")
+
+
+@dataclass(frozen=True)
+class ReleaseOptions:
+    """What is done, before the update, to gradients that are never there all at once.
+
+    Attributes:
+        max_previous_grad_norm: greatest norm of the previous step's gradients.
+        max_param_grad_norm: greatest norm of the gradient of each parameter.
+        nonfinite_params: what to do with a parameter whose gradient holds inf or NaN.
+    """
+
+    max_previous_grad_norm: float | None = None
+    max_param_grad_norm: float | None = None
+    nonfinite_params: str = "ignore"
+
+    def __post_init__(self) -> None:
+        for name in ("max_previous_grad_norm", "max_param_grad_norm"):
+            Interval(_POSITIVE.format(f"`{name}`"), low_open=True, optional=True)(name, getattr(self, name))
+        _check_nonfinite("nonfinite_params", self.nonfinite_params)
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are multiplied with something."""
+        return self.max_previous_grad_norm is not None or self.max_param_grad_norm is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether gradients must be measured before the update."""
+        return self.clips or self.nonfinite_params != "ignore"
+
+    def of_whole_params(self) -> str | None:
+        """Return the name of an option that needs to know the whole gradient of a parameter, if there is one."""
+        if self.max_param_grad_norm is not None:
+            return "max_param_grad_norm"
+        return "nonfinite_params" if self.nonfinite_params != "ignore" else None
+
+
+def _check_nonfinite(name: str, value: Any) -> None:
+    if value not in _NONFINITE:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, _NONFINITE))}, but is {value!r}")
+
+
 _PER_GROUP = ("max_grad_value", "gradient_centralization", *DIRECTED, "ema")
 _ALL = tuple(StepOptions.__annotations__)
 _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "process_group", "telemetry")
@@ -95,10 +138,7 @@ class OptimizerOptions:
     def check(self) -> None:
         """Raise when an option is out of its range; make a telemetry where True asks for one."""
         GROUP_RANGES["max_grad_norm"]("max_grad_norm", self.max_grad_norm)
-        if self.nonfinite not in _NONFINITE:
-            raise ValueError(
-                f"`nonfinite` must be one of {', '.join(map(repr, _NONFINITE))}, but is {self.nonfinite!r}"
-            )
+        _check_nonfinite("nonfinite", self.nonfinite)
         if not isinstance(self.zero_grad_after_step, bool):
             raise TypeError(f"`zero_grad_after_step` must be True or False, but is {self.zero_grad_after_step!r}")
         self.telemetry = _telemetry(self.telemetry)
@@ -132,10 +172,12 @@ class StepStatistics:
     Attributes:
         steps: how many steps were asked for.
         skipped: how many of them were skipped.
+        skipped_params: how many times a parameter was left out of one (`release_gradients(nonfinite_params="skip")`).
     """
 
     steps: int = 0
     skipped: int = 0
+    skipped_params: int = 0
 
 
 @dataclass(eq=False)

@@ -52,6 +52,8 @@ def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps
     context = step.stepping.context
     context.acquire()
     exchange = due_exchange(step)
+    if exchange is None and step.released is not None and step.has_no_gradients():
+        return cache
     if exchange is None and _found_infinities(step):
         step.skip()
         return cache
@@ -289,9 +291,9 @@ def finish_part(step: StepInput) -> list[ParamSlice]:
         part.fresh = None
         if wanted:
             part.sums = measured_sums(step, part)
-        part.before = part.gradients = None
+        part.before = None
     context.slices = []
-    return slices if wanted else []
+    return slices if wanted or step.needs_gradients() else []
 
 
 def _average_rest(step: StepInput) -> None:

@@ -457,7 +457,7 @@ def _prepared(
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
     if step.grad_scale is not None or step.is_clipped(group) or any(map(group.get, _OF_GRADIENTS)):
-        grads = [_seen(step, part, grad) for grad in grads]
+        grads = [_seen(step, part, grad, part.clip_of(position)) for position, grad in enumerate(grads)]
     rows = zip(part.params, grads, entries, strict=True)
     if not group.get("capturable") and all(param.is_cpu for param in part.params):
         return [PreparedParam(plain, *row, apart) for row in rows]
@@ -466,11 +466,11 @@ def _prepared(
     return [PreparedParam(plain if on_host and row[0].is_cpu else moved(row[0].device), *row, apart) for row in rows]
 
 
-def _seen(step: StepInput, part: ParamSlice, grad: Tensor) -> Tensor:
-    """Return a gradient as an algorithm is to see it."""
+def _seen(step: StepInput, part: ParamSlice, grad: Tensor, clip: Any) -> Tensor:
+    """Return a gradient as an algorithm is to see it, multiplied with `clip`."""
     group = part.group
     grad = grad if step.grad_scale is None else grad / step.grad_scale
-    grad = grad * part.clip if step.is_clipped(group) else grad
+    grad = grad * clip if step.is_clipped(group) else grad
     if group.get("gradient_centralization"):
         grad = centralized(grad)
     if limit := group.get("max_grad_value"):

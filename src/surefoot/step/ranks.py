@@ -36,7 +36,12 @@ class RankSums(NamedTuple):
 
 
 def due_exchange(step: StepInput) -> Exchange | None:
-    """Return what ranks tell one another by in this step, None if there is nothing to tell."""
+    """Return what ranks tell one another by in this step, None if there is nothing to tell.
+
+    A part of a step, made while backward runs, is made without: what it would need is told when the step is closed.
+    """
+    if step.whole is not None:
+        return None
     whole, stages = step.whole_params(), list(chain.from_iterable(step.stages()))
     totals = any(stage.totals for stage in stages)
     if alone := step.whole_params(alone=True):

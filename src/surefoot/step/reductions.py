@@ -23,11 +23,16 @@ from surefoot.tensors.shards import to_local
 def measure_tensors(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> None:
     """Measure what rules need to know of whole tensors, and put the numbers that follow among the coefficients.
 
+    So are the factors by which gradients are clipped, where each parameter has its own.
+
     Args:
         step: the step.
         runs: its buckets, which have their coefficients.
         exchange: what puts numbers together over ranks, None where one process knows all tensors.
     """
+    for run in runs:
+        if run.slice.clips_each and "step_clip" in run.bucket.rule.given:
+            _share(run, {**_known(run), "step_clip": _in_dtype(run.slice.clip, _dtype_of_numbers(run))})
     measured = [run for run in runs if run.bucket.rule.stages]
     known = [_known(run) for run in measured]
     for number, stages in enumerate(_stages(step, measured, exchange)):
@@ -117,6 +122,14 @@ def _share(run: BucketRun, known: Mapping[str, Any]) -> None:
         run.bucket.coefficients, run.bucket.row = EachParameter(known, 1), np.zeros(count, dtype=np.int64)
         return
     run.bucket.coefficients, run.bucket.row = EachParameter(known, count), np.arange(count)
+
+
+def _dtype_of_numbers(run: BucketRun) -> torch.dtype:
+    """Return the dtype of numbers that each parameter has its own of.
+
+    Kernels of the CPU take them in float64, as those that all parameters share, and some of them reciprocal.
+    """
+    return torch.float64 if run.engine is cpu else run.bucket.compute_dtype
 
 
 def _measure(run: BucketRun, stage: Stage) -> Tensor:
@@ -216,8 +229,7 @@ def _add_numbers(run: BucketRun, known: dict[str, Any], stage: Stage, sums: Sequ
     read = _unchanged if run.is_unread else _read
     takes = [known[name] for name in stage.takes]
     known |= zip(stage.gives, _evaluated(stage.numbers, takes, list(map(read, takes))), strict=True)
-    # Kernels of the CPU take them in float64, as those that all parameters share, and some of them reciprocal.
-    dtype, names = torch.float64 if run.engine is cpu else run.bucket.compute_dtype, run.bucket.rule.numbers
+    dtype, names = _dtype_of_numbers(run), run.bucket.rule.numbers
     _share(run, {name: _in_dtype(read(known[name]), dtype) for name in names if name in known})
 
 

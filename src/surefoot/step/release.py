@@ -5,24 +5,24 @@ Each is a step of its own to the pipeline: groups that mirror the optimizer's an
 step cache.  `step` closes the iteration: it counts, and steps what has a gradient still.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from surefoot.distributed import refuse_divided_by_module
+from surefoot.dynamo import opaque
 from surefoot.locks import Lock
 from surefoot.step.cache import StepCache
-from surefoot.step.clipping import listed
+from surefoot.step.clipping import forget_norm, keep_norm, listed
 from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
-from surefoot.step.options import Stepping
+from surefoot.step.options import ReleaseOptions, Stepping
 from surefoot.step.ranks import any_sharded
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.backward import OUTSIDE, backward_pass, call_at_end_of_backward
@@ -51,16 +51,17 @@ class _Param:
     """A parameter whose gradient is released.
 
     Attributes:
+        handle: what releases it, not held: the hook keeps no optimizer alive.
         param: the parameter.
         hook: the handle of its hook.
         group: the number of its group.
         index: its number in the group.
         bucket: where it is stepped, None before its first gradient.
-        gradients: how many have come since the last `step`, of those that count.
-        arrived: whether its gradient is whole and waits for the bucket.
-        stepped: whether it has been stepped since the last `step`.
+        gradients: how many have come since the last `step`, where several make a whole one.
+        arrived: whether its gradient has come whole since the last `step`.
     """
 
+    handle: "weakref.ref[ReleasedGradients]"
     param: Tensor
     hook: Any = None
     group: int = 0
@@ -68,7 +69,20 @@ class _Param:
     bucket: "_Bucket | None" = None
     gradients: int = 0
     arrived: bool = False
-    stepped: bool = False
+
+    def arrive(self, _: Tensor) -> None:
+        """Take a gradient that has come: the hook of the parameter.
+
+        It runs once for each parameter, so that what is known of the bucket's first gradient is not asked again.
+        """
+        bucket = self.bucket
+        if bucket is not None and bucket.awaited and not self.arrived:
+            self.arrived, waiting = True, bucket.waiting
+            waiting.append(self)
+            if len(waiting) == bucket.awaited and (released := self.handle()) is not None:
+                released._step_full(bucket)
+        elif (released := self.handle()) is not None:
+            released._arrive(self)
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +94,8 @@ class _Bucket:
         device: where they are.
         members: they.
         size: bytes of their gradients.
-        arrived: how many of them wait.
+        waiting: those of them whose gradient waits, whole.
+        awaited: how many have to wait until it is stepped, where nothing else is to be decided; else 0.
         filling: whether it takes further parameters.
         stepped: whether it has been stepped since the last `step`.
         groups: groups that mirror the optimizer's, made when they are needed.
@@ -93,7 +108,8 @@ class _Bucket:
     device: torch.device
     members: list[_Param] = field(default_factory=list)
     size: int = 0
-    arrived: int = 0
+    waiting: list[_Param] = field(default_factory=list)
+    awaited: int = 0
     filling: bool = True
     stepped: bool = False
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -114,6 +130,11 @@ class _Bucket:
         member.bucket = None
         self.members.remove(member)
         self.groups, self.numbers, self.cache = [], [], None
+
+    def close(self) -> None:
+        """Let nothing wait any more."""
+        self.waiting, self.awaited = [], 0
+        self.streams.clear()
 
     def mirror(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return groups that hold the members only."""
@@ -145,20 +166,29 @@ class ReleasedGradients:
     Attributes:
         micro_batches: how many gradients of a parameter are accumulated before it is stepped.
         bucket_bytes: bytes of gradients that are stepped together.
+        options: what is done to gradients before the update.
     """
 
-    def __init__(self, model: nn.Module, partial_steps: PartialSteps, *, micro_batches: int, bucket_bytes: int) -> None:
-        self.micro_batches, self.bucket_bytes = micro_batches, bucket_bytes
+    def __init__(
+        self,
+        model: nn.Module,
+        partial_steps: PartialSteps,
+        options: ReleaseOptions,
+        *,
+        micro_batches: int,
+        bucket_bytes: int,
+    ) -> None:
+        self.micro_batches, self.bucket_bytes, self.options = micro_batches, bucket_bytes, options
         self._model, self._partial_steps = model, partial_steps
         self._lock, self._members = Lock(), dict[Tensor, _Param]()
         self._active, self._accumulates = True, False
         self._params: list[Tensor] = []
         self._others: list[Any] = []
-        self._options: list[Any] = []
+        self._group_options: list[Any] = []
         self._buckets: list[_Bucket] = []
         self._forget_iteration()
         step = partial_steps.step_input()
-        refuse_release(step, model)
+        refuse_release(step, model, options)
         self._follow(step)
         if not self._members:
             self._active = False
@@ -169,6 +199,7 @@ class ReleasedGradients:
 
     def _forget_iteration(self) -> None:
         self._open, self._backward = False, OUTSIDE
+        self._stepped: list[_Param] = []
         self._slices: list[ParamSlice] = []
         self._seconds = 0.0
 
@@ -188,6 +219,7 @@ class ReleasedGradients:
             self._members.clear()
             self._buckets.clear()
             self._forget_iteration()
+            forget_norm(self._partial_steps.step_input().groups)
 
     def __enter__(self) -> Self:
         return self
@@ -199,6 +231,8 @@ class ReleasedGradients:
     def accumulate(self) -> Iterator[None]:
         """Let backward passes inside a `with` block add to the gradients only, for the next one outside to step."""
         before, self._accumulates = self._accumulates, True
+        for bucket in self._buckets:
+            bucket.awaited = 0
         try:
             yield
         finally:
@@ -206,16 +240,22 @@ class ReleasedGradients:
 
     # Gradients that arrive
 
+    @opaque
     def _arrive(self, member: _Param) -> None:
-        """Step a bucket if this gradient is the last that it has waited for."""
+        """Take a gradient, and decide what is to become of it."""
         with self._lock:
             if not self._open:
                 self._begin()
                 if member.param not in self._members:  # in no group any more
                     return
-            grad = member.param.grad
-            if grad is None or grad.requires_grad or member.stepped or member.arrived:
-                self._refuse(member)
+            if member.arrived:
+                raise RuntimeError(
+                    f"{self._name(member)} has got another gradient after it was stepped; call step() after each "
+                    f"backward pass, one that has failed too, or accumulate: `with handle.accumulate():` around all "
+                    f"backward passes but the last, or release_gradients(model, micro_batches=n), which steps at the "
+                    f"n-th (now {self.micro_batches})"
+                )
+            self._refuse_unusable(member)
             if self._accumulates:
                 return
             member.gradients += 1
@@ -228,13 +268,13 @@ class ReleasedGradients:
         step = self._partial_steps.step_input()
         self._follow(step)
         options = _options(step.groups)
-        if not same_objects(self._options, options):
-            self._options = options
+        if not same_objects(self._group_options, options):
+            self._group_options = options
             for bucket in self._buckets:
                 bucket.update_options(step.groups)
 
-    def _refuse(self, member: _Param) -> NoReturn:
-        """Refuse a gradient that cannot be released, before it changes anything."""
+    def _refuse_unusable(self, member: _Param) -> None:
+        """Refuse a gradient that a parameter cannot be stepped by, before it changes anything."""
         grad = member.param.grad
         if grad is None:
             raise RuntimeError(
@@ -246,11 +286,6 @@ class ReleasedGradients:
                 f"the gradient of {self._name(member)} has a graph (create_graph=True), which needs the parameter as "
                 f"it was; remove() the handle of release_gradients for such steps"
             )
-        raise RuntimeError(
-            f"{self._name(member)} has got another gradient after it was stepped; call step() after each backward "
-            f"pass, or accumulate: `with handle.accumulate():` around all backward passes but the last, or "
-            f"release_gradients(model, micro_batches=n), which steps at the n-th (now {self.micro_batches})"
-        )
 
     def _take(self, member: _Param) -> None:
         """Let a whole gradient wait for its bucket, and step that if it is the last, or else at the pass's end."""
@@ -262,16 +297,26 @@ class ReleasedGradients:
             bucket = self._filling(member.param.device)
             bucket.add(member)
         member.arrived = True
-        bucket.arrived += 1
+        bucket.waiting.append(member)
         if bucket.device.type == "cuda":
             bucket.streams.add(torch.cuda.current_stream(bucket.device))
-        full = bucket.size >= self.bucket_bytes if bucket.filling else bucket.arrived == len(bucket.members)
+        full = bucket.size >= self.bucket_bytes if bucket.filling else len(bucket.waiting) == len(bucket.members)
         if full and len(bucket.streams) <= 1:
             self._step(bucket)
-        elif (current := backward_pass()) != self._backward:
+            return
+        if (current := backward_pass()) != self._backward:
             self._backward = current
             if current != OUTSIDE:
                 call_at_end_of_backward(self._step_waiting)
+        if self.micro_batches == 1 and not bucket.filling and bucket.device.type == "cpu":
+            bucket.awaited = len(bucket.members)
+
+    @opaque
+    def _step_full(self, bucket: _Bucket) -> None:
+        """Step a bucket for which nothing else is to be decided."""
+        with self._lock:
+            if bucket.waiting:  # no other thread has stepped it
+                self._step(bucket)
 
     def _filling(self, device: torch.device) -> _Bucket:
         """Return the bucket that takes parameters of a device, which have none yet."""
@@ -282,34 +327,37 @@ class ReleasedGradients:
         self._buckets.append(_Bucket(Stepping(options), device))
         return self._buckets[-1]
 
+    @opaque
     def _step_waiting(self) -> None:
         """Step all that waits: the backward pass has come to its end, and streams have been waited for."""
         with self._lock:
-            for bucket in [each for each in self._buckets if each.arrived]:
+            for bucket in [each for each in self._buckets if each.waiting]:
                 if len(bucket.streams) > 1:
-                    _keep_for_this_stream(member.param.grad for member in bucket.members if member.arrived)
+                    _keep_for_this_stream(member.param.grad for member in bucket.waiting)
                 self._step(bucket)
 
     @torch.no_grad()
     def _step(self, bucket: _Bucket) -> None:
         """Step the members of a bucket whose gradients are whole, and drop these."""
         begun = perf_counter()
-        bucket.filling = False
-        for member in [each for each in bucket.members if not each.arrived and each.param.grad is not None]:
-            bucket.drop(member)  # it waits for more
+        bucket.filling, bucket.awaited = False, 0
+        for member in bucket.waiting:
+            if (grad := member.param.grad) is None or grad.requires_grad:
+                self._refuse_unusable(member)
+        if len(bucket.waiting) < len(bucket.members):
+            for member in [each for each in bucket.members if not each.arrived and each.param.grad is not None]:
+                bucket.drop(member)  # it waits for more
         whole = self._partial_steps.step_input()
         step = whole._replace(groups=bucket.mirror(whole.groups), stepping=bucket.stepping, whole=whole.groups)
-        context = step.stepping.context
-        context.wants_metrics = _is_measured(whole)
+        step.stepping.context.wants_metrics = _is_measured(whole)
         cache, bucket.cache = bucket.cache, None
         bucket.cache, slices = self._partial_steps.make(step, cache)
         self._slices += slices
-        for member in bucket.members:
-            if member.arrived:
-                member.param.grad = None
-                member.arrived, member.stepped = False, True
-        bucket.arrived, bucket.stepped = 0, True
-        bucket.streams.clear()
+        for member in bucket.waiting:
+            member.param.grad = None
+        self._stepped += bucket.waiting
+        bucket.close()
+        bucket.stepped = True
         self._seconds += perf_counter() - begun
 
     # The calls of the training loop
@@ -330,27 +378,48 @@ class ReleasedGradients:
         step = self._partial_steps.step_input()
         if step.found_inf is not None:
             raise RuntimeError(_NO_SCALER)
-        refuse_options(step)
-        stepped = [member for member in self._members.values() if member.stepped]
-        if stepped and not same_objects(self._options, _options(step.groups)):
-            raise RuntimeError(
-                f"options of param groups were changed after backward has stepped {len(stepped)} parameters by those "
-                f"before; change them before backward or after step()"
-            )
-        if again := [member for member in stepped if member.param.grad is not None]:
+        self._refuse_changed(step)
+        if again := [member for member in self._stepped if member.param.grad is not None]:
             raise RuntimeError(
                 f"{self._name(again[0])} was given a gradient after it was stepped; set it to None, or give it before "
                 f"backward"
             )
 
+    def _refuse_changed(self, step: StepInput) -> None:
+        """Refuse options that need all gradients at once, or that were changed after parameters were stepped."""
+        refuse_options(step)
+        if self._stepped and not same_objects(self._group_options, _options(step.groups)):
+            raise RuntimeError(
+                f"options of param groups were changed after backward has stepped {len(self._stepped)} parameters by "
+                f"those before; change them before backward or after step()"
+            )
+
+    def close_at_once(self) -> bool:
+        """Close an iteration after which nothing is left to be done; return whether it is such a one.
+
+        Raises:
+            RuntimeError: see `before_step`.
+        """
+        step = self._partial_steps.step_input()
+        stepping = step.stepping
+        if not self._stepped or self.options.measures or stepping.options.requested() or not step.has_no_gradients():
+            return False
+        with stepping.context.lock:
+            self._refuse_changed(step)
+            stepping.statistics.steps += 1
+            self.abandon()
+        return True
+
     def after_step(self, context: StepContext) -> None:
-        """Close the iteration, and let telemetry have what was measured in it."""
+        """Close the iteration, keep the norm of its gradients, and let telemetry have what was measured in it."""
         with self._lock:
             if self._slices:
-                rank = {param: number for number, param in enumerate(self._members)}
+                rank = {param: number for number, param in enumerate(self._params)}
                 slices = [*context.slices, *self._slices]
                 context.slices = sorted(slices, key=lambda part: rank.get(part.params[0], len(rank)))
                 context.start -= self._seconds
+            if self.options.max_previous_grad_norm is not None:
+                keep_norm(self._partial_steps.step_input(), context.slices)
             self.abandon()
 
     def before_zero_grad(self) -> None:
@@ -364,7 +433,7 @@ class ReleasedGradients:
 
     def refuse_open(self, call: str) -> None:
         """Raise RuntimeError where some parameters have been stepped, and the iteration is not closed yet."""
-        if count := sum(member.stepped for member in self._members.values()):
+        if count := len(self._stepped):
             raise RuntimeError(
                 f"{call} was called after backward has stepped {count} of {len(self._members)} parameters and before "
                 f"step(); their gradients are gone. Call step() first, or remove() the handle of release_gradients "
@@ -374,11 +443,14 @@ class ReleasedGradients:
     def abandon(self) -> None:
         """Begin anew with the next gradient."""
         with self._lock:
-            for member in self._members.values():
-                member.gradients, member.arrived, member.stepped = 0, False, False
+            for member in self._members.values() if self.micro_batches > 1 else ():
+                member.gradients = 0
             for bucket in self._buckets:
-                bucket.arrived, bucket.stepped = 0, False
-                bucket.streams.clear()
+                self._stepped += bucket.waiting
+                bucket.close()
+                bucket.stepped = False
+            for member in self._stepped:
+                member.arrived = False
             self._forget_iteration()
 
     # Groups
@@ -395,15 +467,14 @@ class ReleasedGradients:
                     continue
                 member = self._members.pop(param, None)
                 if member is None:
-                    member = _Param(param)
-                    hook = functools.partial(_arrive, weakref.ref(self), member)
-                    member.hook = param.register_post_accumulate_grad_hook(hook)
+                    member = _Param(weakref.ref(self), param)
+                    member.hook = param.register_post_accumulate_grad_hook(member.arrive)
                 member.group, member.index, member.bucket = number, index, None
                 members[param] = member
         for gone in self._members.values():
             gone.hook.remove()
         self._members, self._params, self._others = members, params, others
-        self._options, self._buckets = _options(step.groups), []
+        self._group_options, self._buckets = _options(step.groups), []
 
     def _name(self, member: _Param) -> str:
         return listed([self._partial_steps.step_input().names()[member.param]])
@@ -427,21 +498,24 @@ def refuse_options(step: StepInput) -> None:
     Raises:
         ValueError: an option is set; the message says which.
     """
-    if any(map(step.is_clipped, step.groups)):
+    if any(map(step.is_clipped_at_once, step.groups)):
         raise ValueError(
             "`max_grad_norm` needs the norm of all gradients before the first parameter is stepped, and released "
-            "gradients are never there all at once; leave it out, or pass `max_grad_value`, which needs no norm"
+            "gradients are never there all at once; leave it out (LAMB: max_grad_norm=None), and pass to "
+            "release_gradients `max_previous_grad_norm`, which clips by the norm of the step before, or "
+            "`max_param_grad_norm`, which clips each parameter by itself; `max_grad_value` needs no norm"
         )
     if (nonfinite := step.stepping.options.nonfinite) != "ignore":
         raise ValueError(
             f"nonfinite={nonfinite!r} looks at all gradients before the first parameter is stepped, and released "
-            f"gradients are never there all at once; leave it out"
+            f"gradients are never there all at once, so that no whole step can be left out; leave it out, and pass "
+            f"`nonfinite_params={nonfinite!r}` to release_gradients, which decides for each parameter by itself"
         )
     if any(group.get("differentiable") for group in step.groups):
         raise ValueError("differentiable=True keeps the graph of a step, which released gradients are no part of")
 
 
-def refuse_release(step: StepInput, model: nn.Module) -> None:
+def refuse_release(step: StepInput, model: nn.Module, options: ReleaseOptions) -> None:
     """Refuse what cannot be trained with released gradients.
 
     Raises:
@@ -451,11 +525,6 @@ def refuse_release(step: StepInput, model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"release_gradients needs the model, a torch.nn.Module, but got {type(model).__name__}")
-    if step.spec.algorithms:
-        raise TypeError(
-            f"{step.spec.name} steps its algorithms together; release the gradients of separate optimizers, one for "
-            f"each of {', '.join(step.spec.algorithms)}"
-        )
     refuse_divided_by_module(model)
     refuse_options(step)
     params = [param for group in step.groups for param in group["params"]]
@@ -474,12 +543,11 @@ def refuse_release(step: StepInput, model: nn.Module) -> None:
             f"{step.spec.name} needs to know more of a tensor than a shard, so that ranks would have to wait for one "
             f"another inside of the backward pass; take an elementwise optimizer, AdamW for instance"
         )
-
-
-def _arrive(handle: "weakref.ref[ReleasedGradients]", member: _Param, _: Tensor) -> None:
-    """Tell a handle that a parameter has a gradient; the hook of the parameter, which keeps no optimizer alive."""
-    if (released := handle()) is not None:
-        released._arrive(member)
+    if any_sharded(params) and (asked := options.of_whole_params()):
+        raise RuntimeError(
+            f"`{asked}` looks at the whole gradient of a parameter, of which a rank has a shard, so that ranks would "
+            f"have to wait for one another inside of the backward pass; leave it out"
+        )
 
 
 def _structure(groups: Iterable[Mapping[str, Any]]) -> tuple[list[Tensor], list[Any]]:
@@ -490,7 +558,7 @@ def _structure(groups: Iterable[Mapping[str, Any]]) -> tuple[list[Tensor], list[
         own, names = group["params"], group.get("param_names")
         params += own
         others += (len(own), names and [*names])
-    return params, [*others, *(param.requires_grad for param in params)]
+    return params, others + [param.requires_grad for param in params]
 
 
 def _options(groups: Iterable[Mapping[str, Any]]) -> list[Any]:

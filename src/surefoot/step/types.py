@@ -25,7 +25,7 @@ class ParamSlice:
         group: the param group.
         params: the parameters, n of them.
         gradients: sum of squares and largest absolute value of each gradient: float64 of shape (n, 2).
-        clip: what the gradients are multiplied with, a number or a 0-d tensor.
+        clip: what the gradients are multiplied with: a number, a 0-d tensor, or float64 of shape (n,).
         sums: what `rule.TELEMETRY` names, of each parameter: float64 of shape (n, 5).
         before: copies of the parameters before the step, where updates cannot be measured while they are made.
         fresh: for each parameter whether its average is new, where averages are no part of the update.
@@ -38,6 +38,15 @@ class ParamSlice:
     sums: Tensor | None = None
     before: list[Tensor] | None = None
     fresh: list[bool] | None = None
+
+    @property
+    def clips_each(self) -> bool:
+        """Whether each gradient is multiplied with a number of its own."""
+        return isinstance(self.clip, Tensor) and self.clip.dim() > 0
+
+    def clip_of(self, position: int) -> Any:
+        """Return what the gradient at a position is multiplied with."""
+        return self.clip[position] if self.clips_each else self.clip
 
 
 @dataclass(eq=False)
