@@ -1,4 +1,4 @@
-"""The benchmark: what is measured, that contenders and floor are what they claim, and the arithmetic of ratios."""
+"""The benchmark: what is measured, that contenders and bound are what they claim, and the arithmetic of ratios."""
 
 import importlib.util
 import math
@@ -18,10 +18,10 @@ from surefoot.benchmark import (
     COMPILED,
     DTYPES,
     EAGER,
-    FLOOR,
     FOR_LOOP,
     FOREACH,
     FUSED,
+    MEMORY_BOUND,
     OURS,
     SHAPE_LISTS,
     SMALL_MODELS,
@@ -36,9 +36,9 @@ from surefoot.benchmark import (
     SmallMeasurement,
     contenders,
     contenders_of,
-    floor_of,
     has_work,
     implementations_of,
+    memory_bound_of,
     rounds,
     small,
 )
@@ -51,7 +51,7 @@ ADAMW = Case(VARIANTS["AdamW"], SHAPE_LISTS["large"], torch.float32)
 
 def a_measurement(case=ADAMW, **changes):
     """Make a measurement of four rounds, in which torch's fused implementation is the best."""
-    times = {FOR_LOOP: 30.0, FOREACH: 40.0, FUSED: 9.0, OURS: 6.0, FLOOR: 5.0} | changes
+    times = {FOR_LOOP: 30.0, FOREACH: 40.0, FUSED: 9.0, OURS: 6.0, MEMORY_BOUND: 5.0} | changes
     drift = np.array([1.0, 1.0, 2.0, 2.0])
     return Measurement(case, {name: 1e-3 * value * drift for name, value in times.items() if value}, compile_seconds=7)
 
@@ -105,7 +105,7 @@ def test_cases_are_all_combinations_each_once():
     ]
 
 
-# The floor
+# The bound
 
 
 def _group_of(optimizer, param):
@@ -123,27 +123,27 @@ def loads_and_stores(optimizer, param):
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_the_floor_moves_the_same_bytes_by_the_same_engine(variant, dtype):
+def test_the_memory_bound_moves_the_same_bytes_by_the_same_engine(variant, dtype):
     params = [torch.nn.Parameter(torch.zeros(1, 3, dtype=dtype))]
     optimizer = getattr(surefoot, variant.optimizer)(params, **variant.options)
-    floor = floor_of(optimizer)
+    bound = memory_bound_of(optimizer)
     rule = explain.rule_of(optimizer, optimizer.param_groups[0])
     expected = 2 + len(rule.slots), sum(rule.written)
-    assert loads_and_stores(floor, *params) == loads_and_stores(optimizer, *params) == expected
-    ours, least = (explain.layout_of(o, o.param_groups[0], *params) for o in (optimizer, floor))
+    assert loads_and_stores(bound, *params) == loads_and_stores(optimizer, *params) == expected
+    ours, least = (explain.layout_of(o, o.param_groups[0], *params) for o in (optimizer, bound))
     assert ours.compute == least.compute
-    traffic = [explain.traffic_of(o, _group_of(o, *params), *params) for o in (optimizer, floor)]
+    traffic = [explain.traffic_of(o, _group_of(o, *params), *params) for o in (optimizer, bound)]
     assert traffic[0] == traffic[1]
-    assert [choice.engine for o in (optimizer, floor) for choice in explain.choices(o)] == ["cpu", "cpu"]
+    assert [choice.engine for o in (optimizer, bound) for choice in explain.choices(o)] == ["cpu", "cpu"]
 
 
-def test_the_floor_adds_the_gradient_to_everything():
+def test_the_memory_bound_adds_the_gradient_to_everything():
     param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    floor = floor_of(surefoot.Adam([param]))
+    bound = memory_bound_of(surefoot.Adam([param]))
     param.grad = torch.tensor([0.5, 0.25])
-    floor.step()
+    bound.step()
     assert param.tolist() == [1.5, 2.25]
-    assert {name: slot.tolist() for name, slot in floor.state[param].items()} == {
+    assert {name: slot.tolist() for name, slot in bound.state[param].items()} == {
         "slot0": [0.5, 0.25],
         "slot1": [0.5, 0.25],
     }
@@ -174,33 +174,33 @@ def read_by_stages(optimizer, param):
 
 
 @pytest.mark.parametrize("name", REDUCING)
-def test_the_floor_of_a_rule_that_reduces_reads_in_each_stage_what_the_rule_reads(name):
+def test_the_memory_bound_of_a_rule_that_reduces_reads_in_each_stage_what_the_rule_reads(name):
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,))]
     optimizer = getattr(surefoot, name)(params, **REDUCING[name])
-    floor = floor_of(optimizer)
+    bound = memory_bound_of(optimizer)
     stages = [read_by_stages(optimizer, param) for param in params]
-    assert [read_by_stages(floor, param) for param in params] == stages
+    assert [read_by_stages(bound, param) for param in params] == stages
     assert all(stored == 0 for stage in stages for _, stored in stage)
     assert [len(stage) for stage in stages] == [1, 0 if name == "MARS" else 1]  # whose vectors AdamW steps
 
 
-def test_the_floor_clips_where_the_rule_does():
+def test_the_memory_bound_clips_where_the_rule_does():
     param = torch.nn.Parameter(torch.zeros(2))
     param.grad = torch.tensor([30.0, 40.0])
-    floor = floor_of(surefoot.LAMB([param]))
-    floor.step()
+    bound = memory_bound_of(surefoot.LAMB([param]))
+    bound.step()
     torch.testing.assert_close(param.detach(), torch.tensor([0.6, 0.8]))
 
 
-def test_the_floor_of_a_rule_that_reduces_sums_and_adds_the_gradient():
+def test_the_memory_bound_of_a_rule_that_reduces_sums_and_adds_the_gradient():
     param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    floor = floor_of(surefoot.LAMB([param], max_grad_norm=None))
+    bound = memory_bound_of(surefoot.LAMB([param], max_grad_norm=None))
     param.grad = torch.tensor([0.5, 0.25])
-    floor.step()
+    bound.step()
     assert param.tolist() == [1.5, 2.25]
-    assert floor.state[param]["slot1"].tolist() == [0.5, 0.25]
+    assert bound.state[param]["slot1"].tolist() == [0.5, 0.25]
     param.grad = torch.tensor([torch.inf, 0.0])
-    floor.step()
+    bound.step()
     assert param.isnan().all()  # by the sum, which is none of a finite number
 
 
@@ -208,9 +208,9 @@ def test_the_floor_of_a_rule_that_reduces_sums_and_adds_the_gradient():
 
 
 def test_contenders():
-    assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, FLOOR]
-    assert list(contenders_of(VARIANTS["Lion"], compiled=True)) == [EAGER, OURS, FLOOR]
-    assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, FLOOR]
+    assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, MEMORY_BOUND]
+    assert list(contenders_of(VARIANTS["Lion"], compiled=True)) == [EAGER, OURS, MEMORY_BOUND]
+    assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, MEMORY_BOUND]
 
 
 @pytest.mark.parametrize("variant", TORCH_VARIANTS.values(), ids=TORCH_VARIANTS)
@@ -218,7 +218,7 @@ def test_contenders_of_torch_leave_the_shared_gradients_alone(variant):
     grads = benchmark.gradients(Case(variant, FEW, torch.float32))
     before = [grad.clone() for grad in grads]
     for name, make in contenders_of(variant).items():
-        if name not in (EAGER, OURS, FLOOR):  # of ours that is promised, and tested elsewhere
+        if name not in (EAGER, OURS, MEMORY_BOUND):  # of ours that is promised, and tested elsewhere
             rounds._prepare(Case(variant, FEW, torch.float32), make, grads)
     assert all(map(torch.equal, grads, before))
 
@@ -250,7 +250,7 @@ def test_gradients_are_the_same_every_time_and_own_their_memory():
 
 def test_measuring():
     measurement = benchmark.measure(Case(VARIANTS["AdamW"], FEW, torch.float32), seconds=0)
-    assert set(measurement.seconds) == {FOR_LOOP, FOREACH, FUSED, OURS, FLOOR}
+    assert set(measurement.seconds) == {FOR_LOOP, FOREACH, FUSED, OURS, MEMORY_BOUND}
     assert {len(values) for values in measurement.seconds.values()} == {rounds.FEWEST_ROUNDS}
     assert all((values > 0).all() for values in measurement.seconds.values())
     assert (measurement.wrong, measurement.compile_seconds) == ([], 0)
@@ -259,12 +259,12 @@ def test_measuring():
 @pytest.mark.parametrize("variant", ["Lion", "LAMB", "AdamWScheduleFree"])
 def test_measuring_what_torch_does_not_have(variant, tmp_path):
     measurement = benchmark.measure(Case(VARIANTS[variant], FEW, torch.bfloat16), seconds=0, compiled=True)
-    assert (list(measurement.seconds), measurement.compile_seconds) == ([EAGER, OURS, FLOOR], 0)
+    assert (list(measurement.seconds), measurement.compile_seconds) == ([EAGER, OURS, MEMORY_BOUND], 0)
     assert measurement.best_of_torch is None
     assert all(map(math.isnan, measurement.speedup()))
     benchmark.write_csv(tmp_path / "x.csv", benchmark.results(measurement))
     back = benchmark.read_csv(tmp_path / "x.csv")
-    assert all(math.isnan(line.r) and line.f > 0 for line in back)
+    assert all(math.isnan(line.speedup) and line.over_memory_bound > 0 for line in back)
 
 
 def test_our_step_must_compute_what_the_rule_says(monkeypatch):
@@ -304,7 +304,7 @@ def test_ratios_are_taken_within_a_round():
     assert measurement.best_of_torch == FUSED
     assert measurement.milliseconds() == pytest.approx((9.0, 6.0, 12.0))
     assert measurement.speedup() == pytest.approx((1.5, 1.5, 1.5))
-    assert measurement.over_floor() == pytest.approx((1.2, 1.2, 1.2))
+    assert measurement.over_memory_bound() == pytest.approx((1.2, 1.2, 1.2))
     assert measurement.speedup(FOR_LOOP).median == pytest.approx(0.3)
 
 
@@ -327,15 +327,22 @@ def test_lines_of_the_csv_file_come_back(tmp_path):
     benchmark.write_csv(tmp_path / "x.csv", lines)
     header = (tmp_path / "x.csv").read_text().splitlines()[0]
     assert header == (
-        "machine,date,torch,threads,variant,shapes,dtype,contender,ms,ms_q1,ms_q3,r,r_q1,r_q3,f,f_q1,f_q3,ms_min,"
-        "rounds,compile_s,note"
+        "machine,date,torch,threads,variant,shapes,dtype,contender,ms,ms_q1,ms_q3,speedup,speedup_q1,speedup_q3,"
+        "over_memory_bound,over_memory_bound_q1,over_memory_bound_q3,ms_min,rounds,compile_s,note"
     )
     back = {line.contender: line for line in benchmark.read_csv(tmp_path / "x.csv")}
-    assert list(back) == [FOR_LOOP, FOREACH, OURS, FLOOR, COMPILED, FUSED]
+    assert list(back) == [FOR_LOOP, FOREACH, OURS, MEMORY_BOUND, COMPILED, FUSED]
     ours = back[OURS]
     assert ours[2:8] == (torch.__version__, torch.get_num_threads(), "AdamW", "large", "float32", OURS)
-    assert (ours.ms, ours.ms_min, ours.r, ours.f, ours.rounds, ours.note) == (9.0, 6.0, 5.0, 1.2, 4, "")
-    assert (back[COMPILED].compile_s, back[FLOOR].f, back[FOR_LOOP].r) == (7.0, 1.0, 1.0)
+    assert (ours.ms, ours.ms_min, ours.speedup, ours.over_memory_bound, ours.rounds, ours.note) == (
+        9.0,
+        6.0,
+        5.0,
+        1.2,
+        4,
+        "",
+    )
+    assert (back[COMPILED].compile_s, back[MEMORY_BOUND].over_memory_bound, back[FOR_LOOP].speedup) == (7.0, 1.0, 1.0)
     assert math.isnan(ours.compile_s)
     assert math.isnan(back[FUSED].ms)
     assert (back[FUSED].rounds, back[FUSED].note) == (0, "left out: its step computes something else")
@@ -461,7 +468,7 @@ def cpu():
 
 @pytest.fixture
 def found():
-    """Lines of two optimizers, two lists of parameters and two dtypes; R is 1.5, and 4.5 for NAdam."""
+    """Lines of two optimizers, two lists of parameters and two dtypes; the speed-up is 1.5, and 4.5 for NAdam."""
     selected = benchmark.cases(["AdamW", "NAdam"], ["tiny", "large"], ["float32", "bfloat16"])
     changes = {"AdamW": {}, "NAdam": {FUSED: None, FOR_LOOP: 27.0}}
     return [line for case in selected for line in benchmark.results(a_measurement(case, **changes[case.variant.name]))]
@@ -471,13 +478,13 @@ def test_tables(cpu, found):
     lines = cpu.markdown(found).splitlines()
     mean = f"**{math.sqrt(1.5 * 4.5):.2f}** (1.50 to 4.50)"
     assert f"| 1000 x 1 k | {mean} | {mean} |" in lines
-    assert "| 8 x 4 M: F, our time / traffic floor | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in lines
+    assert "| 8 x 4 M: our time / memory bound | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in lines
     assert "| NAdam | bfloat16 | 4.50 (4.50-4.50) | 4.50 (4.50-4.50) | 1.20 (1.20-1.20) |" in lines
 
 
 def test_the_picture_shows_every_median(cpu, found):
     figure = cpu.draw(found)
-    titles = ["1000 x 1 k", "8 x 4 M", "8 x 4 M: against the floor"]
+    titles = ["1000 x 1 k", "8 x 4 M", "8 x 4 M: over the memory bound"]
     assert [axes.get_title() for axes in figure.axes] == titles
     for axes, values in zip(figure.axes, ([1.5, 4.5], [1.5, 4.5], [1.2, 1.2]), strict=True):
         dots = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
