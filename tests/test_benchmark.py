@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import subprocess
 import sys
 from itertools import count
 from pathlib import Path
@@ -535,3 +536,51 @@ def test_overheads_are_judged_by_their_limits():
 
 def test_the_columns_are_documented():
     assert [name for name in Result._fields if f"        {name.split('_q')[0]}:" not in Result.__doc__] == []
+
+
+def test_a_difference_between_commits_is_one_that_all_pairs_of_processes_show():
+    verdict_of = script("commits").Comparison.of
+    same, faster, slower = (np.array([[1.0, new], [2.0, 2 * new], [1.5, 1.5]]) for new in (1.0, 0.5, 2.0))
+    assert verdict_of([faster, faster]).verdict() == "no difference beyond the spread"  # a third of rounds shows none
+    faster, slower = faster[:2], slower[:2]
+    verdicts = [verdict_of(pairs).verdict() for pairs in ([faster, faster], [slower, slower], [same, faster])]
+    assert verdicts == ["faster", "slower", "no difference beyond the spread"]
+    text = "old 1000 ms, new 750 ms, old / new 2.000 (1.250 to 2.000; pairs 1.250 to 2.000): faster"
+    assert str(verdict_of([faster, np.array([[1.25, 1.0]])])) == text
+
+
+def test_a_commit_that_is_slower_is_found_and_one_without_the_optimizer_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path), *arguments]
+        subprocess.run(command, check=True)  # noqa: S603 - our own command
+
+    git("init", "-q", "-b", "main")
+    package = tmp_path / "src" / "surefoot" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    for tag, classes in {"empty": "", "quick": "class AdamW(Resting): time = 1e-3", "slow": SLOW}.items():
+        package.write_text(f"{RESTING}\n{classes}\n")
+        git("add", ".")
+        git("commit", "-q", "-m", tag)
+        git("tag", tag)
+    few = ["--optimizer", "AdamW", "--model", "overhead", "--seconds", "0", "--pairs", "1", "--threads", "1"]
+    commits = script("commits")
+    for old, new, expected in (
+        ("quick", ".", "): slower"),
+        ("slow", "empty", "left out, empty: module 'surefoot' has no attribute 'AdamW'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["commits.py", old, new, *few, "--repository", str(tmp_path)])
+        commits.main()
+        assert expected in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["commits.py", "none", "slow", *few, "--repository", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"git has no src/ of 'none' in .*: fatal: not a valid object name"):
+        commits.main()
+
+
+RESTING = """import time
+class Resting:
+    def __init__(self, params): pass
+    def step(self): time.sleep(self.time)
+"""
+SLOW = "class AdamW(Resting): time = 8e-3"

@@ -164,7 +164,8 @@ def test_models_that_differ_are_reported_as_such(tmp_path):
         printed = tell(tmp_path / "demo.svg", setup)
     assert re.search(
         r"The parameters of surefoot's model ended up to \d\.\de-\d\d from those of torch's; torch's two "
-        r"implementations round alike here\. Training amplifies differences in rounding: it is the losses that have to agree\.",
+        r"implementations round alike here\. Training amplifies differences in rounding: "
+        r"it is the losses that have to agree\.",
         " ".join(printed.split()),
     )
 
