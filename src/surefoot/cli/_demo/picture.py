@@ -66,10 +66,10 @@ def _draw_losses(axes: Axes, comparison: Comparison) -> None:
 def _draw_gaps(axes: Axes, comparison: Comparison) -> None:
     """Draw how far the models are from that of torch's default; one that has the same bits has no curve."""
     for outcome, style in list(zip(comparison.outcomes, _styles(comparison), strict=True))[1:]:
-        apart = [(step, gap.largest) for step, gap in outcome.gaps.items() if gap.largest > 0]
-        axes.plot(*zip(*apart, strict=True), **style.line) if apart else axes.plot([], [], **style.line)
+        apart = {step: gap.largest for step, gap in outcome.gaps.items() if gap.largest > 0}
         end = outcome.gaps[comparison.setup.steps]
-        axes.lines[-1].set_label(f"{outcome.label}{', same bits' if end.same_bits else ''}")
+        label = f"{outcome.label}{', same bits' if end.same_bits else ''}"
+        axes.plot(list(apart), list(apart.values()), **style.line, label=label)
     axes.set(title=f"Distance from {comparison.outcomes[0].label}", xlabel="training step", yscale="log")
     axes.set_ylabel("largest difference of a parameter")
     axes.legend(frameon=False, loc="lower right")
