@@ -27,8 +27,9 @@ def report(
 
     The page is one file that needs no network. What it says in words is printed too.
 
-    A script as it is leaves such a run: surefoot run --telemetry runs train.py. In a script of yours it is an option
-    of the optimizer: telemetry=Telemetry(sinks=[JsonLines("run.jsonl")]), both of surefoot.telemetry.
+    A script as it is leaves such a run: surefoot run --telemetry runs train.py
+    In a script of yours it is an option of the optimizer, with two names of
+    surefoot.telemetry: telemetry=Telemetry(sinks=[JsonLines("run.jsonl")])
     """
     from rich.console import Console  # noqa: PLC0415 (only when the command runs)
 
