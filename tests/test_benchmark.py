@@ -538,6 +538,26 @@ def test_the_columns_are_documented():
     assert [name for name in Result._fields if f"        {name.split('_q')[0]}:" not in Result.__doc__] == []
 
 
+def test_history_keeps_a_file_for_each_version_and_machine_and_draws_them_in_order(tmp_path, monkeypatch):
+    history = script("history")
+    monkeypatch.setattr(history, "measure", lambda case, **_: a_measurement(case))
+    monkeypatch.setattr(history, "circumstances", lambda: ("AMD EPYC(TM) 9", "2026-11-29", "2.13", 2))
+    for version in ("0.10.0", "0.2.0"):
+        paths = ["--out", str(tmp_path), "--picture", str(tmp_path / "history.png")]
+        monkeypatch.setattr(sys, "argv", ["history.py", "--version", version, *paths])
+        history.main()
+    names = ["0.10.0_amd-epyc-tm-9_2.csv", "0.2.0_amd-epyc-tm-9_2.csv", "history.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    ((machine, releases),) = history.read(tmp_path).items()
+    assert [release.version for release in releases] == ["0.2.0", "0.10.0"]
+    speedups, over_bound = history.draw({machine: releases}).axes
+    assert [tick.get_text() for tick in speedups.get_xticklabels()] == ["0.2.0", "0.10.0"]
+    drawn = [
+        line.get_ydata() for line in over_bound.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"
+    ]
+    assert drawn == [pytest.approx([1.2, 1.2])] * len(history.CASES)
+
+
 def test_a_difference_between_commits_is_one_that_all_pairs_of_processes_show():
     of = script("commits").Comparison.of
     same, faster, slower = (np.array([[1.0, new], [2.0, 2 * new]]) for new in (1.0, 0.5, 2.0))
