@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "curves.csv"
 BESIDE = "AdamW"
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, LINE = 640, 40, 628, 12, 276, 18
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, LINE = 480, 32, 464, 8, 230, 19
 LEAST, MOST = 1.3, 3.2
 """Losses at the edges of the picture, in nats; what lies above is cut off."""
 TICKS = (1.5, 2.0, 2.5, 3.0)
@@ -83,7 +83,7 @@ def picture_of(name: str) -> str:
     ]
     label = escape(f"Held-out loss of {name} over {steps} steps, beside {BESIDE} and all others", quote=True)
     height = BOTTOM + LINE * (len(titles) + 4)
-    style = f"width:100%;max-width:{WIDTH}px;height:auto;font:12px sans-serif"
+    style = f"width:100%;max-width:{1.3 * WIDTH:.0f}px;height:auto;font:13px sans-serif"
     head = f'<svg viewBox="0 0 {WIDTH} {height}" style="{style}" role="img" aria-label="{label}">'
     return "".join([head, *lines, "</svg>"])
 
@@ -113,7 +113,7 @@ def _axes(steps: int) -> Iterator[str]:
         yield _text(LEFT - 6, _y(loss) + 4, f"{loss:g}", "end")
     for step in range(0, steps + 1, 100):
         yield _text(_x(step, steps), BOTTOM + LINE, f"{step}", "middle")
-    yield _text((LEFT + RIGHT) / 2, BOTTOM + 2 * LINE, "training step; held-out loss in nats of a character", "middle")
+    yield _text((LEFT + RIGHT) / 2, BOTTOM + 2 * LINE, "training step; held-out loss, nats of a character", "middle")
 
 
 def _legend(titles: Sequence[tuple[str, str]]) -> Iterator[str]:
