@@ -145,8 +145,8 @@ def tell_of_kernels(console: Console, milliseconds: float, compiled: int) -> Non
         text = f"Kernels are compiled anew in every run, since they cannot be kept: {reason}."
     elif compiled:
         text = (
-            f"The very first step() took {milliseconds:.0f} ms, since it compiled its kernels ({compiled}). This machine "
-            f"pays that once: they are kept in {store.cache_dir()} and serve every later training with these options, "
+            f"The very first step() took {milliseconds:.0f} ms, since it compiled its kernels ({compiled}). This "
+            f"machine pays that once: they are kept in {store.cache_dir()} and serve every later training with these options, "
             "whatever its model."
         )
     else:
