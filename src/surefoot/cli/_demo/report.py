@@ -146,11 +146,11 @@ def tell_of_kernels(console: Console, milliseconds: float, compiled: int) -> Non
     elif compiled:
         text = (
             f"The very first step() took {milliseconds:.0f} ms, since it compiled its kernels ({compiled}). This "
-            f"machine pays that once: they are kept in {store.cache_dir()} and serve every later training with these options, "
-            "whatever its model."
+            f"machine pays that once: they are kept in {store.cache_dir()} and serve every later training "
+            "with these options, whatever its model."
         )
     else:
-        text = f"Nothing was compiled: an earlier run left its kernels in {store.cache_dir()}."
+        text = f"No kernel had to be compiled: those that earlier runs have needed are kept in {store.cache_dir()}."
     console.print(text, highlight=False, markup=False)
 
 
