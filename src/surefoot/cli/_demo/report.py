@@ -53,7 +53,7 @@ def _about_torch(setup: TrainingSetup) -> Iterator[str]:
         lr = setup.choice(library)[2]
         yield f"{library} has no {setup.optimizer}: its {setup.reference}, lr {lr:g}, learns beside it for reference."
     elif others:
-        yield f"{library} takes part by its default and by its {others[0].engine}=True: how far its own two"
+        yield f"{library} takes part by its default and by {others[0].engine}=True: how far its own two"
         yield "end from each other is the measure of how far ours ends from them."
     else:
         yield f"{library} has one implementation of {setup.optimizer}."
