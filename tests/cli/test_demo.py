@@ -18,8 +18,9 @@ from surefoot.cli import app, main
 from surefoot.cli._demo import story
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape
-from surefoot.cli._demo.report import comparison_lines
+from surefoot.cli._demo.report import comparison_lines, tell_of_kernels
 from surefoot.cli._demo.training import TrainingSetup, compare
+from surefoot.codegen import store
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
 PLAN = TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY, libraries=("torch.optim", "torch.optim"))
@@ -186,13 +187,18 @@ def test_one_implementation_of_torchs_is_said(tmp_path):
 
 def test_what_kernels_cost_is_said_and_why_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "kernels"))
-    setup = TrainingSetup("Signum", steps=1, lr=1e-3, shape=TINY)
-    first, again = (" ".join(tell(tmp_path / "demo.png", setup).split()) for _ in range(2))
+    found = iter([{"before.o"}, {"before.o", "a.o", "b.o"}, set(), set()])
+    monkeypatch.setattr(story, "_kernels", lambda: next(found))
+    first, again = (" ".join(tell(tmp_path / "demo.png").split()) for _ in range(2))
     assert re.search(
-        r"The very first step\(\) took \d+ ms, since it compiled its kernels \(\d+\)\. This machine pays", first
+        r"The very first step\(\) took \d+ ms, since it compiled its kernels \(2\)\. This machine pays", first
     )
     assert f"they are kept in {tmp_path}/kernels and serve every later training with these options" in first
     assert f"No kernel had to be compiled: those that earlier runs have needed are kept in {tmp_path}/kernels." in again
+    monkeypatch.setattr(store, "unusable_reason", lambda: "it is full")
+    console = Console(file=io.StringIO(), width=100)
+    tell_of_kernels(console, 1.0, compiled=2)
+    assert console.file.getvalue() == "Kernels are compiled anew in every run, since they cannot be kept: it is full.\n"
 
 
 def test_what_torch_has_not_is_compared_with_its_reference(tmp_path):
