@@ -1,4 +1,4 @@
-"""The full matrix: every optimizer, list of parameters and dtype, against torch.optim and the traffic floor.
+"""The full matrix: every optimizer, list of parameters and dtype, against torch.optim and the memory bound.
 
     python benchmarks/cpu.py --model tiny medium large   # what the README shows, in ten minutes on two quiet cores
     python benchmarks/cpu.py --model mlp1000 resnet50 gpt2-small --dtype float32 --name cpu-models
@@ -20,11 +20,12 @@ from matplotlib.lines import Line2D
 from surefoot.benchmark import (
     COMPILED,
     DTYPES,
-    FLOOR,
+    MEMORY_BOUND,
     OURS,
     SHAPE_LISTS,
     TORCH_VARIANTS,
     Case,
+    Quartiles,
     Result,
     cases,
     check_memory,
@@ -37,10 +38,10 @@ from surefoot.benchmark import (
 
 LARGE = "large"
 COLOURS = {"float32": "#1c4f9c", "bfloat16": "#e07b00"}
-MOST_OVER_FLOOR = 1.05
+MOST_OVER_BOUND = 1.05
 
 Line = tuple[Result, Result]
-"""What was measured of us and of the traffic floor, in one case."""
+"""What was measured of us and of the memory bound, in one case."""
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time every optimizer against torch.optim and the traffic floor.")
+    parser = argparse.ArgumentParser(description="Time every optimizer against torch.optim and the memory bound.")
     for option, allowed in (("--optimizer", TORCH_VARIANTS), ("--model", SHAPE_LISTS), ("--dtype", DTYPES)):
         names = list(allowed)
         parser.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -91,8 +92,12 @@ def run(selected: Sequence[Case], minutes: float, *, compiled: bool = False) -> 
         took = perf_counter() - start
         left -= _weight(case)
         deadline += measurement.compile_seconds
-        r, f = measurement.speedup().median, measurement.over_floor().median
-        print(f"{number:3d}/{len(selected)}  {case!s:42}  R {r:6.2f}  F {f:5.2f}  {took:5.1f} s", flush=True)
+        speedup, over = measurement.speedup().median, measurement.over_memory_bound().median
+        print(
+            f"{number:3d}/{len(selected)}  {case!s:42}  speed-up {speedup:6.2f}, "
+            f"time over the memory bound {over:5.2f}; {took:5.1f} s",
+            flush=True,
+        )
         yield results(measurement)
 
 
@@ -104,12 +109,12 @@ def _weight(case: Case) -> float:
 
 
 def lines_of(found: Iterable[Result], shapes: str | None = None, dtype: str | None = None) -> list[Line]:
-    """Give what was measured of us and of the floor, for one list of parameters and one dtype, or all of them."""
+    """Give what was measured of us and of the bound, for one list of parameters and one dtype, or all of them."""
     parts: dict[tuple[str, str, str], dict[str, Result]] = {}
     for result in found:
         if shapes in (None, result.shapes) and dtype in (None, result.dtype):
             parts.setdefault((result.variant, result.shapes, result.dtype), {})[result.contender] = result
-    return [(part[OURS], part[FLOOR]) for part in parts.values()]
+    return [(part[OURS], part[MEMORY_BOUND]) for part in parts.values()]
 
 
 def _names(found: Sequence[Result], column: str) -> list[str]:
@@ -126,10 +131,12 @@ def markdown(found: Sequence[Result]) -> str:
 def _summary(found: Sequence[Result]) -> str:
     """One line for each list of parameters: how many times faster than torch's best implementation."""
     shape_lists, dtypes = _names(found, "shapes"), _names(found, "dtype")
-    header = ["parameters", *(f"{dtype}: R, time of torch's best / ours" for dtype in dtypes)]
-    rows = [[SHAPE_LISTS[shapes].title, *_cells(found, shapes, dtypes, "r")] for shapes in shape_lists]
+    header = ["parameters", *(f"{dtype}: speed-up, time of torch's best / ours" for dtype in dtypes)]
+    rows = [[SHAPE_LISTS[shapes].title, *_cells(found, shapes, dtypes, "speedup")] for shapes in shape_lists]
     if LARGE in shape_lists:
-        rows.append([f"{SHAPE_LISTS[LARGE].title}: F, our time / traffic floor", *_cells(found, LARGE, dtypes, "f")])
+        rows.append(
+            [f"{SHAPE_LISTS[LARGE].title}: our time / memory bound", *_cells(found, LARGE, dtypes, "over_memory_bound")]
+        )
     return _table([header, *rows])
 
 
@@ -141,17 +148,17 @@ def _cells(found: Sequence[Result], shapes: str, dtypes: Iterable[str], ratio: s
 
 
 def _all_cases(found: Sequence[Result]) -> str:
-    """One line for each optimizer and dtype: the ratio in every list, with its quartiles, and that to the floor."""
+    """One line for each optimizer and dtype: the ratio in every list, with its quartiles, and that to the bound."""
     shape_lists = _names(found, "shapes")
     rows = [["optimizer", "dtype", *(SHAPE_LISTS[shapes].title for shapes in shape_lists)]]
     if LARGE in shape_lists:
-        rows[0].append(f"F, {SHAPE_LISTS[LARGE].title}")
+        rows[0].append(f"{SHAPE_LISTS[LARGE].title}, over the memory bound")
     for dtype in _names(found, "dtype"):
         for variant in _names(found, "variant"):
             ours = {line.shapes: line for line, _ in lines_of(found, dtype=dtype) if line.variant == variant}
-            cells = [_spread(ours[s].r, ours[s].r_q1, ours[s].r_q3) if s in ours else "" for s in shape_lists]
+            cells = [_spread(_speedup(ours[shapes])) if shapes in ours else "" for shapes in shape_lists]
             if LARGE in ours:
-                cells.append(_spread(ours[LARGE].f, ours[LARGE].f_q1, ours[LARGE].f_q3))
+                cells.append(_spread(_over_bound(ours[LARGE])))
             rows.append([variant, dtype, *cells])
     return _table(rows)
 
@@ -172,8 +179,16 @@ def _compiled(found: Sequence[Result]) -> Iterator[str]:
         yield _table([["torch.compile(step)", "dtype", "parameters", "compiling", "its step / ours"], *rows])
 
 
-def _spread(median: float, q1: float, q3: float) -> str:
-    return f"{median:.2f} ({q1:.2f}-{q3:.2f})"
+def _speedup(line: Result) -> Quartiles:
+    return Quartiles(line.speedup, line.speedup_q1, line.speedup_q3)
+
+
+def _over_bound(line: Result) -> Quartiles:
+    return Quartiles(line.over_memory_bound, line.over_memory_bound_q1, line.over_memory_bound_q3)
+
+
+def _spread(of: Quartiles) -> str:
+    return f"{of.median:.2f} ({of.q1:.2f}-{of.q3:.2f})"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -188,19 +203,20 @@ _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def draw(found: Sequence[Result]) -> Figure:
-    """Draw a panel for each list of parameters with a dot for each optimizer, and one for the traffic floor."""
+    """Draw a panel for each list of parameters with a dot for each optimizer, and one for the memory bound."""
     shape_lists, names = _names(found, "shapes"), [*_names(found, "variant"), MEAN]
     panels = len(shape_lists) + (LARGE in shape_lists)
     columns = min(4, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(1.8 + 3.2 * columns, 1.3 + 3.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    ratios = [ours.r for ours, _ in lines_of(found)] + [floor.r for ours, floor in lines_of(found) if _has_floor(ours)]
+    lines = lines_of(found)
+    ratios = [ours.speedup for ours, _ in lines] + [bound.speedup for ours, bound in lines if _has_bound(ours)]
     reach = (min(0.6, *ratios) / 1.2, max(2.0, *ratios) * 1.3)
     for panel, shapes in zip(axes, shape_lists, strict=False):
         _draw_speedups(panel, found, shapes, names, reach)
     if LARGE in shape_lists:
-        _draw_floor(axes[panels - 1], found, names)
+        _draw_bound(axes[panels - 1], found, names)
     for panel in axes[panels:]:
         panel.set_axis_off()
     axes[0].set_yticks([*range(len(names) - 1), len(names) - 0.8], names)
@@ -218,21 +234,21 @@ def draw(found: Sequence[Result]) -> Figure:
 def _legend(dtypes: Iterable[str]) -> list[Line2D]:
     dots = [Line2D([], [], marker="o", linewidth=2, color=COLOURS[d], label=f"surefoot, {d}") for d in dtypes]
     limit = Line2D([], [], marker="|", linestyle="", markersize=12, markeredgewidth=2, color="grey", alpha=0.6)
-    limit.set_label("traffic floor: our kernel, were it to move the same bytes and only add")
+    limit.set_label("memory bound: our kernel, were it to move the same bytes and only add")
     return [*dots, limit]
 
 
 def _draw_speedups(
     axes: Axes, found: Sequence[Result], shapes: str, names: Sequence[str], reach: tuple[float, float]
 ) -> None:
-    """Draw R of every optimizer, and the R of the traffic floor."""
+    """Draw the speed-up of every optimizer, and that of the memory bound."""
     axes.set_xscale("log")
     axes.set_xlim(*reach)
     for place, dtype in enumerate(_names(found, "dtype")):
         lines = lines_of(found, shapes, dtype)
-        limited = [line for line in lines if _has_floor(line[0])]
+        limited = [line for line in lines if _has_bound(line[0])]
         axes.plot(
-            [floor.r for _, floor in limited],
+            [bound.speedup for _, bound in limited],
             _heights(limited, names, place),
             "|",
             color=COLOURS[dtype],
@@ -240,37 +256,37 @@ def _draw_speedups(
             markersize=11,
             markeredgewidth=2,
         )
-        _dots(axes, [(ours.r, ours.r_q1, ours.r_q3) for ours, _ in lines], _heights(lines, names, place), dtype)
-        _mean(axes, [ours.r for ours, _ in lines], names, place, dtype)
+        _dots(axes, [_speedup(ours) for ours, _ in lines], _heights(lines, names, place), dtype)
+        _mean(axes, [ours.speedup for ours, _ in lines], names, place, dtype)
     _frame(axes, names, below_is_bad=True)
     ticks = [tick for tick in _TICKS if reach[0] <= tick <= reach[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_title(SHAPE_LISTS[shapes].title, fontweight="bold")
-    axes.set_xlabel("R: time of torch's best / ours", fontsize=9)
+    axes.set_xlabel("speed-up: time of torch's best / ours", fontsize=9)
 
 
-def _draw_floor(axes: Axes, found: Sequence[Result], names: Sequence[str]) -> None:
-    """Draw F of every optimizer on large tensors."""
+def _draw_bound(axes: Axes, found: Sequence[Result], names: Sequence[str]) -> None:
+    """Draw the time over the memory bound of every optimizer on large tensors."""
     least, most = 0.92, 1.13
     for place, dtype in enumerate(_names(found, "dtype")):
         lines = lines_of(found, LARGE, dtype)
-        _dots(axes, [(ours.f, ours.f_q1, ours.f_q3) for ours, _ in lines], _heights(lines, names, place), dtype)
-        _mean(axes, [ours.f for ours, _ in lines], names, place, dtype)
-        least = min(least, *(ours.f_q1 for ours, _ in lines))
-        most = max(most, *(ours.f_q3 for ours, _ in lines))
+        _dots(axes, [_over_bound(ours) for ours, _ in lines], _heights(lines, names, place), dtype)
+        _mean(axes, [ours.over_memory_bound for ours, _ in lines], names, place, dtype)
+        least = min(least, *(ours.over_memory_bound_q1 for ours, _ in lines))
+        most = max(most, *(ours.over_memory_bound_q3 for ours, _ in lines))
     axes.set_xlim(least - 0.02, most + 0.02)
     _frame(axes, names, below_is_bad=False)
-    axes.axvline(MOST_OVER_FLOOR, color="#b00020", linewidth=1, linestyle=":")
-    axes.set_title(f"{SHAPE_LISTS[LARGE].title}: against the floor", fontweight="bold")
-    axes.set_xlabel("F: our time / that of the traffic floor; dotted: 1.05", fontsize=9)
+    axes.axvline(MOST_OVER_BOUND, color="#b00020", linewidth=1, linestyle=":")
+    axes.set_title(f"{SHAPE_LISTS[LARGE].title}: over the memory bound", fontweight="bold")
+    axes.set_xlabel("our time / that of the memory bound; dotted: 1.05", fontsize=9)
 
 
 def _heights(lines: Sequence[Line], names: Sequence[str], place: int) -> list[float]:
     return [names.index(ours.variant) + 0.3 * (place - 0.5) for ours, _ in lines]
 
 
-def _has_floor(result: Result) -> bool:
+def _has_bound(result: Result) -> bool:
     """Whether moving bytes is what the case is about."""
     return result.shapes != "overhead"
 

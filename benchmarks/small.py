@@ -38,7 +38,7 @@ class Line(NamedTuple):
         model: name of the model.
         contender: name of the implementation.
         us: microseconds of a step, median over rounds; then their quartiles.
-        r: time of torch's best implementation over this one's, median of the ratios; then their quartiles.
+        speedup: time of torch's best implementation over this one's, median of the ratios; then their quartiles.
         calls: calls of Python functions in a step.
         best: whether it is the best of torch's.
         rounds: how many there were.
@@ -54,9 +54,9 @@ class Line(NamedTuple):
     us: float
     us_q1: float
     us_q3: float
-    r: float
-    r_q1: float
-    r_q3: float
+    speedup: float
+    speedup_q1: float
+    speedup_q3: float
     calls: int
     best: int
     rounds: int
@@ -116,10 +116,11 @@ def run(variants: Sequence[str], models: Sequence[str], rounds: int) -> Iterator
         if not has_work(variant, model):
             continue
         measured = measure_small(variant, model, rounds)
-        us, r = measured.microseconds(), measured.speedup()
+        us, speedup = measured.microseconds(), measured.speedup()
         print(
-            f"{variant.name:17} {model.title:18} {us.median:8.1f} us, R {r.median:5.2f} ({r.q1:.2f} to {r.q3:.2f}), "
-            f"over {measured.best_of_torch}; {measured.calls[OURS]} Python calls",
+            f"{variant.name:17} {model.title:18} {us.median:8.1f} us, "
+            f"speed-up {speedup.median:5.2f} ({speedup.q1:.2f} to {speedup.q3:.2f}) over {measured.best_of_torch}; "
+            f"{measured.calls[OURS]} Python calls",
             flush=True,
         )
         yield lines_of(measured)
@@ -163,7 +164,7 @@ def markdown(found: Sequence[Line]) -> str:
     )
     parts = [
         f"{where}\nEach step comes after a forward and backward pass; only `step()` is timed.",
-        "R, the time of torch's best implementation over ours: median (quartiles)",
+        "Speed-up, the time of torch's best implementation over ours: median (quartiles)",
         _table(cells, _ratio, last=("all (geometric mean)", _mean)),
         "Microseconds of a step: ours / torch's best",
         _table(cells, lambda cell: f"{cell[OURS].us:.0f} / {_best(cell).us:.0f} ({_best(cell).contender[6:]})"),
@@ -179,12 +180,12 @@ def _best(cell: Cells) -> Line:
 
 def _ratio(cell: Cells) -> str:
     ours = cell[OURS]
-    text = f"{ours.r:.2f}" if ours.r >= 1 else f"**{ours.r:.2f}**"
-    return f"{text} ({ours.r_q1:.2f} to {ours.r_q3:.2f})"
+    text = f"{ours.speedup:.2f}" if ours.speedup >= 1 else f"**{ours.speedup:.2f}**"
+    return f"{text} ({ours.speedup_q1:.2f} to {ours.speedup_q3:.2f})"
 
 
 def _mean(column: Sequence[Cells]) -> str:
-    return f"{geometric_mean(cell[OURS].r for cell in column):.2f}" if column else ""
+    return f"{geometric_mean(cell[OURS].speedup for cell in column):.2f}" if column else ""
 
 
 def _table(

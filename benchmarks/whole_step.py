@@ -18,7 +18,7 @@ from turns import Line, Parts, compare, run, timed
 
 import surefoot
 from surefoot import swa_utils as ours
-from surefoot.benchmark import SHAPE_LISTS, floor_of
+from surefoot.benchmark import SHAPE_LISTS, memory_bound_of
 
 DECAY, NORM = 0.999, 1.0
 SHAPES = "gpt2-small"
@@ -46,7 +46,7 @@ def whole(rounds: int) -> Iterator[Line]:
     """Clip, step, average and zero: AdamW on the parameters of GPT-2 small."""
     shapes = SHAPE_LISTS[SHAPES]
     grads = _tensors(shapes.shapes, 0.01)
-    contenders = {"surefoot": _ours(grads), "torch": _torchs(grads), "traffic floor": _floor(grads)}
+    contenders = {"surefoot": _ours(grads), "torch": _torchs(grads), "memory bound": _bound(grads)}
     yield from compare("whole", shapes.title, contenders, rounds)
 
 
@@ -73,12 +73,12 @@ def _torchs(grads: Sequence[Tensor]) -> Callable[[], float]:
     return lambda: training.timed(step)
 
 
-def _floor(grads: Sequence[Tensor]) -> Callable[[], float]:
-    """Give the floor: read the gradients; then read and write what AdamW and an average do, and only add."""
+def _bound(grads: Sequence[Tensor]) -> Callable[[], float]:
+    """Give the memory bound: read the gradients; then read and write what AdamW and an average do, and only add."""
     training = _Training(grads)
-    floor = floor_of(surefoot.AdamW(training.params, ema=DECAY))
-    floor.step_options.max_grad_norm = NORM
-    return lambda: training.timed(floor.step)
+    bound = memory_bound_of(surefoot.AdamW(training.params, ema=DECAY))
+    bound.step_options.max_grad_norm = NORM
+    return lambda: training.timed(bound.step)
 
 
 def telemetry(rounds: int) -> Iterator[Line]:
@@ -100,15 +100,15 @@ def averages(rounds: int) -> Iterator[Line]:
     }
     for case, model in models.items():
         contenders = {name: _averaging(library, model) for name, library in (("surefoot", ours), ("torch", torchs))}
-        contenders["traffic floor"] = _floor_of_averages(model)
+        contenders["memory bound"] = _bound_of_averages(model)
         yield from compare("averages", case, contenders, 4 * rounds)
 
 
-def _floor_of_averages(model: nn.Module) -> Callable[[], float]:
-    """Give the floor: read both, write one."""
+def _bound_of_averages(model: nn.Module) -> Callable[[], float]:
+    """Give the memory bound: read both, write one."""
     training = _Training([param.detach() for param in model.parameters()])
-    floor = floor_of(surefoot.SGD(training.params))
-    return lambda: training.timed(floor.step)
+    bound = memory_bound_of(surefoot.SGD(training.params))
+    return lambda: training.timed(bound.step)
 
 
 def _averaging(library: Any, model: nn.Module) -> Callable[[], float]:

@@ -1,8 +1,9 @@
-"""The benchmark: what is measured, that contenders and floor are what they claim, and the arithmetic of ratios."""
+"""The benchmark: what is measured, that contenders and bound are what they claim, and the arithmetic of ratios."""
 
 import importlib.util
 import math
 import re
+import subprocess
 import sys
 from itertools import count
 from pathlib import Path
@@ -18,10 +19,10 @@ from surefoot.benchmark import (
     COMPILED,
     DTYPES,
     EAGER,
-    FLOOR,
     FOR_LOOP,
     FOREACH,
     FUSED,
+    MEMORY_BOUND,
     OURS,
     SHAPE_LISTS,
     SMALL_MODELS,
@@ -36,9 +37,9 @@ from surefoot.benchmark import (
     SmallMeasurement,
     contenders,
     contenders_of,
-    floor_of,
     has_work,
     implementations_of,
+    memory_bound_of,
     rounds,
     small,
 )
@@ -51,7 +52,7 @@ ADAMW = Case(VARIANTS["AdamW"], SHAPE_LISTS["large"], torch.float32)
 
 def a_measurement(case=ADAMW, **changes):
     """Make a measurement of four rounds, in which torch's fused implementation is the best."""
-    times = {FOR_LOOP: 30.0, FOREACH: 40.0, FUSED: 9.0, OURS: 6.0, FLOOR: 5.0} | changes
+    times = {FOR_LOOP: 30.0, FOREACH: 40.0, FUSED: 9.0, OURS: 6.0, MEMORY_BOUND: 5.0} | changes
     drift = np.array([1.0, 1.0, 2.0, 2.0])
     return Measurement(case, {name: 1e-3 * value * drift for name, value in times.items() if value}, compile_seconds=7)
 
@@ -105,7 +106,7 @@ def test_cases_are_all_combinations_each_once():
     ]
 
 
-# The floor
+# The bound
 
 
 def _group_of(optimizer, param):
@@ -123,27 +124,27 @@ def loads_and_stores(optimizer, param):
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_the_floor_moves_the_same_bytes_by_the_same_engine(variant, dtype):
+def test_the_memory_bound_moves_the_same_bytes_by_the_same_engine(variant, dtype):
     params = [torch.nn.Parameter(torch.zeros(1, 3, dtype=dtype))]
     optimizer = getattr(surefoot, variant.optimizer)(params, **variant.options)
-    floor = floor_of(optimizer)
+    bound = memory_bound_of(optimizer)
     rule = explain.rule_of(optimizer, optimizer.param_groups[0])
     expected = 2 + len(rule.slots), sum(rule.written)
-    assert loads_and_stores(floor, *params) == loads_and_stores(optimizer, *params) == expected
-    ours, least = (explain.layout_of(o, o.param_groups[0], *params) for o in (optimizer, floor))
+    assert loads_and_stores(bound, *params) == loads_and_stores(optimizer, *params) == expected
+    ours, least = (explain.layout_of(o, o.param_groups[0], *params) for o in (optimizer, bound))
     assert ours.compute == least.compute
-    traffic = [explain.traffic_of(o, _group_of(o, *params), *params) for o in (optimizer, floor)]
+    traffic = [explain.traffic_of(o, _group_of(o, *params), *params) for o in (optimizer, bound)]
     assert traffic[0] == traffic[1]
-    assert [choice.engine for o in (optimizer, floor) for choice in explain.choices(o)] == ["cpu", "cpu"]
+    assert [choice.engine for o in (optimizer, bound) for choice in explain.choices(o)] == ["cpu", "cpu"]
 
 
-def test_the_floor_adds_the_gradient_to_everything():
+def test_the_memory_bound_adds_the_gradient_to_everything():
     param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    floor = floor_of(surefoot.Adam([param]))
+    bound = memory_bound_of(surefoot.Adam([param]))
     param.grad = torch.tensor([0.5, 0.25])
-    floor.step()
+    bound.step()
     assert param.tolist() == [1.5, 2.25]
-    assert {name: slot.tolist() for name, slot in floor.state[param].items()} == {
+    assert {name: slot.tolist() for name, slot in bound.state[param].items()} == {
         "slot0": [0.5, 0.25],
         "slot1": [0.5, 0.25],
     }
@@ -174,33 +175,33 @@ def read_by_stages(optimizer, param):
 
 
 @pytest.mark.parametrize("name", REDUCING)
-def test_the_floor_of_a_rule_that_reduces_reads_in_each_stage_what_the_rule_reads(name):
+def test_the_memory_bound_of_a_rule_that_reduces_reads_in_each_stage_what_the_rule_reads(name):
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,))]
     optimizer = getattr(surefoot, name)(params, **REDUCING[name])
-    floor = floor_of(optimizer)
+    bound = memory_bound_of(optimizer)
     stages = [read_by_stages(optimizer, param) for param in params]
-    assert [read_by_stages(floor, param) for param in params] == stages
+    assert [read_by_stages(bound, param) for param in params] == stages
     assert all(stored == 0 for stage in stages for _, stored in stage)
     assert [len(stage) for stage in stages] == [1, 0 if name == "MARS" else 1]  # whose vectors AdamW steps
 
 
-def test_the_floor_clips_where_the_rule_does():
+def test_the_memory_bound_clips_where_the_rule_does():
     param = torch.nn.Parameter(torch.zeros(2))
     param.grad = torch.tensor([30.0, 40.0])
-    floor = floor_of(surefoot.LAMB([param]))
-    floor.step()
+    bound = memory_bound_of(surefoot.LAMB([param]))
+    bound.step()
     torch.testing.assert_close(param.detach(), torch.tensor([0.6, 0.8]))
 
 
-def test_the_floor_of_a_rule_that_reduces_sums_and_adds_the_gradient():
+def test_the_memory_bound_of_a_rule_that_reduces_sums_and_adds_the_gradient():
     param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    floor = floor_of(surefoot.LAMB([param], max_grad_norm=None))
+    bound = memory_bound_of(surefoot.LAMB([param], max_grad_norm=None))
     param.grad = torch.tensor([0.5, 0.25])
-    floor.step()
+    bound.step()
     assert param.tolist() == [1.5, 2.25]
-    assert floor.state[param]["slot1"].tolist() == [0.5, 0.25]
+    assert bound.state[param]["slot1"].tolist() == [0.5, 0.25]
     param.grad = torch.tensor([torch.inf, 0.0])
-    floor.step()
+    bound.step()
     assert param.isnan().all()  # by the sum, which is none of a finite number
 
 
@@ -208,9 +209,9 @@ def test_the_floor_of_a_rule_that_reduces_sums_and_adds_the_gradient():
 
 
 def test_contenders():
-    assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, FLOOR]
-    assert list(contenders_of(VARIANTS["Lion"], compiled=True)) == [EAGER, OURS, FLOOR]
-    assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, FLOOR]
+    assert list(contenders_of(VARIANTS["AdamW"])) == [FOR_LOOP, FOREACH, FUSED, OURS, MEMORY_BOUND]
+    assert list(contenders_of(VARIANTS["Lion"], compiled=True)) == [EAGER, OURS, MEMORY_BOUND]
+    assert list(contenders_of(VARIANTS["NAdam"], compiled=True)) == [FOR_LOOP, FOREACH, COMPILED, OURS, MEMORY_BOUND]
 
 
 @pytest.mark.parametrize("variant", TORCH_VARIANTS.values(), ids=TORCH_VARIANTS)
@@ -218,7 +219,7 @@ def test_contenders_of_torch_leave_the_shared_gradients_alone(variant):
     grads = benchmark.gradients(Case(variant, FEW, torch.float32))
     before = [grad.clone() for grad in grads]
     for name, make in contenders_of(variant).items():
-        if name not in (EAGER, OURS, FLOOR):  # of ours that is promised, and tested elsewhere
+        if name not in (EAGER, OURS, MEMORY_BOUND):  # of ours that is promised, and tested elsewhere
             rounds._prepare(Case(variant, FEW, torch.float32), make, grads)
     assert all(map(torch.equal, grads, before))
 
@@ -250,7 +251,7 @@ def test_gradients_are_the_same_every_time_and_own_their_memory():
 
 def test_measuring():
     measurement = benchmark.measure(Case(VARIANTS["AdamW"], FEW, torch.float32), seconds=0)
-    assert set(measurement.seconds) == {FOR_LOOP, FOREACH, FUSED, OURS, FLOOR}
+    assert set(measurement.seconds) == {FOR_LOOP, FOREACH, FUSED, OURS, MEMORY_BOUND}
     assert {len(values) for values in measurement.seconds.values()} == {rounds.FEWEST_ROUNDS}
     assert all((values > 0).all() for values in measurement.seconds.values())
     assert (measurement.wrong, measurement.compile_seconds) == ([], 0)
@@ -259,12 +260,12 @@ def test_measuring():
 @pytest.mark.parametrize("variant", ["Lion", "LAMB", "AdamWScheduleFree"])
 def test_measuring_what_torch_does_not_have(variant, tmp_path):
     measurement = benchmark.measure(Case(VARIANTS[variant], FEW, torch.bfloat16), seconds=0, compiled=True)
-    assert (list(measurement.seconds), measurement.compile_seconds) == ([EAGER, OURS, FLOOR], 0)
+    assert (list(measurement.seconds), measurement.compile_seconds) == ([EAGER, OURS, MEMORY_BOUND], 0)
     assert measurement.best_of_torch is None
     assert all(map(math.isnan, measurement.speedup()))
     benchmark.write_csv(tmp_path / "x.csv", benchmark.results(measurement))
     back = benchmark.read_csv(tmp_path / "x.csv")
-    assert all(math.isnan(line.r) and line.f > 0 for line in back)
+    assert all(math.isnan(line.speedup) and line.over_memory_bound > 0 for line in back)
 
 
 def test_our_step_must_compute_what_the_rule_says(monkeypatch):
@@ -304,7 +305,7 @@ def test_ratios_are_taken_within_a_round():
     assert measurement.best_of_torch == FUSED
     assert measurement.milliseconds() == pytest.approx((9.0, 6.0, 12.0))
     assert measurement.speedup() == pytest.approx((1.5, 1.5, 1.5))
-    assert measurement.over_floor() == pytest.approx((1.2, 1.2, 1.2))
+    assert measurement.over_memory_bound() == pytest.approx((1.2, 1.2, 1.2))
     assert measurement.speedup(FOR_LOOP).median == pytest.approx(0.3)
 
 
@@ -327,15 +328,22 @@ def test_lines_of_the_csv_file_come_back(tmp_path):
     benchmark.write_csv(tmp_path / "x.csv", lines)
     header = (tmp_path / "x.csv").read_text().splitlines()[0]
     assert header == (
-        "machine,date,torch,threads,variant,shapes,dtype,contender,ms,ms_q1,ms_q3,r,r_q1,r_q3,f,f_q1,f_q3,ms_min,"
-        "rounds,compile_s,note"
+        "machine,date,torch,threads,variant,shapes,dtype,contender,ms,ms_q1,ms_q3,speedup,speedup_q1,speedup_q3,"
+        "over_memory_bound,over_memory_bound_q1,over_memory_bound_q3,ms_min,rounds,compile_s,note"
     )
     back = {line.contender: line for line in benchmark.read_csv(tmp_path / "x.csv")}
-    assert list(back) == [FOR_LOOP, FOREACH, OURS, FLOOR, COMPILED, FUSED]
+    assert list(back) == [FOR_LOOP, FOREACH, OURS, MEMORY_BOUND, COMPILED, FUSED]
     ours = back[OURS]
     assert ours[2:8] == (torch.__version__, torch.get_num_threads(), "AdamW", "large", "float32", OURS)
-    assert (ours.ms, ours.ms_min, ours.r, ours.f, ours.rounds, ours.note) == (9.0, 6.0, 5.0, 1.2, 4, "")
-    assert (back[COMPILED].compile_s, back[FLOOR].f, back[FOR_LOOP].r) == (7.0, 1.0, 1.0)
+    assert (ours.ms, ours.ms_min, ours.speedup, ours.over_memory_bound, ours.rounds, ours.note) == (
+        9.0,
+        6.0,
+        5.0,
+        1.2,
+        4,
+        "",
+    )
+    assert (back[COMPILED].compile_s, back[MEMORY_BOUND].over_memory_bound, back[FOR_LOOP].speedup) == (7.0, 1.0, 1.0)
     assert math.isnan(ours.compile_s)
     assert math.isnan(back[FUSED].ms)
     assert (back[FUSED].rounds, back[FUSED].note) == (0, "left out: its step computes something else")
@@ -461,7 +469,7 @@ def cpu():
 
 @pytest.fixture
 def found():
-    """Lines of two optimizers, two lists of parameters and two dtypes; R is 1.5, and 4.5 for NAdam."""
+    """Lines of two optimizers, two lists of parameters and two dtypes; the speed-up is 1.5, and 4.5 for NAdam."""
     selected = benchmark.cases(["AdamW", "NAdam"], ["tiny", "large"], ["float32", "bfloat16"])
     changes = {"AdamW": {}, "NAdam": {FUSED: None, FOR_LOOP: 27.0}}
     return [line for case in selected for line in benchmark.results(a_measurement(case, **changes[case.variant.name]))]
@@ -471,13 +479,13 @@ def test_tables(cpu, found):
     lines = cpu.markdown(found).splitlines()
     mean = f"**{math.sqrt(1.5 * 4.5):.2f}** (1.50 to 4.50)"
     assert f"| 1000 x 1 k | {mean} | {mean} |" in lines
-    assert "| 8 x 4 M: F, our time / traffic floor | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in lines
+    assert "| 8 x 4 M: our time / memory bound | **1.20** (1.20 to 1.20) | **1.20** (1.20 to 1.20) |" in lines
     assert "| NAdam | bfloat16 | 4.50 (4.50-4.50) | 4.50 (4.50-4.50) | 1.20 (1.20-1.20) |" in lines
 
 
 def test_the_picture_shows_every_median(cpu, found):
     figure = cpu.draw(found)
-    titles = ["1000 x 1 k", "8 x 4 M", "8 x 4 M: against the floor"]
+    titles = ["1000 x 1 k", "8 x 4 M", "8 x 4 M: over the memory bound"]
     assert [axes.get_title() for axes in figure.axes] == titles
     for axes, values in zip(figure.axes, ([1.5, 4.5], [1.5, 4.5], [1.2, 1.2]), strict=True):
         dots = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
@@ -528,3 +536,70 @@ def test_overheads_are_judged_by_their_limits():
 
 def test_the_columns_are_documented():
     assert [name for name in Result._fields if f"        {name.split('_q')[0]}:" not in Result.__doc__] == []
+
+
+def test_history_keeps_a_file_for_each_version_and_machine_and_draws_them_in_order(tmp_path, monkeypatch):
+    history = script("history")
+    monkeypatch.setattr(history, "measure", lambda case, **_: a_measurement(case))
+    monkeypatch.setattr(history, "circumstances", lambda: ("AMD EPYC(TM) 9", "2026-11-29", "2.13", 2))
+    for version in ("0.10.0", "0.2.0"):
+        paths = ["--out", str(tmp_path), "--picture", str(tmp_path / "history.png")]
+        monkeypatch.setattr(sys, "argv", ["history.py", "--version", version, *paths])
+        history.main()
+    names = ["0.10.0_amd-epyc-tm-9_2.csv", "0.2.0_amd-epyc-tm-9_2.csv", "history.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    ((machine, releases),) = history.read(tmp_path).items()
+    assert [release.version for release in releases] == ["0.2.0", "0.10.0"]
+    speedups, over_bound = history.draw({machine: releases}).axes
+    assert [tick.get_text() for tick in speedups.get_xticklabels()] == ["0.2.0", "0.10.0"]
+    drawn = [
+        line.get_ydata() for line in over_bound.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"
+    ]
+    assert drawn == [pytest.approx([1.2, 1.2])] * len(history.CASES)
+
+
+def test_a_difference_between_commits_is_one_that_all_pairs_of_processes_show():
+    of = script("commits").Comparison.of
+    same, faster, slower = (np.array([[1.0, new], [2.0, 2 * new]]) for new in (1.0, 0.5, 2.0))
+    seldom_faster = np.concatenate([faster, same, same])
+    found = [of(pairs).verdict() for pairs in ([faster] * 2, [slower] * 2, [faster, same], [seldom_faster] * 2)]
+    assert found == ["faster", "slower", *["no difference beyond the spread"] * 2]
+    text = "old 1250 ms, new 1000 ms, old / new 2.000 (1.625 to 2.000; pairs 1.250 to 2.000): faster"
+    assert str(of([faster, np.array([[1.25, 1.0]])])) == text
+
+
+def test_a_commit_that_is_slower_is_found_and_one_without_the_optimizer_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path), *arguments]
+        subprocess.run(command, check=True)  # noqa: S603 - our own command
+
+    git("init", "-q", "-b", "main")
+    package = tmp_path / "src" / "surefoot" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    for tag, classes in {"empty": "", "quick": "class AdamW(Resting): time = 1e-3", "slow": SLOW}.items():
+        package.write_text(f"{RESTING}\n{classes}\n")
+        git("add", ".")
+        git("commit", "-q", "-m", tag)
+        git("tag", tag)
+    few = ["--optimizer", "AdamW", "--model", "overhead", "--seconds", "0", "--pairs", "1", "--threads", "1"]
+    commits = script("commits")
+    for old, new, expected in (
+        ("quick", ".", "): slower"),
+        ("slow", "empty", "left out, empty: module 'surefoot' has no attribute 'AdamW'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["commits.py", old, new, *few, "--repository", str(tmp_path)])
+        commits.main()
+        assert expected in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["commits.py", "none", "slow", *few, "--repository", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"git has no src/ of 'none' in .*: fatal: not a valid object name"):
+        commits.main()
+
+
+RESTING = """import time
+class Resting:
+    def __init__(self, params): pass
+    def step(self): time.sleep(self.time)
+"""
+SLOW = "class AdamW(Resting): time = 8e-3"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import site_pages
 import torch
+from site_curves import curves
 
 import surefoot
 from surefoot import checkpoint, errors, functional, lr_finder, lr_scheduler, swa_utils, telemetry
@@ -88,6 +89,18 @@ def test_the_page_of_an_optimizer_says_what_each_option_is(name):
     assert page.startswith(f"# {name}\n")
     assert "\n    " in page.split("## Options")[0]  # its formula
     assert {"## Cost", "## Example", "## Errors"} <= set(re.findall("^## .*", page, re.MULTILINE))
+
+
+def test_the_page_of_an_optimizer_has_its_curve():
+    page = site_pages.optimizer_page("Lion")
+    lion, adamw = (curves()[name] for name in ("Lion", "AdamW"))
+    for curve in (lion, adamw):
+        mean = sum(points[-1][1] for points in curve.seeds) / len(curve.seeds)
+        assert f">{curve.title}, lr {curve.lr:g}: {mean:.3f}</text>" in page
+    assert page.count("<polyline ") == len(curves()) + 1 + len(lion.seeds)
+    assert "AdamW, cautious, lr " in site_pages.optimizer_page("AdamW")
+    assert "<svg" not in site_pages.optimizer_page("LBFGS")  # which was not measured
+    assert {curve.algorithm for curve in curves().values()} <= set(surefoot.optimizers.__all__)
 
 
 def test_the_page_of_options_has_every_option():

@@ -37,7 +37,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, pages.page_of(name), content=pages.optimizer_page(name)))
     for path in NOTEBOOKS:
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=pages.notebook_page(path)))
-    results = [path.relative_to(pages.ROOT) for path in (pages.ROOT / "benchmarks/results").iterdir()]
+    folders = (pages.ROOT / "benchmarks" / name for name in ("results", "history"))
+    results = [path.relative_to(pages.ROOT) for folder in folders for path in folder.iterdir()]
     for path in [Path(name) for name in FROM_ELSEWHERE] + sorted(results):
         if (pages.ROOT / path).exists():
             files.append(File.generated(config, path.as_posix(), abs_src_path=str(pages.ROOT / path)))

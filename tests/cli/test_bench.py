@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from surefoot import benchmark
-from surefoot.benchmark import COMPILED, EAGER, FLOOR, FOR_LOOP, FOREACH, FUSED, OURS, Measurement
+from surefoot.benchmark import COMPILED, EAGER, FOR_LOOP, FOREACH, FUSED, MEMORY_BOUND, OURS, Measurement
 from surefoot.cli import app
 from surefoot.optimizers import NOT_IN_TORCH
 
@@ -30,7 +30,7 @@ def measured(monkeypatch):
         asked.append((str(case), seconds, compiled))
         in_torch = case.variant.optimizer not in NOT_IN_TORCH
         theirs = {FOR_LOOP: 300.0, FOREACH: 4.0, FUSED: 3.0} | ({COMPILED: 2.5} if compiled else {})
-        times = {**(theirs if in_torch else {EAGER: 8.0}), OURS: 2.0, FLOOR: 1.6}
+        times = {**(theirs if in_torch else {EAGER: 8.0}), OURS: 2.0, MEMORY_BOUND: 1.6}
         wrong = [FUSED] if case.variant.optimizer == "SGD" else []
         seconds = {name: 1e-3 * np.array([value] * 3) for name, value in times.items() if name not in wrong}
         return Measurement(case, seconds, wrong, 12.0 if compiled else 0.0)
@@ -99,20 +99,23 @@ def test_what_is_printed(measured):
     assert "8 x 4 M, float32: milliseconds a step" in printed
     assert "SGD 300 4.00 wrong 2.50 2.00 1.60 2.00 ±0% 1.25 ±0%" in printed
     assert "AdamW 300 4.00 3.00 2.50 2.00 1.60 1.50 ±0% 1.25 ±0%" in printed
-    assert "8 x 4 M, float32: geometric mean of R 1.73, least 1.50" in printed
-    assert "torch.compile took 12.0 to 12.0 s; it does not count in R." in printed
+    assert "8 x 4 M, float32: mean speed-up 1.73, least 1.50" in printed
+    assert "torch.compile took 12.0 to 12.0 s; it does not count as torch's best." in printed
     assert "wrong: left out, its step computes something else than torch's for-loop." in printed
 
 
 @pytest.mark.usefixtures("measured")
-def test_what_torch_does_not_have_is_apart_and_has_no_r():
+def test_what_torch_does_not_have_is_apart_and_has_no_speedup():
     chosen = ("--optimizer", "LAMB", "--optimizer", "AdamW", "--optimizer", "lion")
     status, printed = invoke(*chosen, "--model", "large", "--compile")
     assert status == 0
     assert "AdamW 300 4.00 3.00 2.50 2.00 1.60 1.50 ±0% 1.25 ±0%" in printed
-    assert "surefoot traffic eager surefoot floor R F LAMB 8.00 2.00 1.60 - 1.25 ±0% Lion 8.00 2.00 1.60 -" in printed
+    assert (
+        "surefoot memory over eager surefoot bound speed-up bound LAMB 8.00 2.00 1.60 - 1.25 ±0% Lion 8.00 2.00 1.60 -"
+        in printed
+    )
     assert "surefoot eager: the algorithm by torch's operations, where torch.optim does not have it" in printed
-    assert "geometric mean" not in printed
+    assert "mean speed-up" not in printed
 
 
 @pytest.mark.usefixtures("measured")
@@ -121,7 +124,7 @@ def test_the_csv_file(tmp_path):
     status, printed = invoke("--csv", str(path), "--model", "tiny")
     assert status == 0
     assert printed.endswith(f"Written: {path}")
-    assert [line.contender for line in benchmark.read_csv(path)] == [FOR_LOOP, FOREACH, FUSED, OURS, FLOOR]
+    assert [line.contender for line in benchmark.read_csv(path)] == [FOR_LOOP, FOREACH, FUSED, OURS, MEMORY_BOUND]
 
 
 def test_too_little_memory(measured, monkeypatch):

@@ -18,8 +18,9 @@ from surefoot.cli import app, main
 from surefoot.cli._demo import story
 from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape
-from surefoot.cli._demo.report import comparison_lines
+from surefoot.cli._demo.report import comparison_lines, tell_of_kernels
 from surefoot.cli._demo.training import TrainingSetup, compare
+from surefoot.codegen import store
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
 PLAN = TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY, libraries=("torch.optim", "torch.optim"))
@@ -132,14 +133,15 @@ def test_what_is_left_out_suits_the_optimizer(told, tmp_path):
 
 def test_the_table_holds_what_was_measured():
     comparison = compare(PLAN, story.Corpus.of("the sea shore and the sea shells; " * 60))
-    one, other = comparison.outcomes
-    table = {row.name: row for row in comparison_lines(comparison)}
-    assert table["loss, held-out text"][1:] == (f"{one.held_out_loss:.4f}",) * 2 + ("equal",)
-    a, b = (sorted(outcome.clock.optimizers["AdamW"]) for outcome in (one, other))
-    medians = [500 * (seconds[5] + seconds[6]) for seconds in (a, b)]
-    assert table["AdamW.step()"][1:3] == tuple(f"{median:.2f} ms" for median in medians)
-    assert table["AdamW.step()"].verdict == f"{medians[0] / medians[1]:.2f}x as fast"
-    assert table["parameters differ by"].verdict == "0"
+    lines = list(comparison_lines(comparison))
+    table = {line.name: line.values for line in lines}
+    assert table["loss, held-out text"] == tuple(f"{outcome.held_out_loss:.4f}" for outcome in comparison.outcomes)
+    times = [sorted(outcome.clock.optimizers["AdamW"]) for outcome in comparison.outcomes]
+    medians = [500 * (seconds[5] + seconds[6]) for seconds in times]
+    assert table["AdamW.step()"] == tuple(f"{median:.2f} ms" for median in medians)
+    below = lines[[line.name for line in lines].index("AdamW.step()") + 1]
+    assert below.values == ("", *(f"{medians[0] / median:.2f}x as fast" for median in medians[1:]))
+    assert table["parameters differ, in the end"] == ("", f"{comparison.gaps(12)[0].largest:.1e}", "same bits")
 
 
 def test_a_log_gets_lines_and_the_picture_comes_whole(tmp_path):
@@ -147,7 +149,7 @@ def test_a_log_gets_lines_and_the_picture_comes_whole(tmp_path):
     assert "\x1b" not in printed
     line = re.compile(r"^step \d+/12: torch.optim.AdamW loss \d\.\d{3}, [\d.]+ steps/s; ", re.MULTILINE)
     assert len(line.findall(printed)) == 12
-    assert "Same bits: after 12 steps no parameter of the two models differs." in printed
+    assert "Same bits: after 12 steps no parameter of torch's model and of ours differs." in printed
     assert "after the prompt 'The ':" in printed
     assert f"Picture: {tmp_path / 'demo.png'}" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
@@ -162,10 +164,41 @@ def test_models_that_differ_are_reported_as_such(tmp_path):
         patch.setitem(sys.modules, "one_ulp_off", module)
         printed = tell(tmp_path / "demo.svg", setup)
     assert re.search(
-        r"Some bits differ: parameters by up to \d\.\de-\d\d after the first step, \d\.\de-\d\d after all 2\. "
-        r"Training amplifies differences in rounding: it is the losses that have to agree\.",
+        r"The parameters of surefoot's model ended up to \d\.\de-\d\d from those of torch's; torch's two "
+        r"implementations round alike here\. Training amplifies differences in rounding: "
+        r"it is the losses that have to agree\.",
         " ".join(printed.split()),
     )
+
+
+def test_torchs_own_two_implementations_are_the_measure(tmp_path):
+    printed = " ".join(tell(tmp_path / "demo.png", TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY)).split())
+    assert "learns 308,105 characters of Python's help texts three times, from the same weights" in printed
+    assert "torch.optim takes part by its default and by fused=True: how far its own two end from" in printed
+    apart = r"up to \d\.\de-\d\d"
+    assert re.search(rf"model ended {apart} from those of torch's, torch's own fused=True {apart}\. Training", printed)
+
+
+def test_one_implementation_of_torchs_is_said(tmp_path):
+    printed = tell(tmp_path / "demo.png", TrainingSetup("Muon", steps=2, lr=1e-2, shape=TINY))
+    assert "help texts\ntwice, from the same weights" in printed
+    assert "torch.optim has one implementation of Muon." in printed
+
+
+def test_what_kernels_cost_is_said_and_why_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUREFOOT_CACHE_DIR", str(tmp_path / "kernels"))
+    found = iter([{"before.o"}, {"before.o", "a.o", "b.o"}, set(), set()])
+    monkeypatch.setattr(story, "_kernels", lambda: next(found))
+    first, again = (" ".join(tell(tmp_path / "demo.png").split()) for _ in range(2))
+    assert re.search(
+        r"The very first step\(\) took \d+ ms, since it compiled its kernels \(2\)\. This machine pays", first
+    )
+    assert f"they are kept in {tmp_path}/kernels and serve every later training with these options" in first
+    assert f"No kernel had to be compiled: those that earlier runs have needed are kept in {tmp_path}/kernels." in again
+    monkeypatch.setattr(store, "unusable_reason", lambda: "it is full")
+    console = Console(file=io.StringIO(), width=100)
+    tell_of_kernels(console, 1.0, compiled=2)
+    assert console.file.getvalue() == "Kernels are compiled anew in every run, since they cannot be kept: it is full.\n"
 
 
 def test_what_torch_has_not_is_compared_with_its_reference(tmp_path):
@@ -173,7 +206,7 @@ def test_what_torch_has_not_is_compared_with_its_reference(tmp_path):
     printed = " ".join(tell(tmp_path / "demo.png", setup).split())
     assert printed.startswith("torch.optim.AdamW against surefoot.LARS ")
     assert "torch.optim has no LARS: its AdamW, lr 0.002, learns beside it for reference. LARS runs with" in printed
-    assert re.search(r"step\(\) │ +[\d.]+ ms │ +[\d.]+ ms │ +[\d.]+x as fast", printed)
+    assert re.search(r"step\(\) │ +[\d.]+ ms │ +[\d.]+ ms │ │ +│ +│ +[\d.]+x as fast", printed)
     assert "AdamW and LARS are different algorithms: the losses compare them on this model" in printed
     assert "parameters" not in printed
     assert (tmp_path / "demo.png").is_file()
@@ -264,6 +297,6 @@ def test_help_and_version():
     status, printed = invoke("--version")
     assert status == 0
     assert re.fullmatch(r"surefoot \S+, torch \S+, Python \S+", printed)
-    assert "Train a small model twice, with torch.optim and with surefoot" in invoke("--help")[1]
+    assert "Train a small model with torch.optim and with surefoot" in invoke("--help")[1]
     printed = invoke("demo", "--help")[1]
     assert all(option in printed for option in ("--optimizer", "--steps", "--lr", "--seed", "--out", "--threads"))

@@ -11,11 +11,13 @@ from surefoot.cli._demo.errors import DemoError
 from surefoot.cli._demo.model import Shape, build_model, continue_text
 from surefoot.cli._demo.recipes import RECIPES, TrainedPart, resolve
 from surefoot.cli._demo.text import Corpus, batch_at, draw_starts, help_topics
-from surefoot.cli._demo.training import Clock, Gap, Training, TrainingSetup, compare
+from surefoot.cli._demo.training import Clock, Contender, Gap, Training, TrainingSetup, compare
 
 TINY = Shape(context=16, width=16, blocks=1, heads=2)
 CORPUS = Corpus.of("she sells sea shells by the sea shore; " * 60)
 TORCH_TWICE = ("torch.optim", "torch.optim")
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")
+ALONE = ("Muon", "LBFGS", "SparseAdam")
 
 
 def plan_of(optimizer, **changes):
@@ -35,8 +37,9 @@ def test_names_are_found_in_any_case(written, meant):
 
 def test_the_same_library_twice_gives_the_same_bits():
     comparison = compare(plan_of("AdamW", steps=10, libraries=TORCH_TWICE), CORPUS)
-    one, other = comparison.outcomes
-    assert comparison.last_gap == comparison.first_gap == Gap(0.0, same_bits=True)
+    one, _, other = comparison.outcomes
+    assert set(other.gaps) == set(range(1, 11))
+    assert set(other.gaps.values()) == {Gap(0.0, same_bits=True)}
     assert one.losses == other.losses
     assert (one.train_loss, one.held_out_loss) == (other.train_loss, other.held_out_loss)
 
@@ -44,10 +47,15 @@ def test_the_same_library_twice_gives_the_same_bits():
 @pytest.mark.parametrize("optimizer", [name for name in RECIPES if name not in optimizers.NOT_IN_TORCH])
 def test_every_optimizer_of_torch_runs_with_both_libraries(optimizer):
     comparison = compare(plan_of(optimizer), CORPUS)
-    one, other = comparison.outcomes
-    assert one.losses[0] == other.losses[0]
-    assert one.losses == pytest.approx(other.losses, abs=1e-3)
-    assert [outcome.label for outcome in comparison.outcomes] == [f"torch.optim.{optimizer}", f"surefoot.{optimizer}"]
+    one, *others = comparison.outcomes
+    engine = "fused" if optimizer in FUSED else "foreach"
+    second = [] if optimizer in ALONE else [f"torch.optim.{optimizer}, {engine}"]
+    labels = [f"torch.optim.{optimizer}", *second, f"surefoot.{optimizer}"]
+    assert [outcome.label for outcome in comparison.outcomes] == labels
+    for other in others:
+        assert one.losses[0] == other.losses[0]
+        assert one.losses == pytest.approx(other.losses, abs=1e-3)
+        assert set(other.gaps) == {1, 2, 3}
     for outcome in comparison.outcomes:
         assert all(len(seconds) == 3 for seconds in outcome.clock.optimizers.values())
         assert 0 < outcome.clock.share < 1
@@ -57,7 +65,7 @@ def test_every_optimizer_of_torch_runs_with_both_libraries(optimizer):
 def test_what_torch_has_not_runs_beside_its_reference(optimizer):
     setup = plan_of(optimizer, steps=8)  # in the first of which RAdamScheduleFree stands still
     assert setup.labels == ("torch.optim.AdamW", f"surefoot.{optimizer}")
-    one, other = (Training(each, setup, build_model(len(CORPUS.alphabet), TINY, 0)) for each in setup.libraries)
+    one, other = (Training(each, setup, build_model(len(CORPUS.alphabet), TINY, 0)) for each in setup.contenders)
     rates = [group["lr"] for each in (one, other) for built in each.optimizers.values() for group in built.param_groups]
     assert rates == [RECIPES["AdamW"].lr, RECIPES[optimizer].lr]
     reference, ours = compare(setup, CORPUS).outcomes
@@ -70,7 +78,7 @@ def test_what_torch_has_not_runs_beside_its_reference(optimizer):
 def test_what_is_evaluated_is_what_schedule_free_optimizers_ship():
     setup = plan_of("SGDScheduleFree", steps=5)
     comparison = compare(setup, CORPUS)
-    training = Training("surefoot", setup, build_model(len(CORPUS.alphabet), TINY, 0))
+    training = Training(Contender("surefoot"), setup, build_model(len(CORPUS.alphabet), TINY, 0))
     for starts in draw_starts(CORPUS.train, (5, setup.recipe.batch), TINY.context, 0):
         training.step(batch_at(CORPUS.train, starts, TINY.context))
     trained = [param.detach().clone() for param in training.model.parameters()]
@@ -85,13 +93,14 @@ def test_short_numbers_are_those_of_the_second_library():
     short = {"master_weight_bits": 24, "state_dtype": "float8"}
     plan = plan_of("AdamW", dtype=torch.bfloat16, storage=short)
     model = build_model(len(CORPUS.alphabet), TINY, 0).to(torch.bfloat16)
-    groups = [Training(library, plan, model).optimizers["AdamW"].param_groups[0] for library in plan.libraries]
-    assert [{name: group[name] for name in short if name in group} for group in groups] == [{}, short]
+    assert [contender.engine for contender in plan.contenders] == ["", "foreach", ""]
+    groups = [Training(each, plan, model).optimizers["AdamW"].param_groups[0] for each in plan.contenders]
+    assert [{name: group[name] for name in short if name in group} for group in groups] == [{}, {}, short]
     comparison = compare(plan, CORPUS)
-    one, other = comparison.outcomes
+    one, _, other = comparison.outcomes
     assert one.losses[0] == other.losses[0]
     assert one.losses == pytest.approx(other.losses, abs=1e-2)
-    assert not comparison.last_gap.same_bits
+    assert not other.gaps[3].same_bits
     assert {param.dtype for param in comparison.model.parameters()} == {torch.float32}
 
 
@@ -123,14 +132,14 @@ def test_each_parameter_has_one_optimizer(optimizer):
     setup = plan_of(optimizer)
     pairs = setup.recipe.part is TrainedPart.TABLE
     model = build_model(len(CORPUS.alphabet), TINY, 0, pairs=pairs)
-    training = Training("torch.optim", setup, model)
+    training = Training(Contender("torch.optim"), setup, model)
     groups = [group for built in training.optimizers.values() for group in built.param_groups]
     taken = [id(param) for group in groups for param in group["params"]]
     assert sorted(taken) == sorted(id(param) for param in model.parameters())
 
 
 def test_evaluations_of_a_closure_are_not_the_optimizers_time(monkeypatch):
-    training = Training("torch.optim", plan_of("LBFGS"), build_model(len(CORPUS.alphabet), TINY, 0))
+    training = Training(Contender("torch.optim"), plan_of("LBFGS"), build_model(len(CORPUS.alphabet), TINY, 0))
     batch = batch_at(CORPUS.train, draw_starts(CORPUS.train, (1, 2), TINY.context, 0)[0], TINY.context)
     training.model.register_forward_hook(lambda *_: sleep(0.05))
     training.step(batch)
@@ -155,7 +164,9 @@ def test_a_gap_of_signed_zeros_is_not_the_same_bits():
 
 
 def test_a_loss_that_explodes_is_said():
-    text = r"^with torch\.optim\.SGD the loss became (inf|nan) in step \d: give a smaller --lr, or leave it out$"
+    text = (
+        r"^with torch\.optim\.SGD(, fused)? the loss became (inf|nan) in step \d: give a smaller --lr, or leave it out$"
+    )
     with pytest.raises(DemoError, match=text):
         compare(plan_of("SGD", lr=1e30), CORPUS)
 

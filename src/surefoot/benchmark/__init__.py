@@ -1,4 +1,4 @@
-"""Timing optimizers against torch.optim and against the traffic floor: cases, contenders, rounds, results.
+"""Timing optimizers against torch.optim and against the memory bound: cases, contenders, rounds, results.
 
 Nothing here prints or draws; `surefoot bench` and the scripts in `benchmarks/` do.
 """
@@ -17,16 +17,16 @@ from surefoot.benchmark.cases import (
 from surefoot.benchmark.contenders import (
     COMPILED,
     EAGER,
-    FLOOR,
     FOR_LOOP,
     FOREACH,
     FUSED,
+    MEMORY_BOUND,
     OURS,
     TORCH,
     contenders_of,
     implementations_of,
 )
-from surefoot.benchmark.floor import floor_of
+from surefoot.benchmark.memory_bound import memory_bound_of
 from surefoot.benchmark.results import (
     Measurement,
     Quartiles,
@@ -51,11 +51,11 @@ __all__ = [
     "COMPILED",
     "DTYPES",
     "EAGER",
-    "FLOOR",
     "FOREACH",
     "FOR_LOOP",
     "FUSED",
     "LARGE_SHAPE_LISTS",
+    "MEMORY_BOUND",
     "OURS",
     "SECONDS",
     "SHAPE_LISTS",
@@ -76,13 +76,13 @@ __all__ = [
     "check_memory",
     "circumstances",
     "contenders_of",
-    "floor_of",
     "geometric_mean",
     "gradients",
     "has_work",
     "implementations_of",
     "measure",
     "measure_small",
+    "memory_bound_of",
     "read_csv",
     "results",
     "write_csv",

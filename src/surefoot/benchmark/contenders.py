@@ -1,4 +1,4 @@
-"""Who competes: torch's implementations of an optimizer, ours, and the traffic floor.
+"""Who competes: torch's implementations of an optimizer, ours, and the memory bound.
 
 What torch.optim does not have competes with the eager engine, which is the rule itself by torch's operations.
 """
@@ -17,13 +17,13 @@ from torch.nn import Parameter
 import surefoot
 from surefoot import optimizers
 from surefoot.benchmark.cases import Variant
-from surefoot.benchmark.floor import floor_of
+from surefoot.benchmark.memory_bound import memory_bound_of
 
 Step = Callable[[], object]
 Maker = Callable[[list[Parameter]], Step]
 
 FOR_LOOP, FOREACH, FUSED, COMPILED = "torch for-loop", "torch foreach", "torch fused", "torch compile"
-OURS, EAGER, FLOOR = "surefoot", "surefoot eager", "traffic floor"
+OURS, EAGER, MEMORY_BOUND = "surefoot", "surefoot eager", "memory bound"
 
 TORCH = (FOR_LOOP, FOREACH, FUSED)
 """The implementations of which the best counts as torch's; compiling one, which takes minutes, is reported apart."""
@@ -46,7 +46,7 @@ def contenders_of(variant: Variant, *, compiled: bool = False) -> dict[str, Make
     found = {name: _stepping(make) for name, make in implementations.items()}
     if compiled and FOREACH in found:
         found[COMPILED] = lambda params: _compiled(implementations[FOREACH](params).step)
-    return found | {OURS: _stepping(ours), FLOOR: lambda params: floor_of(ours(params)).step}
+    return found | {OURS: _stepping(ours), MEMORY_BOUND: lambda params: memory_bound_of(ours(params)).step}
 
 
 def implementations_of(variant: Variant) -> dict[str, Callable[[list[Parameter]], Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from surefoot.benchmark.cases import Case
-from surefoot.benchmark.contenders import COMPILED, FLOOR, OURS, TORCH
+from surefoot.benchmark.contenders import COMPILED, MEMORY_BOUND, OURS, TORCH
 from surefoot.files import write_whole
 
 
@@ -72,12 +72,12 @@ class Measurement:
         return Quartiles.of(1e3 * self.seconds[contender])
 
     def speedup(self, contender: str = OURS) -> Quartiles:
-        """Return R, the time of torch's best implementation over the contender's; NaN if torch has none."""
+        """Return the speed-up, the time of torch's best implementation over the contender's; NaN if torch has none."""
         return speedup(self.seconds, contender)
 
-    def over_floor(self, contender: str = OURS) -> Quartiles:
-        """Return F, the contender's time over that of the traffic floor."""
-        return Quartiles.of(self.seconds[contender] / self.seconds[FLOOR])
+    def over_memory_bound(self, contender: str = OURS) -> Quartiles:
+        """Return the contender's time over that of the memory bound."""
+        return Quartiles.of(self.seconds[contender] / self.seconds[MEMORY_BOUND])
 
 
 class Result(NamedTuple):
@@ -93,9 +93,9 @@ class Result(NamedTuple):
         dtype: dtype of the parameters.
         contender: name of the implementation.
         ms: milliseconds of a step, median over rounds; then their quartiles.
-        r: time of torch's best implementation over this one's, median of the ratios; then their quartiles.  NaN where
-            torch has no such optimizer.
-        f: this one's time over that of the traffic floor, median of the ratios; then their quartiles.
+        speedup: time of torch's best implementation over this one's, median of the ratios; then their quartiles.
+            NaN where torch has no such optimizer.
+        over_memory_bound: this one's time over that of the memory bound, median of the ratios; then their quartiles.
         ms_min: the least.
         rounds: how many there were.
         compile_s: seconds that compiling took.
@@ -113,12 +113,12 @@ class Result(NamedTuple):
     ms: float
     ms_q1: float
     ms_q3: float
-    r: float
-    r_q1: float
-    r_q3: float
-    f: float
-    f_q1: float
-    f_q3: float
+    speedup: float
+    speedup_q1: float
+    speedup_q3: float
+    over_memory_bound: float
+    over_memory_bound_q1: float
+    over_memory_bound_q3: float
     ms_min: float
     rounds: int
     compile_s: float
@@ -140,7 +140,7 @@ def results(measurement: Measurement) -> list[Result]:
 def _numbers(measurement: Measurement, name: str) -> tuple[Any, ...]:
     seconds = measurement.seconds[name]
     compiling = measurement.compile_seconds if name == COMPILED else math.nan
-    parts = (measurement.milliseconds(name), measurement.speedup(name), measurement.over_floor(name))
+    parts = (measurement.milliseconds(name), measurement.speedup(name), measurement.over_memory_bound(name))
     return (*(number for part in parts for number in part), 1e3 * float(seconds.min()), len(seconds), compiling)
 
 

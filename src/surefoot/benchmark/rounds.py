@@ -20,7 +20,7 @@ import surefoot
 from surefoot.benchmark.cases import Case, ShapeList, Variant
 from surefoot.benchmark.contenders import (
     COMPILED,
-    FLOOR,
+    MEMORY_BOUND,
     OURS,
     REFERENCES,
     Maker,
@@ -156,7 +156,7 @@ def wrong_contenders(variant: Variant, dtype: torch.dtype) -> list[str]:
 
 def _wrong(contenders: Mapping[str, Contender]) -> list[str]:
     reference = contenders[_reference(contenders)]
-    return [name for name in contenders if name != FLOOR and not _agree(contenders[name], reference)]
+    return [name for name in contenders if name != MEMORY_BOUND and not _agree(contenders[name], reference)]
 
 
 def _reference(contenders: Iterable[str]) -> str:

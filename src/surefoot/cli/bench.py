@@ -1,4 +1,4 @@
-"""The command `surefoot bench`: how fast optimizers step on this machine, against torch.optim and the traffic floor."""
+"""The command `surefoot bench`: how fast optimizers step on this machine, against torch.optim and the memory bound."""
 
 import math
 import os
@@ -95,11 +95,12 @@ def bench(
 ) -> None:
     """Time steps of optimizers against those of torch.optim.
 
-    All implementations run interleaved in one process. R is the time of the best
-    of torch's over ours. F is our time over that of the traffic floor, a kernel
-    that reads and writes the same memory and only adds. What torch.optim does not
-    have, such as Lion, is timed against surefoot's eager engine instead, which
-    runs the algorithm by torch's operations, one tensor after the other.
+    All implementations run interleaved in one process. The speed-up is the time of
+    the best of torch's over ours: at 2 ours takes half the time. The memory bound
+    is a kernel that reads and writes the same memory and only adds; our time over
+    its time is 1 where nothing faster is possible. What torch.optim does not have,
+    such as Lion, is timed against surefoot's eager engine instead, which runs the
+    algorithm by torch's operations, one tensor after the other.
     """
     from rich.console import Console  # noqa: PLC0415
 
@@ -170,15 +171,15 @@ def table(measurements: Sequence["Measurement"]) -> "Table":
     """Make the table of measurements that share their parameters and contenders: a line for each optimizer."""
     from rich.table import Table  # noqa: PLC0415
 
-    from surefoot.benchmark import COMPILED, EAGER, FLOOR, OURS, TORCH  # noqa: PLC0415
+    from surefoot.benchmark import COMPILED, EAGER, MEMORY_BOUND, OURS, TORCH  # noqa: PLC0415
 
     took_part = {name for measurement in measurements for name in measurement.seconds}
     compiled = (COMPILED,) if COMPILED in took_part else ()
-    contenders = (*((EAGER,) if EAGER in took_part else (*TORCH, *compiled)), OURS, FLOOR)
+    contenders = (*((EAGER,) if EAGER in took_part else (*TORCH, *compiled)), OURS, MEMORY_BOUND)
     title = f"{_parameters(measurements[0])}: milliseconds a step"
     made = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
-    made.add_column("", no_wrap=True, min_width=16)
-    for name in (*contenders, "R", "F"):
+    made.add_column("", no_wrap=True)
+    for name in (*contenders, "speed-up", "over bound"):
         style = "bold" if name == OURS else None
         made.add_column(name.replace(" ", "\n"), justify="right", style=style, no_wrap=True, min_width=8)
     for measurement in measurements:
@@ -197,7 +198,7 @@ def _cells(measurement: "Measurement", contenders: Iterable[str]) -> Iterator[st
         else:
             yield _digits(measurement.milliseconds(name).median) if name in measurement.seconds else "-"
     yield _ratio(measurement.speedup())
-    yield _ratio(measurement.over_floor())
+    yield _ratio(measurement.over_memory_bound())
 
 
 def _digits(number: float) -> str:
@@ -216,15 +217,16 @@ def notes(done: Sequence["Measurement"]) -> Iterable[str]:
     """Return the lines under the table."""
     from surefoot.benchmark import COMPILED, EAGER, geometric_mean  # noqa: PLC0415
 
-    yield "R: time of torch's best / surefoot's. F: surefoot's / traffic floor. Medians ± half the quartiles' distance."
+    yield "speed-up: time of torch's best / surefoot's. Medians ± half the quartiles' distance."
+    yield "over bound: surefoot's time / that of the memory bound, which moves as many bytes."
     for title, part in groupby(done, key=_parameters):
         ratios = [ratio for measurement in part if not math.isnan(ratio := measurement.speedup().median)]
         if len(ratios) > 1:
-            yield f"{title}: geometric mean of R {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+            yield f"{title}: mean speed-up {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
     compiling = [measurement.compile_seconds for measurement in done if COMPILED in measurement.seconds]
     if compiling:
-        yield f"torch.compile took {min(compiling):.1f} to {max(compiling):.1f} s; it does not count in R."
+        yield f"torch.compile took {min(compiling):.1f} to {max(compiling):.1f} s; it does not count as torch's best."
     if any(EAGER in measurement.seconds for measurement in done):
-        yield f"{EAGER}: the algorithm by torch's operations, where torch.optim does not have it; there is no R."
+        yield f"{EAGER}: the algorithm by torch's operations, where torch.optim does not have it; there is no speed-up."
     if any(measurement.wrong for measurement in done):
         yield "wrong: left out, its step computes something else than torch's for-loop."

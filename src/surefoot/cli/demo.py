@@ -1,4 +1,4 @@
-"""The command `surefoot demo`: one small model, trained with torch's optimizer and with ours, side by side.
+"""The command `surefoot demo`: one small model, trained by torch's optimizer and by ours, side by side.
 
 This file reads the options and tells the story; the parts are in `_demo`.
 """
@@ -94,18 +94,20 @@ def demo(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help=f"Dtype of both models' weights: {', '.join(DTYPES)}.")
+        str, typer.Option(metavar="NAME", help=f"Dtype of the models' weights: {', '.join(DTYPES)}.")
     ] = "float32",
     state_dtype: StateDtype = None,
     rounding: Rounding = None,
     master_weight_bits: MasterWeightBits = None,
 ) -> None:
-    """Train a small model twice, with torch.optim and with surefoot, and compare.
+    """Train a small model with torch.optim and with surefoot, and compare.
 
-    Both trainings start from the same weights and see the same batches of real
-    English text. Printed are their losses, how far the two models are apart and
-    the time of the optimizers' steps; then the model that surefoot trained writes
-    some text, and a picture is drawn. It takes about a minute on two cores.
+    All trainings start from the same weights and see the same batches of real
+    English text. torch.optim takes part twice where it has two implementations of
+    the optimizer, a loop and fused=True for instance, since they round differently
+    too. Printed are losses, how far the models are apart and the time of the
+    optimizers' steps; then the model that surefoot trained writes some text, and a
+    picture is drawn. It takes about a minute on two cores.
     How state and 16-bit weights are kept is an option of surefoot's side only.
     What torch.optim does not have, such as Lion, learns beside torch's AdamW.
     """

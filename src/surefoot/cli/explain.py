@@ -102,7 +102,8 @@ def _show_source(console: "Console", title: str, text: str) -> None:
     from rich.syntax import Syntax  # noqa: PLC0415
 
     console.print(f"\n[bold]{title}[/bold]")
-    console.print(Syntax(text, "python", word_wrap=True, background_color="default"))
+    # A line that is longer than the terminal is wide stays a line, for whoever copies it.
+    console.print(Syntax("", "python", background_color="default").highlight(text), soft_wrap=True)
 
 
 def algorithm(name: str) -> "type[Optimizer]":

@@ -26,6 +26,10 @@ def report(
     """Write a page about a run: what blew up first, curves, and a map of parameters and steps.
 
     The page is one file that needs no network. What it says in words is printed too.
+
+    A script as it is leaves such a run: surefoot run --telemetry runs train.py
+    In a script of yours it is an option of the optimizer, with two names of
+    surefoot.telemetry: telemetry=Telemetry(sinks=[JsonLines("run.jsonl")])
     """
     from rich.console import Console  # noqa: PLC0415 (only when the command runs)
 

@@ -1,6 +1,6 @@
-"""How far both trainings are, while they run: bars on a terminal, a few lines in a file or a log."""
+"""How far the trainings are, while they run: bars on a terminal, a few lines in a file or a log."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
@@ -39,12 +39,12 @@ def _bars(console: Console, setup: TrainingSetup) -> Iterator[Watch]:
         bars.refresh()
         drawn = perf_counter()
 
-        def watch(one: Training, other: Training) -> None:
+        def watch(trainings: Sequence[Training]) -> None:
             nonlocal drawn
-            done = len(one.losses)
+            done = len(trainings[0].losses)
             if perf_counter() - drawn < REFRESH_SECONDS and done < setup.steps:
                 return
-            for task, training in zip(tasks, (one, other), strict=True):
+            for task, training in zip(tasks, trainings, strict=True):
                 bars.update(task, completed=done, loss=_loss(training), rate=_rate(training))
             bars.refresh()
             drawn = perf_counter()
@@ -57,13 +57,13 @@ def _lines(console: Console, setup: TrainingSetup) -> Iterator[Watch]:
     """Print a line for each tenth of the training."""
     every = max(1, setup.steps // PLAIN_LINES)
 
-    def watch(one: Training, other: Training) -> None:
-        done = len(one.losses)
+    def watch(trainings: Sequence[Training]) -> None:
+        done = len(trainings[0].losses)
         if done % every and done < setup.steps:
             return
         parts = (
             f"{label} loss {_loss(training)}, {_rate(training)} steps/s"
-            for label, training in zip(setup.labels, (one, other), strict=True)
+            for label, training in zip(setup.labels, trainings, strict=True)
         )
         console.print(f"step {done}/{setup.steps}: {'; '.join(parts)}", highlight=False, soft_wrap=True)
 
@@ -71,14 +71,14 @@ def _lines(console: Console, setup: TrainingSetup) -> Iterator[Watch]:
 
 
 def progress(console: Console, setup: TrainingSetup) -> AbstractContextManager[Watch]:
-    """Show how far both trainings of a setup are.
+    """Show how far the trainings of a setup are.
 
     Args:
         console: where to show it.
         setup: what is trained.
 
     Returns:
-        A context whose value is to be called with both trainings after every step.
+        A context whose value is to be called with all trainings after every step.
     """
     terminal = console.file.isatty() and not console.is_dumb_terminal
     return (_bars if terminal else _lines)(console, setup)

@@ -40,7 +40,7 @@ class Recipe:
     """
 
     lr: float = 2e-3
-    steps: int = 500
+    steps: int = 400
     batch: int = 8
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     part: TrainedPart = TrainedPart.EVERYTHING
@@ -68,7 +68,6 @@ _SPECIAL: Mapping[str, Recipe] = MappingProxyType(
         "Adafactor": Recipe(lr=5e-2),
         "Muon": Recipe(
             lr=2e-2,
-            steps=400,
             part=TrainedPart.MATRICES,
             companion="AdamW",
             note="Muon takes matrices only: AdamW of the same library trains the other parameters.",

@@ -12,6 +12,7 @@ from surefoot.cli._demo.model import continue_text
 from surefoot.cli._demo.progress import progress
 from surefoot.cli._demo.text import Corpus, help_topics
 from surefoot.cli._demo.training import Comparison, TrainingSetup, compare
+from surefoot.codegen import store
 
 PROMPT = "The "
 SAMPLE_LENGTH = 400
@@ -46,7 +47,15 @@ def _save(save: Save, comparison: Comparison, out: Path) -> None:
 
 def _write_sample(console: Console, comparison: Comparison, corpus: Corpus) -> None:
     written = continue_text(comparison.model, corpus.encode(PROMPT), SAMPLE_LENGTH, comparison.setup.seed)
-    report.print_sample(console, PROMPT, corpus.decode(written), comparison.setup.labels[1])
+    report.print_sample(console, PROMPT, corpus.decode(written), comparison.setup.labels[-1])
+
+
+def _kernels() -> set[str]:
+    """Return the names of the kernels on disk."""
+    try:
+        return {entry.name for entry in store.entries() if entry.name.endswith(".o")}
+    except OSError:
+        return set()
 
 
 def tell(setup: TrainingSetup, out: Path, console: Console) -> Comparison:
@@ -66,9 +75,12 @@ def tell(setup: TrainingSetup, out: Path, console: Console) -> Comparison:
     save = _picture_saver(console)
     corpus = Corpus.of(help_topics())
     report.introduce(console, setup, len(corpus.train), torch.get_num_threads())
+    before = _kernels()
     with progress(console, setup) as watch:
         comparison = compare(setup, corpus, watch)
     report.print_table(console, comparison)
+    first_step = comparison.outcomes[-1].clock.optimizer_ms[0]
+    report.tell_of_kernels(console, first_step, len(_kernels() - before))
     _write_sample(console, comparison, corpus)
     if save is not None:
         _save(save, comparison, out)

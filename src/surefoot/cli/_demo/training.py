@@ -1,15 +1,19 @@
-"""Two trainings of one model, a step of each in turn, that differ only in the library of their optimizers.
+"""Trainings of one model, a step of each in turn, that differ only in who makes the step of their optimizers.
 
-Both start from the same weights and see the same batches; neither draws from torch's global generator.  They
-also take turns at going first, so that whatever else the machine does falls on both clocks alike.  Where torch.optim
+All start from the same weights and see the same batches; none draws from torch's global generator.  They follow one
+another in every order in turn, so that whatever else the machine does falls on all clocks alike.  Where torch.optim
+has two implementations, both take part: what lies between them is what rounding in another order comes to.  Where it
 does not have the optimizer, another of its own stands there for reference.
 """
 
 import copy
+import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, permutations
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -26,11 +30,30 @@ from surefoot.cli._demo.text import Batch, Corpus, batch_at, draw_starts
 from surefoot.optimizers.schedule_free import ScheduleFree
 
 EVALUATED_SEQUENCES = 256
+MEASURED_GAPS = 50
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who makes the optimizers of a training.
+
+    Attributes:
+        library: the module that has them, such as "torch.optim".
+        engine: the flag that chooses one of its implementations, such as "fused"; empty for the default one.
+    """
+
+    library: str
+    engine: str = ""
+
+    def label(self, optimizer: str = "") -> str:
+        """Return what it is called, or what an optimizer of it is called."""
+        name = f"{self.library}.{optimizer}" if optimizer else self.library
+        return f"{name}, {self.engine}" if self.engine else name
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What both trainings have in common.
+    """What the trainings have in common.
 
     Attributes:
         optimizer: the name of the second library's optimizer; of the first's too unless the recipe has a reference.
@@ -39,7 +62,7 @@ class TrainingSetup:
         seed: of the weights, the batches and the text written in the end.
         shape: the size of the model.
         libraries: the two modules that have the optimizers.
-        dtype: in which both keep the weights; what is computed with them is float32.
+        dtype: in which all keep the weights; what is computed with them is float32.
         storage: options of the second library's optimizers about how weights and state are kept.
     """
 
@@ -62,15 +85,25 @@ class TrainingSetup:
         """The optimizer of the first library, if it is another."""
         return self.recipe.reference
 
-    @property
-    def labels(self) -> tuple[str, str]:
-        """What the two trainings are called."""
-        one, other = self.libraries
-        return self.label(one), self.label(other)
+    @functools.cached_property
+    def contenders(self) -> tuple[Contender, ...]:
+        """The first library, another of its engines where it has the same optimizer in two, and the second library.
 
-    def label(self, library: str) -> str:
-        """Return what the training of a library is called."""
-        return f"{library}.{self.choice(library)[0]}"
+        Raises:
+            DemoError: if the first library lacks the optimizer.
+        """
+        one, other = self.libraries
+        engine = "" if self.reference else _second_engine(one, self.optimizer, self.dtype)
+        return (Contender(one), *([Contender(one, engine)] if engine else []), Contender(other))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the trainings are called."""
+        return tuple(map(self.label, self.contenders))
+
+    def label(self, contender: Contender) -> str:
+        """Return what the training of a contender is called."""
+        return contender.label(self.choice(contender.library)[0])
 
     def choice(self, library: str) -> tuple[str, Recipe, float]:
         """Return the name, the settings and the learning rate of a library's optimizer."""
@@ -143,6 +176,16 @@ def _optimizer_class(library: str, name: str) -> Callable[..., torch.optim.Optim
     return found
 
 
+def _second_engine(library: str, name: str, dtype: torch.dtype) -> str:
+    """Return the flag of an implementation beside the default one, empty if there is none.
+
+    In 16 bits foreach is the other one: torch's fused SGD then leaves most of a parameter unchanged (pytorch#191763).
+    """
+    flags = ("fused", "foreach") if dtype.itemsize >= torch.float32.itemsize else ("foreach",)
+    taken = inspect.signature(_optimizer_class(library, name)).parameters
+    return next((flag for flag in flags if flag in taken), "")
+
+
 def _part_of(model: CharacterModel, part: TrainedPart) -> list[nn.Parameter]:
     if part is TrainedPart.MATRICES:
         return [param for param in model.blocks.parameters() if param.ndim == 2]  # noqa: PLR2004 - a matrix
@@ -151,12 +194,16 @@ def _part_of(model: CharacterModel, part: TrainedPart) -> list[nn.Parameter]:
     return list(model.parameters())
 
 
-def _build_optimizers(library: str, setup: TrainingSetup, model: CharacterModel) -> dict[str, torch.optim.Optimizer]:
+def _build_optimizers(
+    contender: Contender, setup: TrainingSetup, model: CharacterModel
+) -> dict[str, torch.optim.Optimizer]:
+    library = contender.library
     name, recipe, lr = setup.choice(library)
     own = _part_of(model, recipe.part)
     storage = setup.storage if library == setup.libraries[1] else {}
+    engine = {contender.engine: True} if contender.engine else {}
     try:
-        built = {name: _optimizer_class(library, name)(own, lr=lr, **recipe.options, **storage)}
+        built = {name: _optimizer_class(library, name)(own, lr=lr, **recipe.options, **storage, **engine)}
         if recipe.companion is not None:
             taken = {id(param) for param in own}
             others = [param for param in model.parameters() if id(param) not in taken]
@@ -174,10 +221,10 @@ def _loss(model: CharacterModel, batch: Batch) -> Tensor:
 
 
 class Training:
-    """One model, trained by the optimizers of one library, with its losses and its clock.
+    """One model, trained by the optimizers of one contender, with its losses, its clock and its way.
 
     Args:
-        library: the module that has the optimizers, such as "torch.optim".
+        contender: who makes the optimizers.
         setup: what is trained, and how.
         model: the model to train, in place.
 
@@ -185,12 +232,13 @@ class Training:
         DemoError: if the library lacks an optimizer.
     """
 
-    def __init__(self, library: str, setup: TrainingSetup, model: CharacterModel) -> None:
-        self.label = setup.label(library)
+    def __init__(self, contender: Contender, setup: TrainingSetup, model: CharacterModel) -> None:
+        self.label = setup.label(contender)
         self.model = model
         self.losses: list[float] = []
-        self.optimizers = _build_optimizers(library, setup, model)
-        self._closure = setup.choice(library)[1].closure
+        self.gaps: dict[int, Gap] = {}
+        self.optimizers = _build_optimizers(contender, setup, model)
+        self._closure = setup.choice(contender.library)[1].closure
         self.clock = Clock({name: [] for name in self.optimizers})
 
     def step(self, batch: Batch) -> None:
@@ -267,6 +315,8 @@ class Outcome:
         label: library and optimizer.
         losses: the loss of each step's batch, before the step; nats per character.
         clock: its times.
+        gaps: how far its model was from the first training's, by how many steps were taken: after the first one, after
+            all, and some between; empty of the first training itself.
         train_loss: the loss over sequences of the training text, at the end.
         held_out_loss: the same over text that was held out.
     """
@@ -274,30 +324,31 @@ class Outcome:
     label: str
     losses: Sequence[float]
     clock: Clock
+    gaps: Mapping[int, Gap]
     train_loss: float
     held_out_loss: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What both trainings came to, torch's first.
+    """What the trainings came to, torch's first and ours last.
 
     Attributes:
         setup: what they had in common.
-        outcomes: one for each library.
-        first_gap: between the models after the first step.
-        last_gap: between them in the end.
+        outcomes: one for each contender.
         model: the model that the second library trained.
     """
 
     setup: TrainingSetup
-    outcomes: tuple[Outcome, Outcome]
-    first_gap: Gap
-    last_gap: Gap
+    outcomes: tuple[Outcome, ...]
     model: CharacterModel
 
+    def gaps(self, step: int) -> list[Gap]:
+        """Return how far all models but the first were from it when so many steps were taken."""
+        return [outcome.gaps[step] for outcome in self.outcomes[1:]]
 
-Watch = Callable[[Training, Training], None]
+
+Watch = Callable[[Sequence[Training]], None]
 
 
 def _batches(setup: TrainingSetup, data: Tensor) -> Iterator[Batch]:
@@ -308,33 +359,39 @@ def _batches(setup: TrainingSetup, data: Tensor) -> Iterator[Batch]:
 
 def _outcome(training: Training, setup: TrainingSetup, corpus: Corpus) -> Outcome:
     train, held_out = (training.held_loss(data, setup.seed) for data in (corpus.train, corpus.held_out))
-    return Outcome(training.label, training.losses, training.clock, train, held_out)
+    return Outcome(training.label, training.losses, training.clock, training.gaps, train, held_out)
 
 
 def compare(setup: TrainingSetup, corpus: Corpus, watch: Watch | None = None) -> Comparison:
-    """Train the same model with each library, in turns.
+    """Train the same model with each contender, in turns.
 
     Args:
         setup: what the trainings have in common.
         corpus: the text they learn.
-        watch: called with both trainings after every step.
+        watch: called with all trainings after every step.
 
     Raises:
         DemoError: if a library lacks an optimizer, or a loss becomes infinite or not a number.
     """
     model = build_model(len(corpus.alphabet), setup.shape, setup.seed, pairs=setup.recipe.part is TrainedPart.TABLE)
     model.to(setup.dtype)
-    one, other = (Training(library, setup, copy.deepcopy(model)) for library in setup.libraries)
-    first_gap = Gap(0.0, same_bits=True)
-    for step, batch in enumerate(_batches(setup, corpus.train)):
-        for training in (one, other) if step % 2 == 0 else (other, one):
+    trainings = [Training(contender, setup, copy.deepcopy(model)) for contender in setup.contenders]
+    every = max(1, setup.steps // MEASURED_GAPS)
+    steps = zip(_batches(setup, corpus.train), cycle(permutations(trainings)), strict=False)
+    for step, (batch, order) in enumerate(steps, start=1):
+        for training in order:
             training.step(batch)
-        if step == 0:
-            first_gap = Gap.between(one.model, other.model)
+        if step % every == 0 or step in (1, setup.steps):
+            _measure_gaps(trainings, step)
         if watch is not None:
-            watch(one, other)
-    for training in (one, other):
+            watch(trainings)
+    for training in trainings:
         training.finish()
-    outcomes = _outcome(one, setup, corpus), _outcome(other, setup, corpus)
-    last_gap = Gap.between(one.model, other.model)
-    return Comparison(setup, outcomes, first_gap, last_gap, other.model.float())
+    outcomes = tuple(_outcome(training, setup, corpus) for training in trainings)
+    return Comparison(setup, outcomes, trainings[-1].model.float())
+
+
+def _measure_gaps(trainings: Sequence[Training], step: int) -> None:
+    first, *others = trainings
+    for other in others:
+        other.gaps[step] = Gap.between(first.model, other.model)

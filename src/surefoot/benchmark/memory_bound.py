@@ -1,4 +1,4 @@
-"""The traffic floor: a rule that moves the same memory as another, through the same engine, and only adds."""
+"""The memory bound: a rule that moves the same memory as another, through the same engine, and only adds."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ Passes = tuple[tuple[bool, ...], ...]
 class Traffic(Optimizer):
     """Adds the gradient to the parameter and to what slots are written; it has no hyperparameters and counts no steps.
 
-    Where the rule whose floor it is measures tensors before its update, it sums the same tensors in as many stages; and
+    Where the rule whose bound it is measures tensors before its update, it sums the same tensors in as many stages; and
     it measures the norm of all gradients where the rule's are clipped.
     """
 
@@ -56,16 +56,16 @@ def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:
     return param + grad, *(slot + grad if writes else slot for slot, writes in zip(slots, written, strict=True))
 
 
-def floor_of(optimizer: Optimizer) -> Optimizer:
-    """Make the floor of an optimizer whose algorithm is a rule: the same parameters, and slots like its own."""
+def memory_bound_of(optimizer: Optimizer) -> Optimizer:
+    """Make the memory bound of an optimizer whose algorithm is a rule: the same parameters, and slots like its own."""
     group = optimizer.param_groups[0]
     kinds: dict[Passes, list[Tensor]] = {}
     for param in group["params"]:
         kinds.setdefault(_passes(rule_of(optimizer, group, param)), []).append(param)
     groups = [{"params": params, f"kind{number}": True} for number, params in enumerate(kinds.values())]
     made = _traffic(len(rule_of(optimizer, group).slots), tuple(kinds))
-    floor: Optimizer = made(groups, optimizer.step_options.max_grad_norm)
-    return floor
+    bound: Optimizer = made(groups, optimizer.step_options.max_grad_norm)
+    return bound
 
 
 def _passes(rule: Rule) -> Passes:
