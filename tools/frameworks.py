@@ -99,23 +99,43 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def record(results: Path, found: dict[str, str]) -> None:
-    """Write the tables into the page, in the place of those that stand there."""
+    """Write the tables into the page; cases that were not run keep their rows while the framework's version stands."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{chr(10).join(tables(results, found))}\n\n{END}{after}")
+    written, _, after = rest.partition(END)
+    ran = [row(case) for case in ET.parse(results).getroot().iter("testcase")]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{chr(10).join(tables(rows_of(written), ran, found))}\n\n{END}{after}")
 
 
-def tables(results: Path, found: dict[str, str]) -> Iterator[str]:
-    """Yield the lines of a table for each framework: case, result, differences."""
-    cases = [row(case) for case in ET.parse(results).getroot().iter("testcase")]
+def rows_of(written: str) -> dict[str, dict[str, list[str]]]:
+    """Return the cells of tables by their headings, and in these by their cases."""
+    tables: dict[str, dict[str, list[str]]] = {}
+    for line in written.splitlines():
+        if line.startswith("### "):
+            tables[line] = {}
+        elif line.startswith("| ") and not line.startswith("| case |"):
+            case, *cells = line.strip("| ").split(" | ")
+            tables[list(tables)[-1]][case] = cells
+    return tables
+
+
+def tables(
+    earlier: dict[str, dict[str, list[str]]], ran: list[tuple[str, ...]], found: dict[str, str]
+) -> Iterator[str]:
+    """Yield a line about all cases, and those of a table for each framework: case, result, differences."""
+    now = {f"### {framework} {found[framework]}": framework for framework in FRAMEWORKS}
+    rows = {
+        heading: earlier.get(heading, {}) | {case: cells for name, case, *cells in ran if name == framework}
+        for heading, framework in now.items()
+    }
+    results = [cells[0] for table in rows.values() for cells in table.values()]
     today = datetime.now(tz=UTC).date().isoformat()
-    passed = sum(result == "passes" for _, _, result, *_ in cases)
-    yield f"{passed} of {len(cases)} cases pass; {today}, PyTorch {found['torch']}, Python {found['Python']}."
-    for framework in FRAMEWORKS:
-        yield from ("", f"### {framework} {found[framework]}", "")
-        yield "| case | result | difference | eager engine |"
-        yield "|---|---|---|---|"
-        yield from (f"| {' | '.join(cells)} |" for name, *cells in cases if name == framework)
+    yield (
+        f"{results.count('passes')} of {len(results)} cases pass; {today}, PyTorch {found['torch']}, "
+        f"Python {found['Python']}."
+    )
+    for heading, table in rows.items():
+        yield from ("", heading, "", "| case | result | difference | eager engine |", "|---|---|---|---|")
+        yield from (f"| {' | '.join((case, *cells))} |" for case, cells in table.items())
 
 
 def row(case: ET.Element) -> tuple[str, ...]:
@@ -129,7 +149,7 @@ def row(case: ET.Element) -> tuple[str, ...]:
 def shown(difference: str | None) -> str:
     """Return a difference as the table shows it."""
     if difference is None:
-        return ""
+        return "-"
     return "none" if float(difference) == 0 else f"{float(difference):.1e}"
 
 
