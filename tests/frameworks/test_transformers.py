@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-model = LlamaForCausalLM(config)
 torch.manual_seed(1)
+model = LlamaForCausalLM(config)
 tokens = torch.randint(0, 32, (16, 8))
 arguments = TrainingArguments(
     "out", max_steps=6, per_device_train_batch_size=4, use_cpu=True, report_to="none", optim=sys.argv[2]
@@ -182,7 +182,8 @@ def test_muon_with(compare):
 
     def loop(optim):
         model = make_model()
-        names = set(surefoot.hidden_matrices(model))
+        hidden = surefoot.hidden_matrices(model)
+        names = {name for name, param in model.named_parameters() if hidden(name, param)}
         matrices = [param for name, param in model.named_parameters() if name in names]
         rest = [param for name, param in model.named_parameters() if name not in names]
         optimizers = optim.Muon(matrices, lr=0.02, weight_decay=0.01), optim.AdamW(rest, lr=1e-2, weight_decay=0.1)
