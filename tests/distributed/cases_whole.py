@@ -1,4 +1,4 @@
-"""Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon."""
+"""Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon, SOAP."""
 
 import functools
 from collections import Counter
@@ -24,6 +24,8 @@ ALGORITHMS = {
         {"lr": 0.02, "flatten": False, "split_sizes": (2, 4), "ns_dtype": torch.float32, **NORMED},
         {"shapes": STACKS},
     ),
+    # Bases of gradients of full rank, which do not hang on the last bits of what was clipped.
+    "SOAP": (surefoot.SOAP, {"precondition_frequency": 2, "max_precond_dim": 4}, {}),
 }
 ASKED = ("nothing", "norm", "ema", "telemetry", "all")
 
