@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from copy import deepcopy
 
 import torch
 from cases_step import COLUMNS, COPIES, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train, whole
@@ -157,7 +158,7 @@ def soap_relaid(mesh):
 
     param, optimizer = begun(ROWS)
     go_on(param, optimizer, grads[:3], ROWS)
-    now, saved = whole(param), optimizer.state_dict()
+    now, saved = whole(param), deepcopy(optimizer.state_dict())
     surefoot.save("soap", optimizer=optimizer)
     found = {"placements": {n: str(v.placements) for n, v in optimizer.state[param].items() if v.dim()}}
     plain = saved | {"state": {0: {name: whole(value) for name, value in saved["state"][0].items()}}}

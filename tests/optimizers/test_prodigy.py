@@ -180,10 +180,10 @@ def test_all_rates_0_change_nothing_as_at_the_start_of_a_warm_up():
         (
             "betas",
             (0.5, 0.9),
-            r"param_groups\[1\] has betas=\(0.5, 0.9\) and param_groups\[0\] \(0.9, 0.999\), but one d",
+            r"groups have betas=\(0.9, 0.999\) and betas=\(0.5, 0.9\), but one d",
         ),
-        ("d_coef", 2.0, r"param_groups\[1\] has d_coef=2.0"),
-        ("split_groups", True, r"param_groups\[1\] has split_groups=True"),
+        ("d_coef", 2.0, r"groups have d_coef=1.0 and d_coef=2.0"),
+        ("split_groups", True, r"groups have split_groups=False and split_groups=True"),
     ],
 )
 def test_groups_that_differ_in_what_d_follows_from_are_refused_unless_split(name, value, message):

@@ -117,13 +117,13 @@ class Prodigy(Optimizer):
     def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuse groups that differ in what one d for all of them follows from."""
         first = groups[0]
-        for index, group in enumerate(groups[1:], 1):
+        for group in groups[1:]:
             names = () if first["split_groups"] and group["split_groups"] else ("split_groups", *_AGREE)
             for name in names:
                 if not _same(first[name], group[name]):
                     raise RuntimeError(
-                        f"param_groups[{index}] has {name}={group[name]!r} and param_groups[0] {first[name]!r}, but "
-                        f"one d is estimated for both; make them equal, or pass split_groups=True"
+                        f"groups have {name}={first[name]!r} and {name}={group[name]!r}, but one d is estimated for "
+                        f"both; make them equal, or pass split_groups=True"
                     )
         if len(groups) > 1 and not first["split_groups"]:
             _check_rates([group["lr"] for group in groups])

@@ -201,8 +201,8 @@ def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
 def _options(step: StepInput) -> list[object]:
     """Return the names and values of all options, and what else signatures depend on."""
     options: list[object] = [step.stepping.options.max_grad_norm, step.grad_scale is None]
-    shared = {scalar.name for scalar in step.spec.group_scalars}  # which every step changes, and no bucket depends on
     for group in step.groups:
+        shared = {each.name for each in step.spec.of(group).group_scalars}  # every step changes, no bucket depends on
         options += group
         options += [value for name, value in group.items() if name not in shared] if shared else group.values()
     return options

@@ -6,7 +6,6 @@ algorithm needs more of a tensor than a shard, also which parameters have a grad
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -37,8 +36,8 @@ class RankSums(NamedTuple):
 
 def due_exchange(step: StepInput) -> Exchange | None:
     """Return what ranks tell one another by in this step, None if there is nothing to tell."""
-    whole, stages = step.whole_params(), list(chain.from_iterable(step.stages()))
-    totals = any(stage.totals for stage in stages)
+    whole = step.whole_params()
+    totals = any(stage.totals for _, stages in step.stages() for stage in stages)
     if alone := step.whole_params(alone=True):
         refuse_flattened(alone, step.spec.name, whole_tensors=True)
     asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
