@@ -124,9 +124,16 @@ def _share(run: BucketRun, known: Mapping[str, Any]) -> None:
 
 def _measure(run: BucketRun, stage: Stage) -> Tensor:
     """Return what a stage measures of a bucket: float64 of shape (parameters, sums)."""
-    if not stage.sums:
-        return torch.empty((len(run.params), 0), dtype=torch.float64, device=run.bucket.device)
-    return run.engine.measure(run.bucket, stage.measures)
+    found = []
+    if run.sampled is not None and stage.sampled is not None:
+        bucket = run.sampled.bucket
+        bucket.coefficients, bucket.row = run.bucket.coefficients, run.bucket.row
+        found.append(run.sampled.engine.measure(bucket, stage.sampled))
+    if stage.measures.reductions:
+        found.append(run.engine.measure(run.bucket, stage.measures))
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([torch.empty((len(run.params), 0), dtype=torch.float64, device=run.bucket.device), *found], 1)
 
 
 def _columns(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from surefoot.engines import Bucket, Engine
@@ -12,6 +13,7 @@ from surefoot.rule import AlgorithmSpec
 from surefoot.state.formats import part_names
 from surefoot.state.make import is_on_device
 from surefoot.step.device import DeviceScalars
+from surefoot.tensors.shards import to_local
 
 Fresh = tuple[bool, bool]
 """Of a parameter: whether a slot of its algorithm was newly initialized, and whether its average was."""
@@ -41,6 +43,42 @@ class ParamSlice:
 
 
 @dataclass(eq=False)
+class Sampled:
+    """Every n-th element of the parameters of a bucket, with the slots that are kept of these only.
+
+    Attributes:
+        bucket: copies of the elements of parameters, as values, and of gradients; and the slots.
+        engine: the engine that runs it.
+        every: n.
+    """
+
+    bucket: Bucket
+    engine: Engine
+    every: int
+
+    def renew(self, run: "BucketRun") -> None:
+        """Copy the elements once more from the bucket that they are of."""
+        params, grads = sampled_elements(run, self.every)
+        torch._foreach_copy_(self.bucket.params, params)
+        torch._foreach_copy_(self.bucket.grads, grads)
+
+
+def sampled_elements(run: "BucketRun", every: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every n-th element of the parameters of a bucket, as values, and of their gradients."""
+
+    def elements(tensor: Tensor) -> Tensor:
+        return (tensor.flatten(0, -2) if is_complex else tensor.flatten())[::every]
+
+    params, grads = list[Tensor](), list[Tensor]()
+    locals_ = run.bucket.grads or list(map(to_local, run.grads()))
+    for row, (param, grad) in enumerate(zip(run.params, locals_, strict=True)):
+        is_complex = param.is_complex()
+        params.append(run.bucket.value(row, elements))
+        grads.append(elements(grad))
+    return params, grads
+
+
+@dataclass(eq=False)
 class BucketRun:
     """A bucket, what it comes from, and the engine that will run it.
 
@@ -62,6 +100,7 @@ class BucketRun:
         fresh_average: the same of averages.
         new_numbers: the new values of slots that are numbers, not written yet: each of shape (n,).
         elements: how many real numbers each parameter has, once that was needed.
+        sampled: the slots that are kept of some elements only, where there are such.
     """
 
     spec: AlgorithmSpec
@@ -81,6 +120,7 @@ class BucketRun:
     fresh_average: Any = False
     new_numbers: list[Tensor] = field(default_factory=list)
     elements: Tensor | None = None
+    sampled: Sampled | None = None
 
     @property
     def group(self) -> dict[str, Any]:
