@@ -40,7 +40,10 @@ class StepInput(NamedTuple):
 
     def groups_with(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the groups of the algorithm of a group."""
-        return [each for each in self.groups if self.spec.of(each) is self.spec.of(group)]
+        if not self.spec.algorithms:
+            return self.groups
+        own = self.spec.of(group)
+        return [each for each in self.groups if self.spec.of(each) is own]
 
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""

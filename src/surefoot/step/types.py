@@ -1,5 +1,6 @@
 """The values that go through a step; each concept once."""
 
+import functools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -65,17 +66,15 @@ class Sampled:
 
 def sampled_elements(run: "BucketRun", every: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return every n-th element of the parameters of a bucket, as values, and of their gradients."""
+    grads = run.bucket.grads or list(map(to_local, run.grads()))
+    takes = [functools.partial(_elements, every, param.is_complex()) for param in run.params]
+    params = [run.bucket.value(row, take) for row, take in enumerate(takes)]
+    return params, [take(grad) for take, grad in zip(takes, grads, strict=True)]
 
-    def elements(tensor: Tensor) -> Tensor:
-        return (tensor.flatten(0, -2) if is_complex else tensor.flatten())[::every]
 
-    params, grads = list[Tensor](), list[Tensor]()
-    locals_ = run.bucket.grads or list(map(to_local, run.grads()))
-    for row, (param, grad) in enumerate(zip(run.params, locals_, strict=True)):
-        is_complex = param.is_complex()
-        params.append(run.bucket.value(row, elements))
-        grads.append(elements(grad))
-    return params, grads
+def _elements(every: int, in_pairs: bool, tensor: Tensor) -> Tensor:
+    """Return every n-th element of a flattened tensor, of one of complex numbers as pairs."""
+    return (tensor.flatten(0, -2) if in_pairs else tensor.flatten())[::every]
 
 
 @dataclass(eq=False)
