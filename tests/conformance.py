@@ -5,6 +5,7 @@ must compute from its oracle: the class of the same name in torch.optim, run by 
 torch does not have, a `loop` over parameters that spells it out as its paper does.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -561,15 +562,16 @@ class ProdigyLoop(torch.optim.Optimizer):
         held = [(group, param) for group in moving for param in group["params"] if param.grad is not None]
         for group, param in held:
             state, w, g = self.state[param], in_pairs(param), in_pairs(param.grad)
+            every = functools.partial(self.every, group["slice_p"], param.dim())
             if not state:
-                state |= {"step": torch.tensor(0.0), "p0": param.clone()}
-                state |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq", "s")}
+                state |= {"step": torch.tensor(0.0), "p0": every(param).clone(), "s": torch.zeros_like(every(param))}
+                state |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
             g = self.direction(group, w, g)
             m, v, s, p0 = (in_pairs(state[name]) for name in ("exp_avg", "exp_avg_sq", "s", "p0"))
-            gain += d / group["d0"] * rate * (g * (p0 - w)).sum().item()
+            gain += d / group["d0"] * rate * (every(g) * (p0 - every(w))).sum().item()
             m.mul_(beta1).add_(g, alpha=d * (1 - beta1))
             v.mul_(beta2).addcmul_(g, g, value=d**2 * (1 - beta2))
-            s.mul_(beta3).add_(g, alpha=d / group["d0"] * (d if group["safeguard_warmup"] else rate))
+            s.mul_(beta3).add_(every(g), alpha=d / group["d0"] * (d if group["safeguard_warmup"] else rate))
             length += s.abs().sum().item()
             state["step"] += 1
         if length:
@@ -585,6 +587,10 @@ class ProdigyLoop(torch.optim.Optimizer):
                     w.add_(w.clone(), alpha=-float(group["weight_decay"]) * rate)
                 m, v = (in_pairs(state[name]) for name in ("exp_avg", "exp_avg_sq"))
                 w.addcdiv_(m, v.sqrt() + d * group["eps"], value=-rate * (1 if beta1 else d / old))
+
+    @staticmethod
+    def every(count: int, dims: int, tensor: Tensor) -> Tensor:
+        return tensor if count == 1 else tensor.reshape(-1, *tensor.shape[dims:])[::count]
 
     @staticmethod
     def direction(group: dict[str, Any], w: Tensor, g: Tensor) -> Tensor:
@@ -884,6 +890,7 @@ ROWS = (
         more=(
             {"use_bias_correction": True, "d_coef": 0.5, "growth_rate": 1.5},
             {"safeguard_warmup": True, "beta3": 0.5, "d0": 1e-3, "betas": (0.0, 0.5), "lr": 0.1},
+            {"slice_p": 3},
         ),
         exact=False,
         reduces=True,

@@ -67,6 +67,11 @@ MIXES = {
         (surefoot.AdamW, "*", {"lr": 0.01}),
     ],
     "Muon, Adafactor": [(surefoot.Muon, is_hidden, {"lr": 0.02}), (surefoot.Adafactor, "*", {})],
+    "Prodigy, Muon": [
+        (surefoot.Prodigy, "*.bias", {"d0": 1e-3}),
+        (surefoot.Muon, is_hidden, {"lr": 0.02}),
+        (surefoot.Adan, "*", {}),
+    ],
     "LAMB, Adagrad": [(surefoot.LAMB, is_hidden, {"lr": 0.1}), (surefoot.Adagrad, "*", {"lr": 0.1})],
     "AdamW, AdamW": [
         (surefoot.AdamW, is_hidden, {"lr": 0.02, "weight_decay": 0.1}),
@@ -121,6 +126,58 @@ def test_bits_are_those_of_separate_optimizers(mix, engine):
         for each in (optimizer, *separate):
             each.step()
         assert_alike(model, optimizer, twin, separate)
+
+
+class Descent(surefoot.Optimizer):
+    """A step whose length over all parameters is lr, kept in the groups."""
+
+    group_scalars = (surefoot.GroupScalar("norm"),)
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @staticmethod
+    def update(param, grad, c, flags):
+        norm = torch.sqrt(surefoot.total_sum(grad * grad))
+        return param - c.lr / norm * grad, norm
+
+
+def test_what_an_algorithm_estimates_is_of_its_own_groups():
+    """Two algorithms sum over all their parameters; Prodigy's two groups share d, the others know nothing of it."""
+    model, twin = Model(), Model()
+    parts = [
+        Part(surefoot.Prodigy, "blocks.*", d0=1e-3),
+        Part(Descent, "*.bias"),
+        Part(surefoot.Prodigy, "tokens.*", d0=1e-3, weight_decay=0.1),
+        Part(surefoot.AdamW),
+    ]
+    optimizer, named = Combined(model.named_parameters(), parts, max_grad_norm=1.0), dict(twin.named_parameters())
+    blocks = [item for item in named.items() if item[0].startswith("blocks")]
+    biases = [item for item in named.items() if item[0] in ("wide.bias", "head.bias")]
+    tokens = {"params": [("tokens.weight", twin.tokens.weight)], "weight_decay": 0.1}
+    rest = [item for item in named.items() if item[0] in ("wide.weight", "head.weight", "scale")]
+    separate = [surefoot.Prodigy([{"params": blocks}, tokens], d0=1e-3), Descent(biases), surefoot.AdamW(rest)]
+    for step in range(STEPS):
+        give_gradients(model, step), give_gradients(twin, step)
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        for each in (optimizer, *separate):
+            each.step()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param, named[name])
+    first, descent, second, adamw = optimizer.param_groups
+    assert first["k"] == second["k"] == STEPS
+    for number in ("d", "d_numerator"):
+        assert first[number] == second[number] == pytest.approx(separate[0].param_groups[0][number], rel=1e-4)
+    assert descent["norm"] == pytest.approx(separate[1].param_groups[0]["norm"])
+    assert not {"d", "norm"} & adamw.keys()
+    assert "d" not in descent
+    optimizer.add_param_group({"params": [("later", nn.Parameter(torch.ones(2)))], "algorithm": "Prodigy"})
+    assert optimizer.param_groups[-1]["d"] == first["d"]
+    optimizer.param_groups[2]["betas"] = (0.5, 0.9)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="but one d is estimated for both"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
 
 
 def test_rows_of_sparse_gradients_and_dense_ones():
@@ -596,7 +653,6 @@ def test_frozen_parameters_are_kept_for_later():
         ),
         (lambda m: Combined(m.named_parameters(), [Part(surefoot.SGD)], max_grad_norm=-1), ValueError, "max_grad_norm"),
         (lambda m: Part(surefoot.SGD, lr=-1.0), ValueError, "Invalid learning rate"),
-        (lambda m: Part(surefoot.Prodigy), TypeError, "Prodigy keeps `d` for all parameters of one optimizer"),
         (lambda m: Part(surefoot.SGD, weight=1.0), TypeError, "weight"),
         (lambda m: Part(surefoot.SGD, nonfinite="skip"), ValueError, "`nonfinite` is an option of the whole optimizer"),
         (lambda m: Part(surefoot.SGD, telemetry=True), ValueError, "`telemetry` is an option of the whole optimizer"),

@@ -439,6 +439,38 @@ def test_groups_that_ask_for_different_sums_are_refused():
     assert params[0].tolist() == params[1].tolist() == [1.0, 1.0]
 
 
+def _moved_by_a_sample(param, grad, kept, whole, c, flags):
+    return param - surefoot.total_sum(kept) * kept, kept, whole, c.norm, c.count, c.mixed
+
+
+def _sampled_from_a_whole(param, grad, kept, whole, c, flags):
+    return param - surefoot.total_sum(kept) * grad, kept + whole, whole, c.norm, c.count, c.mixed
+
+
+def _summed_late(param, grad, kept, whole, c, flags):
+    total = surefoot.total_sum(grad) * surefoot.total_sum(kept)
+    return param - total * grad, kept, whole, c.norm, c.count, c.mixed
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (_moved_by_a_sample, "what follows from slot `kept` may be itself or a sum over parameters"),
+        (_sampled_from_a_whole, "what follows from slot `whole` .* such a slot follows from no others"),
+        (_summed_late, "follows from slots of every n-th element must be summed before all else"),
+    ],
+)
+def test_what_slots_of_some_elements_cannot_give_is_refused(update, message):
+    param = torch.ones(4, requires_grad=True)
+    slots = (surefoot.Slot("kept", sampled="every"), surefoot.Slot("whole"))
+    optimizer = total_rule(update, slots=slots)([{"params": [param], "every": 2}], split=False)
+    param.grad = torch.ones(4)
+    with pytest.raises(RuleError, match=message):
+        optimizer.step()
+    assert param.tolist() == [1.0] * 4
+    assert not optimizer.state[param]
+
+
 def test_a_sum_over_parameters_is_for_rules_only():
     for function in (surefoot.total_sum, surefoot.group_sum):
         with pytest.raises(TypeError, match=f"`{function.__name__}` is a sum over all parameters"):

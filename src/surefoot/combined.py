@@ -71,7 +71,8 @@ class Part:
                 f"`differentiable` lets gradients flow through a whole step, which one of several algorithms has not; "
                 f"take it out of the part of {self.name}"
             )
-        self.optimizer.defaults = {name: value for name, value in group.items() if name != "params"} | around
+        shared = {scalar.name for scalar in algorithm.spec.group_scalars}  # a group that is there knows better
+        self.optimizer.defaults = {n: value for n, value in group.items() if n not in {"params", *shared}} | around
 
     def selects(self, name: str, param: Tensor) -> bool:
         """Return whether a parameter is meant."""
@@ -95,11 +96,6 @@ def _check_algorithm(algorithm: Any) -> None:
         raise TypeError(
             f"{algorithm.__name__} has a step of its own, which cannot be made together with others; take a rule, Muon "
             f"or Adafactor"
-        )
-    if shared := algorithm.spec.group_scalars:
-        raise TypeError(
-            f"{algorithm.__name__} keeps `{shared[0].name}` for all parameters of one optimizer, which parts cannot; "
-            f"let it step its parameters as an optimizer of its own"
         )
 
 
@@ -396,6 +392,12 @@ def _aligned(lines: Iterable[tuple[str, ...]]) -> str:
 def _combination(algorithms: Mapping[str, AlgorithmSpec]) -> AlgorithmSpec:
     """Return several algorithms as one."""
     every = algorithms.values()
+
+    def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+        for name, spec in algorithms.items():
+            if own := [group for group in groups if group.get(ALGORITHM) == name]:
+                spec.check_groups(own)
+
     return AlgorithmSpec(
         name=Combined.__name__,
         whole_tensors=any(spec.whole_tensors for spec in every),
@@ -403,6 +405,7 @@ def _combination(algorithms: Mapping[str, AlgorithmSpec]) -> AlgorithmSpec:
         derived_state=tuple({name for spec in every for name in spec.derived_state}),
         step_options=frozenset(StepOptions.__annotations__),
         algorithms=algorithms,
+        check_groups=check_groups,
     )
 
 

@@ -82,7 +82,8 @@ def formats_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) 
 
 def layout_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) -> Layout:
     """Return the layout of a parameter's kernel; its gradient is of its dtype."""
-    own, *slots = formats_of(optimizer, group, param).values()
+    found = formats_of(optimizer, group, param)
+    own, slots = found["param"], [found[slot.name] for slot in rule_of(optimizer, group, param).slots]
     return Layout(torch.promote_types(own.dtype, torch.float32), (own, format_of(own.dtype), *slots))
 
 
@@ -102,12 +103,16 @@ def measured_operations(stage: Stage) -> Iterator[str]:
 
     What is called `x` here, `c_measured_x` stands for later.
     """
-    yield from _without_return(stage.measures.graph)
-    values = next(iter(reversed(stage.measures.graph.nodes))).args[0][-len(stage.sums) :]
-    parts = zip(stage.sums, stage.means, stage.over, stage.measures.reductions, values, strict=True)
-    for name, mean, over, kind, value in parts:
-        called = "mean" if mean else kind.kind if over == "tensor" else _SUMS[over]
-        yield f"{name.removeprefix('measured_')} = {called}({value})"
+    sums = zip(stage.sums, stage.means, stage.over, strict=True)
+    for rule in stage.measuring:
+        yield from (
+            f"{line}{', of sampled elements' * (rule is stage.sampled)}" for line in _without_return(rule.graph)
+        )
+        values = next(iter(reversed(rule.graph.nodes))).args[0][-len(rule.reductions) :]
+        for kind, value in zip(rule.reductions, values, strict=True):
+            name, mean, over = next(sums)
+            called = "mean" if mean else kind.kind if over == "tensor" else _SUMS[over]
+            yield f"{name.removeprefix('measured_')} = {called}({value})"
     yield from _without_return(stage.numbers)
 
 
@@ -138,7 +143,7 @@ def traffic(rule: Rule, layout: Layout, *, clipped: bool = False) -> Traffic:
     """
     sizes = [kept.itemsize + _part_size(kept) for kept in layout.stored]
     own = (sizes[0], *sizes[2:])
-    passes = (*(stage.measures.read for stage in rule.stages), rule.read)
+    passes = (*(stage.measures.read for stage in rule.stages if stage.measures.reductions), rule.read)
     read = sum(size for one in passes for size, reads in zip(sizes, one, strict=True) if reads)
     written = sum(size for size, writes in zip(own, rule.written, strict=True) if writes)
     return Traffic(read + clipped * sizes[1], written, len(passes) + clipped)
@@ -153,7 +158,7 @@ def sources(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> list
     """Print the kernels that would be generated for a parameter, under the first group's options, for CPU or GPU.
 
     Returns:
-        The kernel of each stage that measures tensors, then that of the update.
+        The kernel of each stage that measures whole tensors, then that of the update.
 
     Raises:
         ValueError: there are no such kernels.
@@ -163,7 +168,7 @@ def sources(optimizer: "Optimizer", param: Tensor, *, gpu: bool = False) -> list
     printer = triton if gpu else native
     if unknown := [kept.name for kept in layout.stored if not printer.stores(kept)]:
         raise ValueError(f"there are no kernels of the {'GPU' if gpu else 'CPU'} engine for {unknown[0]}")
-    rules = [*(stage.measures for stage in rule.stages), rule]
+    rules = [*(stage.measures for stage in rule.stages if stage.measures.reductions), rule]
     if gpu:
         return [triton.print_kernel(one, layout.compute, layout.stored, triton.Dialect.PTX) for one in rules]
     return [native.print_kernel(one, layout) for one in rules]

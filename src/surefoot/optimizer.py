@@ -356,14 +356,16 @@ class Optimizer(torch.optim.Optimizer):
             if default is torch_hooks.required and name not in group:
                 raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
             group.setdefault(name, default)
-        for scalar in self.group_scalars:
-            others = self.param_groups if self.param_groups and not scalar.is_split(self.param_groups) else ()
-            group.setdefault(scalar.name, others[0][scalar.name] if others else scalar.new(group))
+        algorithm = self._algorithm_of(group)
+        others = [other for other in self.param_groups if self._algorithm_of(other) is algorithm]
+        for scalar in algorithm.group_scalars:
+            shared = others and not scalar.is_split(others)
+            group.setdefault(scalar.name, others[0][scalar.name] if shared else scalar.new(group))
         if isinstance(group.get("betas"), list):
             group["betas"] = tuple(group["betas"])
         self._check_own(group)
         self._check_membership(group)
-        self._algorithm_of(group).check_params(group["params"], group)
+        algorithm.check_params(group["params"], group)
         param_group.update(group)
         self.param_groups.append(param_group)
 

@@ -189,6 +189,13 @@ def test_state_keeps_its_memory_format(tmp_path):
     assert other.state[other.param_groups[0]["params"][0]]["momentum_buffer"].stride() == stride
 
 
+def test_one_element_of_a_longer_tensor_is_saved(tmp_path):
+    one = torch.arange(10.0).bfloat16()[3::11]
+    assert one.stride() == (11,)
+    surefoot.save(tmp_path / "one", extra={"one": one})
+    assert torch.equal(surefoot.load(tmp_path / "one").extra["one"], one)
+
+
 def test_nothing_at_all_can_be_saved(tmp_path):
     found = surefoot.load(surefoot.save(tmp_path, rng=False))
     assert (found.extra, found.step, found.mismatched, found.skipped) == (None, 0, [], [])

@@ -32,6 +32,8 @@ def cases(world):
         yield f"{name} / Muon / groups", functools.partial(of, {"max_grad_norm": 1.0}, groups=2)
         lamb = functools.partial(combined, first=surefoot.LAMB)
         yield f"{name} / LAMB / norm", functools.partial(compared, lamb, {"max_grad_norm": 1.0}, mesh, placements)
+        prodigy = functools.partial(combined, first=surefoot.Prodigy)
+        yield f"{name} / Prodigy / norm", functools.partial(compared, prodigy, {"max_grad_norm": 1.0}, mesh, placements)
         yield f"reloaded / {name}", functools.partial(reloaded, combined, {}, mesh, placements)
     for mine, select in (("Muon", "p[01]"), ("AdamW", "p[02]")):
         cls = functools.partial(combined, select=select)

@@ -34,7 +34,7 @@ def combined(params, lr):
 
 
 ROWS_HERE = (
-    *(row for row in ROWS if row.name not in ("SparseAdam", "LBFGS", "SOAP")),
+    *(row for row in ROWS if row.name not in ("SparseAdam", "LBFGS")),
     SimpleNamespace(name="Combined", ours=combined, needs_closure=False),
 )
 """SparseAdam takes sparse gradients only, which DTensor does not have.  The state of LBFGS torch's tools refuse, since

@@ -1,15 +1,17 @@
-"""Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon."""
+"""Steps that need more of a tensor than a shard, beside those of one process: Adafactor, Muon, SOAP."""
 
 import functools
 from collections import Counter
+from copy import deepcopy
 
 import torch
-from cases_step import COLUMNS, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train
+from cases_step import COLUMNS, COPIES, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import surefoot
 from surefoot.distributed.matrices import exchange_pairwise, exchange_together
+from surefoot.optimizers import soap
 
 MATRICES = ((4, 6), (7, 3), (1, 5), (33, 40), (6, 4))
 OF_HEADS = ((4, 6), (8, 3), (2, 5), (32, 40), (6, 4))
@@ -24,6 +26,8 @@ ALGORITHMS = {
         {"lr": 0.02, "flatten": False, "split_sizes": (2, 4), "ns_dtype": torch.float32, **NORMED},
         {"shapes": STACKS},
     ),
+    # Bases of gradients of full rank, which do not hang on the last bits of what was clipped.
+    "SOAP": (surefoot.SOAP, {"precondition_frequency": 2, "max_precond_dim": 4}, {}),
 }
 ASKED = ("nothing", "norm", "ema", "telemetry", "all")
 
@@ -118,6 +122,58 @@ def layout_of_state(mesh):
     return found
 
 
+SOAP_OPTIONS = {
+    "short bases": {"merge_dims": True, "max_precond_dim": 8, "normalize_grads": True},
+    "vectors": {"precondition_1d": True, "precondition_frequency": 1},
+    "in rounds": {"precondition_frequency": 2},
+}
+
+
+def soap_with(options, mesh, placements, name):
+    """Compare SOAP with options that change what is made whole, in rounds of one parameter for each rank or less."""
+    most = soap._MOST_EXCHANGED
+    soap._MOST_EXCHANGED = 1 if name == "in rounds" else most
+    try:
+        return compared(surefoot.SOAP, options, mesh, placements, shapes=((4, 6), (5, 5), (1, 5), (8,), (3, 2, 4)))
+    finally:
+        soap._MOST_EXCHANGED = most
+
+
+def soap_relaid(mesh):
+    """Return the placements of SOAP's state by rows, and whether training goes on with the same bits in other layouts.
+
+    State comes to one as sharded tensors, to one as plain ones, and from a checkpoint.
+    """
+    grads = [tensor((4, 6), 10 + step) for step in range(6)]
+
+    def begun(placements):
+        param = torch.nn.Parameter(spread(tensor((4, 6), 0), mesh, placements))
+        return param, surefoot.SOAP([("weight", param)], precondition_frequency=2)
+
+    def go_on(param, optimizer, steps, placements):
+        for grad in steps:
+            param.grad = spread(grad, mesh, placements)
+            optimizer.step()
+        return whole(param)
+
+    param, optimizer = begun(ROWS)
+    go_on(param, optimizer, grads[:3], ROWS)
+    now, saved = whole(param), deepcopy(optimizer.state_dict())
+    surefoot.save("soap", optimizer=optimizer)
+    found = {"placements": {n: str(v.placements) for n, v in optimizer.state[param].items() if v.dim()}}
+    plain = saved | {"state": {0: {name: whole(value) for name, value in saved["state"][0].items()}}}
+    expected = go_on(param, optimizer, grads[3:], ROWS)
+    for name, state, placements in (("sharded", saved, COLUMNS), ("plain", plain, COLUMNS), ("file", None, COPIES)):
+        param, optimizer = begun(placements)
+        param.data.copy_(spread(now, mesh, placements))
+        if state is None:
+            surefoot.load("soap", optimizer=optimizer)
+        else:
+            optimizer.load_state_dict(state)
+        found[name] = torch.equal(go_on(param, optimizer, grads[3:], placements), expected)
+    return found
+
+
 def transports(mesh):
     """Return whether both ways to send each rank something give the same."""
     rank, world = mesh.get_rank(), mesh.size()
@@ -153,7 +209,11 @@ def cases(world):
                     f"refused / {algorithm} / {case} / {failing}",
                     functools.partial(refused, cls, own, line, case, failing),
                 )
-        whole = {name: None if name == "split_sizes" else value for name, value in own.items()}
-        yield f"irregular / {algorithm}", functools.partial(irregular, cls, whole, line)
+        unsplit = {name: None if name == "split_sizes" else value for name, value in own.items()}
+        yield f"irregular / {algorithm}", functools.partial(irregular, cls, unsplit, line)
+    for name, mesh, placements in layouts(world):
+        for kind, options in SOAP_OPTIONS.items():
+            yield f"soap / {name} / {kind}", functools.partial(soap_with, options, mesh, placements, kind)
+    yield "soap relaid", functools.partial(soap_relaid, line)
     yield "state", functools.partial(layout_of_state, line)
     yield "transports", functools.partial(transports, line)

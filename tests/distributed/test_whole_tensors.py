@@ -3,7 +3,7 @@
 import pytest
 from ranks import run_ranks
 
-ALGORITHMS = ("Adafactor", "Muon", "Muon of heads", "Muon of stacks")
+ALGORITHMS = ("Adafactor", "Muon", "Muon of heads", "Muon of stacks", "SOAP")
 STEPS = 4
 CLIPPED = {"norm": 1e-3, "all": 1e-3, "bfloat16": 2e-2}
 ROUNDING = {
@@ -11,10 +11,13 @@ ROUNDING = {
     "Muon": {"nothing": 0.0, **CLIPPED},
     "Muon of heads": {"nothing": 1e-6, **CLIPPED},
     "Muon of stacks": {"nothing": 1e-6, **CLIPPED},
+    "SOAP": {"nothing": 0.0, **CLIPPED, "bfloat16": 0.0},
 }
-"""How far sums over ranks may move a step; without them Muon's numbers are the same."""
-EXCHANGES = {"Adafactor": 2, "Muon": 2, "Muon of heads": 4, "Muon of stacks": 4}
+"""How far sums over ranks may move a step; without them the numbers of Muon and SOAP are the same."""
+EXCHANGES = {"Adafactor": 2, "Muon": 2, "Muon of heads": 4, "Muon of stacks": 4, "SOAP": 2}
 """Collectives of a step on a mesh of one dimension, beside the one by which ranks agree on the step."""
+
+OTHERS = ("reloaded", "collectives", "refused", "irregular", "soap", "soap relaid", "state", "transports")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
@@ -28,7 +31,16 @@ def of(found, *kinds):
     for results in found:
         for name, result in results.items():
             first, algorithm, option = (*name.split(" / "), "", "")[:3]
-            others = first in ("reloaded", "collectives", "refused", "irregular", "state", "transports")
+            others = first in (
+                "reloaded",
+                "collectives",
+                "refused",
+                "irregular",
+                "state",
+                "transports",
+                "soap",
+                "soap relaid",
+            )
             if first in kinds or (not kinds and not others):
                 yield name, algorithm, option, result
 
@@ -62,7 +74,7 @@ def test_collectives_are_few_in_every_layout(found):
         lines = 3 if name.startswith("two meshes") else 2 if name.startswith("fsdp and tp") else 1
         # Parameters that are divided by rows and by columns have sums over both.
         own = EXCHANGES[algorithm] + (EXCHANGES[algorithm] > EXCHANGES["Muon"])
-        most = meshes + own * (meshes if algorithm == "Muon" else lines)
+        most = meshes + own * (meshes if algorithm in ("Muon", "SOAP") else lines)
         most += meshes * (option in ("telemetry", "all"))
         assert sum(result["calls"].values()) <= STEPS * most, (name, result["calls"])
 
@@ -112,6 +124,19 @@ def test_the_state_of_adafactor_is_where_its_rows_and_columns_are(found):
         for state in (rows, columns):
             assert "state `row_var` of `weight`" in state["refused"]
             assert "must be a DTensor of placements" in state["refused"]
+
+
+def test_what_soap_makes_whole_follows_its_options(found):
+    for name, _, _, result in of(found, "soap"):
+        assert result.get("difference") == 0.0, (name, result)
+        assert not result["nan"], name
+
+
+def test_the_state_of_soap_is_divided_and_moves_between_layouts(found):
+    for results in found:
+        result = results["soap relaid"]
+        assert set(result.pop("placements").values()) == {"(Shard(dim=0),)"}
+        assert result == {"sharded": True, "plain": True, "file": True}
 
 
 def test_ranks_without_a_group_of_their_own_exchange_the_same(found):

@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import surefoot
+import surefoot.functional
 from conformance import ENGINES, ProdigyLoop, each_engine, normals
 
 SHAPES = ((), (5,), (8, 3), (2, 3, 4), (20_011,))
@@ -18,7 +21,7 @@ OPTIONS = (
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decouple": False, "betas": (0.0, 0.9)},
     {"use_bias_correction": True, "safeguard_warmup": True},
-    {"d_coef": 2.0, "growth_rate": 1.05, "beta3": 0.9, "d0": 1e-4},
+    {"d_coef": 2.0, "growth_rate": 1.05, "beta3": 0.9, "d0": 1e-4, "slice_p": 3},
 )
 
 
@@ -180,10 +183,10 @@ def test_all_rates_0_change_nothing_as_at_the_start_of_a_warm_up():
         (
             "betas",
             (0.5, 0.9),
-            r"param_groups\[1\] has betas=\(0.5, 0.9\) and param_groups\[0\] \(0.9, 0.999\), but one d",
+            r"groups have betas=\(0.9, 0.999\) and betas=\(0.5, 0.9\), but one d",
         ),
-        ("d_coef", 2.0, r"param_groups\[1\] has d_coef=2.0"),
-        ("split_groups", True, r"param_groups\[1\] has split_groups=True"),
+        ("d_coef", 2.0, r"groups have d_coef=1.0 and d_coef=2.0"),
+        ("split_groups", True, r"groups have split_groups=False and split_groups=True"),
     ],
 )
 def test_groups_that_differ_in_what_d_follows_from_are_refused_unless_split(name, value, message):
@@ -316,9 +319,69 @@ def test_16_bit_weights_with_corrections_find_the_d_of_float32(engine):
     assert numbers(optimizer)["d"] == pytest.approx(numbers(plain)["d"], rel=1e-3)
 
 
-def test_a_slice_is_refused_by_name():
-    with pytest.raises(ValueError, match="`s` and `p0` are kept whole .*: 11; `slice_p` must be a number"):
-        surefoot.Prodigy([torch.ones(2, requires_grad=True)], slice_p=11)
+@each_engine
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"state_dtype": torch.bfloat16, "master_weight_bits": 32},
+        {"ema": 0.9, "max_grad_norm": 1.0, "telemetry": True, "cautious": True},
+    ],
+    ids=str,
+)
+def test_a_slice_of_elements_is_kept_and_resumes(engine, more, tmp_path):
+    options = {"slice_p": 11, **more, **ENGINES[engine]}
+    through, resumed = Problem(torch.bfloat16), Problem(torch.bfloat16)
+    optimizer = through.solve(surefoot.Prodigy(through.groups(), **options), 8)
+    for param, shape in zip(through.params, SHAPES, strict=True):
+        state, kept = optimizer.state[param], torch.ones(shape).flatten()[::11].shape
+        assert (state["s"].shape, state["p0"].shape, state["exp_avg"].shape) == (kept, kept, shape)
+        assert (state["s"].dtype, state["p0"].dtype) == (torch.float32, torch.bfloat16)
+    surefoot.save(tmp_path / "saved", optimizer=resumed.solve(surefoot.Prodigy(resumed.groups(), **options), 4))
+    second = surefoot.Prodigy(resumed.groups(), **options)
+    surefoot.load(tmp_path / "saved", optimizer=second)
+    resumed.solve(second, 4)
+    assert numbers(second) == numbers(optimizer)
+    assert all(map(torch.equal, through.params, resumed.params))
+
+
+def test_a_slice_that_does_not_fit_is_refused_before_anything_changes():
+    problem = Problem()
+    optimizer = problem.solve(surefoot.Prodigy(problem.params, slice_p=3), 2)
+    before = numbers(optimizer), [param.detach().clone() for param in problem.params]
+    optimizer.param_groups[0]["slice_p"] = 2
+    with pytest.raises(RuntimeError, match=r"state `s` of `params\[1\]` .* has shape \(2,\), must have \(3,\)"):
+        problem.solve(optimizer, 1)
+    optimizer.param_groups[0]["slice_p"] = 3
+    optimizer.state[problem.params[1]]["s"] = optimizer.state[problem.params[1]]["p0"]
+    with pytest.raises(RuntimeError, match="`s` and `p0` of .* share memory|`p0` and `s` of .* share memory"):
+        problem.solve(optimizer, 1)
+    assert (numbers(optimizer), all(map(torch.equal, problem.params, before[1]))) == (before[0], True)
+    for wrong in (0, 1.5):
+        with pytest.raises((ValueError, TypeError), match="slice_p"):
+            surefoot.Prodigy([torch.ones(2, requires_grad=True)], slice_p=wrong)
+
+
+def test_a_slice_of_sharded_parameters_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        param = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+        with pytest.raises(
+            ValueError, match=r"^`slice_p` must be 1 for sharded parameters.*is 3 for one of size \(4, 2"
+        ):
+            surefoot.Prodigy([param], slice_p=3)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_slice_is_refused_under_a_transform():
+    state = surefoot.functional.init(surefoot.Prodigy, [torch.ones(5)], slice_p=2)
+
+    def stepped(grad):
+        return surefoot.functional.update(surefoot.Prodigy, [torch.ones(5)], [grad], state, slice_p=2)[0][0]
+
+    assert (stepped(torch.ones(5)) < 1).all()
+    with pytest.raises(RuntimeError, match="with state of every n-th element cannot be transformed"):
+        torch.func.vmap(stepped)(torch.ones(2, 5))
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")

@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import surefoot
 
@@ -278,16 +276,6 @@ def test_options_that_cannot_be_are_refused(options, error, message):
 def test_options_that_it_does_not_have_are_named(option):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
         surefoot.SOAP([parameter((2, 2))], **{option: True})
-
-
-def test_sharded_parameters_are_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        param = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
-        with pytest.raises(ValueError, match="^SOAP takes no sharded parameters.*size \\(4, 2\\); give such"):
-            surefoot.SOAP([param])
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_tensor_of_many_axes_is_refused_unless_they_are_merged():

@@ -81,7 +81,8 @@ def _show(console: "Console", optimizer: "Optimizer", param: "Tensor", *, source
     for name, stage in zip(names, rule.stages, strict=True):
         _show_lines(console, f"operations{name}", facts.measured_operations(stage))
     _show_lines(console, "operations" + " of the update" * bool(names), facts.operations(rule.graph))
-    for name, text in zip((*names, ""), printed, strict=False):
+    titles = [name for name, stage in zip(names, rule.stages, strict=True) if stage.measures.reductions]
+    for name, text in zip((*titles, ""), printed, strict=False):
         _show_source(console, f"generated source{name} ({'GPU' if gpu else 'CPU'})", text)
     console.print("\n[bold]engine[/bold]")
     for choice in facts.choices(optimizer):

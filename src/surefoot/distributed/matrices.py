@@ -8,7 +8,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +61,11 @@ class MatrixExchange:
 
     Args:
         matrices: the sharded matrices, of which only the layouts count.
+        bundles: for each matrix the number of its bundle, from 0: those of a bundle go to one rank.  Each is one by
+            itself if None.
     """
 
-    def __init__(self, matrices: Sequence[Any]) -> None:
+    def __init__(self, matrices: Sequence[Any], bundles: Sequence[int] | None = None) -> None:
         mesh = matrices[0].device_mesh
         self._group, ranks = _group_of(mesh)
         self._ranks, self._mine = ranks, ranks.index(mesh.mesh[tuple(mesh.get_coordinate())].item())
@@ -75,6 +77,7 @@ class MatrixExchange:
             tuple(tuple(matrix.placements) for matrix in matrices),
             tuple(mesh.shape),
             tuple(coordinates[rank] for rank in ranks),
+            tuple(range(len(matrices)) if bundles is None else bundles),
         )
 
     def indices(self, number: int) -> tuple[_Index, ...]:
@@ -100,21 +103,22 @@ class MatrixExchange:
                 _put(wholes[m], regions[m][source].indices, part)
         return wholes
 
-    def divide(self, wholes: Mapping[int, Tensor], like: Tensor) -> list[Tensor]:
-        """Return this rank's shard of each matrix.
+    def divide(self, wholes: Mapping[int, Tensor], like: Tensor, without: Container[int] = ()) -> dict[int, Tensor]:
+        """Return this rank's shard of each matrix, by its number, in their order.
 
         Args:
             wholes: the matrices that `collect` has given this rank, or what has become of them, by their numbers.
             like: a tensor of their dtype and device.
+            without: numbers of matrices that nobody asks for, the same on all ranks.
         """
-        regions, owned, _ = self._division
-        mine = self._mine
+        regions, mine = self._division.regions, self._mine
+        owned = [[m for m in theirs if m not in without] for theirs in self._division.owned]
         sent = [[_get(wholes[m], regions[m][target].indices) for m in owned[mine]] for target in range(len(owned))]
         expected = [[regions[m][mine].shape for m in theirs] for theirs in owned]
         found: dict[int, Tensor] = {}
         for numbers, parts in zip(owned, self._exchanged(sent, expected, like), strict=True):
             found.update(zip(numbers, parts, strict=True))
-        return [found[m] for m in range(len(self._shapes))]
+        return dict(sorted(found.items()))
 
     def _exchanged(
         self, sent: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[tuple[int, ...]]], like: Tensor
@@ -197,9 +201,14 @@ def _divided(
     placements: tuple[tuple[Any, ...], ...],
     mesh_shape: tuple[int, ...],
     coordinates: tuple[_Coordinate, ...],
+    bundles: tuple[int, ...],
 ) -> _Division:
     """Return how matrices are divided among ranks at `coordinates`."""
-    owners = _balanced(list(map(_cost, shapes)), len(coordinates))
+    costs = [0] * (1 + max(bundles))
+    for shape, bundle in zip(shapes, bundles, strict=True):
+        costs[bundle] += _cost(shape)
+    of_bundles = _balanced(costs, len(coordinates))
+    owners = [of_bundles[bundle] for bundle in bundles]
     regions, senders = [], []
     for shape, own, owner in zip(shapes, placements, owners, strict=True):
         found = _regions(shape, own, mesh_shape)
@@ -213,8 +222,8 @@ def _divided(
 
 def _cost(shape: tuple[int, ...]) -> int:
     """Return about how much work a matrix is, or a tensor that is seen as one."""
-    elements = math.prod(shape)
-    return elements * min(shape[0], elements // max(shape[0], 1))
+    elements, rows = math.prod(shape), shape[0] if shape else 1
+    return elements * min(rows, elements // max(rows, 1))
 
 
 def _balanced(costs: Sequence[int], ranks: int) -> list[int]:

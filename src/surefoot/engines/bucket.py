@@ -239,6 +239,11 @@ class Bucket:
         columns = zip(self.kept, (self.params, *self.slots), strict=True)
         return [_Column(kept, (tensors, next(parts)) if kept.part else (tensors,)) for kept, tensors in columns]
 
+    def value(self, row: int, elements: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a parameter's elements are, as values; `elements` picks them from a tensor of its shape."""
+        column = self._stored()[0]
+        return decode(column.kept, *(elements(tensors[row]) for tensors in column.arrays))
+
     def readers(self) -> list[Callable[[int], Tensor]]:
         """Return what gives the value at a position in the dtype of the arithmetic.
 

@@ -263,7 +263,7 @@ def _step_sharded(rows: list[PreparedParam]) -> None:
     for own in _of_one_group(rows, wholes):
         directions |= zip(own, orthogonal(rows[own[0]].h, [wholes[number] for number in own]), strict=True)
     finished = []
-    for number, direction in enumerate(exchange.divide(directions, updates[0])):
+    for number, direction in exchange.divide(directions, updates[0]).items():
         row, shard, blocks = rows[number], shards[number], blocks_of(rows[number].param.shape, rows[number].h)
         if _asks_for_more(row.h, blocks):
             lengths = _lengths_here(blocks, row.param.shape, exchange.indices(number))

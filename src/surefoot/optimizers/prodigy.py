@@ -13,14 +13,11 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import directed, ema, ema_of_square, smaller
 from surefoot.rule import DIRECTED, GroupScalar, Slot, group_sum, total_sum
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, Interval, LearningRate, Number, finite, number
+from surefoot.tensors.shards import is_sharded
 
 _Beta3 = Interval("Invalid beta3 value: ", high=1.0, high_open=True, optional=True)
 _D0 = Interval("Invalid d0 value: ", low_open=True, high_open=True)
-_Whole = Interval(
-    "`s` and `p0` are kept whole (to save memory, pass state_dtype=torch.bfloat16), not every n-th element of them: ",
-    low=1.0,
-    high=1.0,
-)
+_Every = Interval("Invalid slice_p value: ", low=1, whole=True)
 _Growth = Interval("Invalid growth_rate value: ", low=1.0)
 _LARGE = 1e290
 """Stands for a growth rate without bound, through which no gradient could flow."""
@@ -51,10 +48,18 @@ class Prodigy(Optimizer):
     CPU as numbers, elsewhere as tensors that a step changes in place without waiting.  As long as no gradient has been
     other than zero, nothing changes.
 
+    With `slice_p` both sums, s and p0 are over every `slice_p`-th element of the flattened parameter: an approximation
+    that takes less memory.
+
     A group with lr = 0 is left as it is and counts in no sum; otherwise groups must have the same `lr`, and the same of
     all that d follows from, unless `split_groups`.
 
     {arguments}
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter is sharded and `slice_p` is not 1.
+        TypeError: a hyperparameter is no number.
+        RuntimeError: in `step`, groups differ in what one d follows from.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -69,7 +74,8 @@ class Prodigy(Optimizer):
     Paper: Mishchenko & Defazio 2023, "Prodigy: an expeditiously adaptive parameter-free learner", algorithm 4.
     Numbers, options and state are those of the authors' `prodigyopt`, whose state dicts load; there a group with lr = 0
     decays by the rate of the others and follows its averages on.  In float16 both averages vanish while d is small:
-    keep them wider with `state_dtype=torch.float32`.  s is never kept in 8 bits, and p0 in the parameter's dtype.
+    keep them wider with `state_dtype=torch.float32`.  s is never kept in 8 bits, with `slice_p`
+    not in 16 either, and p0 in the parameter's dtype.
     """
 
     def __init__(
@@ -90,7 +96,12 @@ class Prodigy(Optimizer):
             bool,
             "not looked at: sharded parameters tell of themselves; for those of FSDP1 pass its `process_group`",
         ] = False,
-        slice_p: Annotated[int, _Whole, "1: all elements count in the sums"] = 1,
+        slice_p: Annotated[
+            int,
+            _Every,
+            "n of which every n-th element of each flattened parameter counts in the sums, and in `s` and `p0`, which "
+            "are as much shorter; 11 takes little from the estimate.  Not of sharded parameters",
+        ] = 1,
         *,
         split_groups: Annotated[bool, "estimate d for each group by itself; each may have its own `lr`"] = False,
         **options: Unpack[EngineOptions],
@@ -100,8 +111,8 @@ class Prodigy(Optimizer):
     slots = (
         Slot("exp_avg"),
         Slot("exp_avg_sq", signed=False, slow=True),
-        Slot("s", slow=True, float8=False, flat_elsewhere=True),
-        Slot("p0", copies_param=True, flat_elsewhere=True),
+        Slot("s", slow=True, float8=False, flat_elsewhere=True, sampled="slice_p"),
+        Slot("p0", copies_param=True, flat_elsewhere=True, sampled="slice_p"),
     )
     group_scalars = (
         GroupScalar("d", init="d0", split="split_groups"),
@@ -113,17 +124,25 @@ class Prodigy(Optimizer):
     ranges = MappingProxyType({"d": _D0, "d_max": _D0, "d_numerator": number("d_numerator"), "k": finite("k")})
     also_called = MappingProxyType({"d_denom": (), "d_hat": ()})
 
+    def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        if group["slice_p"] > 1 and (found := next(filter(is_sharded, params), None)) is not None:
+            raise ValueError(
+                f"`slice_p` must be 1 for sharded parameters, of which ranks would have to agree on the elements that "
+                f"count, but is {group['slice_p']} for one of size {tuple(found.shape)}; to save memory, pass "
+                f"state_dtype=torch.bfloat16"
+            )
+
     @staticmethod
     def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuse groups that differ in what one d for all of them follows from."""
         first = groups[0]
-        for index, group in enumerate(groups[1:], 1):
+        for group in groups[1:]:
             names = () if first["split_groups"] and group["split_groups"] else ("split_groups", *_AGREE)
             for name in names:
                 if not _same(first[name], group[name]):
                     raise RuntimeError(
-                        f"param_groups[{index}] has {name}={group[name]!r} and param_groups[0] {first[name]!r}, but "
-                        f"one d is estimated for both; make them equal, or pass split_groups=True"
+                        f"groups have {name}={first[name]!r} and {name}={group[name]!r}, but one d is estimated for "
+                        f"both; make them equal, or pass split_groups=True"
                     )
         if len(groups) > 1 and not first["split_groups"]:
             _check_rates([group["lr"] for group in groups])

@@ -4,15 +4,17 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from surefoot.constructor import WeightOptions, arguments
+from surefoot.distributed import MatrixExchange
 from surefoot.locks import Lock
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import batches, in_turns, readable
+from surefoot.optimizers.common import batches, in_turns, local_row, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
 from surefoot.step.prepared import PreparedParam
@@ -25,6 +27,9 @@ _SMALL, _STACKED, _MOST_TOGETHER = 1 << 10, 1 << 22, 256
 """Elements of parameters that are stepped together on the CPU; and how many elements, and parameters, at most."""
 _MOST_STACKED = 1 << 24
 """Elements of matrices that are decomposed together."""
+_MOST_EXCHANGED = 1 << 25
+"""Elements of sharded state that are made whole at once, for each rank."""
+_GRAD = "grad"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,7 +99,7 @@ class SOAP(Optimizer):
     {arguments}
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is sharded or has more than 6 axes.
+        ValueError: a hyperparameter is out of range, or a parameter has more than 6 axes.
         TypeError: a hyperparameter is no number, or an option that it does not have.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
@@ -157,11 +162,6 @@ class SOAP(Optimizer):
 
     def check_params(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         for param in params:
-            if is_sharded(param):
-                raise ValueError(
-                    f"SOAP takes no sharded parameters, since its bases are of whole ones, but got one of size "
-                    f"{tuple(param.shape)}; give such parameters to Muon, Adafactor or AdamW"
-                )
             if len(_seen_as(param, group)) > _MOST_AXES:
                 raise ValueError(
                     f"SOAP takes parameters of at most {_MOST_AXES} axes, but got one of size {tuple(param.shape)}; "
@@ -173,26 +173,134 @@ class SOAP(Optimizer):
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         for rows in in_turns(row for row in found if row.param.numel()):
             with _full_precision({row.param.device.type for row in rows}):
-                _step([_Batch(batch) for batch in _batches(rows)])
+                here = [local_row(row) if is_sharded(row.param) else row for row in rows if not _needs_ranks(row)]
+                _step([row for row in here if row.param.numel()], _add_batch)
+                alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+                for row in filter(_needs_ranks, rows):
+                    alike[row.param.device_mesh, _dtype_for(row.param)].append(row)  # type: ignore[attr-defined]
+                for some in alike.values():
+                    for part in _rounds(some):
+                        _step_sharded(part)
 
 
-def _step(batches: Sequence["_Batch"]) -> None:
-    """Make a step of parameters, of which none is there twice."""
+_Finish = Callable[["_Batch", Tensor], None]
+
+
+def _step(rows: Sequence[PreparedParam], finish: _Finish) -> None:
+    """Make a step of parameters, of which none is there twice; `finish` is handed the update of each batch."""
+    batches = [_Batch(batch) for batch in _batches(rows)]
     first, later = ([batch for batch in batches if (batch.calls == 1) == begins] for begins in (True, False))
     for batch in first:
         batch.average_products()
     for batch, bases in zip(first, _decomposed([batch.factors for batch in first], _eigenvectors), strict=True):
         batch.bases = bases
     for batch in later:
-        batch.step()
+        update = batch.update()
         batch.average_products()
-    due = [batch for batch in later if not (batch.calls - 1) % batch.h.precondition_frequency]
+        finish(batch, update)
+    due = [batch for batch in later if _renews(batch.h, batch.calls)]
     for batch, bases in zip(due, _decomposed([batch.iterates() for batch in due], _orthonormal), strict=True):
         exp_avg = batch.turned(batch.exp_avg, back=True)
         batch.bases = bases
         batch.exp_avg.copy_(batch.turned(exp_avg))
     for batch in batches:
         batch.store()
+
+
+def _renews(h: SimpleNamespace, calls: int) -> bool:
+    """Return whether a step, by the number of steps with it, gives new bases."""
+    return calls == 1 or not (calls - 1) % h.precondition_frequency
+
+
+def _calls(row: PreparedParam) -> int:
+    return int(readable(row.h, row.state["step"]))
+
+
+def _dtype_for(param: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _add_batch(batch: "_Batch", update: Tensor) -> None:
+    _add(batch.h, batch.calls, [row.param for row in batch.rows], batch.each(update))
+
+
+def _add(h: SimpleNamespace, calls: int, params: list[Tensor], updates: list[Tensor]) -> None:
+    """Move parameters, which have taken as many steps, by their updates, and let them decay."""
+    beta1, beta2, lr, decay = (float(readable(h, number)) for number in (*h.betas, h.lr, h.weight_decay))
+    size = lr * (1 - beta2 ** (calls - 1)) ** 0.5 / (1 - beta1 ** (calls - 1)) if h.correct_bias else lr
+    if len(params) > 1:
+        torch._foreach_add_(params, updates, alpha=-size)
+        torch._foreach_mul_(params, 1 - lr * decay)
+    else:  # torch's lists take no lazily negated ones
+        params[0].add_(updates[0], alpha=-size).mul_(1 - lr * decay)
+
+
+# Sharded parameters: gradient and state are made whole on one rank, which makes the step but for adding it
+
+
+def _needs_ranks(row: PreparedParam) -> bool:
+    """Return whether a parameter is sharded, and its step more than one of its elements each."""
+    return is_sharded(row.param) and (bool(_axes_in(row.state)) or row.h.normalize_grads)
+
+
+def _rounds(rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+    """Yield sharded parameters of one mesh that are made whole together, by their shapes alone, the largest first."""
+    most = _MOST_EXCHANGED * rows[0].param.device_mesh.size()  # type: ignore[attr-defined]
+    sizes = [sum(row.state[name].numel() for name in _names_in(row.state)) for row in rows]
+    some: list[PreparedParam] = []
+    left = most
+    for number in sorted(range(len(rows)), key=lambda number: -sizes[number]):
+        if some and sizes[number] > left:
+            yield some
+            some, left = [], most
+        some.append(rows[number])
+        left -= sizes[number]
+    yield some
+
+
+def _step_sharded(rows: Sequence[PreparedParam]) -> None:
+    """Make a step of sharded parameters of one mesh and one dtype of the arithmetic."""
+    shards, calls, dtype = list(map(local_row, rows)), list(map(_calls, rows)), _dtype_for(rows[0].param)
+    held = [(number, name) for number, row in enumerate(rows) for name in (_GRAD, *_names_in(row.state))]
+    layouts = [rows[number].param if name == _GRAD else rows[number].state[name] for number, name in held]
+    here = [shards[number].grad if name == _GRAD else shards[number].state[name] for number, name in held]
+    exchange = MatrixExchange(layouts, [number for number, _ in held])
+    wholes = exchange.collect([tensor.to(dtype) for tensor in here])
+    mine: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for place, whole in wholes.items():
+        number, name = held[place]
+        mine[number][name] = whole
+    # The gradient stands for its parameter, of which only shape and dtype count, and takes its update.
+    _step(
+        [
+            PreparedParam(rows[number].h, state[_GRAD], state[_GRAD], state | {"step": rows[number].state["step"]})
+            for number, state in mine.items()
+        ],
+        _put_update,
+    )
+    kept = {place for place, (number, name) in enumerate(held) if not _changes(name, rows[number].h, calls[number])}
+    for place, shard in exchange.divide(wholes, here[0].new_empty(0, dtype=dtype), kept).items():
+        number, name = held[place]
+        if name == _GRAD:
+            _add(rows[number].h, calls[number], [shards[number].param], [shard])
+        else:
+            here[place].copy_(shard)
+
+
+def _put_update(batch: "_Batch", update: Tensor) -> None:
+    for row, own in zip(batch.rows, batch.each(update), strict=True):
+        row.grad.copy_(own)
+
+
+def _changes(name: str, h: SimpleNamespace, calls: int) -> bool:
+    """Return whether a step changes a tensor of state, or gives an update for the gradient."""
+    if name.startswith("Q_"):
+        return _renews(h, calls)
+    return name.startswith("GG_") or calls > 1
+
+
+# What is stepped together
 
 
 def _batches(rows: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
@@ -208,7 +316,17 @@ def _kind(row: PreparedParam) -> Any:
     if (param.is_cpu and param.numel() > _SMALL) or not all(map(is_plain, tensors)):
         return None
     dtypes = tuple(tensor.dtype for tensor in (*tensors, grad))
-    return id(h), param.device, param.shape, dtypes, int(readable(h, state["step"]))
+    return id(h), param.device, param.shape, dtypes, _calls(row)
+
+
+def _axes_in(state: Mapping[str, Any]) -> list[int]:
+    """Return the axes that have a factor."""
+    return [axis for axis in range(_MOST_AXES) if state.get(f"GG_{axis}") is not None]
+
+
+def _names_in(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of a parameter's tensors of state: averages, factors, bases."""
+    return ["exp_avg", "exp_avg_sq", *(f"{kind}_{axis}" for kind in ("GG", "Q") for axis in _axes_in(state))]
 
 
 class _Batch:
@@ -218,20 +336,18 @@ class _Batch:
     axes it is seen as, and the dtype of the arithmetic; `store` puts back what is no tensor of the state for that.
 
     Attributes:
+        rows: the parameters.
         h: their hyperparameters.
         calls: which call of `step` this is for them.
         exp_avg, exp_avg_sq, factors, bases: their state, the last two of the axes that have some.
     """
 
     def __init__(self, rows: Sequence[PreparedParam]) -> None:
-        self._rows, (self.h, self._param, *_) = rows, rows[0]
-        self.calls = int(readable(self.h, rows[0].state["step"]))
-        self._dtype = torch.promote_types(self._param.dtype, torch.float32)
-        self._stacked = int(len(rows) > 1)
-        self._axes = [axis for axis in range(_MOST_AXES) if rows[0].state.get(f"GG_{axis}") is not None]
-        self._sizes = _seen_as(self._param, vars(self.h))
+        self.rows, (self.h, param, *_) = rows, rows[0]
+        self.calls, self._dtype, self._stacked = _calls(rows[0]), _dtype_for(param), int(len(rows) > 1)
+        self._axes, self._held = _axes_in(rows[0].state), _names_in(rows[0].state)
+        self._sizes = _seen_as(param, vars(self.h)) if self._axes else param.shape
         self._grad = self._joined([row.grad for row in rows])
-        self._held = ("exp_avg", "exp_avg_sq", *(f"{kind}_{axis}" for kind in ("GG", "Q") for axis in self._axes))
         self.exp_avg, self.exp_avg_sq, *matrices = (
             self._joined([row.state[name] for row in rows]) for name in self._held
         )
@@ -239,6 +355,10 @@ class _Batch:
 
     def _joined(self, tensors: list[Tensor]) -> Tensor:
         return (torch.stack(tensors) if self._stacked else tensors[0]).to(self._dtype)
+
+    def each(self, tensor: Tensor) -> list[Tensor]:
+        """Return the part of each parameter of a tensor of all."""
+        return list(tensor.unbind()) if self._stacked else [tensor]
 
     @property
     def bases(self) -> list[Tensor]:
@@ -255,9 +375,9 @@ class _Batch:
         now = (self.exp_avg, self.exp_avg_sq, *self.factors, *self._bases)
         for name, value in zip(self._held, now, strict=True):
             if self._stacked:
-                torch._foreach_copy_([row.state[name] for row in self._rows], list(value.unbind()))
-            elif value is not self._rows[0].state[name]:
-                self._rows[0].state[name].copy_(value)
+                torch._foreach_copy_([row.state[name] for row in self.rows], self.each(value))
+            elif value is not self.rows[0].state[name]:
+                self.rows[0].state[name].copy_(value)
 
     def _as_axes(self, tensor: Tensor) -> Tensor:
         return tensor.reshape((*tensor.shape[: self._stacked], *self._sizes))
@@ -272,24 +392,17 @@ class _Batch:
             found = (rows @ matrix).view(last.shape).movedim(-1, axis + self._stacked)
         return found.reshape(tensor.shape)
 
-    def step(self) -> None:
-        """Take a step of Adam in the basis, and let the parameters decay."""
-        h, steps, params = self.h, self.calls - 1, [row.param for row in self._rows]
-        beta1, beta2, lr, decay = (float(readable(h, number)) for number in (*h.betas, h.lr, h.weight_decay))
+    def update(self) -> Tensor:
+        """Move the averages and return the direction that Adam takes in the basis, back from it."""
+        beta1, beta2 = (float(readable(self.h, beta)) for beta in self.h.betas)
         grad = self.turned(self._grad)
         self.exp_avg.lerp_(grad, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = self.turned(self.exp_avg / self.exp_avg_sq.sqrt().add_(h.eps), back=True)
-        if h.normalize_grads:
-            own = tuple(range(self._stacked, update.dim()))
-            squares = update.square()
-            update = update / (_LEAST + (squares.mean(own, keepdim=True) if own else squares).sqrt())
-        size = lr * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps) if h.correct_bias else lr
-        if self._stacked:
-            torch._foreach_add_(params, list(update.unbind()), alpha=-size)
-            torch._foreach_mul_(params, 1 - lr * decay)
-        else:  # torch's lists take no lazily negated ones
-            params[0].add_(update, alpha=-size).mul_(1 - lr * decay)
+        found = self.turned(self.exp_avg / self.exp_avg_sq.sqrt().add_(self.h.eps), back=True)
+        if not self.h.normalize_grads:
+            return found
+        own, squares = tuple(range(self._stacked, found.dim())), found.square()
+        return found / (_LEAST + (squares.mean(own, keepdim=True) if own else squares).sqrt())
 
     def average_products(self) -> None:
         """Move each factor towards the product of the gradient, along its axis, with itself."""

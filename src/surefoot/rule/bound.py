@@ -27,6 +27,8 @@ class Rule:
         new_numbers: for each of `number_slots` the name of the number that is its new value.
         group_scalars: the numbers that parameters share.
         new_shared: for each of `group_scalars` the name of the number that is its new value.
+        sampled: the rule of the slots that are kept of some elements only, where there are such: it takes those of the
+            parameter and the gradient, and leaves the parameter as it is.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Rule:
     new_numbers: tuple[str, ...] = ()
     group_scalars: tuple[GroupScalar, ...] = ()
     new_shared: tuple[str, ...] = ()
+    sampled: "Rule | None" = None
 
     @property
     def writes(self) -> bool:
@@ -60,8 +63,9 @@ class Rule:
     @functools.cached_property
     def numbers(self) -> tuple[str, ...]:
         """Names of the numbers that engines take, for the update or for a stage."""
-        stages = (name for stage in self.stages for name in stage.measures.coefficients)
-        return tuple(dict.fromkeys((*self.coefficients, *stages)))
+        measuring = (rule for stage in self.stages for rule in (stage.measures, stage.sampled))
+        rules = (self, self.sampled, *measuring)
+        return tuple(dict.fromkeys(name for rule in rules if rule is not None for name in rule.coefficients))
 
     @functools.cached_property
     def written(self) -> tuple[bool, ...]:
@@ -84,6 +88,7 @@ class Stage:
         takes: names of the numbers that `numbers` takes.
         numbers: a graph of numbers only.
         gives: names of the numbers that it returns.
+        sampled: the rule that measures what follows from slots of some elements; its sums come before the others.
     """
 
     measures: Rule
@@ -93,6 +98,12 @@ class Stage:
     takes: tuple[str, ...]
     numbers: fx.Graph
     gives: tuple[str, ...]
+    sampled: Rule | None = None
+
+    @property
+    def measuring(self) -> list[Rule]:
+        """Return the rules that measure, in the order of the sums."""
+        return [rule for rule in (self.sampled, self.measures) if rule is not None and rule.reductions]
 
     @property
     def totals(self) -> int:

@@ -13,6 +13,11 @@ from surefoot.storage import BLOCK
 from surefoot.tensors.shards import full_for, has_whole_blocks, is_sharded
 
 
+def sample(tensor: Tensor, every: int) -> Tensor:
+    """Return every n-th element of a flattened tensor."""
+    return tensor.flatten()[::every]
+
+
 def one_number(param: Tensor, group: Mapping[str, Any]) -> torch.Size:  # noqa: ARG001 (of every parameter)
     """Return the shape of a slot that is one number for each parameter, whatever the parameter's shape."""
     return torch.Size()
@@ -37,6 +42,8 @@ class Slot:
         float8: whether an algorithm works with it in 8 bits; or the name of a flag that must be off for that.
         flat_elsewhere: whether other implementations keep it flattened, and where all elements are zero as one number.
         begun: whether only a parameter's first step can begin it: then it is refused that it is missing later.
+        sampled: the hyperparameter n of which it is kept for every n-th element of the flattened parameter only, as a
+            vector; None for all elements.  What follows from such slots is themselves, and sums.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Slot:
     float8: bool | str = True
     flat_elsewhere: bool = False
     begun: bool = False
+    sampled: str | None = None
 
     @property
     def is_number(self) -> bool:
@@ -58,7 +66,13 @@ class Slot:
 
     def shape_for(self, param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
         """Return the shape of this slot for a parameter of a group."""
+        if self.is_sampled(group):
+            return torch.Size((-(-param.numel() // group[str(self.sampled)]),))
         return param.shape if self.shape is None else self.shape(param, group)
+
+    def is_sampled(self, group: Mapping[str, Any]) -> bool:
+        """Return whether it is kept for some elements only."""
+        return self.sampled is not None and group.get(self.sampled, 1) > 1
 
     def is_complex_for(self, param: Tensor) -> bool:
         """Return whether this slot for `param` is complex; reductions of complex values are real."""
@@ -83,7 +97,8 @@ class Slot:
             return param.dtype
         asked: Any = group.get("state_dtype")
         dtype: torch.dtype = torch.float32 if asked == FLOAT8 else asked or param.dtype
-        dtype = torch.promote_types(dtype, torch.float32) if self.wide else dtype
+        wide = self.wide or self.is_sampled(group)  # there is little to save
+        dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
         if self.is_number:
             return dtype.to_real()
         return dtype.to_complex() if self.is_complex_for(param) and not dtype.is_complex else dtype
@@ -95,14 +110,16 @@ class Slot:
         """
         if self.copies_param:
             source = param if group.get("differentiable") else param.detach()
+            if self.is_sampled(group):
+                return sample(source, group[str(self.sampled)]).clone(memory_format=torch.contiguous_format)
             return source.resolve_conj().resolve_neg().clone(memory_format=torch.preserve_format)
         start = float(_start(self.init, group))
         dtype = self.dtype_for(param, group)
         value = complex(start, start) if dtype.is_complex else start
-        if self.shape is None:
+        if self.shape is None and not self.is_sampled(group):
             made = torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
             return made if (carried := _carrying_gradients(self.init, group)) is None else made.zero_() + carried
-        shape = self.shape(param, group) or torch.Size()
+        shape = self.shape_for(param, group) or torch.Size()
         if is_sharded(param):
             divided: Tensor = full_for(shape, param, value, dtype)
             return divided

@@ -120,7 +120,7 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def total_sum(values: Any) -> Any:
-    """Return the sum of the elements of `values`, over all parameters of all groups that are stepped together.
+    """Return the sum of the elements of `values`, over all parameters that the algorithm steps, whatever their group.
 
     A rule's `update` calls it as it calls `torch.sum`, which is over the tensor of one parameter; the sum is taken over
     the ranks of a sharded training as well.  It is a number, the same for all parameters: see `GroupScalar`, which is

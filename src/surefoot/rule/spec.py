@@ -16,6 +16,8 @@ DIRECTED = ("cautious", "cautious_weight_decay")
 STORAGE_OPTIONS = ("state_dtype", "rounding", "master_weight_bits", "rounding_seed")
 ALGORITHM = "algorithm"
 """The key under which a group of a combination names its algorithm."""
+SAMPLED = "sampled"
+"""The flag of algorithms that have slots of some elements only."""
 ENGINE_OPTIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -114,7 +116,9 @@ class AlgorithmSpec:
 
     def settle_flags(self, group: Mapping[str, Any]) -> Flags:
         """Return the flags of a group: the truth of each hyperparameter that shapes the computation."""
-        return tuple((name, _truth(group, group.get(name, False))) for name in (*COMMON_FLAGS, *self.flags))
+        found = tuple((name, _truth(group, group.get(name, False))) for name in (*COMMON_FLAGS, *self.flags))
+        sampled = [slot.is_sampled(group) for slot in self.slots if slot.sampled]
+        return (*found, (SAMPLED, any(sampled))) if sampled else found
 
 
 def _truth(group: Mapping[str, Any], value: Any) -> bool:

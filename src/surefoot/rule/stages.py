@@ -39,7 +39,7 @@ def divide(rule: Rule) -> Rule:
     late = {node: level for node, level in levels.items() if level and not node.meta["tensor"]}
     stages = tuple(_stage(rule, late, level, set(numbers)) for level in range(1, count + 1))
     idle = [node for node in rule.graph.nodes if "coefficient" in node.meta and not node.users]
-    names, graph = _cut(rule.graph, tensors, late, idle)
+    names, graph = cut_graph(rule.graph, tensors, late, idle)
     slots = {slot.name for slot in rule.number_slots}
     return replace(
         rule,
@@ -113,12 +113,12 @@ def _stage(rule: Rule, late: dict[fx.Node, int], level: int, kept: set[fx.Node])
     sums.sort(key=lambda node: _op(node).over == "tensor")
     own = [param for param in rule.graph.nodes if param.op == "placeholder" and param.meta["tensor"]]
     unchanged = (own[0], *own[2:])
-    names, graph = _cut(rule.graph, (*unchanged, *(node.args[0] for node in sums)), late)
+    names, graph = cut_graph(rule.graph, (*unchanged, *(node.args[0] for node in sums)), late)
     kinds = [Reduction(_name(node), _KINDS.get(_op(node).name, _op(node).name), precise=True) for node in sums]
     measures = Rule(f"{rule.name}_measures", rule.flags, rule.slots, names, graph, tuple(kinds))
     made = [node for node, at in late.items() if at == level and node.op == "call_function" and not _reduces(node)]
     wanted = [node for node in made if node in kept or any(late.get(user) != level for user in node.users)]
-    takes, numbers = _cut(rule.graph, wanted, late.keys() - set(made), tensors=False)
+    takes, numbers = cut_graph(rule.graph, wanted, late.keys() - set(made), tensors=False)
     means = tuple(_op(node).name == "mean" for node in sums)
     over = tuple(_op(node).over for node in sums)
     return Stage(measures, tuple(map(_name, sums)), means, over, takes, numbers, tuple(map(_name, wanted)))
@@ -128,7 +128,7 @@ _KINDS = {"mean": "sum", "group_sum": "sum", "total_sum": "sum"}
 """What is measured of a tensor for a reduction, where it is not called like that."""
 
 
-def _cut(
+def cut_graph(
     graph: fx.Graph,
     results: Sequence[fx.Node],
     known: Iterable[fx.Node],
@@ -149,7 +149,7 @@ def _cut(
         The names of the numbers among the inputs, and the graph.
     """
     given = set(known)
-    needed = _needed(results, given) | set(idle)
+    needed = needed_nodes(results, given) | set(idle)
     cut, copies, names = fx.Graph(), {}, []
     for node in graph.nodes:
         if node.op == "placeholder" and node.meta["tensor"] and tensors:
@@ -166,7 +166,7 @@ def _cut(
     return tuple(names), cut
 
 
-def _needed(results: Iterable[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
+def needed_nodes(results: Iterable[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
     """Return the results and all that they are computed from, as far as what is given."""
     needed: set[fx.Node] = set()
     waiting = list(results)

@@ -20,7 +20,8 @@ from surefoot.errors import RuleError
 from surefoot.rule.bound import Rule
 from surefoot.rule.declare import EMA, ROUNDING_STEP, Reduction, Slot
 from surefoot.rule.passes import run_passes
-from surefoot.rule.spec import AlgorithmSpec, Flags
+from surefoot.rule.sampling import divide_sampled
+from surefoot.rule.spec import SAMPLED, AlgorithmSpec, Flags
 from surefoot.rule.stages import divide
 
 
@@ -163,7 +164,8 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
         tuple(numbers),
         group_scalars=spec.group_scalars,
     )
-    return divide(rule)
+    divided = divide(rule)
+    return divide_sampled(divided) if settled.get(SAMPLED) else divided
 
 
 def _check_kinds(spec: AlgorithmSpec, graph: fx.Graph, due: Iterable[tuple[str, bool]]) -> None:

@@ -482,7 +482,7 @@ def _plain_slot(slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, p
         problems.mismatched.append(f"{pair.label}: state `{slot.name}` is {type(value).__name__}, must be a tensor")
         return None
     if slot.flat_elsewhere:
-        value = _unflattened(value, param)
+        value = _unflattened(value, slot.shape_for(param, group) or torch.Size())
     if value.shape != (expected := slot.shape_for(param, group)):
         problems.mismatched.append(
             f"{pair.label}: state `{slot.name}` has shape {_shape(value.shape)}, must be {_shape(expected)}"
@@ -494,11 +494,11 @@ def _plain_slot(slot: Slot, group: Mapping[str, Any], pair: _Pair, value: Any, p
     return None
 
 
-def _unflattened(value: Tensor, param: Tensor) -> Tensor:
-    """Return a slot that others keep flattened, or as one zero, in the shape of its parameter; else as it is."""
-    if value.shape == (param.numel(),):
-        return value.reshape(param.shape)
-    return value.expand(param.shape).contiguous() if not value.dim() and not value.any() else value
+def _unflattened(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a slot that others keep flattened, or as one zero, in its shape here; else as it is."""
+    if value.shape == (shape.numel(),):
+        return value.reshape(shape)
+    return value.expand(shape).contiguous() if not value.dim() and not value.any() else value
 
 
 def _placed_slot(name: str, pair: _Pair, value: Tensor, problems: LoadReport) -> Any:

@@ -47,13 +47,15 @@ class BucketGuard:
     def __init__(self, run: BucketRun) -> None:
         scalars, slots = run.bucket.rule.scalars, run.stored_names()
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
-        names = [*held, *slots, *(slot.name for slot in run.bucket.rule.number_slots)]
+        sampled = run.bucket.rule.sampled
+        others = (*run.bucket.rule.number_slots, *(sampled.slots if sampled else ()))
+        names = [*held, *slots, *(slot.name for slot in others)]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         self._shards: ShardGuard | None = None
         busy = run.engine is cpu and needs_threads(run.bucket.params)
         if is_sharded(run.params[0]):
-            others = chain.from_iterable(entries[name] for name in slots)
-            self._shards, self._items = ShardGuard(run.params, others), make_dict_guard(run.entries)
+            stored = chain.from_iterable(entries[name] for name in slots)
+            self._shards, self._items = ShardGuard(run.params, stored), make_dict_guard(run.entries)
             columns = (run.bucket.params, *(entries[name] for name in held), *run.bucket.slots, *run.bucket.parts)
             self.tensors = make_guard(columns, given=self._shards.local_grads(), threads=busy)
             self._wrappers = VersionCounters([*run.params, *chain.from_iterable(entries[name] for name in slots)])
@@ -195,14 +197,15 @@ def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors."""
     spec, options = step.spec.of(group), ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)
     own = [spec.flags_of(group, param) for param in group["params"]] if spec.flags_of else None
-    return (spec, step.flags(group), own, *map(group.get, options))
+    sampled = tuple(group.get(slot.sampled) for slot in spec.slots if slot.sampled)
+    return (spec, step.flags(group), own, sampled, *map(group.get, options))
 
 
 def _options(step: StepInput) -> list[object]:
     """Return the names and values of all options, and what else signatures depend on."""
     options: list[object] = [step.stepping.options.max_grad_norm, step.grad_scale is None]
-    shared = {scalar.name for scalar in step.spec.group_scalars}  # which every step changes, and no bucket depends on
     for group in step.groups:
+        shared = {each.name for each in step.spec.of(group).group_scalars}  # every step changes, no bucket depends on
         options += group
         options += [value for name, value in group.items() if name not in shared] if shared else group.values()
     return options
@@ -303,7 +306,8 @@ def _bring_home(run: BucketRun) -> None:
 
 
 def _reusable(run: BucketRun) -> bool:
-    if run.engine not in (cpu, gpu) or not all(type(entry) is dict for entry in run.entries):
+    engines = (run.engine, run.sampled.engine if run.sampled else run.engine)
+    if not all(engine in (cpu, gpu) for engine in engines) or not all(type(entry) is dict for entry in run.entries):
         return False
     if run.params[0].is_complex() and not _on_device(run):
         return False  # their real views, if kept, would keep them from being swapped

@@ -40,6 +40,13 @@ class StepInput(NamedTuple):
     whole: Sequence[Mapping[str, Any]] | None = None
     released: ReleaseOptions | None = None
 
+    def groups_with(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the groups of the algorithm of a group."""
+        if not self.spec.algorithms:
+            return self.groups
+        own = self.spec.of(group)
+        return [each for each in self.groups if self.spec.of(each) is own]
+
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""
         return param.grad if self.grads is None else self.grads.get(param)
@@ -78,9 +85,10 @@ class StepInput(NamedTuple):
         flags = (("measured", False), ("scaled", self.grad_scale is not None), ("clipped", self.is_clipped(group)))
         return (*flags, *self.spec.of(group).settle_flags(group))
 
-    def stages(self) -> list[tuple[Stage, ...]]:
-        """Return for each group that measures tensors before an update, with gradients or not, how it does so."""
-        return [stages for group in self.groups if (stages := self._stages_of(group))]
+    def stages(self) -> list[tuple[AlgorithmSpec, tuple[Stage, ...]]]:
+        """Return for each group that measures tensors before an update, with gradients or not, for what and how."""
+        found = ((self.spec.of(group), self._stages_of(group)) for group in self.groups)
+        return [(spec, stages) for spec, stages in found if stages]
 
     def _stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
         spec = self.spec.of(group)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from surefoot.engines import Bucket, choose
 from surefoot.engines.identity import identity_of
-from surefoot.rule import EMA, ENGINE_OPTIONS, Slot, bind
+from surefoot.rule import EMA, ENGINE_OPTIONS, Rule, Slot, bind
 from surefoot.state.check import format_param, stepped_gradient
 from surefoot.state.formats import param_format, slot_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
-from surefoot.step.types import BucketRun, ParamSlice
+from surefoot.step.types import BucketRun, ParamSlice, Sampled, sampled_elements
 from surefoot.storage import Format, format_of
 from surefoot.tensors.memory import has_address, shared_memory
 from surefoot.tensors.shards import is_sharded, to_local
@@ -67,12 +67,14 @@ def _divide(
         own = spec.flags_of(group, param) if spec.flags_of else {}
         settled = tuple((name, own.get(name, value)) for name, value in (of_rows if grad.is_sparse else flags))
         every = spec.active_slots(dict(settled))
-        slots = [slot for slot in every if not slot.is_number]
+        slots = [slot for slot in every if not slot.is_number and not slot.is_sampled(group)]
         held = [value for slot in slots if (value := entry.get(slot.name)) is not None]
         formats = _formats(group, param, grad, entry, slots)
         numbers = [*(scalar.name for scalar in spec.scalars), *(slot.name for slot in every if slot.is_number)]
         turn = _take_turn(turns, (param, *map(entry.get, numbers)))
-        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, settled, turn)
+        apart = [slot_format(slot, group, param, entry.get(slot.name)) for slot in every if slot.is_sampled(group)]
+        dtypes = (param.dtype, grad.dtype, *(kept.dtype for kept in apart))
+        key = (param.device, dtypes, grad.layout, is_sharded(param), formats, settled, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}
@@ -137,7 +139,8 @@ def _format_row(group: Mapping[str, Any], params: Sequence[Tensor], row: int) ->
 def _attach_state(step: StepInput, run: BucketRun) -> None:
     """Make what is missing of the state and put the slots into the bucket."""
     slots, scalars = run.bucket.rule.slots, run.bucket.rule.scalars
-    needed = (*slots, *run.bucket.rule.number_slots)
+    sampled = run.bucket.rule.sampled
+    needed = (*slots, *run.bucket.rule.number_slots, *(sampled.slots if sampled else ()))
     if run.group.get("ema") and EMA not in slots:
         needed = (*needed, EMA)
     for param in run.params:
@@ -145,6 +148,17 @@ def _attach_state(step: StepInput, run: BucketRun) -> None:
     run.entries = [step.state.get(param, {}) for param in run.params]
     columns = [[to_local(entry[name]) for entry in run.entries] for name in run.stored_names()]
     run.bucket.slots, run.bucket.parts = columns[: len(slots)], columns[len(slots) :]
+    run.sampled = None if sampled is None else _sampled(run, sampled)
+
+
+def _sampled(run: BucketRun, rule: Rule) -> Sampled:
+    """Return the slots of a bucket that are kept of some elements, with copies of those elements."""
+    every, bucket = run.group[str(rule.slots[0].sampled)], run.bucket
+    params, grads = sampled_elements(run, every)
+    params = [value.to(bucket.compute_dtype, copy=True) for value in params]
+    slots = [[to_local(entry[slot.name]) for entry in run.entries] for slot in rule.slots]
+    found = Bucket(rule, params, [grad.clone() for grad in grads], bucket.options, slots, row_name=bucket.row_name)
+    return Sampled(found, choose(found), every)
 
 
 def detach_state(step: StepInput, runs: Sequence[BucketRun]) -> None:
@@ -187,6 +201,8 @@ def _refuse_shared_memory(runs: Sequence[BucketRun]) -> None:
     for run in runs:
         bucket = run.bucket
         columns = dict(zip(("parameter", *run.stored_names()), bucket.columns(), strict=True))
+        if run.sampled is not None:
+            columns |= zip((slot.name for slot in run.sampled.bucket.rule.slots), run.sampled.bucket.slots, strict=True)
         if not run.sparse:
             columns[_GRADIENT] = bucket.grads
         for name, column in columns.items():

@@ -90,6 +90,9 @@ def _buckets(
     watched = mode_is_active() or step.grads is not None
     known = None if cache is None or watched else cache.revalidate(step)
     if known is not None:
+        for run in known:
+            if run.sampled is not None:
+                run.sampled.renew(run)
         return known, None, known
     for run in cache.runs if cache is not None else ():
         forget_fresh(run)
@@ -109,6 +112,10 @@ def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, .
     """
     step.stepping.context.acquire()
     runs = partition(step)
+    if any(run.sampled is not None for run in runs):
+        raise RuntimeError(
+            f"{step.spec.name} with state of every n-th element cannot be transformed by torch.func; let it keep all"
+        )
     made = _prepare(step, runs, None, None)
     return [] if made is None else [(run, list(eager.evaluate_rows(run.bucket))) for run in runs]
 
@@ -157,6 +164,8 @@ def _measure(step: StepInput, runs: Sequence[BucketRun], custom: ValidatedParams
         _prove(run, measuring=step.needs_gradients())
         if run.engine is not gpu or not run.sparse:  # rows are gathered for it
             run.engine.prepare(run.bucket)
+        if run.sampled is not None:
+            run.sampled.engine.prepare(run.sampled.bucket)
     if step.needs_gradients():
         refuse_unmeasurable(step)
         for run in runs:
@@ -174,6 +183,10 @@ def _measure_gradients(step: StepInput, run: BucketRun) -> Tensor:
 
 def _prove(run: BucketRun, *, measuring: bool) -> None:
     """Let a bucket be run by another engine if its own cannot be relied on for what it is to do."""
+    if run.sampled is not None:
+        bucket, stages = run.sampled.bucket, run.bucket.rule.stages
+        rules = [stage.sampled for stage in stages if stage.sampled is not None]
+        run.sampled.engine = proved(run.sampled.engine, bucket, bucket.rule, *rules)
     rules = [run.bucket.rule, *(stage.measures for stage in run.bucket.rule.stages)]
     rules += [gradient_rule()] * (measuring and not run.sparse)
     engine = proved(run.engine, run.bucket, *rules)
@@ -237,6 +250,10 @@ def _run_engine(run: BucketRun) -> None:
         _run_rows(run.engine, run.bucket)
     else:
         run.engine.run(run.bucket)
+    if run.sampled is not None:
+        whole, apart = run.bucket, run.sampled.bucket
+        apart.coefficients, apart.row, apart.found_inf = whole.coefficients, whole.row, whole.found_inf
+        run.sampled.engine.run(apart)
 
 
 def _run_rows(engine: Engine, bucket: Bucket) -> None:

@@ -6,7 +6,6 @@ algorithm needs more of a tensor than a shard, also which parameters have a grad
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -42,8 +41,8 @@ def due_exchange(step: StepInput) -> Exchange | None:
     """
     if step.whole is not None:
         return None
-    whole, stages = step.whole_params(), list(chain.from_iterable(step.stages()))
-    totals = any(stage.totals for stage in stages)
+    whole = step.whole_params()
+    totals = any(stage.totals for _, stages in step.stages() for stage in stages)
     if alone := step.whole_params(alone=True):
         refuse_flattened(alone, step.spec.name, whole_tensors=True)
     asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None

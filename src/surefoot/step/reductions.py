@@ -1,18 +1,19 @@
 """Numbers of an update that depend on whole tensors: measured by engines, put together over ranks, stage by stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from surefoot.distributed import Exchange
 from surefoot.engines import cpu, eager
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
-from surefoot.rule import Stage
+from surefoot.rule import AlgorithmSpec, Stage
 from surefoot.step.inputs import StepInput
 from surefoot.step.shared import new_shared_numbers
 from surefoot.step.types import BucketRun
@@ -78,11 +79,13 @@ def store_numbers(run: BucketRun) -> None:
     run.new_numbers = []
 
 
-def _stages(step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None) -> list[list[Stage]]:
-    """Return the stages that are due together, one list after the other; all ranks find as many."""
-    known = [run.bucket.rule.stages for run in runs] if exchange is None else step.stages()
-    longest = max(map(len, known), default=0)
-    return [[stages[i] for stages in known if i < len(stages)] for i in range(longest)]
+def _stages(
+    step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None
+) -> list[list[tuple[AlgorithmSpec, Stage]]]:
+    """Return the stages that are due together, each with its algorithm, list by list; all ranks find as many."""
+    known = [(run.spec, run.bucket.rule.stages) for run in runs] if exchange is None else step.stages()
+    longest = max((len(stages) for _, stages in known), default=0)
+    return [[(spec, stages[i]) for spec, stages in known if i < len(stages)] for i in range(longest)]
 
 
 def _known(run: BucketRun) -> dict[str, Any]:
@@ -134,13 +137,20 @@ def _dtype_of_numbers(run: BucketRun) -> torch.dtype:
 
 def _measure(run: BucketRun, stage: Stage) -> Tensor:
     """Return what a stage measures of a bucket: float64 of shape (parameters, sums)."""
-    if not stage.sums:
-        return torch.empty((len(run.params), 0), dtype=torch.float64, device=run.bucket.device)
-    return run.engine.measure(run.bucket, stage.measures)
+    found = []
+    if run.sampled is not None and stage.sampled is not None:
+        bucket = run.sampled.bucket
+        bucket.coefficients, bucket.row = run.bucket.coefficients, run.bucket.row
+        found.append(run.sampled.engine.measure(bucket, stage.sampled))
+    if stage.measures.reductions:
+        found.append(run.engine.measure(run.bucket, stage.measures))
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([torch.empty((len(run.params), 0), dtype=torch.float64, device=run.bucket.device), *found], 1)
 
 
 def _columns(
-    step: StepInput, sums: Sequence[_Sums], exchange: Exchange | None, stages: Sequence[Stage]
+    step: StepInput, sums: Sequence[_Sums], exchange: Exchange | None, stages: Sequence[tuple[AlgorithmSpec, Stage]]
 ) -> list[list[Tensor]]:
     """Return for each bucket what a stage's sums come to: of shape (parameters,), or () of several tensors.
 
@@ -148,51 +158,55 @@ def _columns(
         step: the step.
         sums: what was measured of this process's shards.
         exchange: what puts numbers together over ranks, if there are any.
-        stages: the stages that are due.
+        stages: the stages that are due, each with its algorithm.
 
     Raises:
-        RuleError: parameters ask for another number of sums over several tensors.
+        RuleError: parameters of an algorithm ask for another number of sums over several tensors.
     """
-    summed = {each.run.spec.name for each in sums if each.stage.totals}
-    if len(summed) > 1:
-        raise RuleError(
-            f"{' and '.join(sorted(summed))} both sum over all parameters, which one step cannot tell apart"
-        )
-    counts = {stage.totals for stage in (*stages, *(each.stage for each in sums))} - {0}
-    if len(counts) > 1:
-        raise RuleError(
-            f"{step.spec.name}.update sums {min(counts)} tensors over parameters under some flags and {max(counts)} "
-            f"under others; all groups must ask for the same sums"
-        )
-    totals = max(counts, default=0)
+    totals = _count_totals([*stages, *((each.run.spec, each.stage) for each in sums)])
     if exchange is None:
         own = [each.found[:, each.stage.totals :] for each in sums]
-        table = _group_sums(step, sums) if totals else None
+        table = _group_sums(step, sums, totals) if totals else None
     else:
-        own, rows = _over_ranks(exchange, sums, totals, max(len(stage.sums) for stage in stages))
+        own, rows = _over_ranks(exchange, sums, totals, max(len(stage.sums) for _, stage in stages))
         sizes = [len(group["params"]) for group in step.groups]
         table = exchange.sum_groups(rows[:, :totals], sizes) if totals else None
     found = [list(of_each.unbind(1)) for of_each in own]
     if table is None:
         return found
-    every, index = table.sum(dim=0), {id(group): row for row, group in enumerate(step.groups)}
+    index = {id(group): row for row, group in enumerate(step.groups)}
     for each, columns in zip(sums, found, strict=True):
         kinds = each.stage.over[: each.stage.totals]
         of_group = table[index[id(each.run.group)]]
+        every = table[[index[id(group)] for group in step.groups_with(each.run.group)]].sum(dim=0)
         columns[:0] = [
             (every if over == "all" else of_group)[column].to(each.found.device) for column, over in enumerate(kinds)
         ]
     return found
 
 
-def _group_sums(step: StepInput, sums: Sequence[_Sums]) -> Tensor:
+def _count_totals(stages: Iterable[tuple[AlgorithmSpec, Stage]]) -> int:
+    """Return how many sums over several tensors stages ask for at most; those of one algorithm ask for as many."""
+    counts: dict[AlgorithmSpec, int] = {}
+    for spec, stage in stages:
+        known = counts.setdefault(spec, stage.totals) if stage.totals else 0
+        if known != stage.totals:
+            raise RuleError(
+                f"{spec.name}.update sums {min(known, stage.totals)} tensors over parameters under some flags and "
+                f"{max(known, stage.totals)} under others; all groups must ask for the same sums"
+            )
+    return max(counts.values(), default=0)
+
+
+def _group_sums(step: StepInput, sums: Sequence[_Sums], totals: int) -> Tensor:
     """Return the sums over the parameters of each group: float64 of shape (groups, totals)."""
     parts: list[list[Tensor]] = [[] for _ in step.groups]
     index = {id(group): row for row, group in enumerate(step.groups)}
     place = sums[0].found.device
     for run, stage, found in sums:
         if stage.totals:
-            parts[index[id(run.group)]].append(found[:, : stage.totals].sum(dim=0).to(place))
+            own = found[:, : stage.totals].sum(dim=0).to(place)
+            parts[index[id(run.group)]].append(pad(own, (0, totals - stage.totals)))
     zeros = torch.zeros_like(next(part[0] for part in parts if part))
     return torch.stack([torch.stack(part).sum(dim=0) if part else zeros for part in parts])
 

@@ -533,7 +533,7 @@ def refuse_release(step: StepInput, model: nn.Module, options: ReleaseOptions) -
             "a parameter stands in the groups twice, and its gradient would be dropped after its first step; leave it "
             "out of one of them"
         )
-    if any(stage.totals for stages in step.stages() for stage in stages):
+    if any(stage.totals for _, stages in step.stages() for stage in stages):
         raise RuntimeError(
             f"{step.spec.name} sums over all parameters before the first is stepped, and released gradients are never "
             f"there all at once; take an algorithm that steps each parameter by itself, AdamW for instance"

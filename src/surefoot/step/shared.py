@@ -18,12 +18,12 @@ from surefoot.tensors.modes import has_no_values
 def shared_numbers(step: StepInput, run: BucketRun) -> dict[str, Any]:
     """Return the numbers that the parameters of a bucket share, on their device where these must not be waited for."""
     found, place = {}, run.bucket.device
-    for scalar in step.spec.group_scalars:
+    for scalar in run.spec.group_scalars:
         home = _home(step, scalar, run.group)
         value = home[scalar.name]
         if run.is_unread:
             if not isinstance(value, Tensor) or (value.is_cpu and place.type != "cpu"):
-                refuse_new_buckets(step.spec.name)
+                refuse_new_buckets(run.spec.name)
                 value = home[scalar.name] = torch.full((), float(value), dtype=torch.float64, device=place)
             value = value.to(place)
         found[scalar.name] = value
@@ -44,21 +44,20 @@ def new_shared_numbers(
     Raises:
         RuleError: a number differs from parameter to parameter.
     """
-    scalars = step.spec.group_scalars
-    if not scalars:
+    if not any(step.spec.of(group).group_scalars for group in step.groups):
         return []
     index = {id(group): position for position, group in enumerate(step.groups)}
     found: list[dict[str, Any]] = [{} for _ in step.groups]
     for run, numbers in zip(runs, known, strict=True):
-        names = zip(scalars, run.bucket.rule.new_shared, strict=True)
+        names = zip(run.spec.group_scalars, run.bucket.rule.new_shared, strict=True)
         found[index[id(run.group)]] = {scalar.name: _one(run, scalar, numbers[name]) for scalar, name in names}
     if exchange is not None and exchange.process_group is not None:
         found = _told(step, found, exchange)
-    for scalar in scalars:
-        told = [numbers[scalar.name] for numbers in found if scalar.name in numbers]
-        if told and not scalar.is_split(step.groups):
-            for numbers in found:
-                numbers[scalar.name] = told[0]
+    for numbers, group in zip(found, step.groups, strict=True):
+        for scalar in step.spec.of(group).group_scalars:
+            sharing = [found[index[id(each)]] for each in _sharing(step, scalar, group)]
+            if scalar.name not in numbers and (told := [each for each in sharing if scalar.name in each]):
+                numbers[scalar.name] = told[0][scalar.name]
     return found
 
 
@@ -76,8 +75,8 @@ def _one(run: BucketRun, scalar: GroupScalar, value: Any) -> Any:
 
 def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
     """Write the numbers that parameters share, unless the device has found infinities."""
-    for scalar in step.spec.group_scalars:
-        for group, numbers in zip(step.groups, new, strict=True):
+    for group, numbers in zip(step.groups, new, strict=bool(new)):
+        for scalar in step.spec.of(group).group_scalars:
             if scalar.name not in numbers:
                 continue
             home = _home(step, scalar, group)  # which comes first, if it is another
@@ -86,9 +85,15 @@ def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], foun
             group[scalar.name] = home[scalar.name]
 
 
+def _sharing(step: StepInput, scalar: GroupScalar, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups that have one number together with a group."""
+    groups = step.groups_with(group)
+    return [group] if scalar.is_split(groups) else groups
+
+
 def _home(step: StepInput, scalar: GroupScalar, group: dict[str, Any]) -> dict[str, Any]:
     """Return the group whose number is that of a group."""
-    return group if scalar.is_split(step.groups) else step.groups[0]
+    return _sharing(step, scalar, group)[0]
 
 
 def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) -> Any:
@@ -105,17 +110,20 @@ def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) 
 
 def _told(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
     """Return the new numbers that some rank of the process group knows: not all have a parameter in every group."""
-    scalars = step.spec.group_scalars
-    table = torch.zeros(len(step.groups), 1 + len(scalars), dtype=torch.float64, device=exchange.device)
-    for row, numbers in zip(table, found, strict=True):
+    scalars = [step.spec.of(group).group_scalars for group in step.groups]
+    width = 1 + max(map(len, scalars))
+    table = torch.zeros(len(step.groups), width, dtype=torch.float64, device=exchange.device)
+    for row, numbers, own in zip(table, found, scalars, strict=True):
         row[0] = float(bool(numbers))
-        for column, scalar in enumerate(scalars if numbers else (), 1):
+        for column, scalar in enumerate(own if numbers else (), 1):
             row[column] = numbers[scalar.name]
     every, told = exchange.gather(table), list[dict[str, Any]]()
-    for position, group in enumerate(step.groups):
+    index = {id(group): position for position, group in enumerate(step.groups)}
+    for group, own in zip(step.groups, scalars, strict=True):
         told.append({})
-        for column, scalar in enumerate(scalars, 1):
-            rows = every[:, position] if scalar.is_split(step.groups) else every.flatten(end_dim=1)
+        for column, scalar in enumerate(own, 1):
+            sharing = [index[id(each)] for each in _sharing(step, scalar, group)]
+            rows = every[:, sharing].flatten(end_dim=1)
             first = rows[rows[:, 0].argmax()]
             old = torch.as_tensor(_home(step, scalar, group)[scalar.name]).to(first)
             told[-1][scalar.name] = torch.where(first[0] != 0, first[column], old)

@@ -1,10 +1,12 @@
 """The values that go through a step; each concept once."""
 
+import functools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from surefoot.engines import Bucket, Engine
@@ -12,6 +14,7 @@ from surefoot.rule import AlgorithmSpec
 from surefoot.state.formats import part_names
 from surefoot.state.make import is_on_device
 from surefoot.step.device import DeviceScalars
+from surefoot.tensors.shards import to_local
 
 Fresh = tuple[bool, bool]
 """Of a parameter: whether a slot of its algorithm was newly initialized, and whether its average was."""
@@ -50,6 +53,40 @@ class ParamSlice:
 
 
 @dataclass(eq=False)
+class Sampled:
+    """Every n-th element of the parameters of a bucket, with the slots that are kept of these only.
+
+    Attributes:
+        bucket: copies of the elements of parameters, as values, and of gradients; and the slots.
+        engine: the engine that runs it.
+        every: n.
+    """
+
+    bucket: Bucket
+    engine: Engine
+    every: int
+
+    def renew(self, run: "BucketRun") -> None:
+        """Copy the elements once more from the bucket that they are of."""
+        params, grads = sampled_elements(run, self.every)
+        torch._foreach_copy_(self.bucket.params, params)
+        torch._foreach_copy_(self.bucket.grads, grads)
+
+
+def sampled_elements(run: "BucketRun", every: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every n-th element of the parameters of a bucket, as values, and of their gradients."""
+    grads = run.bucket.grads or list(map(to_local, run.grads()))
+    takes = [functools.partial(_elements, every, param.is_complex()) for param in run.params]
+    params = [run.bucket.value(row, take) for row, take in enumerate(takes)]
+    return params, [take(grad) for take, grad in zip(takes, grads, strict=True)]
+
+
+def _elements(every: int, in_pairs: bool, tensor: Tensor) -> Tensor:
+    """Return every n-th element of a flattened tensor, of one of complex numbers as pairs."""
+    return (tensor.flatten(0, -2) if in_pairs else tensor.flatten())[::every]
+
+
+@dataclass(eq=False)
 class BucketRun:
     """A bucket, what it comes from, and the engine that will run it.
 
@@ -71,6 +108,7 @@ class BucketRun:
         fresh_average: the same of averages.
         new_numbers: the new values of slots that are numbers, not written yet: each of shape (n,).
         elements: how many real numbers each parameter has, once that was needed.
+        sampled: the slots that are kept of some elements only, where there are such.
     """
 
     spec: AlgorithmSpec
@@ -90,6 +128,7 @@ class BucketRun:
     fresh_average: Any = False
     new_numbers: list[Tensor] = field(default_factory=list)
     elements: Tensor | None = None
+    sampled: Sampled | None = None
 
     @property
     def group(self) -> dict[str, Any]:

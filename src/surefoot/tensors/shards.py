@@ -55,7 +55,8 @@ def placements_for(shape: torch.Size, param: Any) -> tuple[Any, ...]:
     """Return how a tensor that belongs to a sharded parameter is laid out: each part of it where its elements are.
 
     A dimension that both have alike is divided as the parameter's is; over ranks that divide another one the tensor is
-    replicated.
+    replicated.  A tensor that does not go with the parameter's elements, of no shape that broadcasts to its, is divided
+    along its first dimension over all ranks that divide the parameter.
     """
     placements: tuple[Any, ...] = param.placements
     return placements if shape == param.shape else _placements_for(shape, param.shape, placements)
@@ -63,17 +64,27 @@ def placements_for(shape: torch.Size, param: Any) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _placements_for(shape: torch.Size, whole: torch.Size, placements: tuple[Any, ...]) -> tuple[Any, ...]:
-    from torch.distributed.tensor import Replicate  # noqa: PLC0415 (there is a sharded tensor)
+    from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415 (there is a sharded tensor)
 
-    dims = map(sharded_dim, placements)
+    dims = [sharded_dim(each) for each in placements]
+    if not _broadcasts(shape, whole):
+        return tuple(Replicate() if dim is None else Shard(0) for dim in dims)
     kept = [dim is not None and len(shape) == len(whole) and shape[dim] == whole[dim] for dim in dims]
     return tuple(each if keep else Replicate() for each, keep in zip(placements, kept, strict=True))
 
 
+def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
+    """Return whether a shape broadcasts to another."""
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(size in (1, other) for size, other in pairs)
+
+
 def local_shape_for(shape: torch.Size, param: Any) -> torch.Size:
     """Return the shape of this process's shard of a tensor that is laid out by `placements_for`."""
-    local = to_local(param).shape[: param.dim()]
-    divided = set(map(sharded_dim, placements_for(shape, param)))
+    placements = placements_for(shape, param)
+    if not _broadcasts(shape, param.shape):
+        return torch.Size(_block_of(shape, param.device_mesh, placements)[0])
+    local, divided = to_local(param).shape[: param.dim()], set(map(sharded_dim, placements))
     return torch.Size(local[dim] if dim in divided else size for dim, size in enumerate(shape))
 
 
@@ -209,10 +220,14 @@ def has_blocks(tensor: Any) -> bool:
 
 def block_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return shape and offsets of the block of a sharded tensor that this rank holds; it must have `has_blocks`."""
+    return _block_of(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def _block_of(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415
 
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(shape), tuple(offsets)
+    size, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(size), tuple(offsets)
 
 
 def misplaced_shard(tensor: Any) -> str | None:
