@@ -24,10 +24,12 @@ from surefoot.optimizers.orthogonal import (
     orthogonal,
     row_dims_of,
 )
+from surefoot.optimizers.workspace import WORKSPACE, Workspace
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import is_plain
+from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded
 
 _MOST_NS_STEPS = 99
@@ -42,6 +44,8 @@ _SCALES: Mapping[str | None, Callable[[float, float], float]] = {
 _PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 _NORMUON_EPS = 1e-10
 _LEAST_SHARE = 1e-3
+_MOST_AT_ONCE = 1 << 20
+"""Elements of what is made orthogonal at once on the CPU, of several parameters."""
 _SMALL, _MOST_FINISHED = 1 << 12, 1 << 22
 """Elements of a parameter whose direction is finished in a stack on the CPU, and of all in one."""
 
@@ -216,8 +220,7 @@ class Muon(Optimizer):
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         found = [row for row in found if row.param.numel()]
-        for batch in _batches([row for row in found if not is_sharded(row.param)]):
-            _step_batch(batch)
+        _step_batches(_batches([row for row in found if not is_sharded(row.param)]))
         for rows in in_turns(row for row in found if is_sharded(row.param)):
             alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
             for row in rows:
@@ -230,22 +233,62 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _step_batch(batch: list[PreparedParam]) -> None:
-    """Step parameters whose directions are computed together."""
+def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
+    """Step batches, on the CPU in memory that is there and several at once."""
+    visible = mode_is_active()
+    for some in _at_once(every):
+        if visible or not all(_is_in_memory(row) for batch in some for row in batch):
+            for batch in some:
+                _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
+            continue
+        with WORKSPACE.turn():
+            stacks = [_momenta_in(WORKSPACE, batch) for batch in some]
+            for batch, directions in zip(some, orthogonal(some[0][0].h, stacks, WORKSPACE), strict=True):
+                _apply(batch, directions)
+    WORKSPACE.shrink()
+
+
+def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
+    """Yield batches that are computed at once: on the CPU those of one group, of so many elements together."""
+    some: list[list[PreparedParam]] = []
+    elements = 0
+    for batch in every:
+        first, own = batch[0], len(batch) * batch[0].param.numel()
+        joins = first.param.is_cpu and not first.apart and some and first.h is some[0][0].h
+        if not joins or elements + own > _MOST_AT_ONCE:
+            if some:
+                yield some
+            some, elements = [], 0
+        some.append(batch)
+        elements += own
+    if some:
+        yield some
+
+
+def _is_in_memory(row: PreparedParam) -> bool:
+    return row.param.is_cpu and all(map(is_plain, (row.param, row.grad, row.state["momentum_buffer"])))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _apply(batch: list[PreparedParam], directions: Tensor) -> None:
+    """Step parameters of one shape, of which a stack of directions is known."""
     h, params = batch[0].h, [row.param for row in batch]
-    directions, blocks = orthogonal(h, _momenta(batch)), blocks_of(params[0].shape, h)
+    blocks, each = blocks_of(params[0].shape, h), list(directions.unbind())
     if _asks_for_more(h, blocks):
-        _finish_batch(batch, blocks, directions)
+        _finish_batch(batch, blocks, each)
         return
     shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
     if len(batch) == 1:
-        add_scaled_(params[0].mul_(shrink), directions[0], factor)
+        add_scaled_(params[0].mul_(shrink), each[0], factor)
         return
     torch._foreach_mul_(params, shrink)
     if not isinstance(factor, Tensor):
-        torch._foreach_add_(params, directions, alpha=factor)
+        torch._foreach_add_(params, each, alpha=factor)
         return
-    for param, direction in zip(params, directions, strict=True):
+    for param, direction in zip(params, each, strict=True):
         add_scaled_(param, direction, factor)
 
 
@@ -261,7 +304,8 @@ def _step_sharded(rows: list[PreparedParam]) -> None:
     wholes = exchange.collect([updates[number] for number in range(len(rows))])
     directions: dict[int, Tensor] = {}
     for own in _of_one_group(rows, wholes):
-        directions |= zip(own, orthogonal(rows[own[0]].h, [wholes[number] for number in own]), strict=True)
+        made = orthogonal(rows[own[0]].h, [wholes[number].unsqueeze(0) for number in own])
+        directions |= {number: direction.squeeze(0) for number, direction in zip(own, made, strict=True)}
     finished = []
     for number, direction in enumerate(exchange.divide(directions, updates[0])):
         row, shard, blocks = rows[number], shards[number], blocks_of(rows[number].param.shape, rows[number].h)
@@ -304,6 +348,25 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
     return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
 
 
+def _momenta_in(workspace: Workspace, batch: Sequence[PreparedParam]) -> Tensor:
+    """Do so for parameters of one shape and return a stack in a workspace, in the dtype of what is made orthogonal."""
+    h, shape, buffers = batch[0].h, (len(batch), *batch[0].param.shape), [row.state["momentum_buffer"] for row in batch]
+    found = workspace.take(shape, h.ns_dtype or torch.bfloat16)
+    wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
+    if wide != buffers[0].dtype or not h.nesterov:
+        return found.copy_(_stack(_momenta(batch)))
+    grads = [row.grad.to(wide) for row in batch]
+    with workspace.passing():
+        momenta = workspace.take(shape, wide)
+        if len(batch) == 1:
+            torch.lerp(grads[0], buffers[0].lerp_(grads[0], 1 - h.momentum), h.momentum, out=momenta[0])
+        else:
+            torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
+            torch.stack(grads, out=momenta)
+            torch._foreach_lerp_(list(momenta.unbind()), buffers, h.momentum)
+        return found.copy_(momenta)
+
+
 def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
     """Do so for a buffer that is kept in a shorter dtype than that of the arithmetic."""
     h, grad, buffer = row.h, row.grad.to(wide), row.state["momentum_buffer"]
@@ -333,7 +396,9 @@ def _dtypes(row: PreparedParam) -> Any:
 
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
-        most = max(1, MOST_STACKED // max(1, len(blocks_of(alike[0].param.shape, alike[0].h).rows)))
+        first = alike[0]
+        most = max(1, MOST_STACKED // max(1, len(blocks_of(first.param.shape, first.h).rows)))
+        most = min(most, max(1, _MOST_AT_ONCE // first.param.numel())) if first.param.is_cpu else most
         yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
