@@ -357,14 +357,16 @@ def _momenta_in(workspace: Workspace, batch: Sequence[PreparedParam]) -> Tensor:
         return found.copy_(_stack(_momenta(batch)))
     grads = [row.grad.to(wide) for row in batch]
     with workspace.passing():
-        momenta = workspace.take(shape, wide)
-        if len(batch) == 1:
-            torch.lerp(grads[0], buffers[0].lerp_(grads[0], 1 - h.momentum), h.momentum, out=momenta[0])
-        else:
+        if len(batch) > 1 and batch[0].param.numel() <= _SMALL:
             torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
-            torch.stack(grads, out=momenta)
+            momenta = torch.stack(grads, out=workspace.take(shape, wide))
             torch._foreach_lerp_(list(momenta.unbind()), buffers, h.momentum)
-        return found.copy_(momenta)
+            return found.copy_(momenta)
+        momentum = workspace.take(shape[1:], wide)
+        for grad, buffer, rounded in zip(grads, buffers, found.unbind(), strict=True):
+            torch.lerp(grad, buffer.lerp_(grad, 1 - h.momentum), h.momentum, out=momentum)
+            rounded.copy_(momentum)
+    return found
 
 
 def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:

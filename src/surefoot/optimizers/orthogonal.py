@@ -38,7 +38,7 @@ SCHEDULES: Mapping[str, tuple[Coefficients, ...]] = {
     "polar_express": (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _OPTIMAL), _LIMIT)
 }
 _MATRIX = 2
-LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 16, 256, 1 << 18
+LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 18, 256, 1 << 20
 """Elements of matrices that are stacked on the CPU, how many are stacked at most, and of how many elements there.
 
 A product of small matrices takes as long to start as to compute: 64 matrices of 64 rows and columns take an eighth of
