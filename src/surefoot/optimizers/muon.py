@@ -15,7 +15,6 @@ from surefoot.distributed import MatrixExchange, PartialSum, sum_over_shards
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, in_turns, local_row, readable
 from surefoot.optimizers.orthogonal import (
-    LARGEST_STACKED,
     MOST_STACKED,
     Blocks,
     Polynomials,
@@ -44,8 +43,8 @@ _SCALES: Mapping[str | None, Callable[[float, float], float]] = {
 _PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 _NORMUON_EPS = 1e-10
 _LEAST_SHARE = 1e-3
-_MOST_AT_ONCE = 1 << 20
-"""Elements of what is made orthogonal at once on the CPU, of several parameters."""
+_LEAST_AT_ONCE, _MOST_AT_ONCE = 1 << 14, 1 << 20
+"""Elements of what is made orthogonal at once on the CPU, of several parameters, in memory that is kept."""
 _SMALL, _MOST_FINISHED = 1 << 12, 1 << 22
 """Elements of a parameter whose direction is finished in a stack on the CPU, and of all in one."""
 
@@ -172,8 +171,9 @@ class Muon(Optimizer):
         ns_dtype: Annotated[
             torch.dtype | None,
             "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
-            "bfloat16, as in torch, but on processors that do not multiply that: there what is made orthogonal, and "
-            "what comes of it, are rounded so, and products are in float32, which takes a small part of the time",
+            "bfloat16, as in torch, but for small matrices, and on processors that do not multiply that: there what is "
+            "made orthogonal, and what comes of it, are rounded so, and products are in float32, which takes a small "
+            "part of the time",
         ] = None,
         state_dtype: Annotated[
             torch.dtype | None,
@@ -237,7 +237,7 @@ def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
     """Step batches, on the CPU in memory that is there and several at once."""
     visible = mode_is_active()
     for some in _at_once(every):
-        if visible or not all(_is_in_memory(row) for batch in some for row in batch):
+        if visible or not _gain_by_workspace(some):
             for batch in some:
                 _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
             continue
@@ -265,8 +265,9 @@ def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[Prepare
         yield some
 
 
-def _is_in_memory(row: PreparedParam) -> bool:
-    return row.param.is_cpu and all(map(is_plain, (row.param, row.grad, row.state["momentum_buffer"])))
+def _gain_by_workspace(some: Sequence[list[PreparedParam]]) -> bool:
+    elements = sum(len(batch) * batch[0].param.numel() for batch in some)
+    return some[0][0].param.is_cpu and elements >= _LEAST_AT_ONCE and all(_kind(batch[0]) for batch in some)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -381,12 +382,12 @@ def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
 
 
 def _kind(row: PreparedParam) -> Any:
-    """What rows share whose directions are computed together; on the CPU nothing where a stack is no faster."""
+    """Return what rows share whose directions are computed together; None for one that is by itself."""
     h, param, grad, state, _ = row
-    listed = is_plain(param) and is_plain(state["momentum_buffer"])  # torch's lists take no negated ones
-    if not listed or (param.is_cpu and param.numel() > LARGEST_STACKED):
+    buffer = state["momentum_buffer"]
+    if not (is_plain(param) and is_plain(grad) and is_plain(buffer)):  # torch's lists take no negated ones
         return None
-    return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
+    return id(h), param.device, param.shape, param.dtype, grad.dtype, buffer.dtype
 
 
 def _dtypes(row: PreparedParam) -> Any:

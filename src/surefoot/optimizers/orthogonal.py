@@ -38,7 +38,7 @@ SCHEDULES: Mapping[str, tuple[Coefficients, ...]] = {
     "polar_express": (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _OPTIMAL), _LIMIT)
 }
 _MATRIX = 2
-LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 18, 256, 1 << 20
+_LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 18, 256, 1 << 20
 """Elements of matrices that are stacked on the CPU, how many are stacked at most, and of how many elements there.
 
 A product of small matrices takes as long to start as to compute: 64 matrices of 64 rows and columns take an eighth of
@@ -46,8 +46,11 @@ the time that they take one by one, 8 of 192 two thirds.  Results are the same, 
 and columns or less, where one in a hundred is rounded otherwise.
 """
 _ROUNDED_OTHERWISE = 16
-SMALL_PRODUCT = 1 << 18
-"""Multiplications up to which a product takes less time in float32: in bfloat16 it takes 30 microseconds to start."""
+SMALL_PRODUCT = 1 << 17
+"""Multiplications below which products are in float32, as in bfloat16 each takes 30 microseconds to start.
+
+From here on several threads share one, and sum in another order than a single thread.
+"""
 
 
 def newton_schulz(
@@ -148,7 +151,7 @@ def product_dtype(asked: torch.dtype | None, matrix: Tensor) -> torch.dtype:
     if asked is not None:
         return asked
     rows, columns = sorted(matrix.shape[-2:])
-    slow = matrix.is_cpu and (rows * rows * columns <= SMALL_PRODUCT or not multiplies_bfloat16())
+    slow = matrix.is_cpu and (rows * rows * columns < SMALL_PRODUCT or not multiplies_bfloat16())
     return torch.float32 if slow else torch.bfloat16
 
 
@@ -262,6 +265,8 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
         stacks: updates, those of one shape along a first dimension.
         workspace: where to compute all of them at once; updates stand there, rounded to that dtype, and so may results.
     """
+    if len(stacks) == 1 and len(stacks[0].shape) == len(blocks_of(stacks[0].shape[1:], h).rows) + _MATRIX:
+        return [_together(h, stacks[0])] if workspace is None else _at_once(h, stacks, workspace)
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
     made = iter(_apart(h, matrices) if workspace is None else _at_once(h, matrices, workspace))
@@ -287,10 +292,14 @@ def _apart(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
         own = [stacks[index] for index in numbers]
-        made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(_joined(own))]
-        whole = _joined([each.reshape(-1, *own[0].shape[1:]) for each in made])
-        found |= zip(numbers, torch.split(whole, list(map(len, own))), strict=True)
+        found |= zip(numbers, torch.split(_together(h, _joined(own)), list(map(len, own))), strict=True)
     return [found[index] for index in range(len(stacks))]
+
+
+def _together(h: Any, stack: Tensor) -> Tensor:
+    """Return what becomes of matrices of one shape."""
+    made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(stack)]
+    return _joined([each if each.dim() == stack.dim() else each.unsqueeze(0) for each in made])
 
 
 def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -301,7 +310,7 @@ def _pieces(stack: Tensor) -> list[Tensor]:
     """Return what of a stack is multiplied at once, on the CPU as much as its caches hold; a matrix if that is one."""
     most, elements = MOST_STACKED, math.prod(stack.shape[1:])
     if stack.is_cpu:
-        most = min(most, _IN_CACHE // elements) if elements <= LARGEST_STACKED else 1
+        most = min(most, _IN_CACHE // elements) if elements <= _LARGEST_STACKED else 1
     pieces = torch.split(stack, most) if stack.size(0) > most else (stack,)
     return [piece if piece.size(0) > 1 else piece[0] for piece in pieces]
 

@@ -28,6 +28,11 @@ class Workspace(threading.local):
             self._memory, self._size = torch.empty(size, dtype=torch.uint8, device="cpu"), size
         self._used = self._most = 0
 
+    @property
+    def kept_bytes(self) -> int:
+        """Return how many bytes this thread keeps."""
+        return self._size
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor of any values, which is nobody else's until `turn` ends."""
         length = math.prod(shape) * dtype.itemsize
