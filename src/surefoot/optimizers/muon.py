@@ -399,9 +399,9 @@ def _dtypes(row: PreparedParam) -> Any:
 
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
-        first = alike[0]
-        most = max(1, MOST_STACKED // max(1, len(blocks_of(first.param.shape, first.h).rows)))
-        most = min(most, max(1, _MOST_AT_ONCE // first.param.numel())) if first.param.is_cpu else most
+        first = alike[0].param
+        most = MOST_STACKED // max(1, len(blocks_of(first.shape, alike[0].h).rows)) if len(alike) > 1 else 1
+        most = max(1, min(most, _MOST_AT_ONCE // first.numel()) if first.is_cpu else most)
         yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 

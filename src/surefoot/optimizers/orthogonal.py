@@ -265,7 +265,7 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
         stacks: updates, those of one shape along a first dimension.
         workspace: where to compute all of them at once; updates stand there, rounded to that dtype, and so may results.
     """
-    if len(stacks) == 1 and len(stacks[0].shape) == len(blocks_of(stacks[0].shape[1:], h).rows) + _MATRIX:
+    if len(stacks) == 1 and stacks[0].dim() == len(blocks_of(stacks[0].shape[1:], h).rows) + _MATRIX:
         return [_together(h, stacks[0])] if workspace is None else _at_once(h, stacks, workspace)
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
