@@ -245,7 +245,8 @@ def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
             stacks = [_momenta_in(WORKSPACE, batch) for batch in some]
             for batch, directions in zip(some, orthogonal(some[0][0].h, stacks, WORKSPACE), strict=True):
                 _apply(batch, directions)
-    WORKSPACE.shrink()
+    if not visible:
+        WORKSPACE.shrink()
 
 
 def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
