@@ -265,8 +265,9 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
         stacks: updates, those of one shape along a first dimension.
         workspace: where to compute all of them at once; updates stand there, rounded to that dtype, and so may results.
     """
-    if len(stacks) == 1 and stacks[0].dim() == len(blocks_of(stacks[0].shape[1:], h).rows) + _MATRIX:
-        return [_together(h, stacks[0])] if workspace is None else _at_once(h, stacks, workspace)
+    alone = stacks[0] if len(stacks) == 1 and stacks[0].dim() == 1 + _MATRIX else None
+    if workspace is None and alone is not None and len(blocks_of(alone.shape[1:], h).rows) == 1:
+        return [_together(h, alone)]
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
     made = iter(_apart(h, matrices) if workspace is None else _at_once(h, matrices, workspace))
