@@ -255,6 +255,18 @@ def test_state_of_one_number_is_looked_at_before_every_step(engine, value):
     assert_same(snapshot(optimizer), before)
 
 
+def test_autograd_knows_that_numbers_of_state_are_written():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = surefoot.NovoGrad(params)
+    for _ in range(4):
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.step()
+        versions = [optimizer.state[param]["exp_avg_sq"]._version for param in params]
+    optimizer.step()
+    assert all(optimizer.state[p]["exp_avg_sq"]._version > v for p, v in zip(params, versions, strict=True))
+
+
 @each_engine
 def test_state_of_one_number_that_is_gone_is_made_anew(engine):
     params = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]

@@ -11,6 +11,7 @@ import torch
 import surefoot
 from surefoot.optimizers import orthogonal
 from surefoot.optimizers.orthogonal import SCHEDULES, newton_schulz
+from surefoot.optimizers.workspace import KEPT, WORKSPACE
 
 STEPS = 5
 EXACT = {"lr": 0.1, "ns_dtype": torch.float64}
@@ -206,6 +207,83 @@ def test_a_processor_that_does_not_multiply_bfloat16_is_no_farther_from_the_form
     assert 0 < (ends[1] - exact).norm() < (ends[0] - exact).norm()
     as_asked = by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1, "ns_dtype": torch.bfloat16})["param"]
     assert torch.equal(as_asked, ends[0])
+
+
+def test_small_matrices_are_multiplied_in_float32_which_is_nearer(monkeypatch):
+    w, grads = drawn((24, 40))
+    exact = by_loop(w.clone(), grads, EXACT)["param"]
+    short = by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1})["param"]
+    monkeypatch.setattr(orthogonal, "SMALL_PRODUCT", 1 << 17)
+    near = by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1})["param"]
+    assert 0 < (near - exact).norm() < (short - exact).norm()
+    as_asked = by_us(w.float(), [grad.float() for grad in grads], {"lr": 0.1, "ns_dtype": torch.bfloat16})["param"]
+    assert torch.equal(as_asked, short)
+
+
+# Computed together, in memory that is kept
+
+
+ALIKE = ((24, 40), (24, 900), (900, 24), (24, 24), (24, 24), (40, 24), (70, 24))
+
+
+def stepped(cls, params, grads, **options):
+    optimizer = cls(params, lr=0.1, **options)
+    for number in range(3):
+        for param, own in zip(params, grads, strict=True):
+            param.grad = own[number].float()
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, *({"ns_steps": steps} for steps in (0, 1, 2))], ids=label)
+def test_matrices_of_as_many_rows_are_computed_together_with_the_bits_of_torch(options):
+    given = [drawn(shape, seed) for seed, shape in enumerate(ALIKE)]
+    grads = [grads for _, grads in given]
+    ours, theirs = ([torch.nn.Parameter(w.float()) for w, _ in given] for _ in range(2))
+    expected = stepped(torch.optim.Muon, theirs, grads, **options)
+    for one, other in zip(stepped(surefoot.Muon, ours, grads, **options), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 17])
+def test_what_is_computed_together_is_as_each_alone(monkeypatch, small):
+    monkeypatch.setattr(orthogonal, "SMALL_PRODUCT", small)
+    given = [drawn(shape, seed) for seed, shape in enumerate((*ALIKE, (4, 6), (6, 4), (4, 6)))]
+    for options in ({"split_sizes": (2, 2)}, {"normuon": True, "cautious": True}, {"ns_coefficients": "polar_express"}):
+        some = [(w, grads) for w, grads in given if "split_sizes" not in options or len(w) == 4]
+        if "split_sizes" in options:
+            some += [drawn((4, 9000), seed) for seed in range(2)]
+        together = [torch.nn.Parameter(w.float()) for w, _ in some]
+        made = stepped(surefoot.Muon, together, [grads for _, grads in some], **options)
+        for param, (w, grads) in zip(made, some, strict=True):
+            (alone,) = stepped(surefoot.Muon, [torch.nn.Parameter(w.float())], [grads], **options)
+            torch.testing.assert_close(param, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_that_stands_twice_is_stepped_twice():
+    w, grads = drawn((24, 900))
+    for options in ({}, {"nesterov": False}):
+        param, other = (torch.nn.Parameter(w.float()) for _ in range(2))
+        with pytest.warns(UserWarning, match="duplicate"):
+            stepped(surefoot.Muon, [param, param], [grads, grads], **options)
+        with pytest.warns(UserWarning, match="duplicate"):
+            stepped(torch.optim.Muon, [other, other], [grads, grads], **options)
+        assert torch.equal(param, other)
+
+
+def test_little_memory_is_kept_and_none_of_inference_mode():
+    param = torch.nn.Parameter(torch.ones(1 << 10, 1 << 12))
+    param.grad = torch.ones_like(param)
+    surefoot.Muon([param], ns_steps=1).step()
+    assert WORKSPACE.kept_bytes == 0
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            param = torch.nn.Parameter(torch.ones(200, 300))
+            param.grad = torch.ones_like(param)
+            optimizer = surefoot.Muon([param], ns_steps=1)
+            optimizer.step()
+            optimizer.step()
+        assert 0 < WORKSPACE.kept_bytes <= KEPT
 
 
 # Polynomials

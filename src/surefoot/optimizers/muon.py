@@ -15,7 +15,6 @@ from surefoot.distributed import MatrixExchange, PartialSum, sum_over_shards
 from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import add_scaled_, batches, in_turns, local_row, readable
 from surefoot.optimizers.orthogonal import (
-    LARGEST_STACKED,
     MOST_STACKED,
     Blocks,
     Polynomials,
@@ -24,10 +23,12 @@ from surefoot.optimizers.orthogonal import (
     orthogonal,
     row_dims_of,
 )
+from surefoot.optimizers.workspace import WORKSPACE, Workspace
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
 from surefoot.step.prepared import PreparedParam
 from surefoot.tensors.memory import is_plain
+from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded
 
 _MOST_NS_STEPS = 99
@@ -42,6 +43,8 @@ _SCALES: Mapping[str | None, Callable[[float, float], float]] = {
 _PRODUCTS = (None, torch.bfloat16, torch.float32, torch.float64)
 _NORMUON_EPS = 1e-10
 _LEAST_SHARE = 1e-3
+_LEAST_AT_ONCE, _MOST_AT_ONCE = 1 << 14, 1 << 20
+"""Elements of what is made orthogonal at once on the CPU, of several parameters, in memory that is kept."""
 _SMALL, _MOST_FINISHED = 1 << 12, 1 << 22
 """Elements of a parameter whose direction is finished in a stack on the CPU, and of all in one."""
 
@@ -168,8 +171,9 @@ class Muon(Optimizer):
         ns_dtype: Annotated[
             torch.dtype | None,
             "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
-            "bfloat16, as in torch, but on processors that do not multiply that: there what is made orthogonal, and "
-            "what comes of it, are rounded so, and products are in float32, which takes a small part of the time",
+            "bfloat16, as in torch, but for small matrices, and on processors that do not multiply that: there what is "
+            "made orthogonal, and what comes of it, are rounded so, and products are in float32, which takes a small "
+            "part of the time",
         ] = None,
         state_dtype: Annotated[
             torch.dtype | None,
@@ -216,8 +220,7 @@ class Muon(Optimizer):
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         found = [row for row in found if row.param.numel()]
-        for batch in _batches([row for row in found if not is_sharded(row.param)]):
-            _step_batch(batch)
+        _step_batches(_batches([row for row in found if not is_sharded(row.param)]))
         for rows in in_turns(row for row in found if is_sharded(row.param)):
             alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
             for row in rows:
@@ -230,22 +233,64 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _step_batch(batch: list[PreparedParam]) -> None:
-    """Step parameters whose directions are computed together."""
+def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
+    """Step batches, on the CPU in memory that is there and several at once."""
+    visible = mode_is_active()
+    for some in _at_once(every):
+        if visible or not _gain_by_workspace(some):
+            for batch in some:
+                _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
+            continue
+        with WORKSPACE.turn():
+            stacks = [_momenta_in(WORKSPACE, batch) for batch in some]
+            for batch, directions in zip(some, orthogonal(some[0][0].h, stacks, WORKSPACE), strict=True):
+                _apply(batch, directions)
+    if not visible:
+        WORKSPACE.shrink()
+
+
+def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
+    """Yield batches that are computed at once: on the CPU those of one group, of so many elements together."""
+    some: list[list[PreparedParam]] = []
+    elements = 0
+    for batch in every:
+        first, own = batch[0], len(batch) * batch[0].param.numel()
+        joins = first.param.is_cpu and not first.apart and some and first.h is some[0][0].h
+        if not joins or elements + own > _MOST_AT_ONCE:
+            if some:
+                yield some
+            some, elements = [], 0
+        some.append(batch)
+        elements += own
+    if some:
+        yield some
+
+
+def _gain_by_workspace(some: Sequence[list[PreparedParam]]) -> bool:
+    elements = sum(len(batch) * batch[0].param.numel() for batch in some)
+    return some[0][0].param.is_cpu and elements >= _LEAST_AT_ONCE and all(_kind(batch[0]) for batch in some)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _apply(batch: list[PreparedParam], directions: Tensor) -> None:
+    """Step parameters of one shape, of which a stack of directions is known."""
     h, params = batch[0].h, [row.param for row in batch]
-    directions, blocks = orthogonal(h, _momenta(batch)), blocks_of(params[0].shape, h)
+    blocks, each = blocks_of(params[0].shape, h), list(directions.unbind())
     if _asks_for_more(h, blocks):
-        _finish_batch(batch, blocks, directions)
+        _finish_batch(batch, blocks, each)
         return
     shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
     if len(batch) == 1:
-        add_scaled_(params[0].mul_(shrink), directions[0], factor)
+        add_scaled_(params[0].mul_(shrink), each[0], factor)
         return
     torch._foreach_mul_(params, shrink)
     if not isinstance(factor, Tensor):
-        torch._foreach_add_(params, directions, alpha=factor)
+        torch._foreach_add_(params, each, alpha=factor)
         return
-    for param, direction in zip(params, directions, strict=True):
+    for param, direction in zip(params, each, strict=True):
         add_scaled_(param, direction, factor)
 
 
@@ -261,7 +306,8 @@ def _step_sharded(rows: list[PreparedParam]) -> None:
     wholes = exchange.collect([updates[number] for number in range(len(rows))])
     directions: dict[int, Tensor] = {}
     for own in _of_one_group(rows, wholes):
-        directions |= zip(own, orthogonal(rows[own[0]].h, [wholes[number] for number in own]), strict=True)
+        made = orthogonal(rows[own[0]].h, [wholes[number].unsqueeze(0) for number in own])
+        directions |= {number: direction.squeeze(0) for number, direction in zip(own, made, strict=True)}
     finished = []
     for number, direction in exchange.divide(directions, updates[0]).items():
         row, shard, blocks = rows[number], shards[number], blocks_of(rows[number].param.shape, rows[number].h)
@@ -304,6 +350,27 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
     return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
 
 
+def _momenta_in(workspace: Workspace, batch: Sequence[PreparedParam]) -> Tensor:
+    """Do so for parameters of one shape and return a stack in a workspace, in the dtype of what is made orthogonal."""
+    h, shape, buffers = batch[0].h, (len(batch), *batch[0].param.shape), [row.state["momentum_buffer"] for row in batch]
+    found = workspace.take(shape, h.ns_dtype or torch.bfloat16)
+    wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
+    if wide != buffers[0].dtype or not h.nesterov:
+        return found.copy_(_stack(_momenta(batch)))
+    grads = [row.grad.to(wide) for row in batch]
+    with workspace.passing():
+        if len(batch) > 1 and batch[0].param.numel() <= _SMALL:
+            torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
+            momenta = torch.stack(grads, out=workspace.take(shape, wide))
+            torch._foreach_lerp_(list(momenta.unbind()), buffers, h.momentum)
+            return found.copy_(momenta)
+        momentum = workspace.take(shape[1:], wide)
+        for grad, buffer, rounded in zip(grads, buffers, found.unbind(), strict=True):
+            torch.lerp(grad, buffer.lerp_(grad, 1 - h.momentum), h.momentum, out=momentum)
+            rounded.copy_(momentum)
+    return found
+
+
 def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
     """Average a gradient into a buffer of a shorter dtype than the arithmetic has; return what is made orthogonal."""
     h, grad, buffer = row.h, row.grad.to(wide), row.state["momentum_buffer"]
@@ -316,12 +383,12 @@ def _stored_momentum(row: PreparedParam, wide: torch.dtype) -> Tensor:
 
 
 def _kind(row: PreparedParam) -> Any:
-    """Return what rows share whose directions are computed together; on the CPU None where a stack is no faster."""
+    """Return what rows share whose directions are computed together; None for one that is by itself."""
     h, param, grad, state, _ = row
-    listed = is_plain(param) and is_plain(state["momentum_buffer"])  # torch's lists take no negated ones
-    if not listed or (param.is_cpu and param.numel() > LARGEST_STACKED):
+    buffer = state["momentum_buffer"]
+    if not (is_plain(param) and is_plain(grad) and is_plain(buffer)):  # torch's lists take no negated ones
         return None
-    return id(h), param.device, param.shape, param.dtype, grad.dtype, state["momentum_buffer"].dtype
+    return id(h), param.device, param.shape, param.dtype, grad.dtype, buffer.dtype
 
 
 def _dtypes(row: PreparedParam) -> Any:
@@ -333,7 +400,9 @@ def _dtypes(row: PreparedParam) -> Any:
 
 def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
-        most = max(1, MOST_STACKED // max(1, len(blocks_of(alike[0].param.shape, alike[0].h).rows)))
+        first = alike[0].param
+        most = MOST_STACKED // max(1, len(blocks_of(first.shape, alike[0].h).rows)) if len(alike) > 1 else 1
+        most = max(1, min(most, _MOST_AT_ONCE // first.numel()) if first.is_cpu else most)
         yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 

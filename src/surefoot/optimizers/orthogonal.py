@@ -3,12 +3,14 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from surefoot.optimizers.workspace import Workspace
 from surefoot.rule.hyperparameters import number
 
 Coefficients = tuple[float, float, float]
@@ -36,12 +38,18 @@ SCHEDULES: Mapping[str, tuple[Coefficients, ...]] = {
     "polar_express": (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _OPTIMAL), _LIMIT)
 }
 _MATRIX = 2
-LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 16, 256, 1 << 18
+_LARGEST_STACKED, MOST_STACKED, _IN_CACHE = 1 << 18, 256, 1 << 20
 """Elements of matrices that are stacked on the CPU, how many are stacked at most, and of how many elements there.
 
 A product of small matrices takes as long to start as to compute: 64 matrices of 64 rows and columns take an eighth of
 the time that they take one by one, 8 of 192 two thirds.  Results are the same, bit for bit, but of matrices of 16 rows
 and columns or less, where one in a hundred is rounded otherwise.
+"""
+_ROUNDED_OTHERWISE = 16
+SMALL_PRODUCT = 1 << 17
+"""Multiplications below which products are in float32, as in bfloat16 each takes 30 microseconds to start.
+
+From here on several threads share one, and sum in another order than a single thread.
 """
 
 
@@ -62,22 +70,89 @@ def newton_schulz(
         steps: number of iterations.
         eps: least norm to divide by.
         dtype: that of the products.  With None the matrix and the result are rounded to bfloat16, and the products too
-            unless they are slow there: on processors that do not multiply bfloat16 they are in float32.
+            unless they are slow there: see `product_dtype`.
 
     Returns:
         A new tensor of the same shape in that dtype, bfloat16 with None.
     """
-    multiply_add = torch.addmm if matrix.dim() == _MATRIX else torch.baddbmm
-    x = matrix.to(dtype or torch.bfloat16)
-    x = x.float() if dtype is None and x.is_cpu and not multiplies_bfloat16() else x
+    x = matrix.to(dtype or torch.bfloat16).to(product_dtype(dtype, matrix))
     wide = x.mT if x.size(-2) > x.size(-1) else x
-    norms = _norms(wide).clamp(min=eps)
-    wide = wide / (norms * _SAFETY if isinstance(coefficients, str) else norms)
+    made = wide / _divisors(wide, coefficients, eps)
     for a, b, c in polynomials(coefficients, steps):
-        gram = wide @ wide.mT
-        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
-        wide = multiply_add(wide, polynomial, wide, beta=a)
-    return (wide.mT if x.size(-2) > x.size(-1) else wide).to(dtype or torch.bfloat16)
+        gram = _multiply(made, made.mT)
+        made = _multiply_add(made, _multiply_add(gram, gram, gram, beta=b, alpha=c), made, beta=a)
+    return (made.mT if wide is not x else made).to(dtype or torch.bfloat16)
+
+
+def _divisors(x: Tensor, coefficients: Polynomials, eps: float) -> Tensor:
+    """Return what a matrix, or each of a stack, is divided by, so that no singular value is greater than 1."""
+    own: Tensor = vector_norm(x) if x.dim() == _MATRIX else vector_norm(x, dim=(-2, -1), keepdim=True)
+    norms = own.clamp(min=eps)
+    return norms * _SAFETY if isinstance(coefficients, str) else norms
+
+
+def _iterate(
+    wide: list[Tensor], spare: list[Tensor], coefficients: Sequence[Coefficients], workspace: Workspace
+) -> None:
+    """Overwrite matrices, or stacks of them, by turns in their own and in spare memory; the last turn has the results.
+
+    They have as many rows each, and are not tall: the polynomials of all are computed together.
+    """
+    rows, dtype = wide[0].size(-2), wide[0].dtype
+    shape = (sum(map(_count, wide)), rows, rows) if len(wide) > 1 else (*wide[0].shape[:-1], rows)
+    gram, polynomial = workspace.take(shape, dtype), workspace.take(shape, dtype)
+    grams, ways = _divided(gram, wide), _divided(polynomial, wide)
+    for x, own in zip(wide, grams, strict=True):
+        _multiply(x, x.mT, own)
+    for left, (a, b, c) in zip(reversed(range(len(coefficients))), coefficients, strict=True):
+        _multiply_add(gram, gram, gram, polynomial, beta=b, alpha=c)
+        for x, way, other, own in zip(wide, ways, spare, grams, strict=True):
+            _multiply_add(x, way, x, other, beta=a)
+            if left:
+                _multiply(other, other.mT, own)
+        wide, spare = spare, list(map(_contiguous, wide))
+
+
+def _count(x: Tensor) -> int:
+    return 1 if x.dim() == _MATRIX else x.size(0)
+
+
+def _divided(joint: Tensor, wide: Sequence[Tensor]) -> list[Tensor]:
+    """Return what of a stack is each one's, a matrix for a matrix."""
+    if len(wide) == 1:
+        return [joint]
+    parts = torch.split(joint, [_count(x) for x in wide])
+    return [part if x.dim() == part.dim() else part[0] for part, x in zip(parts, wide, strict=True)]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Return the memory of a matrix, or a stack, that may be that of a tall one, for another of the same shape."""
+    return x if x.is_contiguous() else x.mT.view(x.shape)
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    multiply = torch.mm if x.dim() == _MATRIX else torch.bmm
+    return multiply(x, y, out=out)
+
+
+def _multiply_add(
+    x: Tensor, y: Tensor, z: Tensor, out: Tensor | None = None, *, beta: float, alpha: float = 1.0
+) -> Tensor:
+    multiply_add = torch.addmm if x.dim() == _MATRIX else torch.baddbmm
+    return multiply_add(x, y, z, beta=beta, alpha=alpha, out=out)
+
+
+def product_dtype(asked: torch.dtype | None, matrix: Tensor) -> torch.dtype:
+    """Return the dtype in which matrices of a shape are multiplied: the one asked for, or the fastest.
+
+    Without one it is bfloat16, but float32 on processors that do not multiply bfloat16, and for matrices that are so
+    small that a product in bfloat16 takes longer to start: a matrix's own shape decides, never what is stacked.
+    """
+    if asked is not None:
+        return asked
+    rows, columns = sorted(matrix.shape[-2:])
+    slow = matrix.is_cpu and (rows * rows * columns < SMALL_PRODUCT or not multiplies_bfloat16())
+    return torch.float32 if slow else torch.bfloat16
 
 
 @functools.cache
@@ -112,15 +187,6 @@ def check_polynomials(name: str, value: Any) -> None:
             )
         for index, each in enumerate(coefficients):
             number(name)(f"{name}[{index}]", each)
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Return the Frobenius norm of a matrix, or of each of a stack."""
-    if x.dim() == _MATRIX:
-        norm: Tensor = x.norm()
-        return norm
-    norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return norms
 
 
 # Parameters as matrices
@@ -191,75 +257,87 @@ def row_dims_of(shape: torch.Size, flatten: bool | None) -> int:
     return min(1, rows) if flatten else rows
 
 
-def orthogonal(h: Any, updates: Sequence[Tensor]) -> list[Tensor]:
-    """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype` or bfloat16."""
-    make = functools.partial(
-        newton_schulz, coefficients=h.ns_coefficients, steps=h.ns_steps, eps=h.eps, dtype=h.ns_dtype
-    )
-    shape = updates[0].shape
-    if len(shape) == len(blocks_of(shape, h).rows) + 1 == _MATRIX and all(update.shape == shape for update in updates):
-        return list(_together(make, updates))
-    parts = [_matrices(update, blocks_of(update.shape, h)) for update in updates]
-    made = dict(_made_orthogonal(make, [stack for own in parts for stack in own]))
-    found, first = [], 0
-    for update, own in zip(updates, parts, strict=True):
-        last = first + len(own)
-        if len(own) == 1 and own[0] is update:
-            found.append(made[first])
-        else:
-            rows = [made[number].flatten(0, -2) for number in range(first, last)]
-            found.append((torch.cat(rows) if len(own) > 1 else rows[0]).reshape(update.shape))
-        first = last
+def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = None) -> list[Tensor]:
+    """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype` or bfloat16.
+
+    Args:
+        h: the hyperparameters.
+        stacks: updates, those of one shape along a first dimension.
+        workspace: where to compute all of them at once; updates stand there, rounded to that dtype, and so may results.
+    """
+    alone = stacks[0] if len(stacks) == 1 and stacks[0].dim() == 1 + _MATRIX else None
+    if workspace is None and alone is not None and len(blocks_of(alone.shape[1:], h).rows) == 1:
+        return [_together(h, alone)]
+    parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
+    matrices = [each for own in parts for each in own]
+    made = iter(_apart(h, matrices) if workspace is None else _at_once(h, matrices, workspace))
+    found = []
+    for stack, own in zip(stacks, parts, strict=True):
+        rows = [next(made).reshape(len(stack), -1, each.size(-1)) for each in own]
+        found.append(_joined(rows, 1).reshape(stack.shape))
     return found
 
 
-def _matrices(update: Tensor, blocks: Blocks) -> list[Tensor]:
-    """Return the matrices of an update, those that stand together and have one shape as one stack."""
-    count = len(blocks.rows)
-    if count == 1 and update.dim() == _MATRIX:
-        return [update]
+def _matrices(stack: Tensor, blocks: Blocks) -> list[Tensor]:
+    """Return the matrices of updates, those that have one shape as one stack."""
     if blocks.shape is not None:
-        return [update.reshape(*(() if count == 1 else (count,)), *blocks.shape)]
-    return list(torch.split(update.reshape(sum(blocks.rows), blocks.columns), list(blocks.rows)))
+        return [stack.reshape(-1, *blocks.shape)]
+    return list(torch.split(stack.reshape(len(stack), sum(blocks.rows), blocks.columns), list(blocks.rows), 1))
 
 
-def _made_orthogonal(make: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield numbers of matrices, or of stacks, and what becomes of each; those of one shape are computed together."""
-    alike: defaultdict[Any, list[int]] = defaultdict(list)
+def _apart(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return what becomes of stacks of matrices, those of one shape together."""
+    alike: defaultdict[torch.Size, list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
-        alike[index if _most_together(stack) == 1 else stack.shape[-2:]].append(index)
+        alike[stack.shape[1:]].append(index)
+    found: dict[int, Tensor] = {}
     for numbers in alike.values():
-        yield from zip(numbers, _together(make, [stacks[index] for index in numbers]), strict=True)
+        own = [stacks[index] for index in numbers]
+        found |= zip(numbers, torch.split(_together(h, _joined(own)), list(map(len, own))), strict=True)
+    return [found[index] for index in range(len(stacks))]
 
 
-def _most_together(stack: Tensor) -> int:
-    """Return how many matrices are multiplied at once: on the CPU as many as its caches hold."""
-    elements = math.prod(stack.shape[-2:])
-    if not stack.is_cpu:
-        return MOST_STACKED
-    return min(MOST_STACKED, _IN_CACHE // elements) if elements <= LARGEST_STACKED else 1
+def _together(h: Any, stack: Tensor) -> Tensor:
+    """Return what becomes of matrices of one shape."""
+    made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(stack)]
+    return _joined([each if each.dim() == stack.dim() else each.unsqueeze(0) for each in made])
 
 
-def _together(make: Callable[[Tensor], Tensor], stacks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield what becomes of matrices, or of stacks, of one shape."""
-    single = all(stack.dim() == _MATRIX for stack in stacks)
-    if single and len(stacks) == 1:
-        yield make(stacks[0])
-        return
-    joined = torch.stack(list(stacks)) if single else _joined(stacks)
-    made = [
-        make(some) if len(some) > 1 else make(some[0]).unsqueeze(0)
-        for some in torch.split(joined, _most_together(joined))
-    ]
-    whole = torch.cat(made) if len(made) > 1 else made[0]
-    if single:
-        yield from whole.unbind()
-        return
-    counts = [math.prod(stack.shape[:-2]) for stack in stacks]
-    for stack, each in zip(stacks, torch.split(whole, counts), strict=True):
-        yield each.view(stack.shape)
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(tensors), dim) if len(tensors) > 1 else tensors[0]
 
 
-def _joined(stacks: Sequence[Tensor]) -> Tensor:
-    every = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
-    return torch.cat(every) if len(every) > 1 else every[0]
+def _pieces(stack: Tensor) -> list[Tensor]:
+    """Return what of a stack is multiplied at once, on the CPU as much as its caches hold; a matrix if that is one."""
+    most, elements = MOST_STACKED, math.prod(stack.shape[1:])
+    if stack.is_cpu:
+        most = min(most, _IN_CACHE // elements) if elements <= _LARGEST_STACKED else 1
+    pieces = torch.split(stack, most) if stack.size(0) > most else (stack,)
+    return [piece if piece.size(0) > 1 else piece[0] for piece in pieces]
+
+
+def _at_once(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
+    """Return what becomes of stacks of matrices in a workspace, which are overwritten.
+
+    A product of small matrices takes as long to start as to compute, so that polynomials of as many rows are computed
+    together whatever they are multiplied with.
+    """
+    coefficients = polynomials(h.ns_coefficients, h.ns_steps)
+    alike: defaultdict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    found = []
+    for index, stack in enumerate(stacks):
+        dtype = product_dtype(h.ns_dtype, stack)
+        fits = stack.dtype == dtype and stack.is_contiguous()
+        x = stack if fits else workspace.take(stack.shape, dtype).copy_(stack)
+        tall = x.size(1) > x.size(2)
+        wide = x.mT if tall else x
+        spare = workspace.take(wide.shape, dtype)
+        made = spare if len(coefficients) % 2 else _contiguous(wide) if coefficients else wide
+        found.append(made.mT if tall else made)
+        for piece, other in zip(_pieces(wide), _pieces(spare), strict=True):
+            piece.div_(_divisors(piece, h.ns_coefficients, h.eps))
+            rows = piece.size(-2)
+            alike[dtype, rows, index if rows <= _ROUNDED_OTHERWISE else None].append((piece, other))
+    for pairs in alike.values() if coefficients else ():
+        _iterate([piece for piece, _ in pairs], [other for _, other in pairs], coefficients, workspace)
+    return [made if made.dtype == stack.dtype else stack.copy_(made) for stack, made in zip(stacks, found, strict=True)]

@@ -6,7 +6,7 @@ the dicts of state and their entries, and the memory, dtype, sizes and strides o
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
 from typing import Any, cast
@@ -68,6 +68,7 @@ class BucketGuard:
         self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
         self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
+        self._kept_numbers = {slot.name: _KeptNumbers.of(entries[slot.name]) for slot in run.bucket.rule.number_slots}
         self._replaced = None if held or not scalars else (run.entries, scalars)
         self._in_memory = self._replaced is None and not any(map(has_no_values, of_host))
         self._shape = (len(scalars), len(run.params))
@@ -157,6 +158,32 @@ class BucketGuard:
             return
         self.numbers.write(values.ravel() if values.shape == self._shape else np.repeat(values, self._shape[1]))
         self.versions.count()
+
+    def kept_numbers(self, name: str) -> "_KeptNumbers | None":
+        """Return what reads and writes the tensors of a slot that is one number, None where torch does."""
+        return self._kept_numbers.get(name)
+
+
+class _KeptNumbers:
+    """Reads and writes a slot of which every parameter has one number, in a call for all."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._numbers, self._versions = make_scalar_io(tensors), VersionCounters(tensors)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "_KeptNumbers | None":
+        """Return what does for these tensors, None where they are not the host's own."""
+        fit = are_on_host(tensors) and not any(map(is_between_processes, tensors))
+        return cls(tensors) if fit else None
+
+    def read(self) -> Tensor:
+        """Return the numbers in float64."""
+        return torch.tensor(self._numbers.read())
+
+    def write(self, values: Tensor) -> None:
+        """Set the numbers, rounded to the dtype of each."""
+        self._numbers.write(values.numpy())
+        self._versions.count()
 
 
 def _kind(grad: Any) -> tuple[Any, ...]:

@@ -69,8 +69,12 @@ def store_numbers(run: BucketRun) -> None:
     """Write the new values of slots that are numbers, unless the device has found infinities."""
     found_inf = run.bucket.found_inf
     for slot, new in zip(run.bucket.rule.number_slots, run.new_numbers, strict=True):
+        values = new if found_inf is None else torch.where(found_inf != 0, _kept_numbers(run, slot.name).to(new), new)
+        compiled = run.guard.kept_numbers(slot.name) if run.guard and not values.requires_grad else None
+        if compiled is not None:
+            compiled.write(values)
+            continue
         kept = [to_local(entry[slot.name]) for entry in run.entries]
-        values = new if found_inf is None else torch.where(found_inf != 0, torch.stack(kept).to(new), new)
         if not values.requires_grad:
             torch._foreach_copy_(kept, values.unbind())
             continue
@@ -101,9 +105,18 @@ def _known(run: BucketRun) -> dict[str, Any]:
     else:
         known = {name: _column([row[name] for row in bucket.coefficients], bucket.row) for name in rule.given}
     for slot in rule.number_slots:
-        known[slot.name] = torch.stack([to_local(entry[slot.name]) for entry in run.entries]).double()
+        known[slot.name] = _kept_numbers(run, slot.name)
     _share(run, known)
     return known
+
+
+def _kept_numbers(run: BucketRun, name: str) -> Tensor:
+    """Return the numbers that parameters keep in a slot: float64 of shape (parameters,)."""
+    compiled = run.guard.kept_numbers(name) if run.guard else None
+    if compiled is not None:
+        found: Tensor = compiled.read()
+        return found
+    return torch.stack([to_local(entry[name]) for entry in run.entries]).double()
 
 
 def _column(values: Sequence[Any], row: np.ndarray) -> Any:
