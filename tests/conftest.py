@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 
 # Workers of pytest-xdist share the cores; tests of threads set their own number.
 torch.set_num_threads(1)
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch warns unless told whether to check them.
 torch.sparse.check_sparse_tensor_invariants.enable()
 
