@@ -160,6 +160,23 @@ def take_a_subclass(lists):
     lists.params[0] = lists.params[0].as_subclass(Own)
 
 
+def take_a_tensor_of_inference_mode(lists):
+    with torch.inference_mode():
+        lists.params[0] = lists.params[0].clone()
+
+
+def move_a_slot_to_meta(lists):
+    lists.squares[0] = lists.squares[0].to("meta")
+
+
+def have_no_gradient_but_zero(lists):
+    lists.grads[1] = torch._efficientzerotensor(5)
+
+
+def require_the_gradient_of_a_step_count(lists):
+    lists.steps[0].requires_grad_()
+
+
 def be_out_of_range(lists):
     lists.options["eps"] = -1.0
 
@@ -180,7 +197,9 @@ OTHERS = [
     start_maxima, maximize, transpose_a_gradient, transpose_a_parameter, widen_a_gradient, negate_a_gradient_lazily,
     leave_out_a_gradient, share_a_gradient, expand_a_gradient, step_a_parameter_twice, share_a_step_count,
     put_a_step_count_into_shared_memory, take_back_memory, take_back_memory_of_a_gradient, change_a_shape,
-    double_a_slot, put_something_else, drop_a_slot, take_a_subclass, be_out_of_range, want_another_engine,
+    double_a_slot, put_something_else, drop_a_slot, take_a_subclass, take_a_tensor_of_inference_mode,
+    move_a_slot_to_meta, have_no_gradient_but_zero, require_the_gradient_of_a_step_count, be_out_of_range,
+    want_another_engine,
     have_found_infinities, have_scaled,
 ]  # fmt: skip
 
