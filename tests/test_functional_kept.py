@@ -226,7 +226,7 @@ def test_whatever_has_changed_the_step_is_the_same(change, served, long_way):
     if change in SERVED:
         assert (len(served), expected) == (2, None)
     for actual, wanted in zip(ours.tensors(), theirs.tensors(), strict=True):
-        if isinstance(actual, torch.Tensor) and has_memory(actual):
+        if isinstance(actual, torch.Tensor) and not actual.is_meta and has_memory(actual):
             assert torch.equal(actual, wanted)
 
 
