@@ -1,5 +1,7 @@
 """What holds for every test: threads, and the count of what was compared."""
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import signal
@@ -38,6 +40,8 @@ if torch.__version__.startswith("2.9."):
         r"_between_steps_counts\[.*-Adagrad-(cleared|removed|added|exchanged|other)": "the same",
         r"test_mistakes_with_swalr_are_named\[options0-anneal_strategy": "torch's own message says `must by`",
     }
+if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.9."):
+    KNOWN_BUGS[r"test_float32\[MARS-90\]"] = "two registers of MARS with all of its flags do not find room (8 bytes)"
 
 
 def pytest_ignore_collect(collection_path, config):
