@@ -35,8 +35,8 @@ from surefoot.state import check as checking
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = (80, 90, 100)
 MOST_REGISTERS = 96 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 128
-"""At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16.  Triton 3.9
-takes up to 116 for MARS, AdEMAMix and AdamAtan2 with all of their flags: four blocks."""
+"""At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16.  Triton
+3.9 takes up to 116 for MARS, AdEMAMix and AdamAtan2 with all of their flags: four blocks."""
 MANY_ARRAYS = 6
 """With so many arrays four blocks have as much in flight."""
 FLOAT8 = (format_8_bits(signed=True), format_8_bits(signed=False))
