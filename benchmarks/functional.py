@@ -1,12 +1,12 @@
 """What a step of Adam costs as a function of lists, as a pure function, and as a class, beside torch's functions.
 
-Milliseconds of processor time of one thread, the least of several calls:
+Milliseconds of processor time of one thread, the least of several calls that take turns:
 
     python benchmarks/functional.py
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ MODELS = ((1, 100), (10, 1000), (100, 1000), (1000, 1000), (8, 4_000_000))
 ADAM: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "weight_decay": 0.0, "eps": 1e-8}
 
 
-def least(step: Callable[[], object], calls: int = 15) -> float:
-    """Return the milliseconds that a call takes once everything has been made."""
-    step(), step()
-    times = []
-    for _ in range(calls):
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return 1000 * min(times)
+def least(steps: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Return the milliseconds that each call takes once everything has been made."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(2 + rounds):
+        for step, taken in zip(steps, times, strict=True):
+            start = time.process_time()
+            step()
+            taken.append(time.process_time() - start)
+    return [1000 * min(taken[2:]) for taken in times]
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
             lambda lists=lists: adam(*lists, foreach=True, maximize=False, **ADAM),
             lambda lists=lists: adam(*lists, fused=True, maximize=False, **ADAM),
         )
-        print(f"| {count:,} x {size:,} | " + " | ".join(f"{least(call):.2g}" for call in calls) + " |", flush=True)
+        print(f"| {count:,} x {size:,} | " + " | ".join(f"{taken:.2g}" for taken in least(calls)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What holds for every test: threads, and the count of what was compared."""
 
+import importlib.metadata
+import importlib.util
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +17,9 @@ import torch
 
 # Workers of pytest-xdist share the cores; tests of threads set their own number.
 torch.set_num_threads(1)
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch warns unless told whether to check them.
 torch.sparse.check_sparse_tensor_invariants.enable()
 
@@ -35,6 +41,8 @@ if torch.__version__.startswith("2.9."):
         r"_between_steps_counts\[.*-Adagrad-(cleared|removed|added|exchanged|other)": "the same",
         r"test_mistakes_with_swalr_are_named\[options0-anneal_strategy": "torch's own message says `must by`",
     }
+if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.9."):
+    KNOWN_BUGS[r"test_float32\[MARS-90\]"] = "two registers of MARS with all of its flags do not find room (8 bytes)"
 
 
 def pytest_ignore_collect(collection_path, config):

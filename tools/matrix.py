@@ -4,7 +4,7 @@
     python tools/matrix.py --torch 2.15.0 --python 3.13 --smoke   # every optimizer, in a minute
 
 Everything but torch comes in the versions of constraints.txt.  Some builds of torch take several GB while this runs.
-The exit code is that of pytest.
+The exit code is that of pytest, where something failed.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
@@ -51,38 +52,28 @@ def main() -> int:
     """Make and test a cell."""
     arguments = _arguments()
     python = interpreter(arguments.python)
-    folder = Path(tempfile.mkdtemp(prefix=f"surefoot-torch{arguments.torch}-"))
+    folder = arguments.environment or Path(tempfile.mkdtemp(prefix=f"surefoot-torch{arguments.torch}-"))
     try:
         start = time.monotonic()
-        ours = make_environment(python, folder, arguments.torch)
+        ours = interpreter_in(folder)
+        if not arguments.environment:
+            make_environment(python, folder, arguments.torch)
         installed = time.monotonic()
         versions, guard = examine(ours)
         print(f"torch {versions['torch']}, Python {versions['python']}, {guard} guard: {folder}", flush=True)
-        results = folder / "results.xml"
-        paths = arguments.tests or (SMOKE if arguments.smoke else ("tests",))
-        command = (
-            ours,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            str(arguments.processes),
-            "--dist",
-            "worksteal",
-            "--junitxml",
-            results,
-            *paths,
+        portions = [(path,) for path in arguments.tests or ("tests",)]
+        code, *found = run_tests(
+            ours, arguments.processes, [SMOKE] if arguments.smoke else portions, folder / "results.xml"
         )
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
         seconds = (round(time.monotonic() - installed), round(installed - start))
         kind = "smoke" if arguments.smoke else " ".join(arguments.tests) or "suite"
         today = datetime.now(tz=UTC).date().isoformat()
-        cell = Cell(versions["torch"], versions["python"], kind, guard, *counts(results), *seconds, today)
+        cell = Cell(versions["torch"], versions["python"], kind, guard, *found, *seconds, today)
         print(", ".join(f"{name} {value}" for name, value in cell._asdict().items()))
         if arguments.record:
             record(cell)
     finally:
-        if not arguments.keep:
+        if not (arguments.keep or arguments.environment):
             shutil.rmtree(folder)
     return code
 
@@ -92,9 +83,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--torch", required=True, metavar="VERSION")
     parser.add_argument("--python", required=True, metavar="3.X")
     parser.add_argument("--smoke", action="store_true", help="a short run of every optimizer instead of the suite")
-    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="these tests instead of the suite")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="these, one after the other")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="that test at once; default 2")
     parser.add_argument("--record", action="store_true", help=f"put the result into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--environment", type=Path, metavar="FOLDER", help="one that was left, which stays")
     parser.add_argument("--keep", action="store_true", help="leave the environment where it is")
     return parser.parse_args()
 
@@ -114,16 +106,19 @@ def version_of(python: str | Path) -> str:
     return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def make_environment(python: str, folder: Path, torch: str) -> Path:
-    """Return the interpreter of a new environment with a version of torch and surefoot as it stands here."""
+def interpreter_in(folder: Path) -> Path:
+    """Return where the interpreter of a cell's environment is."""
+    return folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+def make_environment(python: str, folder: Path, torch: str) -> None:
+    """Make an environment with a version of torch and surefoot as it stands here."""
     subprocess.run((python, "-m", "venv", folder / "venv"), check=True)
-    ours = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     known = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     known.write_text("\n".join(line for line in lines if not line.startswith(tuple(f"{p}==" for p in BY_TORCH))))
     install = ("-m", "pip", "install", "--quiet", "--constraint", known, f"torch=={torch}", "--editable", ".[dev]")
-    subprocess.run((ours, *install), cwd=ROOT, check=True)
-    return ours
+    subprocess.run((interpreter_in(folder), *install), cwd=ROOT, check=True)
 
 
 def examine(python: Path) -> tuple[dict[str, str], str]:
@@ -133,6 +128,27 @@ def examine(python: Path) -> tuple[dict[str, str], str]:
     for problem in found["problems"]:
         print(f"doctor: {problem}")
     return found["facts"]["versions"], found["facts"]["guard"]["kind"]
+
+
+def run_tests(
+    python: Path, processes: int, portions: Sequence[Sequence[str]], results: Path
+) -> tuple[int, int, int, int]:
+    """Run some tests after the others, and say after each what has been found.
+
+    Returns:
+        The exit code, and how many passed, were skipped, failed.
+    """
+    code, total = 0, (0, 0, 0)
+    for paths in portions:
+        start = time.monotonic()
+        shared = ("-n", str(processes), "--dist", "worksteal")
+        command = (python, "-m", "pytest", "-q", *shared, "--junitxml", results, *paths)
+        code |= subprocess.run(command, cwd=ROOT, check=False).returncode
+        found = tuple(counts(results))
+        passed, skipped, failed = total = tuple(map(add, total, found))
+        now = f"{' '.join(paths)} in {time.monotonic() - start:.0f} s: passed, skipped, failed {found}"
+        print(f"{now}; of all {total}", flush=True)
+    return code, passed, skipped, failed
 
 
 def counts(results: Path) -> Iterator[int]:

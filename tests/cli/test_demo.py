@@ -288,7 +288,7 @@ def test_ctrl_c_in_a_real_run(tmp_path):
     with subprocess.Popen(command, cwd=tmp_path, **pipes) as child:  # noqa: S603 - our own command
         child.stdout.readline()
         child.send_signal(signal.SIGINT)
-        _, complaint = child.communicate(timeout=60)
+        _, complaint = child.communicate(timeout=300)
     assert (child.returncode, complaint) == (130, "surefoot demo: interrupted.\n")
     assert not list(tmp_path.iterdir())
 

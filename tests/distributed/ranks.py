@@ -78,6 +78,7 @@ class _Group:
             process.stdin.close()
         for output in self._outputs:
             output.close()
+        self._folder.cleanup()
 
 
 def _text(output):

@@ -34,8 +34,9 @@ from surefoot.state import check as checking
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = (80, 90, 100)
-MOST_REGISTERS = 96
-"""At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16."""
+MOST_REGISTERS = 96 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 128
+"""At 128 threads that leaves room for five blocks on a multiprocessor, 40 kB in flight for Adam in bfloat16.  Triton
+3.9 takes up to 116 for MARS, AdEMAMix and AdamAtan2 with all of their flags: four blocks."""
 MANY_ARRAYS = 6
 """With so many arrays four blocks have as much in flight."""
 FLOAT8 = (format_8_bits(signed=True), format_8_bits(signed=False))
@@ -231,7 +232,7 @@ def test_parts_are_put_together(architecture):
     signature = {"parts": "*fp64", "firsts": "*i64", "results": "*fp64", "chunks": "i32"}
     constants = {"LARGEST": 2, "BLOCK": measured._BLOCK}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-    assert assembled(source, architecture)[1]["spills"] == 0
+    assert assembled(source, architecture, enable_fp_fusion=True)[1]["spills"] == 0
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -367,6 +368,7 @@ def test_measuring_kernels_serve_any_number_of_tensors(launched):
     assert names == ["kernel", "combine"] * (len(names) // 2)
     units = {name: len({id(unit) for other, unit in launched if other == name}) for name in names}
     assert units == {"kernel": 2, "combine": 2}, "one to read, one to update"
+    assert all(unit.metadata.enable_fp_fusion for _, unit in launched)  # as said, not by a default that will change
 
 
 def test_a_launch_compiles_what_is_checked_here(launched):

@@ -1,9 +1,10 @@
 """The steps of the algorithms as functions: on lists in place, as in torch.optim.functional, and as pure functions.
 
 `adam`, `sgd` and the others take torch's arguments in torch's order, update `params` and the lists of state in place,
-and keep nothing: the caller has the state.  Functions of algorithms that torch does not have follow from their classes:
-the lists in the order of the state, then options of engines, then hyperparameters by keyword.  `init` and `update` take
-any optimizer's class and change nothing: they return new parameters and new state, and so work under `torch.func`.
+and keep no tensor: the caller has the state.  Functions of algorithms that torch does not have follow from their
+classes: the lists in the order of the state, then options of engines, then hyperparameters by keyword.  `init` and
+`update` take any optimizer's class and change nothing: they return new parameters and new state, and so work under
+`torch.func`.
 """
 
 # A declaration is its arguments, in torch's order; packed, since a line for each would hide their groups.

@@ -11,6 +11,7 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import OptimizerOptions, Stepping, StepStatistics
 from surefoot.step.pipeline import run_step
 from surefoot.step.prepared import prepare_params
+from surefoot.step.types import BucketRun
 
 Stored = Slot | Scalar
 State = dict[Tensor, dict[str, Any]]
@@ -26,15 +27,21 @@ def step_input(
 ) -> StepInput:
     """Return a step of one group with gradients that are given, of which nothing is kept."""
     stepping = Stepping(options or OptimizerOptions(), StepStatistics(steps=1))
-    by_param = dict(zip(group["params"], grads, strict=True))
+    by_param = dict(zip(group.get("params", ()), grads, strict=True))
     return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, names, by_param)
 
 
-def run(optimizer: Optimizer, step: StepInput) -> None:
-    """Make a step in place; the optimizer lends its custom step, which keeps nothing in it."""
+def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRun]], None] | None = None) -> None:
+    """Make a step in place; the optimizer lends its custom step, which keeps nothing in it.
+
+    Args:
+        optimizer: the optimizer.
+        step: the step.
+        keep: is told of the buckets of a rule when they have been stepped.
+    """
     with step.stepping.context:
         if optimizer.is_rule():
-            run_step(step, None)
+            run_step(step, None, stepped=keep)
         else:
             optimizer._step_prepared(prepare_params(step))
 

@@ -2,13 +2,13 @@
 
 A function is declared by its arguments alone, and where torch has no such function they follow from the class.  Which
 of them are slots, scalars and hyperparameters is read from the class, and a call hands them to the step that the class
-would make.  Nothing of a call is kept for the next one.
+would make.  What is kept of a call is in `kept`.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from surefoot import optimizers
 from surefoot.dynamo import opaque
 from surefoot.functional.call import Stored, active, begins_with_nothing, rounds, run, step_input
+from surefoot.functional.kept import KeptLaunches
 from surefoot.optimizer import Optimizer
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.spec import ENGINE_OPTIONS, STORAGE_OPTIONS
@@ -143,6 +144,7 @@ class Arguments:
         lists: for each slot and scalar the name of its list.
         tuples: for each hyperparameter that is a tuple the names of its numbers.
         options: the names of the other hyperparameters and of engine options.
+        kept: what calls keep.
     """
 
     optimizer: Optimizer
@@ -150,6 +152,7 @@ class Arguments:
     lists: Mapping[Stored, str]
     tuples: Mapping[str, tuple[str, ...]]
     options: tuple[str, ...]
+    kept: KeptLaunches = field(default_factory=KeptLaunches)
 
     @classmethod
     def of(cls, kind: Callable[..., Optimizer], names: Sequence[str]) -> "Arguments":
@@ -168,15 +171,23 @@ class Arguments:
         """Step the parameters of a call."""
         group = self._group(given)
         stored = active(self.optimizer.spec, group)
+        scale, found_inf = given.get("grad_scale"), given.get("found_inf")
+        known = step_input(self.optimizer, group, (), {}, list)._replace(grad_scale=scale, found_inf=found_inf)
+        if self.kept.step(known, self._columns(given, stored)):
+            return
         self._check_lists(given, group, stored)
         with torch.set_grad_enabled(bool(group.get("differentiable")) and torch.is_grad_enabled()):
-            grads, scale, found_inf = given[self.grads], given.get("grad_scale"), given.get("found_inf")
+            grads = given[self.grads]
             if found_inf is not None and self._must_know(given, stored) and float(found_inf):
                 return
             if scale is not None and not self.optimizer.is_rule():
                 grads, scale = [None if grad is None else grad / scale for grad in grads], None
             for rows in self._rounds(given["params"]):
                 self._step_rows(given, group, stored, rows, [grads[row] for row in rows], (scale, found_inf))
+
+    def _columns(self, given: Mapping[str, Any], stored: Sequence[Stored]) -> list[Sequence[Any]]:
+        """Return the lists of a call: parameters, gradients, slots and scalars."""
+        return [given["params"], given[self.grads], *(given[self.lists[each]] for each in stored)]
 
     def _group(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the hyperparameters of a call as those of a param group, checked."""
@@ -268,7 +279,8 @@ class Arguments:
         names = [f"params[{row}]" for row in rows]
         inside = {**group, "params": params, "param_names": names}
         step = step_input(self.optimizer, inside, grads, state, lambda: names)
-        run(self.optimizer, step._replace(grad_scale=scaling[0], found_inf=scaling[1]))
+        step = step._replace(grad_scale=scaling[0], found_inf=scaling[1])
+        run(self.optimizer, step, functools.partial(self.kept.keep, step, self._columns(given, stored)))
         for slot in (each for each in stored if isinstance(each, Slot)):
             for row, param in zip(rows, params, strict=True):
                 if given[self.lists[slot]][row] is None and slot.name in state[param]:

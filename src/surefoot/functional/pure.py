@@ -13,8 +13,9 @@ from torch import Tensor
 
 from surefoot.dynamo import opaque
 from surefoot.functional.call import active, begins_with_nothing, rounds, run, step_input
+from surefoot.functional.kept import KeptLaunches
 from surefoot.optimizer import Optimizer
-from surefoot.rule import EMA, Scalar
+from surefoot.rule import EMA, AlgorithmSpec, Scalar
 from surefoot.state.make import scalar_device
 from surefoot.step.cache import is_constant
 from surefoot.step.inputs import StepInput
@@ -132,6 +133,12 @@ def _made(kind: Callable[..., Optimizer], hyperparameters: tuple[tuple[str, Any]
     return kind([{"params": []}], **dict(hyperparameters))
 
 
+@functools.lru_cache(maxsize=64)
+def _kept(_: AlgorithmSpec) -> KeptLaunches:
+    """Return what steps of an algorithm keep."""
+    return KeptLaunches()
+
+
 def _parts(value: Any) -> Sequence[Any]:
     return value if isinstance(value, tuple | list) else (value,)
 
@@ -232,7 +239,7 @@ class _Rows(NamedTuple):
         entries = [{name: _copy(value, carries=carries) for name, value in entry.items()} for entry in self.entries]
         step = self._step(params, entries, self.group)
         with torch.set_grad_enabled(carries and torch.is_grad_enabled()):
-            run(self.optimizer, step)
+            self._run(step, params, entries)
         shared = {scalar.name: step.groups[0][scalar.name] for scalar in step.spec.group_scalars}
         for grad, old, param, before in zip(self.grads, self.params, params, self.entries, strict=True):
             if grad is None:
@@ -240,6 +247,15 @@ class _Rows(NamedTuple):
             else:
                 new = step.state.get(param, {}) | shared
                 yield param if carries else param.requires_grad_(old.requires_grad), new
+
+    def _run(self, step: StepInput, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
+        """Make a step in place, as the last one like it was made if that can be."""
+        stored = active(step.spec, self.group) if self.optimizer.is_rule() else ()
+        columns: list[list[Any]] = [[entry.get(each.name) for entry in entries] for each in stored]
+        columns[:0] = params, self.grads
+        kept = _kept(self.optimizer.spec)
+        if not kept.step(step, columns):
+            run(self.optimizer, step, functools.partial(kept.keep, step, columns))
 
     def evaluated(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Evaluate the rule by torch's operations."""

@@ -76,6 +76,11 @@ class StepInput(NamedTuple):
         guarded = self.stepping.options.nonfinite != "ignore"
         return guarded or any(map(self.is_clipped, self.groups))
 
+    def only_updates(self) -> bool:
+        """Return whether nothing is asked for beside the update by the gradients as they are."""
+        scaled = self.grad_scale is not None or self.found_inf is not None
+        return not (scaled or self.stepping.options.requested() or self.needs_gradients())
+
     def flags(self, group: Mapping[str, Any]) -> Flags:
         """Return a group's flags, and those of the step.
 

@@ -36,13 +36,19 @@ CustomSteps = Callable[[list[PreparedParam]], None]
 """Steps the prepared parameters of algorithms that are no rules."""
 
 
-def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps | None = None) -> StepCache | None:
+def run_step(
+    step: StepInput,
+    cache: StepCache | None,
+    custom_steps: CustomSteps | None = None,
+    stepped: Callable[[Sequence[BucketRun]], None] | None = None,
+) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
 
     Args:
         step: the step.
         cache: what the last step has returned.
         custom_steps: where groups have algorithms that are no rules: steps the parameters of these.
+        stepped: is told of the buckets when they have been stepped.
 
     Returns:
         What the next step may use again; nothing while a mode is active that must see the operations, or where
@@ -74,6 +80,8 @@ def run_step(step: StepInput, cache: StepCache | None, custom_steps: CustomSteps
         if custom is not None and custom_steps is not None:
             _make_custom_steps(made, custom, custom_steps)
         store_shared_numbers(made, context.shared, runs[0].bucket.found_inf if runs else None)
+        if stepped is not None:
+            stepped(runs)
     finally:
         context.shared = []
         for run in runs:

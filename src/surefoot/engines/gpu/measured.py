@@ -50,5 +50,7 @@ def combined(reductions: Sequence[Reduction], parts: Tensor, firsts: Tensor) -> 
     results = torch.empty((len(firsts) - 1, len(reductions)), dtype=torch.float64, device=parts.device)
     largest = sum(1 << index for index, reduction in enumerate(reductions) if reduction.kind == "largest")
     kernel: Any = jitted(combine, "chunks")
-    kernel[tuple(results.shape)](parts, firsts, results, parts.shape[1], LARGEST=largest, BLOCK=_BLOCK)
+    kernel[tuple(results.shape)](
+        parts, firsts, results, parts.shape[1], LARGEST=largest, BLOCK=_BLOCK, enable_fp_fusion=True
+    )
     return results

@@ -22,7 +22,7 @@ from surefoot.environment import switch
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
 from surefoot.tensors.memory import bytes_spanned
-from surefoot.tensors.native.layout import tensor_layout
+from surefoot.tensors.native.layout import WORD, tensor_layout
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
 _SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
@@ -214,6 +214,12 @@ class TensorGuard:
         return self._launch, None if self._held is None else self._launch.copy(_RELEASE_GRADS)
 
     @property
+    def deleters(self) -> np.ndarray:
+        """What frees the memory of each gradient, by which allocators are told apart: int64 of shape (length,)."""
+        known = tensor_layout()
+        return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
+
+    @property
     def is_over(self) -> bool:
         """Return whether a change was seen, so that what was made from the tensors must not be used again."""
         return self._over
@@ -367,6 +373,10 @@ class ScalarIO:
         self._wide = np.array([tensor.dtype is torch.float64 for tensor in tensors], dtype=np.int64)
         self._values = np.zeros(len(tensors))
         self._launch = _Launch(_READ, len(tensors), 0, self._addresses, self._wide, self._values)
+
+    def move(self, addresses: np.ndarray) -> None:
+        """Go over to other tensors of the same dtypes, proved to be at these addresses."""
+        self._addresses[:] = addresses
 
     def read(self) -> np.ndarray:
         """Return the values, in an array that the next call overwrites."""
