@@ -264,8 +264,8 @@ class FastLane:
 
 def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
     """Return the fast lane of a step cache that has just served a step, None where it must go the long way."""
-    plain = step.grad_scale is None and step.found_inf is None and not step.stepping.options.requested()
-    if not plain or step.needs_gradients() or not cache.has_constant_options():
+    plain = step.grad_scale is None and step.found_inf is None and step.transfers is None
+    if not plain or step.stepping.options.requested() or step.needs_gradients() or not cache.has_constant_options():
         return None
     if type(cache.items) is not DictGuard or sum(map(_tensor_count, cache.runs)) > MOST_TENSORS:
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Stage, bind
 from surefoot.step.options import Stepping
-from surefoot.step.types import ParamSlice
+from surefoot.step.types import ParamSlice, Transfers
 
 
 class StepInput(NamedTuple):
@@ -25,6 +25,7 @@ class StepInput(NamedTuple):
         grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
         whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
             of them.
+        transfers: what brings gradients and takes away parameters, where both are elsewhere.
     """
 
     spec: AlgorithmSpec
@@ -37,6 +38,7 @@ class StepInput(NamedTuple):
     param_names: Callable[[], Sequence[str]]
     grads: Mapping[Tensor, Tensor | None] | None = None
     whole: Sequence[Mapping[str, Any]] | None = None
+    transfers: Transfers | None = None
 
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""
@@ -71,6 +73,13 @@ class StepInput(NamedTuple):
     def _stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
         spec = self.spec.of(group)
         return () if spec.update is None else bind(spec, self.flags(group)).stages
+
+    def takes_whole_gradients(self) -> bool:
+        """Return whether gradients are read before the first bucket is stepped, other than to be measured."""
+        return any(
+            self.spec.of(group).update is None or group.get("gradient_centralization") or self._stages_of(group)
+            for group in self.groups
+        )
 
     def whole_params(self, *, alone: bool = False) -> list[Tensor]:
         """Return the parameters whose algorithm needs to know more of a tensor than a shard of it.

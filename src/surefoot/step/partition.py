@@ -72,7 +72,8 @@ def _divide(
         formats = _formats(group, param, grad, entry, slots)
         numbers = [*(scalar.name for scalar in spec.scalars), *(slot.name for slot in every if slot.is_number)]
         turn = _take_turn(turns, (param, *map(entry.get, numbers)))
-        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, settled, turn)
+        together = step.transfers.bucket(param) if step.transfers else 0
+        key = (param.device, param.dtype, grad.dtype, grad.layout, is_sharded(param), formats, settled, together, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}

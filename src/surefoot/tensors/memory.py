@@ -61,6 +61,21 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def bits_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of the words that a strided tensor has in memory, on its device: a 0-d int64 tensor.
+
+    It tells whether somebody has written, unless what was written has the same sum.
+    """
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = flat.as_strided((flat.numel(),), (1,)) if is_dense(flat) else flat.reshape(-1)
+    many = 8 // flat.element_size()
+    aligned = not (flat.numel() % many or flat.storage_offset() % many)
+    return flat.view(torch.int64 if aligned else _WORDS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def same_dense_layout(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
     if all(tensor.is_contiguous() for tensor in tensors):
