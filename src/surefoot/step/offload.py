@@ -19,8 +19,9 @@ from surefoot.distributed import refuse_divided_by_module
 from surefoot.locks import Lock
 from surefoot.state.check import format_param
 from surefoot.tensors import links
+from surefoot.tensors.away import AwayGradient, away_gradient
 from surefoot.tensors.fit import unfit_param
-from surefoot.tensors.memory import bits_sum, is_dense, is_plain, shared_memory
+from surefoot.tensors.memory import bits_sum, is_dense, is_plain, shared_memory, version
 from surefoot.tensors.shards import is_sharded
 
 BUCKET_BYTES = 32 << 20
@@ -28,25 +29,6 @@ BUCKET_BYTES = 32 << 20
 _ALIGNMENT = 64
 _OF_MEMBERS = ("params", "param_names")
 Groups = list[dict[str, Any]]
-
-
-class AwayGradient(Tensor):
-    """Stands where a gradient was that is in the host's memory; whoever wants to compute with it is told so.
-
-    It is None's opposite: that the parameter has a gradient.  Setting `p.grad` to None drops that.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raise RuntimeError."""
-        raise RuntimeError(_AWAY)
-
-
-_AWAY = (
-    "this gradient is in the CPU's memory, where optimizer.step() will use it (`Optimizer.offload`), and cannot be "
-    "computed with on the device. To clip, pass `max_grad_norm` or `max_grad_value` to the optimizer; instead of a "
-    'GradScaler, train in bfloat16 or pass nonfinite="skip"; norms are in `optimizer.telemetry`; `zero_grad()` drops it'
-)
 
 
 @dataclass(eq=False, slots=True)
@@ -140,13 +122,13 @@ class _Member:
 
     def send_weights(self) -> None:
         """Let the parameter follow the copy if that was stepped."""
-        if self.host._version != self.written:
+        if version(self.host) != self.written:
             self.sent = self.bucket.link.send(self.host, self.param.detach())
             self.note()
 
     def note(self) -> None:
         """Note that both are alike."""
-        self.seen, self.written = (self.param._version, self.param.data_ptr()), self.host._version
+        self.seen, self.written = (version(self.param), self.param.data_ptr()), version(self.host)
 
     def fetch_grad(self, grad: Tensor) -> None:
         """Let a gradient come over, in addition to the one that is there if that was found before it came."""
@@ -313,8 +295,7 @@ class OffloadedOptimizer:
             bucket.size += size
         for param, bucket, offset in placed:
             host = bucket.view("weights", offset, param.detach())
-            away = torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape)
-            member = _Member(param, bucket, offset, host, torch.Tensor._make_subclass(AwayGradient, away))
+            member = _Member(param, bucket, offset, host, away_gradient(param))
             self._members[param] = self._of_host[host] = member
 
     def _filling(self, first: int, kind: tuple[torch.device, torch.dtype], size: int) -> _Bucket:
@@ -336,7 +317,7 @@ class OffloadedOptimizer:
             member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         member.hooks = [
             member.node.register_prehook(functools.partial(_about_to_arrive, handle, param)),
-            member.param.register_post_accumulate_grad_hook(functools.partial(_arrived, handle)),
+            member.param.register_post_accumulate_grad_hook(functools.partial(_arrived, handle)),  # type: ignore[no-untyped-call]
         ]
 
     def _about_to_arrive(self, param: Tensor) -> None:
@@ -394,7 +375,7 @@ class OffloadedOptimizer:
 
     def _follow_weights(self) -> None:
         """Fetch weights that somebody has written; those written through `.data` are told by sums of their bits."""
-        behind = [m for m in self._members.values() if m.seen != (m.param._version, m.param.data_ptr())]
+        behind = [m for m in self._members.values() if m.seen != (version(m.param), m.param.data_ptr())]
         for members, sums in self._sums.values():
             changed = (_sums(members) != sums).cpu().tolist()
             behind += [member for member, new in zip(members, changed, strict=True) if new]
@@ -433,7 +414,7 @@ class OffloadedOptimizer:
         """Let weights of the host that were written go back while others are stepped."""
         with torch.no_grad():
             for host in params:
-                if (member := self._of_host.get(host)) is not None and host._version != member.written:
+                if (member := self._of_host.get(host)) is not None and version(host) != member.written:
                     member.send_weights()
                     self._sums.clear()
 

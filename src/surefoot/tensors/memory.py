@@ -61,6 +61,11 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def version(tensor: Tensor) -> int:
+    """Return a number that grows with each write to a tensor, unless that went through `.data`."""
+    return tensor._version
+
+
 def bits_sum(tensor: Tensor) -> Tensor:
     """Return the sum of the words that a strided tensor has in memory, on its device: a 0-d int64 tensor.
 
