@@ -401,6 +401,7 @@ def test_closures():
     same(lambda m: surefoot.AdamW(m.parameters(), lr=0.01), between=between)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 def test_graphs_of_gradients():
     def between(model, optimizer, step):
         loss_of(model, step).backward(create_graph=True)

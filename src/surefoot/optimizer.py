@@ -723,7 +723,7 @@ class Optimizer(torch.optim.Optimizer):
         """Return the handle by which the optimizer is offloaded, None if it is not."""
         return self.__dict__.get("_offloaded")
 
-    def host_param(self, param: Tensor) -> Tensor:
+    def _host_param(self, param: Tensor) -> Tensor:
         """Return the tensor that is stepped beside its state for a parameter: itself, or on the CPU if offloaded."""
         offloaded = self._offloading()
         return param if offloaded is None else offloaded.host_param(param)
@@ -765,8 +765,8 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups, self.state = offloaded.enter(*self._own)
 
     def _leave_host(self, offloaded: OffloadedOptimizer) -> None:
-        self.param_groups, self.state = self._own
-        offloaded.leave(*self._own)
+        self.param_groups, self.state = own = self.__dict__.pop("_own")
+        offloaded.leave(*own)
 
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """Call the closure, if there is one, with gradients enabled; other ranks are told when it fails here."""

@@ -262,16 +262,17 @@ class OffloadedOptimizer:
     def _follow_params(self, groups: Groups) -> None:
         """Have a copy of each parameter that can get a gradient; others stand for themselves."""
         now = {param: group for group in groups for param in group["params"]}
-        for param in [p for p, member in self._members.items() if p not in now or not member.fits()]:
+        gone = [param for param, member in self._members.items() if param not in now or not member.fits()]
+        known = self._members.keys() - gone
+        if new := [p for p in now if p not in known and (p.requires_grad or p.grad is not None)]:
+            _refuse_params(now)
+        for param in gone:
             member = self._members.pop(param)
             member.release()
             del self._of_host[member.host]
             self._state.pop(member.host, None)
             self._sums.clear()
-        new = [p for p in now if p not in self._members and (p.requires_grad or p.grad is not None)]
-        if new:
-            _refuse_params(now)
-            self._add(new)
+        self._add(new)
         for member in self._members.values():
             if not member.hooks and member.param.requires_grad and member.param.is_leaf:
                 self._hook(member)
