@@ -210,7 +210,7 @@ def test_groups_schedules_and_options_that_change():
         if step == 3:
             optimizer.state.pop(model.tied.weight)
         if step == 4:
-            optimizer.param_groups[0]["params"].pop()
+            del optimizer.state[optimizer.param_groups[0]["params"].pop()]
             optimizer.param_groups[0]["param_names"].pop()
 
     def with_late(make):
@@ -563,7 +563,7 @@ def test_what_cannot_be_offloaded_is_refused():
     model.tied.weight.data = model.unused.weight.data
     with pytest.raises(RuntimeError, match="share memory, of which each would have a copy"):
         surefoot.SGD(params).offload(model)
-    with pytest.raises(RuntimeError, match="is on meta|has no memory of its own"):
+    with pytest.raises(RuntimeError, match="has no memory that can be copied"):
         surefoot.SGD(model.to("meta").parameters()).offload(model)
 
 
@@ -589,6 +589,6 @@ def test_refused_options_leave_everything_as_it_was():
     optimizer.param_groups[0]["capturable"] = True
     with pytest.raises(ValueError, match="capturable=True wants parameters to be stepped on their device"):
         optimizer.step()
-    del optimizer.param_groups[0]["capturable"]
+    optimizer.param_groups[0]["capturable"] = False
     assert_same(snapshot(optimizer), before)
     optimizer.step()

@@ -711,7 +711,11 @@ class Optimizer(torch.optim.Optimizer):
         self._refuse_custom_step("it can be offloaded")
         self._refuse_elsewhere()
         self._offloaded = OffloadedOptimizer(model, self.param_groups, self._bring_back, bucket_bytes=bucket_bytes)
-        self.to()
+        try:
+            self.to()
+        except BaseException:
+            del self._offloaded
+            raise
         return self._offloaded
 
     def _bring_back(self) -> None:

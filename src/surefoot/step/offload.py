@@ -21,7 +21,7 @@ from surefoot.state.check import format_param
 from surefoot.tensors import links
 from surefoot.tensors.away import AwayGradient, away_gradient
 from surefoot.tensors.fit import unfit_param
-from surefoot.tensors.memory import bits_sum, is_dense, is_plain, shared_memory, version
+from surefoot.tensors.memory import fingerprint, is_dense, is_plain, shared_memory, version
 from surefoot.tensors.shards import is_sharded
 
 BUCKET_BYTES = 32 << 20
@@ -167,7 +167,7 @@ class OffloadedOptimizer:
         self._of_host: dict[Tensor, _Member] = {}
         self._buckets: list[_Bucket] = []
         self._order: dict[int, int] = {}
-        self._sums: dict[torch.device, tuple[list[_Member], Tensor]] = {}
+        self._prints: dict[torch.device, tuple[list[_Member], Tensor]] = {}
         self._groups: Groups = []
         self._state: defaultdict[Any, Any] = defaultdict(dict)
         _refuse(model, groups)
@@ -192,7 +192,7 @@ class OffloadedOptimizer:
         self._members.clear()
         self._of_host.clear()
         self._buckets.clear()
-        self._sums.clear()
+        self._prints.clear()
         self._bring_back()
 
     def __enter__(self) -> Self:
@@ -231,7 +231,7 @@ class OffloadedOptimizer:
         self.send(self._of_host)
         for link in self._links.values():
             link.join()
-        self._note_sums()
+        self._note_prints()
         for group, mirror in zip(groups, self._groups, strict=True):
             _take_over(group, {name: value for name, value in mirror.items() if name not in _OF_MEMBERS})
         for key in [*self._state]:
@@ -271,7 +271,7 @@ class OffloadedOptimizer:
             member.release()
             del self._of_host[member.host]
             self._state.pop(member.host, None)
-            self._sums.clear()
+            self._prints.clear()
         self._add(new)
         for member in self._members.values():
             if not member.hooks and member.param.requires_grad and member.param.is_leaf:
@@ -375,24 +375,24 @@ class OffloadedOptimizer:
     # Weights
 
     def _follow_weights(self) -> None:
-        """Fetch weights that somebody has written; those written through `.data` are told by sums of their bits."""
+        """Fetch weights that somebody has written; those written through `.data` are told by fingerprints."""
         behind = [m for m in self._members.values() if m.seen != (version(m.param), m.param.data_ptr())]
-        for members, sums in self._sums.values():
-            changed = (_sums(members) != sums).cpu().tolist()
+        for members, prints in self._prints.values():
+            changed = (_prints(members) != prints).cpu().tolist()
             behind += [member for member, new in zip(members, changed, strict=True) if new]
         for member in dict.fromkeys(behind):
             member.fetch_weights()
         if behind:
-            self._sums.clear()
+            self._prints.clear()
 
-    def _note_sums(self) -> None:
-        """Sum up the bits of weights, on their devices, if that is not known."""
-        if self._sums:
+    def _note_prints(self) -> None:
+        """Take fingerprints of weights, on their devices, if they are not known."""
+        if self._prints:
             return
         of_device: defaultdict[torch.device, list[_Member]] = defaultdict(list)
         for member in self._members.values():
             of_device[member.param.device].append(member)
-        self._sums = {device: (members, _sums(members)) for device, members in of_device.items()}
+        self._prints = {device: (members, _prints(members)) for device, members in of_device.items()}
 
     # What the pipeline asks
 
@@ -417,11 +417,11 @@ class OffloadedOptimizer:
             for host in params:
                 if (member := self._of_host.get(host)) is not None and version(host) != member.written:
                     member.send_weights()
-                    self._sums.clear()
+                    self._prints.clear()
 
 
-def _sums(members: Sequence[_Member]) -> Tensor:
-    return torch.stack([bits_sum(member.param.detach()) for member in members])
+def _prints(members: Sequence[_Member]) -> Tensor:
+    return torch.stack([fingerprint(member.param.detach()) for member in members])
 
 
 def _about_to_arrive(
@@ -496,7 +496,9 @@ def _refuse_params(params: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 f"{format_param(group, param)} is sharded; let FSDP2 keep it on the CPU: fully_shard(module, "
                 f"offload_policy=CPUOffloadPolicy()), and step it there without `offload`"
             )
-        reason = unfit_param(param) or (None if is_plain(param) else "has no memory of its own that can be copied")
+        reason = unfit_param(param)
+        if reason is None and (param.is_meta or not is_plain(param)):
+            reason = "has no memory that can be copied"
         if reason is not None:
             raise RuntimeError(f"{format_param(group, param)} {reason}")
     for found in _by_device(params):

@@ -66,19 +66,27 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def bits_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of the words that a strided tensor has in memory, on its device: a 0-d int64 tensor.
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Return a number that another content of a strided tensor hardly ever has, on its device: a 0-d int64 tensor.
 
-    It tells whether somebody has written, unless what was written has the same sum.
+    The words of its memory are mixed and multiplied with an odd number for their place, and added up modulo 2**64.
     """
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.as_strided((flat.numel(),), (1,)) if is_dense(flat) else flat.reshape(-1)
+    flat = flat.as_strided((flat.numel(),), (1,)) if is_dense(flat) else flat.contiguous().view(-1)
     many = 8 // flat.element_size()
     aligned = not (flat.numel() % many or flat.storage_offset() % many)
-    return flat.view(torch.int64 if aligned else _WORDS[flat.element_size()]).sum(dtype=torch.int64)
+    words = flat.view(torch.int64 if aligned else _WORDS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(words), _WORDS_AT_A_TIME):
+        mixed = words[start : start + _WORDS_AT_A_TIME].to(torch.int64) * _MIXING
+        places = torch.arange(start, start + len(mixed), device=flat.device) * 2 + 1
+        total += ((mixed ^ (mixed >> 29)) * places).sum()
+    return total
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MIXING = -0x61C8864680B583EB  # the golden ratio in 64 bits, as a signed number
+_WORDS_AT_A_TIME = 1 << 22
 
 
 def same_dense_layout(tensors: Sequence[Tensor]) -> bool:
