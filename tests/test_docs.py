@@ -99,4 +99,4 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
 def test_blocks_are_found_and_skipped_for_a_reason():
     code = [code for page in PAGES for _, code in blocks(page)]
     assert len(code) == sum(page.read_text(encoding="utf-8").count("```python") for page in PAGES)
-    assert all(sum(words in block for block in code) == 1 for words in SKIPPED)
+    assert all(any(words in block for block in code) for words in SKIPPED)

@@ -289,10 +289,11 @@ class Combined(Optimizer):
         self._set_modes("eval")
 
     def _set_modes(self, mode: str) -> None:
-        for algorithm in self._algorithms.values():
-            if algorithm.has_modes:
-                with self._lent(algorithm):
-                    getattr(algorithm, mode)()
+        with self._at_home():
+            for algorithm in self._algorithms.values():
+                if algorithm.has_modes:
+                    with self._lent(algorithm):
+                        getattr(algorithm, mode)()
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:

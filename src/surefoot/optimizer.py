@@ -45,6 +45,9 @@ from surefoot.step.cache import StepCache
 from surefoot.step.clipping import NonFiniteParams, listed, warn_left_out
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
+from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
+from surefoot.step.offload import OffloadedOptimizer
+from surefoot.step.offload import refuse_scaler as refuse_scaler_of_offloaded
 from surefoot.step.options import (
     OptimizerOptions,
     ReleaseOptions,
@@ -323,6 +326,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self._releasing() is not None:
             refuse_scaler()
+        if self._offloading() is not None:
+            refuse_scaler_of_offloaded()
         by_step = any(group.get("fused") for group in self.param_groups)
         if self.step_options.zero_grad_after_step and not by_step:
             warnings.warn(
@@ -412,6 +417,8 @@ class Optimizer(torch.optim.Optimizer):
         with _profiled(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             with_grad = [param for param in params if param.grad is not None]
+            if (offloaded := self._offloading()) is not None and not set_to_none:
+                with_grad = [param for param in with_grad if not offloaded.zero(param)]
             if set_to_none:
                 for param in with_grad:
                     param.grad = None
@@ -482,6 +489,7 @@ class Optimizer(torch.optim.Optimizer):
             coefficients=self.coefficients,
             param_names=self._param_names,
             released=None if (released := self._releasing()) is None else released.options,
+            transfers=self._offloading(),
         )
 
     def _param_names(self) -> list[str]:
@@ -509,6 +517,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _prepare_and_step(self, step: StepInput) -> None:
         """Check and step the parameters of `step` that have gradients."""
+        if step.transfers:
+            step.transfers.wait()
         for group in step.groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -570,7 +580,10 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step."""
+        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step.
+
+        The step of an offloaded optimizer is observed, too: it is made elsewhere.
+        """
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
@@ -579,7 +592,8 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        return bool(hooks or scaled or _is_profiled() or mode_is_active())
+        elsewhere = self._offloading() is not None
+        return bool(hooks or scaled or elsewhere or _is_profiled() or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -658,21 +672,31 @@ class Optimizer(torch.optim.Optimizer):
         for name, value in (("micro_batches", micro_batches), ("bucket_bytes", bucket_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer >= 1, but is {value!r}")
-        in_parts = self.is_rule() or self.prepares_params
-        known = any(getattr(type(self).step, name, False) for name in ("is_whole", "is_prepared"))
-        if not (in_parts and known and self._stepping.constructed):
-            raise TypeError(
-                f"{type(self).__name__} has a custom step that takes all parameters at once; gradients can be released "
-                f"with an algorithm that is a rule, or steps prepared parameters"
-            )
-        if self._releasing() is not None:
-            raise RuntimeError("gradients are released already; remove() the handle of release_gradients first")
+        self._refuse_custom_step("gradients can be released")
+        self._refuse_elsewhere()
         options = ReleaseOptions(max_previous_grad_norm, max_param_grad_norm, nonfinite_params)
         parts = PartialSteps(self._step_input, self._make_part)
         self._released = ReleasedGradients(
             model, parts, options, micro_batches=micro_batches, bucket_bytes=bucket_bytes
         )
         return self._released
+
+    def _refuse_custom_step(self, what: str) -> None:
+        """Raise TypeError where it is not known that the pipeline takes a step's parameters from the groups."""
+        in_parts = self.is_rule() or self.prepares_params
+        known = any(getattr(type(self).step, name, False) for name in ("is_whole", "is_prepared"))
+        if not (in_parts and known and self._stepping.constructed):
+            raise TypeError(
+                f"{type(self).__name__} has a custom step that takes all parameters at once; {what} with an algorithm "
+                f"that is a rule, or steps prepared parameters"
+            )
+
+    def _refuse_elsewhere(self) -> None:
+        """Raise RuntimeError where parameters are stepped elsewhere than in `step`, or not where they are."""
+        if self._releasing() is not None:
+            raise RuntimeError("gradients are released already; remove() the handle of release_gradients first")
+        if self._offloading() is not None:
+            raise RuntimeError("the optimizer is offloaded already; remove() the handle of offload first")
 
     def _releasing(self) -> ReleasedGradients | None:
         """Return the handle by which gradients are released, None if they are not."""
@@ -693,12 +717,117 @@ class Optimizer(torch.optim.Optimizer):
             cache = self._run_with_finite(step, cache)
             return cache, finish_part(step)
 
+    # The optimizer on the CPU, the model on a device
+
+    def offload(self, model: nn.Module, *, bucket_bytes: int = OFFLOADED_BYTES) -> OffloadedOptimizer:
+        """Step on the CPU what is on another device: state, and copies of the parameters, are in the host's memory.
+
+        Each gradient comes over in its own dtype while `backward` runs, and its memory on the device is free again.
+        `step` measures and updates bucket by bucket, in the order in which gradients have come, and what is updated
+        goes back while the next bucket is.  The training loop stays as it is, and so does what is computed, bit for
+        bit as on the CPU, with all options.  For masters in float32 of 16-bit weights pass `master_weight_bits=32` and
+        `state_dtype=torch.float32` to the optimizer.  See docs/offload.md for what is refused, and why.
+
+        Groups, state and state dicts are the optimizer's as ever: the parameters in them are the model's, the state's
+        tensors are on the CPU.  What is written to the parameters counts at the next step.
+
+        Args:
+            model: the module that the parameters belong to.
+            bucket_bytes: bytes of weights that are stepped and sent together, > 0.
+
+        Returns:
+            A handle, to be used as a context manager or to be ended by `remove()`.
+
+        Raises:
+            TypeError: `model` is not a module, or one that DDP or FSDP1 has wrapped; the algorithm has a custom step
+                that takes all parameters at once.
+            ValueError: no parameter is one of the model's; a group has `capturable` or `differentiable`; or
+                `bucket_bytes` is no number > 0.
+            RuntimeError: a parameter is sharded, shares memory with another or has none; or gradients are released, or
+                the optimizer is offloaded, already.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1).to(torch.bfloat16)  # and .to("cuda")
+            >>> optimizer = surefoot.AdamW(model.parameters(), master_weight_bits=32, state_dtype=torch.float32)
+            >>> handle = optimizer.offload(model)
+            >>> model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+            >>> optimizer.state[model.weight]["exp_avg"].device.type
+            'cpu'
+        """
+        if not isinstance(bucket_bytes, int) or isinstance(bucket_bytes, bool) or bucket_bytes < 1:
+            raise ValueError(f"`bucket_bytes` must be an integer >= 1, but is {bucket_bytes!r}")
+        self._refuse_custom_step("it can be offloaded")
+        self._refuse_elsewhere()
+        self._offloaded = OffloadedOptimizer(model, self.param_groups, self._bring_back, bucket_bytes=bucket_bytes)
+        try:
+            self.to()
+        except BaseException:
+            del self._offloaded
+            raise
+        return self._offloaded
+
+    def _bring_back(self) -> None:
+        """Let the state be on the parameters' devices again."""
+        self.__dict__.pop("_offloaded", None)
+        self.to()
+
+    def _offloading(self) -> OffloadedOptimizer | None:
+        """Return the handle by which the optimizer is offloaded, None if it is not."""
+        return self.__dict__.get("_offloaded")
+
+    def _host_param(self, param: Tensor) -> Tensor:
+        """Return the tensor that is stepped beside its state for a parameter: itself, or on the CPU if offloaded."""
+        offloaded = self._offloading()
+        return param if offloaded is None else offloaded.host_param(param)
+
+    @contextmanager
+    def _at_home(self, *, wait: bool = True) -> Iterator[None]:
+        """Let groups and state be those that are on the host inside of a `with` block, where it is offloaded.
+
+        Args:
+            wait: whether all gradients must be there, and weights may be written, from the beginning.
+        """
+        offloaded = self._offloading()
+        if offloaded is None or offloaded.inside:
+            yield
+            return
+        self._enter_host(offloaded)
+        try:
+            if wait:
+                offloaded.wait()
+            yield
+        finally:
+            self._leave_host(offloaded)
+
+    @contextmanager
+    def _abroad(self) -> Iterator[None]:
+        """Undo `_at_home` inside of a `with` block, for what a user's closure does in a step."""
+        offloaded = self._offloading()
+        if offloaded is None or not offloaded.inside:
+            yield
+            return
+        self._leave_host(offloaded)
+        try:
+            yield
+        finally:
+            self._enter_host(offloaded)
+
+    def _enter_host(self, offloaded: OffloadedOptimizer) -> None:
+        self._own = self.param_groups, self.state
+        self.param_groups, self.state = offloaded.enter(*self._own)
+
+    def _leave_host(self, offloaded: OffloadedOptimizer) -> None:
+        self.param_groups, self.state = own = self.__dict__.pop("_own")
+        offloaded.leave(*own)
+
     def evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """Call the closure, if there is one, with gradients enabled; other ranks are told when it fails here."""
         if closure is None:
             return None
         step = self._step_input()
-        with failures_told(step, due_exchange(step)), torch.enable_grad():
+        with failures_told(step, due_exchange(step)), self._abroad(), torch.enable_grad():
             loss = closure()
             refuse_eval_mode(self.spec, self.param_groups)
             return loss
@@ -839,6 +968,14 @@ class Optimizer(torch.optim.Optimizer):
             released.refuse_open("state_dict()")
         for hook in self._hooks("state_dict_pre"):
             hook(self)
+        with self._at_home():
+            result = self._numbered_state()
+        for hook in self._hooks("state_dict_post"):
+            result = _or(hook(self, result), result)
+        return result
+
+    def _numbered_state(self) -> dict[str, Any]:
+        """Return state and groups, with parameters replaced by running numbers."""
         numbers = _numbers(self.param_groups)
         groups = [
             {
@@ -851,10 +988,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.spec.derived_state:
             for param, derived in self._derived_state():
                 state[numbers[param]] = {**state[numbers[param]], **derived}
-        result: dict[str, Any] = {"state": state, "param_groups": groups}
-        for hook in self._hooks("state_dict_post"):
-            result = _or(hook(self, result), result)
-        return result
+        return {"state": state, "param_groups": groups}
 
     def exact_param(self, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> Tensor:
         """Return the full value of a parameter: float32 where the state has a correction of it, else itself."""
@@ -913,10 +1047,14 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_loaded)
-        loaded = load(target, state_dict, strict=strict)
+        with self._at_home():
+            target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_loaded)
+            loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
-        new = {"state": loaded.state, "param_groups": loaded.param_groups}
+        groups, state = loaded.param_groups, loaded.state
+        if (offloaded := self._offloading()) is not None:
+            groups, state = offloaded.abroad(groups, state)
+        new = {"state": state, "param_groups": groups}
         try:
             self.__setstate__(new)
             self._hand_on(new.keys() - before.keys())
@@ -950,7 +1088,7 @@ class Optimizer(torch.optim.Optimizer):
         gradients are the model's and stay where they are; a step needs state and parameters on the same device again.
 
         Args:
-            device: where to; by default to where each parameter is.
+            device: where to; by default to where each parameter is, or to the CPU while the optimizer is offloaded.
 
         Returns:
             The optimizer itself.
@@ -962,12 +1100,14 @@ class Optimizer(torch.optim.Optimizer):
             >>> optimizer = optimizer.to()  # and back
         """
         target = None if device is None else torch.device(device)
-        pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
-        moved = [
-            relocated(self.spec.of(group), group, self.state[param], target or param.device) for group, param in pairs
-        ]
-        for (_, param), entry in zip(pairs, moved, strict=True):
-            self.state[param].update(entry)
+        with self._at_home():
+            pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
+            moved = [
+                relocated(self.spec.of(group), group, self.state[param], target or param.device)
+                for group, param in pairs
+            ]
+            for (_, param), entry in zip(pairs, moved, strict=True):
+                self.state[param].update(entry)
         self.__dict__.pop("_step_cache", None)  # it holds the tensors that were
         self._stepping.validated = None
         return self
@@ -1079,7 +1219,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             self._begin_step(positional[1:], kwargs)
-            with context:
+            with context, self._at_home(wait=False):
                 result = step(*positional, **kwargs)
                 metrics = self._finish_step()
             try:

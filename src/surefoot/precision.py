@@ -35,7 +35,7 @@ def full_precision(optimizer: Optimizer, param: Tensor, slot: str | None = None)
     group = _group_of(optimizer, param)
     entry = optimizer.state.get(param, {})
     if slot is None:
-        return _wide(optimizer.exact_param(group, param, entry))
+        return _wide(optimizer.exact_param(group, optimizer._host_param(param), entry))
     known = {each.name: each for each in optimizer.spec.of(group).all_slots}
     if slot not in known or entry.get(slot) is None:
         there = ", ".join(name for name in known if entry.get(name) is not None)

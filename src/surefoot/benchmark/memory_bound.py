@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surefoot.explain import rule_of
 from surefoot.optimizer import Optimizer, Params
-from surefoot.rule import Rule, Slot
+from surefoot.rule import STORAGE_OPTIONS, Rule, Slot
 
 Passes = tuple[tuple[bool, ...], ...]
 """For each stage of a rule, whether it reads the parameter, the gradient and each slot; then what the update writes."""
@@ -57,12 +57,13 @@ def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:
 
 
 def memory_bound_of(optimizer: Optimizer) -> Optimizer:
-    """Make the memory bound of an optimizer whose algorithm is a rule: the same parameters, and slots like its own."""
+    """Make the memory bound of an optimizer whose algorithm is a rule: its parameters, and slots kept like its own."""
     group = optimizer.param_groups[0]
     kinds: dict[Passes, list[Tensor]] = {}
     for param in group["params"]:
         kinds.setdefault(_passes(rule_of(optimizer, group, param)), []).append(param)
-    groups = [{"params": params, f"kind{number}": True} for number, params in enumerate(kinds.values())]
+    kept = {name: group[name] for name in STORAGE_OPTIONS if name in group}
+    groups = [{"params": params, f"kind{number}": True, **kept} for number, params in enumerate(kinds.values())]
     made = _traffic(len(rule_of(optimizer, group).slots), tuple(kinds))
     bound: Optimizer = made(groups, optimizer.step_options.max_grad_norm)
     return bound

@@ -95,7 +95,8 @@ class ScheduleFree(Optimizer):
         Raises:
             RuntimeError: a parameter has changed so that its state does not fit it; nothing has changed then.
         """
-        self._train(self.param_groups)
+        with self._at_home():
+            self._train(self.param_groups)
 
     def eval(self) -> None:
         """Let the parameters hold the weights to evaluate, and to ship.
@@ -103,15 +104,15 @@ class ScheduleFree(Optimizer):
         Raises:
             RuntimeError: a parameter has changed so that its state does not fit it; nothing has changed then.
         """
-        found = self._in_mode(self.param_groups, train=True)
-        with torch.no_grad():
+        with self._at_home(), torch.no_grad():
+            found = self._in_mode(self.param_groups, train=True)
             new = [self._eval_weights(*held).to(held[1].dtype) for held in found]
             for (_, param, entry), weights in zip(found, new, strict=True):
                 trained = param.detach().clone()
                 param.copy_(weights)
                 entry[TRAIN_WEIGHTS] = weights.copy_(trained)
-        for group in self.param_groups:
-            group["train_mode"] = False
+            for group in self.param_groups:
+                group["train_mode"] = False
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -125,7 +126,8 @@ class ScheduleFree(Optimizer):
             yield
         finally:
             training += [all(training)] * (len(self.param_groups) - len(training))
-            self._train(list(compress(self.param_groups, training)))
+            with self._at_home():
+                self._train(list(compress(self.param_groups, training)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as any optimizer does; it is in eval mode if all others are.

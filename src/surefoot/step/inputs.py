@@ -7,7 +7,7 @@ from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Stage, bind
 from surefoot.step.options import ReleaseOptions, Stepping
-from surefoot.step.types import ParamSlice
+from surefoot.step.types import ParamSlice, Transfers
 
 
 class StepInput(NamedTuple):
@@ -26,6 +26,7 @@ class StepInput(NamedTuple):
         whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
             of them.
         released: what is done to gradients where they are released while backward runs.
+        transfers: what brings gradients and takes away parameters, where both are elsewhere.
     """
 
     spec: AlgorithmSpec
@@ -39,6 +40,7 @@ class StepInput(NamedTuple):
     grads: Mapping[Tensor, Tensor | None] | None = None
     whole: Sequence[Mapping[str, Any]] | None = None
     released: ReleaseOptions | None = None
+    transfers: Transfers | None = None
 
     def groups_with(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the groups of the algorithm of a group."""
@@ -79,7 +81,8 @@ class StepInput(NamedTuple):
     def only_updates(self) -> bool:
         """Return whether nothing is asked for beside the update by the gradients as they are."""
         scaled = self.grad_scale is not None or self.found_inf is not None
-        return not (scaled or self.stepping.options.requested() or self.needs_gradients())
+        elsewhere = self.transfers is not None
+        return not (scaled or elsewhere or self.stepping.options.requested() or self.needs_gradients())
 
     def flags(self, group: Mapping[str, Any]) -> Flags:
         """Return a group's flags, and those of the step.
@@ -98,6 +101,13 @@ class StepInput(NamedTuple):
     def _stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
         spec = self.spec.of(group)
         return () if spec.update is None else bind(spec, self.flags(group)).stages
+
+    def takes_whole_gradients(self) -> bool:
+        """Return whether gradients are read before the first bucket is stepped, other than to be measured."""
+        return any(
+            self.spec.of(group).update is None or group.get("gradient_centralization") or self._stages_of(group)
+            for group in self.groups
+        )
 
     def whole_params(self, *, alone: bool = False) -> list[Tensor]:
         """Return the parameters whose algorithm needs to know more of a tensor than a shard of it.

@@ -74,7 +74,8 @@ def _divide(
         turn = _take_turn(turns, (param, *map(entry.get, numbers)))
         apart = [slot_format(slot, group, param, entry.get(slot.name)) for slot in every if slot.is_sampled(group)]
         dtypes = (param.dtype, grad.dtype, *(kept.dtype for kept in apart))
-        key = (param.device, dtypes, grad.layout, is_sharded(param), formats, settled, turn)
+        together = step.transfers.bucket(param) if step.transfers else 0
+        key = (param.device, dtypes, grad.layout, is_sharded(param), formats, settled, together, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}

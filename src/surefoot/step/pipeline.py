@@ -3,7 +3,7 @@
 Everything that can be refused is refused while buckets are made, before any state exists or changes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,12 +58,10 @@ def run_step(
     context = step.stepping.context
     context.acquire()
     exchange = due_exchange(step)
-    if exchange is None and step.released is not None and step.has_no_gradients():
-        return cache
-    if exchange is None and _found_infinities(step):
-        step.skip()
+    if exchange is None and _skip(step):
         return cache
     with failures_told(step, exchange):
+        _wait_for_gradients(step)
         custom = None if custom_steps is None else validate_params(step)
         known, options, runs = _buckets(step, cache)
     try:
@@ -72,7 +70,7 @@ def run_step(
             return cache if known is not None else None  # what was kept has been found not to hold
         if known is None:
             cache = None if options is None else StepCache.of(step, options, runs)
-        for run in runs:
+        for run in _in_order(step, runs):
             if run.repeats:
                 compute_coefficients(made, run)
                 measure_tensors(made, [run], exchange)
@@ -106,6 +104,34 @@ def _buckets(
         forget_fresh(run)
         _release_grads(run)
     return None, None if watched else OptionsGuard(step), partition(step)
+
+
+def _skip(step: StepInput) -> bool:
+    """Skip a step for which a GradScaler has found infinities; return whether there is nothing else to be done."""
+    if step.released is not None and step.has_no_gradients():
+        return True
+    found = _found_infinities(step)
+    if found:
+        step.skip()
+    return found
+
+
+def _wait_for_gradients(step: StepInput) -> None:
+    """Wait until all gradients are there where they are read before the first bucket is stepped."""
+    if step.transfers is not None and step.takes_whole_gradients():
+        step.transfers.wait()
+
+
+def _in_order(step: StepInput, runs: Sequence[BucketRun]) -> Iterator[BucketRun]:
+    """Yield buckets as they can be read and written, in the order in which gradients come, and let go what was."""
+    transfers = step.transfers
+    if transfers is None:
+        yield from runs
+        return
+    for run in sorted(runs, key=lambda run: (run.repeats, transfers.order(run.params[0]))):
+        transfers.wait(run.params)
+        yield run
+        transfers.send(run.params)
 
 
 def _make_custom_steps(step: StepInput, custom: ValidatedParams, custom_steps: CustomSteps) -> None:
@@ -176,7 +202,7 @@ def _measure(step: StepInput, runs: Sequence[BucketRun], custom: ValidatedParams
             run.sampled.engine.prepare(run.sampled.bucket)
     if step.needs_gradients():
         refuse_unmeasurable(step)
-        for run in runs:
+        for run in _in_order(step, runs):
             run.slice.gradients = _measure_gradients(step, run).detach()
         if custom is not None:
             custom.measure()

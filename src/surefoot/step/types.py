@@ -1,9 +1,10 @@
 """The values that go through a step; each concept once."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ from surefoot.tensors.shards import to_local
 
 Fresh = tuple[bool, bool]
 """Of a parameter: whether a slot of its algorithm was newly initialized, and whether its average was."""
+
+
+class Transfers(Protocol):
+    """What brings gradients to where parameters are stepped, and takes away what was stepped, beside the step."""
+
+    def bucket(self, param: Tensor) -> int:
+        """Return the number of those with which a parameter comes and goes."""
+
+    def order(self, param: Tensor) -> int:
+        """Return a number that tells whose gradients have come first."""
+
+    def wait(self, params: Iterable[Tensor] | None = None) -> None:
+        """Wait until gradients of parameters, of all by default, are there, and these may be written."""
+
+    def send(self, params: Iterable[Tensor]) -> None:
+        """Let parameters go that are stepped."""
 
 
 @dataclass(eq=False)

@@ -61,6 +61,34 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def version(tensor: Tensor) -> int:
+    """Return a number that grows with each write to a tensor, unless that went through `.data`."""
+    return tensor._version
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Return a number that another content of a strided tensor hardly ever has, on its device: a 0-d int64 tensor.
+
+    The words of its memory are mixed and multiplied with an odd number for their place, and added up modulo 2**64.
+    """
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = flat.as_strided((flat.numel(),), (1,)) if is_dense(flat) else flat.contiguous().view(-1)
+    many = 8 // flat.element_size()
+    aligned = not (flat.numel() % many or flat.storage_offset() % many)
+    words = flat.view(torch.int64 if aligned else _WORDS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(words), _WORDS_AT_A_TIME):
+        mixed = words[start : start + _WORDS_AT_A_TIME].to(torch.int64) * _MIXING
+        places = torch.arange(start, start + len(mixed), device=flat.device) * 2 + 1
+        total += ((mixed ^ (mixed >> 29)) * places).sum()
+    return total
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MIXING = -0x61C8864680B583EB  # the golden ratio in 64 bits, as a signed number
+_WORDS_AT_A_TIME = 1 << 22
+
+
 def same_dense_layout(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors of one shape are dense and order their elements alike, so that flat memory serves."""
     if all(tensor.is_contiguous() for tensor in tensors):

@@ -1,0 +1,528 @@
+"""The optimizer on the CPU while the model is on a device: parameters of the host that stand for those of the device.
+
+Each parameter has a host's copy, which is stepped in its place beside its state.  Its gradient comes over while
+`backward` runs and leaves a mark where it was; what a step has written goes back while later buckets compute.  To the
+pipeline the copies are parameters as any, in groups that mirror the optimizer's.  Copies are asked of a `Link`.
+"""
+
+import functools
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.distributed import refuse_divided_by_module
+from surefoot.locks import Lock
+from surefoot.state.check import format_param
+from surefoot.tensors import links
+from surefoot.tensors.away import AwayGradient, away_gradient
+from surefoot.tensors.fit import unfit_param
+from surefoot.tensors.memory import fingerprint, is_dense, is_plain, shared_memory, version
+from surefoot.tensors.shards import is_sharded
+
+BUCKET_BYTES = 32 << 20
+"""Bytes of weights that are stepped and sent together unless another size is asked for."""
+_ALIGNMENT = 64
+_OF_MEMBERS = ("params", "param_names")
+Groups = list[dict[str, Any]]
+
+
+@dataclass(eq=False, slots=True)
+class _Bucket:
+    """Memory of the host for parameters that are stepped and sent together.
+
+    Attributes:
+        number: its number.
+        link: the way to their device.
+        kind: their device and dtype.
+        size: bytes of the parameters that are in it.
+        memory: memory for their weights, for gradients, and for gradients that are to be added, once that is needed.
+    """
+
+    number: int
+    link: links.Link
+    kind: tuple[torch.device, torch.dtype]
+    size: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def view(self, use: str, offset: int, like: Tensor) -> Tensor:
+        """Return the memory for one use at an offset, as a tensor with the shape, and order of elements, of another."""
+        if use not in self.memory:
+            self.memory[use] = self.link.host_memory(self.size)
+        strides = like.stride() if is_dense(like) else torch.empty_like(like, device="meta").contiguous().stride()
+        flat = torch.empty(0, dtype=like.dtype)
+        return flat.set_(self.memory[use].untyped_storage(), offset // like.element_size(), like.shape, strides)
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    """A parameter of the device and what stands for it on the host.
+
+    Attributes:
+        param: the parameter.
+        bucket: where its memory on the host is.
+        offset: where in that.
+        host: its copy, in the same dtype, which is stepped.
+        away: what stands in the place of its gradient.
+        grad: memory for its gradient.
+        more: the same for another that is to be added.
+        adding: whether `more` is to be added to `grad`.
+        adds: whether the gradient that is coming is to be added.
+        fetched: the last copy to the host.
+        sent: the last copy to the device.
+        seen: what tells whether the parameter was written since the two were alike.
+        written: the version of `host` at that time.
+        hooks: handles of its hooks.
+        node: what accumulates its gradients, and lives only as long as somebody holds it.
+    """
+
+    param: Tensor
+    bucket: _Bucket
+    offset: int
+    host: Tensor
+    away: Tensor
+    grad: Tensor | None = None
+    more: Tensor | None = None
+    adding: bool = False
+    adds: bool = False
+    fetched: Any = None
+    sent: Any = None
+    seen: tuple[int, int] | None = None
+    written: int = 0
+    hooks: list[Any] = field(default_factory=list)
+    node: Any = None
+
+    def fits(self) -> bool:
+        """Return whether the parameter is still such that the copy can stand for it."""
+        param, host = self.param, self.host
+        return (param.device, param.dtype) == self.bucket.kind and param.shape == host.shape
+
+    def wait(self) -> None:
+        """Wait for copies of its memory, and add a gradient that has come."""
+        link = self.bucket.link
+        if self.fetched is not None:
+            link.wait(self.fetched)
+        if self.sent is not None:
+            link.wait(self.sent)
+        self.fetched = self.sent = None
+        if self.adding and self.grad is not None and self.more is not None:
+            self.grad.add_(self.more)
+            self.adding = False
+
+    def fetch_weights(self) -> None:
+        """Let the copy follow the parameter, which somebody else has written."""
+        self.wait()
+        link = self.bucket.link
+        link.wait(link.fetch(self.param.detach(), self.host))
+        self.note()
+
+    def send_weights(self) -> None:
+        """Let the parameter follow the copy if that was stepped."""
+        if version(self.host) != self.written:
+            self.sent = self.bucket.link.send(self.host, self.param.detach())
+            self.note()
+
+    def note(self) -> None:
+        """Note that both are alike."""
+        self.seen, self.written = (version(self.param), self.param.data_ptr()), version(self.host)
+
+    def fetch_grad(self, grad: Tensor) -> None:
+        """Let a gradient come over, in addition to the one that is there if that was found before it came."""
+        if self.adds and self.adding:
+            self.wait()
+        if self.adds:
+            self.more = self.bucket.view("more", self.offset, grad) if self.more is None else self.more
+        elif self.grad is None or self.grad.stride() != grad.stride():
+            self.grad = self.bucket.view("grad", self.offset, grad)
+        target = self.more if self.adds else self.grad
+        self.fetched = self.bucket.link.fetch(grad, target)  # type: ignore[arg-type]
+        self.adding, self.adds = self.adds, False
+
+    def release(self) -> None:
+        """Give back what is not stepped on the host any more."""
+        for hook in self.hooks:
+            hook.remove()
+        self.wait()
+        if self.param.grad is self.away:
+            self.param.grad = self.grad.to(self.param.device, copy=True) if self.grad is not None else None
+
+
+class OffloadedOptimizer:
+    """The handle of `Optimizer.offload`; also a context manager, which calls `remove` at its end.
+
+    Attributes:
+        bucket_bytes: bytes of weights that are stepped and sent together.
+    """
+
+    def __init__(self, model: nn.Module, groups: Groups, bring_back: Callable[[], None], *, bucket_bytes: int) -> None:
+        self.bucket_bytes, self._bring_back = bucket_bytes, bring_back
+        self._lock = Lock()
+        self._active, self._inside, self._arrivals = True, False, 0
+        self._links: dict[torch.device, links.Link] = {}
+        self._members: dict[Tensor, _Member] = {}
+        self._of_host: dict[Tensor, _Member] = {}
+        self._buckets: list[_Bucket] = []
+        self._order: dict[int, int] = {}
+        self._prints: dict[torch.device, tuple[list[_Member], Tensor]] = {}
+        self._groups: Groups = []
+        self._state: defaultdict[Any, Any] = defaultdict(dict)
+        _refuse(model, groups)
+
+    @property
+    def active(self) -> bool:
+        """Whether the optimizer is on the CPU: until `remove` is called."""
+        return self._active
+
+    @property
+    def inside(self) -> bool:
+        """Whether the optimizer's groups are those of the host, between `enter` and `leave`."""
+        return self._inside
+
+    def remove(self) -> None:
+        """Step parameters where they are again, with gradients and state there.  Calling it again does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        for member in self._members.values():
+            member.release()
+        self._members.clear()
+        self._of_host.clear()
+        self._buckets.clear()
+        self._prints.clear()
+        self._bring_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # Groups and state of the host
+
+    def enter(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
+        """Return groups and state of the host, as the optimizer's are now.
+
+        Weights that somebody has written have come over; gradients may be on their way, until `wait`.
+        """
+        with self._lock:
+            _refuse_options(groups)
+            self._follow_params(groups)
+            self._follow_weights()
+            for group, mirror in zip(groups, self._groups, strict=True):
+                _take_over(mirror, {name: value for name, value in group.items() if name != "params"})
+            for param, member in self._members.items():
+                _share(state, param, self._state, member.host)
+                self._follow_grad(member)
+            for key in state.keys() - self._members.keys():
+                _share(state, key, self._state, key)
+            for key in self._state.keys() - self._of_host.keys() - state.keys():
+                del self._state[key]
+            self._inside = True
+        return self._groups, self._state
+
+    def leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
+        """Let the optimizer's groups and state be what those of the host have become, and send what was written."""
+        if not self._inside:  # entering was refused
+            return
+        self.send(self._of_host)
+        for link in self._links.values():
+            link.join()
+        self._note_prints()
+        for group, mirror in zip(groups, self._groups, strict=True):
+            _take_over(group, {name: value for name, value in mirror.items() if name not in _OF_MEMBERS})
+        for key in [*self._state]:
+            member = self._of_host.get(key)
+            _share(self._state, key, state, key if member is None else member.param)
+        for member in self._of_host.values():
+            if member.host not in self._state:
+                state.pop(member.param, None)
+        self._inside = False
+
+    def abroad(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
+        """Return groups and state with the device's parameters in the place of the host's."""
+        found = [{**group, "params": [self._device_param(host) for host in group["params"]]} for group in groups]
+        return found, defaultdict(dict, {self._device_param(key): entry for key, entry in state.items()})
+
+    def host_param(self, param: Tensor) -> Tensor:
+        """Return what stands for a parameter beside its state, with the values of now."""
+        member = self._members.get(param)
+        if member is None:
+            return param
+        member.fetch_weights()
+        return member.host
+
+    def _device_param(self, key: Any) -> Any:
+        member = self._of_host.get(key) if isinstance(key, Tensor) else None
+        return key if member is None else member.param
+
+    def _follow_params(self, groups: Groups) -> None:
+        """Have a copy of each parameter that can get a gradient; others stand for themselves."""
+        now = {param: group for group in groups for param in group["params"]}
+        gone = [param for param, member in self._members.items() if param not in now or not member.fits()]
+        known = self._members.keys() - gone
+        if new := [p for p in now if p not in known and (p.requires_grad or p.grad is not None)]:
+            _refuse_params(now)
+        for param in gone:
+            member = self._members.pop(param)
+            member.release()
+            del self._of_host[member.host]
+            self._state.pop(member.host, None)
+            self._prints.clear()
+        self._add(new)
+        for member in self._members.values():
+            if not member.hooks and member.param.requires_grad and member.param.is_leaf:
+                self._hook(member)
+        while len(self._groups) < len(groups):
+            self._groups.append({})
+        del self._groups[len(groups) :]
+        for group, mirror in zip(groups, self._groups, strict=True):
+            found = [self._members[p].host if p in self._members else p for p in group["params"]]
+            held = mirror.setdefault("params", found)
+            if len(held) != len(found) or any(one is not other for one, other in zip(held, found, strict=True)):
+                mirror["params"] = found
+
+    def _add(self, params: Iterable[Tensor]) -> None:
+        """Make copies of parameters, in buckets of their own."""
+        first = len(self._buckets)
+        placed = []
+        for param in params:
+            size = -(-param.numel() * param.element_size() // _ALIGNMENT) * _ALIGNMENT
+            bucket = self._filling(first, (param.device, param.dtype), size)
+            placed.append((param, bucket, bucket.size))
+            bucket.size += size
+        for param, bucket, offset in placed:
+            host = bucket.view("weights", offset, param.detach())
+            member = _Member(param, bucket, offset, host, away_gradient(param))
+            self._members[param] = self._of_host[host] = member
+
+    def _filling(self, first: int, kind: tuple[torch.device, torch.dtype], size: int) -> _Bucket:
+        """Return a bucket, of those from a number on, that has room for a parameter."""
+        for bucket in self._buckets[first:]:
+            if bucket.kind == kind and bucket.size + size <= self.bucket_bytes:
+                return bucket
+        device = kind[0]
+        link = self._links[device] = self._links.get(device) or links.make_link(device)
+        self._buckets.append(_Bucket(len(self._buckets), link, kind))
+        return self._buckets[-1]
+
+    # Gradients
+
+    def _hook(self, member: _Member) -> None:
+        """Let a parameter tell when a gradient is about to be accumulated, and when it has been."""
+        handle, param = weakref.ref(self), weakref.ref(member.param)
+        with torch.enable_grad():
+            member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        member.hooks = [
+            member.node.register_prehook(functools.partial(_about_to_arrive, handle, param)),
+            member.param.register_post_accumulate_grad_hook(functools.partial(_arrived, handle)),  # type: ignore[no-untyped-call]
+        ]
+
+    def _about_to_arrive(self, param: Tensor) -> None:
+        """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
+        member = self._members.get(param)
+        if member is not None:
+            member.adds = param.grad is member.away
+            if member.adds:
+                param.grad = None
+
+    def _arrived(self, param: Tensor) -> None:
+        """Let a gradient come over."""
+        member, grad = self._members.get(param), param.grad
+        if member is None or grad is None or not member.fits():
+            return
+        if not is_plain(grad) or grad.requires_grad:  # left to the step
+            if member.adds:
+                raise RuntimeError(
+                    f"a gradient of a parameter of shape {tuple(param.shape)} is sparse, or has a graph "
+                    f"(create_graph=True), and cannot be added to one that is in the CPU's memory; call zero_grad() "
+                    f"before such backward passes"
+                )
+            return
+        with self._lock, torch.no_grad():
+            member.fetch_grad(grad)
+            param.grad = member.away
+            self._arrivals += 1
+            self._order[member.bucket.number] = self._arrivals
+
+    def _follow_grad(self, member: _Member) -> None:
+        """Let the copy have the parameter's gradient of now."""
+        grad, found = member.param.grad, member.grad
+        if grad is None:
+            found = None
+        elif grad.__class__ is not AwayGradient:
+            if grad.layout is torch.strided:
+                member.adds = False
+                member.fetch_grad(grad.detach())
+                found = member.grad
+            else:
+                found = grad.detach().to("cpu")
+        if member.host.grad is not found:
+            member.host.grad = found
+
+    def zero(self, param: Tensor) -> bool:
+        """Fill a gradient with zeros if it is on the host; return whether it is."""
+        member = self._members.get(param)
+        away = member is not None and param.grad is member.away
+        if away:
+            member.wait()  # type: ignore[union-attr]
+            member.grad.zero_()  # type: ignore[union-attr]
+        return away
+
+    # Weights
+
+    def _follow_weights(self) -> None:
+        """Fetch weights that somebody has written; those written through `.data` are told by fingerprints."""
+        behind = [m for m in self._members.values() if m.seen != (version(m.param), m.param.data_ptr())]
+        for members, prints in self._prints.values():
+            changed = (_prints(members) != prints).cpu().tolist()
+            behind += [member for member, new in zip(members, changed, strict=True) if new]
+        for member in dict.fromkeys(behind):
+            member.fetch_weights()
+        if behind:
+            self._prints.clear()
+
+    def _note_prints(self) -> None:
+        """Take fingerprints of weights, on their devices, if they are not known."""
+        if self._prints:
+            return
+        of_device: defaultdict[torch.device, list[_Member]] = defaultdict(list)
+        for member in self._members.values():
+            of_device[member.param.device].append(member)
+        self._prints = {device: (members, _prints(members)) for device, members in of_device.items()}
+
+    # What the pipeline asks
+
+    def bucket(self, param: Tensor) -> int:
+        """Return the number of the bucket in which a parameter of the host is stepped."""
+        member = self._of_host.get(param)
+        return -1 if member is None else member.bucket.number
+
+    def order(self, param: Tensor) -> int:
+        """Return a number that tells whose gradients have come first."""
+        return self._order.get(self.bucket(param), 0)
+
+    def wait(self, params: Iterable[Tensor] | None = None) -> None:
+        """Wait until gradients of parameters of the host, of all by default, are there, and these may be written."""
+        for host in self._of_host if params is None else params:
+            if (member := self._of_host.get(host)) is not None:
+                member.wait()
+
+    def send(self, params: Iterable[Tensor]) -> None:
+        """Let weights of the host that were written go back while others are stepped."""
+        with torch.no_grad():
+            for host in params:
+                if (member := self._of_host.get(host)) is not None and version(host) != member.written:
+                    member.send_weights()
+                    self._prints.clear()
+
+
+def _prints(members: Sequence[_Member]) -> Tensor:
+    return torch.stack([fingerprint(member.param.detach()) for member in members])
+
+
+def _about_to_arrive(
+    handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", _: tuple[Any, ...]
+) -> None:
+    """Tell a handle that a gradient is coming; a hook, which keeps no optimizer alive."""
+    offloaded, coming = handle(), param()
+    if offloaded is not None and coming is not None:
+        offloaded._about_to_arrive(coming)
+
+
+def _arrived(handle: "weakref.ref[OffloadedOptimizer]", param: Tensor) -> None:
+    """Tell a handle that a parameter has a gradient; a hook, which keeps no optimizer alive."""
+    if (offloaded := handle()) is not None:
+        offloaded._arrived(param)
+
+
+def _take_over(mine: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Let a group have the options of another, and keep its parameters."""
+    for name in [name for name in mine if name not in theirs and name not in _OF_MEMBERS]:
+        del mine[name]
+    for name, value in theirs.items():
+        if name not in mine or mine[name] is not value:
+            mine[name] = value
+
+
+def _share(source: Mapping[Any, Any], key: Any, target: dict[Any, Any], other: Any) -> None:
+    """Let the entry of one state be that of another."""
+    entry = source.get(key)
+    if entry is None:
+        target.pop(other, None)
+    elif target.get(other) is not entry:
+        target[other] = entry
+
+
+# What is refused
+
+
+def _refuse(model: nn.Module, groups: Groups) -> None:
+    """Refuse what cannot be trained so.
+
+    Raises:
+        TypeError: the model is none, or divides the work over ranks in a way that gradients are whole too late.
+        ValueError: no parameter is one of the model's, or an option does not go with it.
+        RuntimeError: a parameter cannot have a copy.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"offload needs the model, a torch.nn.Module, but got {type(model).__name__}")
+    refuse_divided_by_module(model)
+    _refuse_options(groups)
+    params = {param: group for group in groups for param in group["params"]}
+    if params.keys().isdisjoint(model.parameters()):
+        raise ValueError("no parameter of the optimizer is one of the model's; pass the model that it trains")
+    _refuse_params(params)
+
+
+def _refuse_options(groups: Groups) -> None:
+    """Raise ValueError where an option wants parameters to be stepped where they are."""
+    for group in groups:
+        if asked := [name for name in ("capturable", "differentiable") if group.get(name)]:
+            raise ValueError(
+                f"{asked[0]}=True wants parameters to be stepped on their device, and the optimizer is offloaded to "
+                f"the CPU; leave it out"
+            )
+
+
+def _refuse_params(params: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raise RuntimeError where a parameter cannot have a copy on the host that is stepped in its place."""
+    for param, group in params.items():
+        if is_sharded(param):
+            raise RuntimeError(
+                f"{format_param(group, param)} is sharded; let FSDP2 keep it on the CPU: fully_shard(module, "
+                f"offload_policy=CPUOffloadPolicy()), and step it there without `offload`"
+            )
+        reason = unfit_param(param)
+        if reason is None and (param.is_meta or not is_plain(param)):
+            reason = "has no memory that can be copied"
+        if reason is not None:
+            raise RuntimeError(f"{format_param(group, param)} {reason}")
+    for found in _by_device(params):
+        if (pair := shared_memory(found)) is not None:
+            one, other = (format_param(params[found[index]], found[index]) for index in pair)
+            raise RuntimeError(
+                f"{one} and {other} share memory, of which each would have a copy; give the optimizer one of them, or "
+                f"tie them by using one parameter twice"
+            )
+
+
+def _by_device(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    found: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for param in params:
+        found[param.device].append(param)
+    yield from found.values()
+
+
+_NO_SCALER = (
+    "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's memory; train "
+    'in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass nonfinite="skip"'
+)
+
+
+def refuse_scaler() -> None:
+    """Raise RuntimeError: a GradScaler has to do with the step."""
+    raise RuntimeError(_NO_SCALER)
