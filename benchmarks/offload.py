@@ -3,9 +3,9 @@
     python benchmarks/offload.py        # two minutes on two quiet cores, with 3 GB
 
 The step of `Optimizer.offload` reads 16-bit gradients and writes masters, state and 16-bit weights in one pass; it is
-compared with its memory bound, a kernel that moves the same memory and only adds, and with what others do: convert gradients
-to float32, step float32 masters, convert these to bfloat16.  That is torch's fused AdamW, and DeepSpeed's CPUAdam where
-that is installed and can be built.  Contenders take turns; ratios are of neighbours in time.  It writes
+compared with its memory bound, a kernel that moves the same memory and only adds, and with what others do: convert
+gradients to float32, step float32 masters, convert these to bfloat16.  That is torch's fused AdamW, and DeepSpeed's
+CPUAdam where that is installed and can be built.  Contenders take turns; ratios are of neighbours in time.  It writes
 `benchmarks/results/offload.csv`.
 
 Part `iterations` trains layers on a GPU, with the optimizer there and offloaded, and prints the most memory of the GPU
