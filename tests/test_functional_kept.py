@@ -1,6 +1,7 @@
 """What calls on lists keep for the next: the same steps as without it, whatever has changed, and nobody's tensors."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -284,6 +285,29 @@ def test_threads_step_lists_alike_at_once(long_way):
         thread.join()
     for lists in several:
         assert all(map(torch.equal, lists.tensors(), expected.tensors()))
+
+
+def test_threads_keep_launches_of_their_own():
+    launches, failed = kept.KeptLaunches(), []
+
+    def keep(first):
+        try:
+            for number in range(first, first + 2000):
+                launches._keep(number, None)
+        except RuntimeError as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=keep, args=(10_000 * number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
 
 
 def test_few_launches_are_kept():

@@ -254,6 +254,62 @@ def test_a_model_may_change_its_dtype():
     same(lambda m: surefoot.SGD(m.parameters(), lr=0.01, momentum=0.9), between=between)
 
 
+def test_a_model_may_have_had_another_dtype_in_between():
+    def change(model, _, step):
+        if step == 1:
+            model.float().double()
+
+    same(lambda m: surefoot.AdamW(m.double().parameters()), between=change, passes=2)
+
+
+def test_weights_written_through_data_count_where_another_parameter_goes():
+    def change(model, optimizer, step):
+        if step == 1:
+            model.tied.weight.data.mul_(0.5)
+            params = optimizer.param_groups[0]["params"]
+            optimizer.state.pop(model.unused.weight, None)
+            params[:] = [param for param in params if param is not model.unused.weight]
+
+    same(lambda m: surefoot.AdamW(m.parameters(), lr=0.01), between=change)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+def test_the_order_of_elements_may_change_while_gradients_accumulate():
+    def run(*, offloaded):
+        model = Net().to(torch.bfloat16)
+        optimizer = surefoot.AdamW(model.parameters(), lr=0.01)
+        if offloaded:
+            optimizer.offload(model)
+        for step in range(4):
+            loss_of(model, step).backward()
+            weight = model.layers[0].weight
+            if step % 2:
+                weight.data = weight.data.t().contiguous().t()
+            loss_of(model, step + 1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                optimizer.state.clear()
+        return model, optimizer
+
+    (model, plain), (other, optimizer) = run(offloaded=False), run(offloaded=True)
+    assert_same(snapshot(optimizer), snapshot(plain))
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+
+
+def test_a_parameter_that_thaws_has_its_state_once():
+    model = Net()
+    optimizer = surefoot.AdamW(model.parameters())
+    trained(lambda _: optimizer, model=model, steps=2)
+    model.tied.weight.requires_grad_(False)
+    optimizer.offload(model)
+    optimizer.state_dict()
+    model.tied.weight.requires_grad_(True)
+    loss_of(model, 2).backward()
+    optimizer.step()
+    assert all(isinstance(key, int) for key in optimizer.state_dict()["state"])
+
+
 def test_frozen_parameters_may_be_trained_later():
     def between(model, optimizer, step):
         model.frozen.requires_grad_(step % 2 == 0)
@@ -550,6 +606,60 @@ def test_nothing_is_kept_alive():
 
 
 # What is refused
+
+
+def adamw(model):
+    return surefoot.AdamW(model.parameters())
+
+
+def test_an_optimizer_that_is_gone_takes_no_gradients():
+    model, other = Net(), Net()
+    gc.disable()  # as long as nobody collects, what refers to itself is there
+    try:
+        handle = trained(adamw, model=model)[1].offload(model)
+        assert not handle.active
+        trained(adamw, model=other)
+        trained(adamw, model=model, offloaded={})
+        trained(adamw, model=other)
+    finally:
+        gc.enable()
+    handle.remove()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_two_optimizers_cannot_have_one_gradient():
+    model = Net()
+    optimizers = [surefoot.AdamW(model.parameters()) for _ in range(2)]
+    handles = [optimizer.offload(model) for optimizer in optimizers]
+    with pytest.raises(RuntimeError, match="where another optimizer that is offloaded has it; remove"):
+        loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="where another optimizer that is offloaded has it; remove"):
+        optimizers[1].step()
+    handles[0].remove()
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    optimizers[1].step()
+    assert optimizers[1].state[model.tied.weight]["step"] == 1
+
+
+def test_it_may_end_in_a_closure():
+    def run(*, offloaded):
+        model = Net()
+        optimizer = surefoot.AdamW(model.parameters())
+        handle = optimizer.offload(model) if offloaded else None
+
+        def closure():
+            loss_of(model, 0).backward()
+            if handle is not None:
+                handle.remove()
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        return trained(lambda _: optimizer, model=model)
+
+    (model, plain), (other, optimizer) = run(offloaded=False), run(offloaded=True)
+    assert_same(snapshot(optimizer), snapshot(plain))
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
 
 
 def test_what_cannot_be_offloaded_is_refused():

@@ -595,10 +595,29 @@ def test_handle_keeps_nothing_alive():
     handle = optimizer.release_gradients(model)
     loss_of(model, 0).backward()
     optimizer.step()
-    gone = [weakref.ref(model), weakref.ref(optimizer)]
+    gone = [weakref.ref(model), weakref.ref(optimizer), *map(weakref.ref, model.parameters())]
     del model, optimizer, handle
     gc.collect()
-    assert [ref() for ref in gone] == [None, None]
+    assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_an_optimizer_that_is_gone_takes_no_gradients():
+    def make(model):
+        return surefoot.AdamW(model.parameters())
+
+    model, other = Net(), Net()
+    gc.disable()  # as long as nobody collects, what refers to itself is there
+    try:
+        handle = make(model).release_gradients(model)
+        assert not handle.active
+        trained(make, 3, model=other)
+        trained(make, 3, model=model, released={})
+        trained(make, 3, model=other)
+        trained(make, 3, model=model)
+    finally:
+        gc.enable()
+    handle.remove()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_copies_do_not_release():
@@ -785,11 +804,12 @@ def test_graphs_of_gradients_are_refused():
 
 
 def test_two_optimizers_of_one_parameter_are_refused():
-    model, _, _ = begun(bucket_bytes=1)
+    model, optimizer, _ = begun(bucket_bytes=1)
     other = surefoot.SGD(model.parameters())
     other.release_gradients(model)
     with pytest.raises(RuntimeError, match="is gone before it was released; another hook has dropped it"):
         loss_of(model, 0).backward()
+    optimizer.step()
 
 
 def test_a_grad_scaler_is_refused():

@@ -799,7 +799,8 @@ class Optimizer(torch.optim.Optimizer):
                 offloaded.wait()
             yield
         finally:
-            self._leave_host(offloaded)
+            if offloaded.inside:
+                self._leave_host(offloaded)
 
     @contextmanager
     def _abroad(self) -> Iterator[None]:
@@ -812,11 +813,13 @@ class Optimizer(torch.optim.Optimizer):
         try:
             yield
         finally:
-            self._enter_host(offloaded)
+            if offloaded.active:  # or removed by the closure
+                self._enter_host(offloaded)
 
     def _enter_host(self, offloaded: OffloadedOptimizer) -> None:
-        self._own = self.param_groups, self.state
-        self.param_groups, self.state = offloaded.enter(*self._own)
+        own = self.param_groups, self.state
+        self.param_groups, self.state = offloaded.enter(*own)
+        self._own = own
 
     def _leave_host(self, offloaded: OffloadedOptimizer) -> None:
         self.param_groups, self.state = own = self.__dict__.pop("_own")

@@ -61,8 +61,8 @@ class KeptLaunches:
 
     def _keep(self, key: Hashable, launch: "ListLaunch") -> None:
         self._launches[key] = launch
-        while len(self._launches) > _MOST_LAUNCHES:
-            self._launches.pop(next(iter(self._launches)), None)
+        for oldest in list(self._launches)[:-_MOST_LAUNCHES]:  # other threads change it meanwhile
+            self._launches.pop(oldest, None)
 
 
 def _is_usual(step: StepInput) -> bool:

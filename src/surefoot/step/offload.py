@@ -71,7 +71,7 @@ class _Member:
         grad: memory for its gradient.
         more: the same for another that is to be added.
         adding: whether `more` is to be added to `grad`.
-        adds: whether the gradient that is coming is to be added.
+        adds: whether the gradient that is coming is to be added, None where none has been told of.
         fetched: the last copy to the host.
         sent: the last copy to the device.
         seen: what tells whether the parameter was written since the two were alike.
@@ -88,7 +88,7 @@ class _Member:
     grad: Tensor | None = None
     more: Tensor | None = None
     adding: bool = False
-    adds: bool = False
+    adds: bool | None = None
     fetched: Any = None
     sent: Any = None
     seen: tuple[int, int] | None = None
@@ -99,7 +99,8 @@ class _Member:
     def fits(self) -> bool:
         """Return whether the parameter is still such that the copy can stand for it."""
         param, host = self.param, self.host
-        return (param.device, param.dtype) == self.bucket.kind and param.shape == host.shape
+        same_order = param.stride() == host.stride() or not is_dense(param)
+        return (param.device, param.dtype) == self.bucket.kind and param.shape == host.shape and same_order
 
     def wait(self) -> None:
         """Wait for copies of its memory, and add a gradient that has come."""
@@ -140,12 +141,17 @@ class _Member:
             self.grad = self.bucket.view("grad", self.offset, grad)
         target = self.more if self.adds else self.grad
         self.fetched = self.bucket.link.fetch(grad, target)  # type: ignore[arg-type]
-        self.adding, self.adds = self.adds, False
+        self.adding, self.adds = bool(self.adds), None
 
     def release(self) -> None:
         """Give back what is not stepped on the host any more."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
+        self.return_grad()
+
+    def return_grad(self) -> None:
+        """Let the parameter have its gradient itself."""
         self.wait()
         if self.param.grad is self.away:
             self.param.grad = self.grad.to(self.param.device, copy=True) if self.grad is not None else None
@@ -159,7 +165,8 @@ class OffloadedOptimizer:
     """
 
     def __init__(self, model: nn.Module, groups: Groups, bring_back: Callable[[], None], *, bucket_bytes: int) -> None:
-        self.bucket_bytes, self._bring_back = bucket_bytes, bring_back
+        # A method of the optimizer, which must not live on because of this.
+        self.bucket_bytes, self._bring_back = bucket_bytes, weakref.WeakMethod(bring_back)
         self._lock = Lock()
         self._active, self._inside, self._arrivals = True, False, 0
         self._links: dict[torch.device, links.Link] = {}
@@ -174,8 +181,8 @@ class OffloadedOptimizer:
 
     @property
     def active(self) -> bool:
-        """Whether the optimizer is on the CPU: until `remove` is called."""
-        return self._active
+        """Whether the optimizer is on the CPU: until `remove` is called, or it is gone."""
+        return self._active and self._bring_back() is not None
 
     @property
     def inside(self) -> bool:
@@ -193,7 +200,8 @@ class OffloadedOptimizer:
         self._of_host.clear()
         self._buckets.clear()
         self._prints.clear()
-        self._bring_back()
+        if (bring_back := self._bring_back()) is not None:
+            bring_back()
 
     def __enter__(self) -> Self:
         return self
@@ -219,15 +227,13 @@ class OffloadedOptimizer:
                 self._follow_grad(member)
             for key in state.keys() - self._members.keys():
                 _share(state, key, self._state, key)
-            for key in self._state.keys() - self._of_host.keys() - state.keys():
+            for key in self._state.keys() - self._of_host.keys() - (state.keys() - self._members.keys()):
                 del self._state[key]
             self._inside = True
         return self._groups, self._state
 
     def leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
         """Let the optimizer's groups and state be what those of the host have become, and send what was written."""
-        if not self._inside:  # entering was refused
-            return
         self.send(self._of_host)
         for link in self._links.values():
             link.join()
@@ -271,7 +277,7 @@ class OffloadedOptimizer:
             member.release()
             del self._of_host[member.host]
             self._state.pop(member.host, None)
-            self._prints.clear()
+        self._forget_prints(gone)
         self._add(new)
         for member in self._members.values():
             if not member.hooks and member.param.requires_grad and member.param.is_leaf:
@@ -313,18 +319,23 @@ class OffloadedOptimizer:
 
     def _hook(self, member: _Member) -> None:
         """Let a parameter tell when a gradient is about to be accumulated, and when it has been."""
-        handle, param = weakref.ref(self), weakref.ref(member.param)
+        arrived = functools.partial(_arrived, weakref.ref(self))
+        member.hooks = [member.param.register_post_accumulate_grad_hook(arrived)]  # type: ignore[no-untyped-call]
+        self._hook_node(member)
+
+    def _hook_node(self, member: _Member) -> None:
+        """Let what accumulates the gradients of a parameter now tell when one is about to be."""
+        about_to_arrive = functools.partial(_about_to_arrive, weakref.ref(self), weakref.ref(member.param))
         with torch.enable_grad():
             member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        member.hooks = [
-            member.node.register_prehook(functools.partial(_about_to_arrive, handle, param)),
-            member.param.register_post_accumulate_grad_hook(functools.partial(_arrived, handle)),  # type: ignore[no-untyped-call]
-        ]
+        member.hooks[1:] = [member.node.register_prehook(about_to_arrive)]
 
     def _about_to_arrive(self, param: Tensor) -> None:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
         member = self._members.get(param)
         if member is not None:
+            if not member.fits():
+                member.return_grad()
             member.adds = param.grad is member.away
             if member.adds:
                 param.grad = None
@@ -334,6 +345,10 @@ class OffloadedOptimizer:
         member, grad = self._members.get(param), param.grad
         if member is None or grad is None or not member.fits():
             return
+        if member.adds is None:  # the parameter was of another dtype or device in between
+            self._hook_node(member)
+        if grad.__class__ is AwayGradient:
+            raise RuntimeError(f"a gradient of a parameter of shape {tuple(param.shape)} {_TAKEN}")
         if not is_plain(grad) or grad.requires_grad:  # left to the step
             if member.adds:
                 raise RuntimeError(
@@ -353,7 +368,9 @@ class OffloadedOptimizer:
         grad, found = member.param.grad, member.grad
         if grad is None:
             found = None
-        elif grad.__class__ is not AwayGradient:
+        elif grad is not member.away:
+            if grad.__class__ is AwayGradient:
+                raise RuntimeError(f"the gradient of a parameter of shape {tuple(member.param.shape)} {_TAKEN}")
             if grad.layout is torch.strided:
                 member.adds = False
                 member.fetch_grad(grad.detach())
@@ -384,6 +401,14 @@ class OffloadedOptimizer:
             member.fetch_weights()
         if behind:
             self._prints.clear()
+
+    def _forget_prints(self, gone: Sequence[Tensor]) -> None:
+        """Forget the fingerprints of some parameters; those of the others are still to be compared."""
+        for device, (members, prints) in [*self._prints.items()] if gone else ():
+            left = [number for number, member in enumerate(members) if member.param in self._members]
+            self._prints[device] = [members[number] for number in left], prints[left]
+            if not left:
+                del self._prints[device]
 
     def _note_prints(self) -> None:
         """Take fingerprints of weights, on their devices, if they are not known."""
@@ -429,13 +454,13 @@ def _about_to_arrive(
 ) -> None:
     """Tell a handle that a gradient is coming; a hook, which keeps no optimizer alive."""
     offloaded, coming = handle(), param()
-    if offloaded is not None and coming is not None:
+    if offloaded is not None and coming is not None and offloaded.active:
         offloaded._about_to_arrive(coming)
 
 
 def _arrived(handle: "weakref.ref[OffloadedOptimizer]", param: Tensor) -> None:
     """Tell a handle that a parameter has a gradient; a hook, which keeps no optimizer alive."""
-    if (offloaded := handle()) is not None:
+    if (offloaded := handle()) is not None and offloaded.active:
         offloaded._arrived(param)
 
 
@@ -517,6 +542,10 @@ def _by_device(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from found.values()
 
 
+_TAKEN = (
+    "is in the CPU's memory already, where another optimizer that is offloaded has it; remove() the handle of that one "
+    "(`Optimizer.offload`), and drop the gradients with zero_grad()"
+)
 _NO_SCALER = (
     "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's memory; train "
     'in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass nonfinite="skip"'

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +31,47 @@ from surefoot.tensors.shards import to_local
 
 BUCKET_BYTES = 4 << 20
 """Bytes of gradients that are stepped together unless another size is asked for."""
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class PartialSteps(NamedTuple):
-    """How some of an optimizer's parameters are stepped, as it hands it over.
+class PartialSteps:
+    """How some of an optimizer's parameters are stepped, by two of its methods; it does not keep the optimizer alive.
 
-    Attributes:
+    Args:
         step_input: return all that a step of the optimizer is about.
         make: `make(step, cache)` makes a step of the parameters in the groups of `step` that have a gradient; it
             returns what the next step of the same may use again, and what telemetry is to get of them.
     """
 
-    step_input: Callable[[], StepInput]
-    make: Callable[[StepInput, StepCache | None], tuple[StepCache | None, list[ParamSlice]]]
+    def __init__(
+        self,
+        step_input: Callable[[], StepInput],
+        make: Callable[[StepInput, StepCache | None], tuple[StepCache | None, list[ParamSlice]]],
+    ) -> None:
+        self._step_input, self._make = weakref.WeakMethod(step_input), weakref.WeakMethod(make)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is still an optimizer."""
+        return self._step_input() is not None
+
+    def step_input(self) -> StepInput:
+        """Return all that a step of the optimizer is about."""
+        return _living(self._step_input)()
+
+    def make(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
+        """Make a step."""
+        return _living(self._make)(step, cache)
 
 
-@dataclass(eq=False, slots=True)
+def _living(method: "weakref.WeakMethod[Method]") -> Method:
+    found = method()
+    if found is None:
+        raise ReferenceError("the optimizer by which gradients were released is gone")
+    return found
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Param:
     """A parameter whose gradient is released.
 
@@ -70,8 +95,8 @@ class _Param:
     gradients: int = 0
     arrived: bool = False
 
-    def arrive(self, _: Tensor) -> None:
-        """Take a gradient that has come: the hook of the parameter.
+    def arrive(self) -> None:
+        """Take a gradient that has come, for the hook of the parameter.
 
         It runs once for each parameter, so that what is known of the bucket's first gradient is not asked again.
         """
@@ -83,6 +108,17 @@ class _Param:
                 released._step_full(bucket)
         elif (released := self.handle()) is not None:
             released._arrive(self)
+
+
+def _hook(member: _Param) -> Callable[[Tensor], None]:
+    """Return a hook that holds nothing: what it holds would never be freed if it has the parameter."""
+    known = weakref.ref(member)
+
+    def arrive(_: Tensor) -> None:
+        if (found := known()) is not None:
+            found.arrive()
+
+    return arrive
 
 
 @dataclass(eq=False, slots=True)
@@ -207,8 +243,8 @@ class ReleasedGradients:
 
     @property
     def active(self) -> bool:
-        """Whether gradients are released: until `remove` is called."""
-        return self._active
+        """Whether gradients are released: until `remove` is called, or the optimizer is gone."""
+        return self._active and self._partial_steps.possible
 
     def remove(self) -> None:
         """Release gradients no more; those that are there are left to `step`.  Calling it again does nothing."""
@@ -219,7 +255,8 @@ class ReleasedGradients:
             self._members.clear()
             self._buckets.clear()
             self._forget_iteration()
-            forget_norm(self._partial_steps.step_input().groups)
+            if self._partial_steps.possible:
+                forget_norm(self._partial_steps.step_input().groups)
 
     def __enter__(self) -> Self:
         return self
@@ -244,6 +281,8 @@ class ReleasedGradients:
     def _arrive(self, member: _Param) -> None:
         """Take a gradient, and decide what is to become of it."""
         with self._lock:
+            if not self.active:
+                return
             if not self._open:
                 self._begin()
                 if member.param not in self._members:  # in no group any more
@@ -315,7 +354,7 @@ class ReleasedGradients:
     def _step_full(self, bucket: _Bucket) -> None:
         """Step a bucket for which nothing else is to be decided."""
         with self._lock:
-            if bucket.waiting:  # no other thread has stepped it
+            if bucket.waiting and self.active:  # no other thread has stepped it
                 self._step(bucket)
 
     def _filling(self, device: torch.device) -> _Bucket:
@@ -331,7 +370,7 @@ class ReleasedGradients:
     def _step_waiting(self) -> None:
         """Step all that waits: the backward pass has come to its end, and streams have been waited for."""
         with self._lock:
-            for bucket in [each for each in self._buckets if each.waiting]:
+            for bucket in [each for each in self._buckets if each.waiting and self.active]:
                 if len(bucket.streams) > 1:
                     _keep_for_this_stream(member.param.grad for member in bucket.waiting)
                 self._step(bucket)
@@ -468,7 +507,7 @@ class ReleasedGradients:
                 member = self._members.pop(param, None)
                 if member is None:
                     member = _Param(weakref.ref(self), param)
-                    member.hook = param.register_post_accumulate_grad_hook(member.arrive)
+                    member.hook = param.register_post_accumulate_grad_hook(_hook(member))
                 member.group, member.index, member.bucket = number, index, None
                 members[param] = member
         for gone in self._members.values():
