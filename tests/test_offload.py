@@ -612,6 +612,58 @@ def adamw(model):
     return surefoot.AdamW(model.parameters())
 
 
+def test_a_compiled_loop():
+    def train(*, offloaded):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        optimizer = adamw(model)
+        if offloaded:
+            optimizer.offload(model)
+
+        def iterate():
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        iterate = torch.compile(iterate, backend="eager") if offloaded else iterate
+        for _ in range(3):
+            iterate()
+        return snapshot(optimizer)
+
+    torch._dynamo.reset()
+    assert_same(train(offloaded=True), train(offloaded=False))
+
+
+def test_gradients_of_another_dtype():
+    class Widened(torch.autograd.Function):
+        @staticmethod
+        def forward(_, weight):
+            return weight.float()
+
+        @staticmethod
+        def backward(_, grad):
+            return grad
+
+    def train(*, offloaded):
+        torch.manual_seed(0)
+        model = nn.ParameterList(torch.randn(4, 4).to(torch.bfloat16) for _ in range(2))
+        for param in model:
+            param.grad_dtype = None
+        optimizer = adamw(model)
+        if offloaded:
+            optimizer.offload(model)
+        for _ in range(2):
+            for _ in range(2):
+                sum(Widened.apply(param).square().sum() for param in model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return snapshot(optimizer)
+
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has gradients of the parameter's dtype only")
+    assert_same(train(offloaded=True), train(offloaded=False))
+
+
 def test_an_optimizer_that_is_gone_takes_no_gradients():
     model, other = Net(), Net()
     gc.disable()  # as long as nobody collects, what refers to itself is there

@@ -414,6 +414,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         if (released := self._releasing()) is not None:
             released.before_zero_grad()
+        if self._offloading() is None:
+            self._reset_grads(set_to_none)
+        else:
+            self._reset_grads_unseen(set_to_none)
+
+    def _reset_grads(self, set_to_none: bool) -> None:
         with _profiled(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             with_grad = [param for param in params if param.grad is not None]
@@ -431,6 +437,8 @@ class Optimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 for param in with_grad:
                     param.grad.zero_()
+
+    _reset_grads_unseen = opaque(_reset_grads)  # a compiler cannot look at gradients that are on the host
 
     # The step
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.distributed import refuse_divided_by_module
+from surefoot.dynamo import opaque
 from surefoot.locks import Lock
 from surefoot.state.check import format_param
 from surefoot.tensors import links
@@ -349,12 +350,12 @@ class OffloadedOptimizer:
             self._hook_node(member)
         if grad.__class__ is AwayGradient:
             raise RuntimeError(f"a gradient of a parameter of shape {tuple(param.shape)} {_TAKEN}")
-        if not is_plain(grad) or grad.requires_grad:  # left to the step
+        if not is_plain(grad) or grad.requires_grad or grad.dtype is not param.dtype:  # left to the step
             if member.adds:
                 raise RuntimeError(
-                    f"a gradient of a parameter of shape {tuple(param.shape)} is sparse, or has a graph "
-                    f"(create_graph=True), and cannot be added to one that is in the CPU's memory; call zero_grad() "
-                    f"before such backward passes"
+                    f"a gradient of a parameter of shape {tuple(param.shape)} is sparse, of another dtype, or has a "
+                    f"graph (create_graph=True), and cannot be added to one that is in the CPU's memory; call "
+                    f"zero_grad() before such backward passes"
                 )
             return
         with self._lock, torch.no_grad():
@@ -371,12 +372,14 @@ class OffloadedOptimizer:
         elif grad is not member.away:
             if grad.__class__ is AwayGradient:
                 raise RuntimeError(f"the gradient of a parameter of shape {tuple(member.param.shape)} {_TAKEN}")
-            if grad.layout is torch.strided:
+            if grad.layout is torch.strided and grad.dtype is member.param.dtype:
                 member.adds = False
                 member.fetch_grad(grad.detach())
                 found = member.grad
             else:
                 found = grad.detach().to("cpu")
+                if found.dtype is not member.host.dtype:
+                    member.host.grad_dtype = None  # any; the parameter has been told of such gradients
         if member.host.grad is not found:
             member.host.grad = found
 
@@ -449,6 +452,7 @@ def _prints(members: Sequence[_Member]) -> Tensor:
     return torch.stack([fingerprint(member.param.detach()) for member in members])
 
 
+@opaque
 def _about_to_arrive(
     handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", _: tuple[Any, ...]
 ) -> None:
@@ -458,6 +462,7 @@ def _about_to_arrive(
         offloaded._about_to_arrive(coming)
 
 
+@opaque
 def _arrived(handle: "weakref.ref[OffloadedOptimizer]", param: Tensor) -> None:
     """Tell a handle that a parameter has a gradient; a hook, which keeps no optimizer alive."""
     if (offloaded := handle()) is not None and offloaded.active:
