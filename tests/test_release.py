@@ -510,6 +510,24 @@ def test_a_norm_that_is_no_number_clips_nothing_later():
     assert optimizer.param_groups[0]["previous_grad_norm"] == norm
 
 
+@pytest.mark.filterwarnings("ignore:a step leaves out")
+def test_the_last_norm_is_of_gradients_that_were_used():
+    def norms(bucket_bytes):
+        model = Net()
+        optimizer = surefoot.SGD(model.parameters())
+        optimizer.release_gradients(
+            model, bucket_bytes=bucket_bytes, max_previous_grad_norm=1.0, nonfinite_params="skip"
+        )
+        for step in range(3):
+            (loss_of(model, 1) + (model.tied.weight.sum() * torch.nan if step < 2 else 0)).backward()
+            optimizer.step()
+            yield optimizer.param_groups[0]["previous_grad_norm"]
+
+    alone = list(norms(1))
+    assert alone == list(norms(1 << 20))
+    assert alone[0] < alone[2]
+
+
 def train_with_nan(make, released, at=3):
     """Train, one gradient of which is NaN once; plainly, it is then left out by hand."""
     model, telemetry = Net(), Noted()

@@ -476,6 +476,7 @@ class Optimizer(torch.optim.Optimizer):
             return self._run(step, cache)
         except NonFiniteParams as found:
             bad = set(found.params)
+        step.stepping.context.slices = []  # what was measured with them
         params = [param for group in step.groups for param in group["params"]]
         self._run(step._replace(grads={param: None if param in bad else param.grad for param in params}), None)
         warn_left_out(self._step_input(), [param for param in params if param in bad])
