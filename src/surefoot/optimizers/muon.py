@@ -234,9 +234,9 @@ def _is_size(value: object) -> bool:
 
 
 def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
-    """Step batches, on the CPU in memory that is there and several at once."""
+    """Step batches, on the CPU several at once and in the workspace."""
     visible = mode_is_active()
-    for some in _at_once(every):
+    for some in _joint_batches(every):
         if visible or not _gain_by_workspace(some):
             for batch in some:
                 _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
@@ -249,7 +249,7 @@ def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
         WORKSPACE.shrink()
 
 
-def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
+def _joint_batches(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
     """Yield batches that are computed at once: on the CPU those of one group, of so many elements together."""
     some: list[list[PreparedParam]] = []
     elements = 0
@@ -351,14 +351,14 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
 
 
 def _momenta_in(workspace: Workspace, batch: Sequence[PreparedParam]) -> Tensor:
-    """Do so for parameters of one shape and return a stack in a workspace, in the dtype of what is made orthogonal."""
+    """Average gradients of one shape into the buffers; return what is made orthogonal, stacked in a workspace."""
     h, shape, buffers = batch[0].h, (len(batch), *batch[0].param.shape), [row.state["momentum_buffer"] for row in batch]
     found = workspace.take(shape, h.ns_dtype or torch.bfloat16)
     wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
     if wide != buffers[0].dtype or not h.nesterov:
         return found.copy_(_stack(_momenta(batch)))
     grads = [row.grad.to(wide) for row in batch]
-    with workspace.passing():
+    with workspace.scope():
         if len(batch) > 1 and batch[0].param.numel() <= _SMALL:
             torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
             momenta = torch.stack(grads, out=workspace.take(shape, wide))
