@@ -742,7 +742,7 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: `model` is not a module, or one that DDP or FSDP1 has wrapped; the algorithm has a custom step
                 that takes all parameters at once.
             ValueError: no parameter is one of the model's; a group has `capturable` or `differentiable`; or
-                `bucket_bytes` is no number > 0.
+                `bucket_bytes` is not an integer >= 1.
             RuntimeError: a parameter is sharded, shares memory with another or has none; or gradients are released, or
                 the optimizer is offloaded, already.
 

@@ -47,13 +47,13 @@ def _divided(stage: Stage, sampled: Sequence[Slot], others: Sequence[Slot]) -> S
     count = sum(follows)
     if not all(follows[:count]):
         raise RuleError(f"{rule.name}: what follows from slots of every n-th element must be summed before all else")
-    kept = {name: (param, *(slots[slot] for slot in own)) for name, own in (("own", others), ("sampled", sampled))}
     first, rest = replace(rule, reductions=rule.reductions[:count]), replace(rule, reductions=rule.reductions[count:])
-    measures = _restricted(rest, others, (*kept["own"], *measured[count:]))
+    own = (param, *(slots[slot] for slot in others), *measured[count:])
+    apart = (param, *(slots[slot] for slot in sampled), *measured[:count])
     return replace(
         stage,
-        measures=measures,
-        sampled=_restricted(first, sampled, (*kept["sampled"], *measured[:count])) if count else None,
+        measures=_restricted(rest, others, own),
+        sampled=_restricted(first, sampled, apart) if count else None,
     )
 
 
