@@ -118,7 +118,7 @@ def _count(x: Tensor) -> int:
 
 
 def _divided(joint: Tensor, wide: Sequence[Tensor]) -> list[Tensor]:
-    """Return what of a stack is each one's, a matrix for a matrix."""
+    """Return the part of a joint stack that belongs to each, a matrix for a matrix."""
     if len(wide) == 1:
         return [joint]
     parts = torch.split(joint, [_count(x) for x in wide])
@@ -267,10 +267,12 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
     """
     alone = stacks[0] if len(stacks) == 1 and stacks[0].dim() == 1 + _MATRIX else None
     if workspace is None and alone is not None and len(blocks_of(alone.shape[1:], h).rows) == 1:
-        return [_together(h, alone)]
+        return [_orthogonal_stack(h, alone)]
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
-    made = iter(_apart(h, matrices) if workspace is None else _at_once(h, matrices, workspace))
+    made = iter(
+        _orthogonal_by_shape(h, matrices) if workspace is None else _orthogonal_in_workspace(h, matrices, workspace)
+    )
     found = []
     for stack, own in zip(stacks, parts, strict=True):
         rows = [next(made).reshape(len(stack), -1, each.size(-1)) for each in own]
@@ -285,20 +287,20 @@ def _matrices(stack: Tensor, blocks: Blocks) -> list[Tensor]:
     return list(torch.split(stack.reshape(len(stack), sum(blocks.rows), blocks.columns), list(blocks.rows), 1))
 
 
-def _apart(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Return what becomes of stacks of matrices, those of one shape together."""
+def _orthogonal_by_shape(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return stacks of matrices made orthogonal, those of one shape together."""
     alike: defaultdict[torch.Size, list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
         alike[stack.shape[1:]].append(index)
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
         own = [stacks[index] for index in numbers]
-        found |= zip(numbers, torch.split(_together(h, _joined(own)), list(map(len, own))), strict=True)
+        found |= zip(numbers, torch.split(_orthogonal_stack(h, _joined(own)), list(map(len, own))), strict=True)
     return [found[index] for index in range(len(stacks))]
 
 
-def _together(h: Any, stack: Tensor) -> Tensor:
-    """Return what becomes of matrices of one shape."""
+def _orthogonal_stack(h: Any, stack: Tensor) -> Tensor:
+    """Return a stack of matrices of one shape, made orthogonal."""
     made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(stack)]
     return _joined([each if each.dim() == stack.dim() else each.unsqueeze(0) for each in made])
 
@@ -308,7 +310,7 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _pieces(stack: Tensor) -> list[Tensor]:
-    """Return what of a stack is multiplied at once, on the CPU as much as its caches hold; a matrix if that is one."""
+    """Return the pieces of a stack that are multiplied at once, on the CPU as much as caches hold; one is a matrix."""
     most, elements = MOST_STACKED, math.prod(stack.shape[1:])
     if stack.is_cpu:
         most = min(most, _IN_CACHE // elements) if elements <= _LARGEST_STACKED else 1
@@ -316,8 +318,8 @@ def _pieces(stack: Tensor) -> list[Tensor]:
     return [piece if piece.size(0) > 1 else piece[0] for piece in pieces]
 
 
-def _at_once(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
-    """Return what becomes of stacks of matrices in a workspace, which are overwritten.
+def _orthogonal_in_workspace(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
+    """Return stacks of matrices, which are overwritten, made orthogonal in a workspace.
 
     A product of small matrices takes as long to start as to compute, so that polynomials of as many rows are computed
     together whatever they are multiplied with.

@@ -9,7 +9,7 @@ import torch
 
 import surefoot
 from surefoot import functional
-from surefoot.functional import kept
+from surefoot.functional import launch_cache
 from surefoot.tensors.memory import has_memory
 from surefoot.tensors.native import guards as native
 
@@ -58,8 +58,10 @@ def long_way(monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     """Return a list to which every step by a launch that was kept adds."""
-    found, run = [], kept.ListLaunch.run
-    monkeypatch.setattr(kept.ListLaunch, "run", lambda launch, *args: (found.append(launch), run(launch, *args)))
+    found, run = [], launch_cache.ListLaunch.run
+    monkeypatch.setattr(
+        launch_cache.ListLaunch, "run", lambda launch, *args: (found.append(launch), run(launch, *args))
+    )
     return found
 
 
@@ -287,7 +289,7 @@ def test_threads_step_lists_alike_at_once(long_way):
 
 
 def test_few_launches_are_kept():
-    launches = kept.KeptLaunches()
+    launches = launch_cache.LaunchCache()
     for number in range(10):
         launches._keep(number, None)
     assert len(launches._launches) == 4
