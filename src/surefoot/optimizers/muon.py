@@ -170,10 +170,9 @@ class Muon(Optimizer):
         ] = None,
         ns_dtype: Annotated[
             torch.dtype | None,
-            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
-            "bfloat16, as in torch, but for small matrices, and on processors that do not multiply that: there what is "
-            "made orthogonal, and what comes of it, are rounded so, and products are in float32, which takes a small "
-            "part of the time",
+            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
+            "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
+            "processors that do not multiply bfloat16",
         ] = None,
         state_dtype: Annotated[
             torch.dtype | None,
