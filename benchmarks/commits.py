@@ -39,7 +39,7 @@ PAUSE = 0.003
 
 
 class CommitError(Exception):
-    """What a user has asked for cannot be had; the text says why."""
+    """A commit, or its measurement, that the user asked for cannot be had; the message says why."""
 
 
 class Comparison(NamedTuple):
@@ -60,19 +60,19 @@ class Comparison(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[np.ndarray]) -> "Comparison":
-        """Put together what was measured: for each pair of processes seconds of shape (rounds, 2), old and new."""
+        """Return the comparison of times: for each pair of processes seconds, shape (rounds, 2), old and new."""
         old, new = np.concatenate(pairs).T
         ratios = [Quartiles.of(pair[:, 0] / pair[:, 1]) for pair in pairs]
         return cls(1e3 * np.median(old), 1e3 * np.median(new), Quartiles.of(old / new), ratios, len(old))
 
     def verdict(self) -> str:
-        """Say whether all pairs of processes show the same difference in at least three quarters of their rounds."""
+        """Return which is faster, if all pairs of processes show it in at least three quarters of their rounds."""
         if all(pair.q1 > 1 for pair in self.pairs):
             return "faster"
         return "slower" if all(pair.q3 < 1 for pair in self.pairs) else "no difference beyond the spread"
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Return all of it in a line."""
         ratio, medians = self.ratio, [pair.median for pair in self.pairs]
         return (
             f"old {self.old_ms:.4g} ms, new {self.new_ms:.4g} ms, old / new {ratio.median:.3f} "
@@ -142,7 +142,7 @@ def source_of(commit: str, repository: Path, folder: Path) -> Path:
 def run(
     commits: Sequence[str], selected: Sequence[Case], *, seconds: float, pairs: int, threads: int, repository: Path
 ) -> Iterator[tuple[Case, Comparison | str]]:
-    """Measure all cases with each pair of processes; then give for each what came out, or why it was left out."""
+    """Measure all cases with each pair of processes; then yield what came out of each, or why it was left out."""
     measured: list[list[np.ndarray]] = [[] for _ in selected]
     refused: dict[int, str] = {}
     with tempfile.TemporaryDirectory(prefix="surefoot-commits-") as temporary:

@@ -67,7 +67,7 @@ class Release(NamedTuple):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What versions are sorted by; what is no number does not count."""
+        """The numbers in the version, by which releases are sorted."""
         return tuple(map(int, re.findall(r"\d+", self.version)))
 
 

@@ -30,7 +30,7 @@ MASTERS = {"master_weight_bits": 32, "state_dtype": torch.float32}
 
 
 def _params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:
-    """Make parameters with gradients."""
+    """Return parameters with gradients."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     for param in params:
@@ -112,7 +112,8 @@ def _iterating(*, offloaded: bool) -> Callable[[], float]:
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    iterate(), iterate()
+    for _ in range(2):
+        iterate()
     taken = torch.cuda.max_memory_allocated() - before
     print(f"{'offloaded' if offloaded else 'on the device'}: {taken / 2**20:.0f} MiB beside weights")
     return lambda: timed(iterate)

@@ -30,7 +30,6 @@ def _torchs_products():
     from surefoot.optimizers import orthogonal  # noqa: PLC0415 (GPU tests may lack what it imports)
 
     orthogonal.multiplies_bfloat16 = lambda: True
-    orthogonal.SMALL_PRODUCT = 0
 
 
 KNOWN_BUGS: dict[str, str] = {}

@@ -16,11 +16,11 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM, LINE = 480, 32, 464, 8, 230, 19
 LEAST, MOST = 1.3, 3.2
 """Losses at the edges of the picture, in nats; what lies above is cut off."""
 TICKS = (1.5, 2.0, 2.5, 3.0)
-INSIDE = (
+CLIP = (
     f'<svg x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}" '
     f'viewBox="{LEFT} {TOP} {RIGHT - LEFT} {BOTTOM - TOP}">'
 )
-"""What cuts off what leaves the picture."""
+"""Clips what leaves the picture."""
 CHOSEN = ("#00897b", "#c2185b")
 REFERENCE, OTHER = "#e08a00", "#9e9e9e"
 
@@ -74,7 +74,7 @@ def picture_of(name: str) -> str:
     titles = [(colour, _title(curve)) for colour, curve in [*chosen, *((REFERENCE, curve) for curve in beside)]]
     lines = [
         *_axes(steps),
-        INSIDE,
+        CLIP,
         *(_path(curve.mean(), steps, OTHER, 0.8, 0.45) for curve in curves().values()),
         *(_path(curve.mean(), steps, REFERENCE, 2.0) for curve in beside),
         *(_path(points, steps, colour, 1.4) for colour, curve in chosen for points in curve.seeds),

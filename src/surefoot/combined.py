@@ -289,7 +289,7 @@ class Combined(Optimizer):
         self._set_modes("eval")
 
     def _set_modes(self, mode: str) -> None:
-        with self._at_home():
+        with self._on_host():
             for algorithm in self._algorithms.values():
                 if algorithm.has_modes:
                     with self._lent(algorithm):

@@ -150,17 +150,17 @@ class Optimizer(torch.optim.Optimizer):
     also_called: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What other implementations call hyperparameters and state, with our names for each; for `load_state_dict`."""
     complex_params: ClassVar[bool] = True
-    """Return whether complex parameters are taken."""
+    """Whether complex parameters are taken."""
     state_at_construction: ClassVar[bool] = False
-    """Return whether state exists from the constructor on, rather than from a parameter's first step."""
+    """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
     prepares_params: ClassVar[bool] = False
-    """Return whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    """Whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
     whole_tensors: ClassVar[bool] = False
-    """Return whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
+    """Whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
     has_modes: ClassVar[bool] = False
-    """Return whether groups have a `train_mode`, and steps are refused unless it is True."""
+    """Whether groups have a `train_mode`, and steps are refused unless it is True."""
     eval_slots: ClassVar[tuple[Slot, ...]] = ()
     """Tensors kept for each parameter while its group is in eval mode, and only then."""
     derived_state: ClassVar[tuple[str, ...]] = ()
@@ -463,6 +463,8 @@ class Optimizer(torch.optim.Optimizer):
             self._step_cache = self._run_with_finite(self._step_input(), cache)
         return loss
 
+    step.is_whole = True  # type: ignore[attr-defined]
+
     def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step the parameters of `step` that have gradients; return what the next step of the same may use again."""
         if self.is_rule():
@@ -471,7 +473,7 @@ class Optimizer(torch.optim.Optimizer):
         return None
 
     def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
-        """Do the same, but leave parameters out that `nonfinite_params` says are to be."""
+        """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
         try:
             return self._run(step, cache)
         except NonFiniteParams as found:
@@ -516,13 +518,13 @@ class Optimizer(torch.optim.Optimizer):
         """How many steps there were, and how many of them were skipped."""
         return self._stepping.statistics
 
-    step.is_whole = True  # type: ignore[attr-defined]
-
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
         loss = self.evaluate(closure)
         self._run_with_finite(self._step_input(), None)
         return loss
+
+    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
 
     def _prepare_and_step(self, step: StepInput) -> None:
         """Check and step the parameters of `step` that have gradients."""
@@ -542,10 +544,8 @@ class Optimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
-    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
-
     def _step_at_once(self) -> bool:
-        """Make a step by what the last one has left behind, if nothing is asked for beside the update.
+        """Step by what the last step has left, if nothing is asked for beside the update; return whether it was done.
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
@@ -562,7 +562,7 @@ class Optimizer(torch.optim.Optimizer):
         cache: StepCache | None,
         step_input: Callable[[], StepInput],
     ) -> bool:
-        """Make a step before which nothing has changed; return whether it is one, else nothing has been done.
+        """Step if nothing has changed since the last step; return whether it was done, else nothing has changed.
 
         Args:
             stepping: options and context.
@@ -585,13 +585,13 @@ class Optimizer(torch.optim.Optimizer):
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        """Step parameters for a step that is nothing else: `prepared(step)`."""
+        """Step prepared parameters; what an algorithm with `step = Optimizer._prepared_step` defines."""
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
         """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step.
 
-        The step of an offloaded optimizer is observed, too: it is made elsewhere.
+        The step of an offloaded optimizer counts as observed, too: it is made elsewhere.
         """
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
@@ -751,7 +751,7 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: `model` is not a module, or one that DDP or FSDP1 has wrapped; the algorithm has a custom step
                 that takes all parameters at once.
             ValueError: no parameter is one of the model's; a group has `capturable` or `differentiable`; or
-                `bucket_bytes` is no number > 0.
+                `bucket_bytes` is not an integer >= 1.
             RuntimeError: a parameter is sharded, shares memory with another or has none; or gradients are released, or
                 the optimizer is offloaded, already.
 
@@ -792,11 +792,11 @@ class Optimizer(torch.optim.Optimizer):
         return param if offloaded is None else offloaded.host_param(param)
 
     @contextmanager
-    def _at_home(self, *, wait: bool = True) -> Iterator[None]:
-        """Let groups and state be those that are on the host inside of a `with` block, where it is offloaded.
+    def _on_host(self, *, wait: bool = True) -> Iterator[None]:
+        """Let groups and state be the host's inside of a `with` block, where the optimizer is offloaded.
 
         Args:
-            wait: whether all gradients must be there, and weights may be written, from the beginning.
+            wait: first wait for all gradients, and until weights may be written.
         """
         offloaded = self._offloading()
         if offloaded is None or offloaded.inside:
@@ -812,8 +812,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._leave_host(offloaded)
 
     @contextmanager
-    def _abroad(self) -> Iterator[None]:
-        """Undo `_at_home` inside of a `with` block, for what a user's closure does in a step."""
+    def _on_device(self) -> Iterator[None]:
+        """Undo `_on_host` inside of a `with` block, for what a user's closure does in a step."""
         offloaded = self._offloading()
         if offloaded is None or not offloaded.inside:
             yield
@@ -839,7 +839,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is None:
             return None
         step = self._step_input()
-        with failures_told(step, due_exchange(step)), self._abroad(), torch.enable_grad():
+        with failures_told(step, due_exchange(step)), self._on_device(), torch.enable_grad():
             loss = closure()
             refuse_eval_mode(self.spec, self.param_groups)
             return loss
@@ -980,7 +980,7 @@ class Optimizer(torch.optim.Optimizer):
             released.refuse_open("state_dict()")
         for hook in self._hooks("state_dict_pre"):
             hook(self)
-        with self._at_home():
+        with self._on_host():
             result = self._numbered_state()
         for hook in self._hooks("state_dict_post"):
             result = _or(hook(self, result), result)
@@ -1059,13 +1059,13 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._hooks("load_state_dict_pre"):
             state_dict = _or(hook(self, state_dict), state_dict)
-        with self._at_home():
+        with self._on_host():
             target = LoadTarget(self.spec, self._defaults_of, self.param_groups, self.state, self._check_loaded)
             loaded = load(target, state_dict, strict=strict)
         before = dict(self.__dict__)
         groups, state = loaded.param_groups, loaded.state
         if (offloaded := self._offloading()) is not None:
-            groups, state = offloaded.abroad(groups, state)
+            groups, state = offloaded.device_view(groups, state)
         new = {"state": state, "param_groups": groups}
         try:
             self.__setstate__(new)
@@ -1112,7 +1112,7 @@ class Optimizer(torch.optim.Optimizer):
             >>> optimizer = optimizer.to()  # and back
         """
         target = None if device is None else torch.device(device)
-        with self._at_home():
+        with self._on_host():
             pairs = [(group, param) for group in self.param_groups for param in group["params"] if param in self.state]
             moved = [
                 relocated(self.spec.of(group), group, self.state[param], target or param.device)
@@ -1231,7 +1231,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             self._begin_step(positional[1:], kwargs)
-            with context, self._at_home(wait=False):
+            with context, self._on_host(wait=False):
                 result = step(*positional, **kwargs)
                 metrics = self._finish_step()
             try:

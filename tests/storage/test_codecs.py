@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from surefoot.codegen.compile import build_kernel
 from surefoot.codegen.threads import run_on_threads
 from surefoot.engines.cpu.source import _STORAGE
-from surefoot.storage import BLOCK, decode, encode, format_8_bits, format_16_bits, random_bits, scale_shape
+from surefoot.storage import BLOCK, codecs, decode, encode, format_8_bits, format_16_bits, random_bits, scale_shape
 
 BF16, F16 = torch.bfloat16, torch.float16
 ALL_16 = torch.arange(1 << 16).to(torch.int32).to(torch.int16)
@@ -320,3 +320,13 @@ def test_codes_do_not_depend_on_the_pieces_in_which_they_are_made(signed, random
     whole = encode(kept, value, noise)
     monkeypatch.setattr("surefoot.storage.codecs._PIECE", 2 * BLOCK)
     assert all(map(torch.equal, encode(kept, value, noise), whole))
+
+
+def test_nothing_is_computed_in_pieces_where_there_is_nothing_to_compute(monkeypatch):
+    """On the meta device; a large model took minutes there."""
+    made = []
+    encode_piece = codecs._encode_piece
+    monkeypatch.setattr(codecs, "_encode_piece", lambda *given: made.append(given) or encode_piece(*given))
+    codes, scales = encode(format_8_bits(signed=True), torch.empty(1 << 15, 1 << 15, device="meta"), None)
+    assert (codes.shape, scales.shape) == ((1 << 15, 1 << 15), scale_shape((1 << 15, 1 << 15)))
+    assert len(made) == 1

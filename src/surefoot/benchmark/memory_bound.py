@@ -32,7 +32,7 @@ class Traffic(Optimizer):
 
 @functools.cache
 def _traffic(slots: int, kinds: tuple[Passes, ...]) -> Any:
-    """Make the class for rules of so many slots; each kind of parameter has passes of its own, and a flag."""
+    """Return the class for rules of so many slots; each kind of parameter has passes of its own, and a flag."""
     names = [f"kind{number}" for number in range(len(kinds))]
 
     def update(*arrays_coefficients_flags: Any) -> Any:
@@ -44,7 +44,7 @@ def _traffic(slots: int, kinds: tuple[Passes, ...]) -> Any:
 
 
 def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:
-    """Add once for each array that is read, and once for each that is written.
+    """Return the new arrays: one addition for each that is read, and one for each that is written.
 
     Each sum is added to what is summed next, and the last to the parameter, times zero: so none can be left out.
     """
@@ -57,7 +57,7 @@ def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:
 
 
 def memory_bound_of(optimizer: Optimizer) -> Optimizer:
-    """Make the memory bound of an optimizer whose algorithm is a rule: its parameters, and slots kept like its own."""
+    """Return the memory bound of an optimizer whose algorithm is a rule: its parameters, slots kept like its own."""
     group = optimizer.param_groups[0]
     kinds: dict[Passes, list[Tensor]] = {}
     for param in group["params"]:

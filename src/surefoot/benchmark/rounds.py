@@ -56,7 +56,7 @@ class Contender:
 
     @property
     def compile_seconds(self) -> float:
-        """What the first steps took beyond what a step takes."""
+        """Seconds that the first steps took beyond what a step takes."""
         return sum(self.warm_up) - len(self.warm_up) * self.warm_up[-1]
 
 
@@ -102,7 +102,7 @@ def check_memory(case: Case, *, compiled: bool = False) -> None:
 
 
 def bytes_needed(case: Case, *, compiled: bool = False) -> int:
-    """About how much memory measuring takes: shared gradients, what each contender has, and torch's temporaries."""
+    """Return about how many bytes measuring takes: shared gradients, each contender's own, torch's temporaries."""
     optimizer = getattr(surefoot, case.variant.optimizer)([torch.zeros(1)], **case.variant.options)
     own = 1 + len(rule_of(optimizer, optimizer.param_groups[0]).slots)
     contenders, temporaries = len(contenders_of(case.variant, compiled=compiled)), 3
@@ -121,19 +121,19 @@ def _free_memory() -> float:
 
 
 def gradients(case: Case) -> list[Tensor]:
-    """Make the gradients of a case."""
+    """Return the gradients of a case."""
     tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).mul_(0.01).to(case.dtype)
     return [_tiled(tile, math.prod(shape)).reshape(shape) for shape in case.shapes.shapes]
 
 
 def _tiled(tile: Tensor, elements: int) -> Tensor:
-    """Repeat `tile`: drawing a hundred million numbers would take longer than timing steps on them."""
+    """Return a repeated `tile`: drawing a hundred million numbers would take longer than timing steps on them."""
     copies = -(-elements // len(tile))
     return tile[:elements].clone() if copies == 1 else tile.repeat(copies)[:elements]
 
 
 def _prepare(case: Case, make: Maker, grads: Sequence[Tensor]) -> Contender:
-    """Make a contender and take its first steps."""
+    """Return a contender that has taken its first steps."""
     params = [Parameter(torch.zeros(shape, dtype=case.dtype)) for shape in case.shapes.shapes]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
@@ -145,7 +145,7 @@ def _prepare(case: Case, make: Maker, grads: Sequence[Tensor]) -> Contender:
 
 
 def wrong_contenders(variant: Variant, dtype: torch.dtype) -> list[str]:
-    """Find the contenders whose step computes something else than the reference, on a tensor of moderate size.
+    """Return the contenders whose step computes something else than the reference, on a tensor of moderate size.
 
     In torch 2.13 the fused SGD leaves most of a 16-bit parameter unchanged (pytorch#191763), in however little time.
     """

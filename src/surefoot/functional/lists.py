@@ -2,7 +2,7 @@
 
 A function is declared by its arguments alone, and where torch has no such function they follow from the class.  Which
 of them are slots, scalars and hyperparameters is read from the class, and a call hands them to the step that the class
-would make.  What is kept of a call is in `kept`.
+would make.  What a call keeps for the next is in `launch_cache`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 from surefoot import optimizers
 from surefoot.dynamo import opaque
 from surefoot.functional.call import Stored, active, begins_with_nothing, rounds, run, step_input
-from surefoot.functional.kept import KeptLaunches
+from surefoot.functional.launch_cache import LaunchCache
 from surefoot.optimizer import Optimizer
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.spec import ENGINE_OPTIONS, STORAGE_OPTIONS
@@ -53,7 +53,7 @@ _ENGINE_OPTIONS: Mapping[str, Any] = {
 
 
 def steps_lists(name: str) -> Callable[[Callable[Given, dict[str, Any]]], Callable[Given, None]]:
-    """Make a function that steps lists by an algorithm from its declaration, which returns its arguments by name."""
+    """Return a decorator that makes a step on lists of a declaration, which returns its arguments by name."""
 
     def made(declared: Callable[Given, dict[str, Any]]) -> Callable[Given, None]:
         @functools.cache
@@ -144,7 +144,7 @@ class Arguments:
         lists: for each slot and scalar the name of its list.
         tuples: for each hyperparameter that is a tuple the names of its numbers.
         options: the names of the other hyperparameters and of engine options.
-        kept: what calls keep.
+        launches: what calls keep.
     """
 
     optimizer: Optimizer
@@ -152,11 +152,11 @@ class Arguments:
     lists: Mapping[Stored, str]
     tuples: Mapping[str, tuple[str, ...]]
     options: tuple[str, ...]
-    kept: KeptLaunches = field(default_factory=KeptLaunches)
+    launches: LaunchCache = field(default_factory=LaunchCache)
 
     @classmethod
     def of(cls, kind: Callable[..., Optimizer], names: Sequence[str]) -> "Arguments":
-        """Find what arguments of these names are to an algorithm."""
+        """Return what arguments of these names are to an algorithm."""
         optimizer = kind([torch.zeros(1, 1)])
         stored: tuple[Stored, ...] = (*optimizer.spec.slots, *optimizer.spec.active_scalars({}))
         candidates = {each: [name for name in _list_names(each) if name in names] for each in stored}
@@ -173,7 +173,7 @@ class Arguments:
         stored = active(self.optimizer.spec, group)
         scale, found_inf = given.get("grad_scale"), given.get("found_inf")
         known = step_input(self.optimizer, group, (), {}, list)._replace(grad_scale=scale, found_inf=found_inf)
-        if self.kept.step(known, self._columns(given, stored)):
+        if self.launches.step(known, self._columns(given, stored)):
             return
         self._check_lists(given, group, stored)
         with torch.set_grad_enabled(bool(group.get("differentiable")) and torch.is_grad_enabled()):
@@ -280,7 +280,7 @@ class Arguments:
         inside = {**group, "params": params, "param_names": names}
         step = step_input(self.optimizer, inside, grads, state, lambda: names)
         step = step._replace(grad_scale=scaling[0], found_inf=scaling[1])
-        run(self.optimizer, step, functools.partial(self.kept.keep, step, self._columns(given, stored)))
+        run(self.optimizer, step, functools.partial(self.launches.keep, step, self._columns(given, stored)))
         for slot in (each for each in stored if isinstance(each, Slot)):
             for row, param in zip(rows, params, strict=True):
                 if given[self.lists[slot]][row] is None and slot.name in state[param]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surefoot.dynamo import opaque
 from surefoot.functional.call import active, begins_with_nothing, rounds, run, step_input
-from surefoot.functional.kept import KeptLaunches
+from surefoot.functional.launch_cache import LaunchCache
 from surefoot.optimizer import Optimizer
 from surefoot.rule import EMA, AlgorithmSpec, Scalar
 from surefoot.state.make import scalar_device
@@ -134,9 +134,9 @@ def _made(kind: Callable[..., Optimizer], hyperparameters: tuple[tuple[str, Any]
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(_: AlgorithmSpec) -> KeptLaunches:
-    """Return what steps of an algorithm keep."""
-    return KeptLaunches()
+def _launches(_: AlgorithmSpec) -> LaunchCache:
+    """Return the launch cache of an algorithm."""
+    return LaunchCache()
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -249,13 +249,13 @@ class _Rows(NamedTuple):
                 yield param if carries else param.requires_grad_(old.requires_grad), new
 
     def _run(self, step: StepInput, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
-        """Make a step in place, as the last one like it was made if that can be."""
+        """Make a step in place, by a cached launch if one fits."""
         stored = active(step.spec, self.group) if self.optimizer.is_rule() else ()
         columns: list[list[Any]] = [[entry.get(each.name) for entry in entries] for each in stored]
         columns[:0] = params, self.grads
-        kept = _kept(self.optimizer.spec)
-        if not kept.step(step, columns):
-            run(self.optimizer, step, functools.partial(kept.keep, step, columns))
+        launches = _launches(self.optimizer.spec)
+        if not launches.step(step, columns):
+            run(self.optimizer, step, functools.partial(launches.keep, step, columns))
 
     def evaluated(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Evaluate the rule by torch's operations."""

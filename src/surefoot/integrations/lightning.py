@@ -7,7 +7,7 @@ try:
 except ImportError:  # the same under its older name
     from pytorch_lightning import Callback
 
-from surefoot.integrations.logged import Newest
+from surefoot.integrations.logged import LatestRecord
 from surefoot.telemetry.telemetry import Parameters
 
 
@@ -28,14 +28,14 @@ class TelemetryCallback(Callback):  # type: ignore[misc] # of a framework that n
 
     def __init__(self, parameters: Parameters = None) -> None:
         self._parameters = parameters
-        self._newest: list[Newest] = []
+        self._newest: list[LatestRecord] = []
 
     def on_train_start(self, trainer: Any, _module: Any) -> None:
         """Find the telemetry."""
         several = len(trainer.optimizers) > 1
         prefixes = [f"telemetry/{number}/" if several else "telemetry/" for number in range(len(trainer.optimizers))]
         pairs = zip(trainer.optimizers, prefixes, strict=True)
-        self._newest = [Newest(optimizer, self._parameters, prefix) for optimizer, prefix in pairs]
+        self._newest = [LatestRecord(optimizer, self._parameters, prefix) for optimizer, prefix in pairs]
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         """Log the newest step's numbers when the Trainer logs."""

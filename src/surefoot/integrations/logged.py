@@ -7,7 +7,7 @@ from surefoot.telemetry.record import QUANTITIES, Record
 from surefoot.telemetry.telemetry import Parameters, Selection, Telemetry
 
 
-class Newest:
+class LatestRecord:
     """The numbers of an optimizer's newest record, each record's once.
 
     Args:

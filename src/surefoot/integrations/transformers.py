@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from surefoot.integrations.logged import Newest
+from surefoot.integrations.logged import LatestRecord
 from surefoot.telemetry.telemetry import Parameters
 
 
@@ -25,7 +25,7 @@ class TelemetryCallback(TrainerCallback):  # type: ignore[misc] # of a framework
 
     def __init__(self, parameters: Parameters = None) -> None:
         self._parameters = parameters
-        self._newest: Newest | None = None
+        self._newest: LatestRecord | None = None
 
     def attach(self, trainer: Any) -> "TelemetryCallback":
         """Put this callback before all others of a `trainer`, and return it."""
@@ -34,7 +34,7 @@ class TelemetryCallback(TrainerCallback):  # type: ignore[misc] # of a framework
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, **given: Any) -> None:
         """Find the telemetry."""
-        self._newest = Newest(given["optimizer"], self._parameters)
+        self._newest = LatestRecord(given["optimizer"], self._parameters)
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Add the newest step's numbers to what is logged with a loss."""

@@ -170,10 +170,9 @@ class Muon(Optimizer):
         ] = None,
         ns_dtype: Annotated[
             torch.dtype | None,
-            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None it is "
-            "bfloat16, as in torch, but for small matrices, and on processors that do not multiply that: there what is "
-            "made orthogonal, and what comes of it, are rounded so, and products are in float32, which takes a small "
-            "part of the time",
+            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
+            "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
+            "processors that do not multiply bfloat16",
         ] = None,
         state_dtype: Annotated[
             torch.dtype | None,
@@ -234,9 +233,9 @@ def _is_size(value: object) -> bool:
 
 
 def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
-    """Step batches, on the CPU in memory that is there and several at once."""
+    """Step batches, on the CPU several at once and in the workspace."""
     visible = mode_is_active()
-    for some in _at_once(every):
+    for some in _joint_batches(every):
         if visible or not _gain_by_workspace(some):
             for batch in some:
                 _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
@@ -249,7 +248,7 @@ def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
         WORKSPACE.shrink()
 
 
-def _at_once(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
+def _joint_batches(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
     """Yield batches that are computed at once: on the CPU those of one group, of so many elements together."""
     some: list[list[PreparedParam]] = []
     elements = 0
@@ -279,7 +278,7 @@ def _apply(batch: list[PreparedParam], directions: Tensor) -> None:
     """Step parameters of one shape, of which a stack of directions is known."""
     h, params = batch[0].h, [row.param for row in batch]
     blocks, each = blocks_of(params[0].shape, h), list(directions.unbind())
-    if _asks_for_more(h, blocks):
+    if _is_finished_apart(h, blocks):
         _finish_batch(batch, blocks, each)
         return
     shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
@@ -311,7 +310,7 @@ def _step_sharded(rows: list[PreparedParam]) -> None:
     finished = []
     for number, direction in exchange.divide(directions, updates[0]).items():
         row, shard, blocks = rows[number], shards[number], blocks_of(rows[number].param.shape, rows[number].h)
-        if _asks_for_more(row.h, blocks):
+        if _is_finished_apart(row.h, blocks):
             lengths = _lengths_here(blocks, row.param.shape, exchange.indices(number))
             finished.append(_Update(shard, row.param, blocks, lengths, direction))
         else:
@@ -351,14 +350,14 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
 
 
 def _momenta_in(workspace: Workspace, batch: Sequence[PreparedParam]) -> Tensor:
-    """Do so for parameters of one shape and return a stack in a workspace, in the dtype of what is made orthogonal."""
+    """Average gradients of one shape into the buffers; return what is made orthogonal, stacked in a workspace."""
     h, shape, buffers = batch[0].h, (len(batch), *batch[0].param.shape), [row.state["momentum_buffer"] for row in batch]
     found = workspace.take(shape, h.ns_dtype or torch.bfloat16)
     wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
     if wide != buffers[0].dtype or not h.nesterov:
         return found.copy_(_stack(_momenta(batch)))
     grads = [row.grad.to(wide) for row in batch]
-    with workspace.passing():
+    with workspace.scope():
         if len(batch) > 1 and batch[0].param.numel() <= _SMALL:
             torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
             momenta = torch.stack(grads, out=workspace.take(shape, wide))
@@ -457,12 +456,13 @@ class _Update(NamedTuple):
 _AddUp = Callable[[Sequence[PartialSum]], list[Tensor]]
 
 
-def _as_they_are(sums: Sequence[PartialSum]) -> list[Tensor]:
+def _sums_of_wholes(sums: Sequence[PartialSum]) -> list[Tensor]:
     """Return sums over tensors that are whole."""
     return [each.values for each in sums]
 
 
-def _asks_for_more(h: SimpleNamespace, blocks: Blocks) -> bool:
+def _is_finished_apart(h: SimpleNamespace, blocks: Blocks) -> bool:
+    """Return whether a direction is normalised, masked or scaled by block before it is added."""
     return h.normuon or blocks.shape is None or any(getattr(h, name, False) for name in DIRECTED)
 
 
@@ -487,7 +487,7 @@ def _finish_batch(batch: Sequence[PreparedParam], blocks: Blocks, directions: Se
     large = first.param.is_cpu and first.param.numel() > _SMALL
     if count == 1 or large or count * first.param.numel() > _MOST_FINISHED:
         for row, direction in zip(batch, directions, strict=True):
-            _finish([_Update(row, row.param, blocks, blocks.rows, direction)], _as_they_are)
+            _finish([_Update(row, row.param, blocks, blocks.rows, direction)], _sums_of_wholes)
         return
     held = {"second_momentum_buffer": [row.state["second_momentum_buffer"] for row in batch]} if first.h.normuon else {}
     state = {name: torch.stack(values) for name, values in held.items()}
@@ -495,7 +495,7 @@ def _finish_batch(batch: Sequence[PreparedParam], blocks: Blocks, directions: Se
     row = PreparedParam(first.h, torch.stack(params), torch.stack([row.grad for row in batch]), state)
     rows = blocks.rows * count
     stacked = blocks._replace(rows=rows, row_dims=blocks.row_dims + 1)
-    _finish([_Update(row, row.param, stacked, rows, torch.stack(list(directions)))], _as_they_are)
+    _finish([_Update(row, row.param, stacked, rows, torch.stack(list(directions)))], _sums_of_wholes)
     for name, values in held.items():
         for value, new in zip(values, state[name].unbind(), strict=True):
             value.copy_(new)

@@ -45,11 +45,10 @@ A product of small matrices takes as long to start as to compute: 64 matrices of
 the time that they take one by one, 8 of 192 two thirds.  Results are the same, bit for bit, but of matrices of 16 rows
 and columns or less, where one in a hundred is rounded otherwise.
 """
-_ROUNDED_OTHERWISE = 16
-SMALL_PRODUCT = 1 << 17
-"""Multiplications below which products are in float32, as in bfloat16 each takes 30 microseconds to start.
+_TINY = 16
+"""Rows and columns up to which a product in float32, rounded, takes a fraction of the time of one in bfloat16.
 
-From here on several threads share one, and sum in another order than a single thread.
+Sums of so few have the same bits, whatever their order, but for one matrix in some dozens.
 """
 
 
@@ -69,19 +68,21 @@ def newton_schulz(
             `"polar_express"` (Amsel et al. 2025, arXiv 2505.16932), before which X is divided by another 1.01.
         steps: number of iterations.
         eps: least norm to divide by.
-        dtype: that of the products.  With None the matrix and the result are rounded to bfloat16, and the products too
-            unless they are slow there: see `product_dtype`.
+        dtype: that of the products.  With None they are rounded to bfloat16, wherever they are computed: see
+            `product_dtype`.
 
     Returns:
         A new tensor of the same shape in that dtype, bfloat16 with None.
     """
-    x = matrix.to(dtype or torch.bfloat16).to(product_dtype(dtype, matrix))
+    x = matrix.to(dtype or torch.bfloat16)
     wide = x.mT if x.size(-2) > x.size(-1) else x
-    made = wide / _divisors(wide, coefficients, eps)
+    made = (wide / _divisors(wide, coefficients, eps)).to(product_dtype(dtype, matrix))
+    rounded = made.dtype != x.dtype
     for a, b, c in polynomials(coefficients, steps):
-        gram = _multiply(made, made.mT)
-        made = _multiply_add(made, _multiply_add(gram, gram, gram, beta=b, alpha=c), made, beta=a)
-    return (made.mT if wide is not x else made).to(dtype or torch.bfloat16)
+        gram = _multiply(made, made.mT, rounded=rounded)
+        polynomial = _multiply_add(gram, gram, gram, beta=b, alpha=c, rounded=rounded)
+        made = _multiply_add(made, polynomial, made, beta=a, rounded=rounded)
+    return (made.mT if wide is not x else made).to(x.dtype)
 
 
 def _divisors(x: Tensor, coefficients: Polynomials, eps: float) -> Tensor:
@@ -92,7 +93,12 @@ def _divisors(x: Tensor, coefficients: Polynomials, eps: float) -> Tensor:
 
 
 def _iterate(
-    wide: list[Tensor], spare: list[Tensor], coefficients: Sequence[Coefficients], workspace: Workspace
+    wide: list[Tensor],
+    spare: list[Tensor],
+    coefficients: Sequence[Coefficients],
+    workspace: Workspace,
+    *,
+    rounded: bool,
 ) -> None:
     """Overwrite matrices, or stacks of them, by turns in their own and in spare memory; the last turn has the results.
 
@@ -103,13 +109,13 @@ def _iterate(
     gram, polynomial = workspace.take(shape, dtype), workspace.take(shape, dtype)
     grams, ways = _divided(gram, wide), _divided(polynomial, wide)
     for x, own in zip(wide, grams, strict=True):
-        _multiply(x, x.mT, own)
+        _multiply(x, x.mT, own, rounded=rounded)
     for left, (a, b, c) in zip(reversed(range(len(coefficients))), coefficients, strict=True):
-        _multiply_add(gram, gram, gram, polynomial, beta=b, alpha=c)
+        _multiply_add(gram, gram, gram, polynomial, beta=b, alpha=c, rounded=rounded)
         for x, way, other, own in zip(wide, ways, spare, grams, strict=True):
-            _multiply_add(x, way, x, other, beta=a)
+            _multiply_add(x, way, x, other, beta=a, rounded=rounded)
             if left:
-                _multiply(other, other.mT, own)
+                _multiply(other, other.mT, own, rounded=rounded)
         wide, spare = spare, list(map(_contiguous, wide))
 
 
@@ -118,7 +124,7 @@ def _count(x: Tensor) -> int:
 
 
 def _divided(joint: Tensor, wide: Sequence[Tensor]) -> list[Tensor]:
-    """Return what of a stack is each one's, a matrix for a matrix."""
+    """Return the part of a joint stack that belongs to each, a matrix for a matrix."""
     if len(wide) == 1:
         return [joint]
     parts = torch.split(joint, [_count(x) for x in wide])
@@ -130,28 +136,34 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.mT.view(x.shape)
 
 
-def _multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+def _multiply(x: Tensor, y: Tensor, out: Tensor | None = None, *, rounded: bool) -> Tensor:
     multiply = torch.mm if x.dim() == _MATRIX else torch.bmm
-    return multiply(x, y, out=out)
+    made = multiply(x, y, out=out)
+    return _round(made) if rounded else made
 
 
 def _multiply_add(
-    x: Tensor, y: Tensor, z: Tensor, out: Tensor | None = None, *, beta: float, alpha: float = 1.0
+    x: Tensor, y: Tensor, z: Tensor, out: Tensor | None = None, *, beta: float, alpha: float = 1.0, rounded: bool
 ) -> Tensor:
     multiply_add = torch.addmm if x.dim() == _MATRIX else torch.baddbmm
-    return multiply_add(x, y, z, beta=beta, alpha=alpha, out=out)
+    made = multiply_add(x, y, z, beta=beta, alpha=alpha, out=out)
+    return _round(made) if rounded else made
+
+
+def _round(product: Tensor) -> Tensor:
+    """Round to bfloat16 in place what was computed in float32: products in bfloat16 are summed in float32, too."""
+    return product.copy_(product.to(torch.bfloat16))
 
 
 def product_dtype(asked: torch.dtype | None, matrix: Tensor) -> torch.dtype:
-    """Return the dtype in which matrices of a shape are multiplied: the one asked for, or the fastest.
+    """Return the dtype in which products of matrices of a shape are computed: the one asked for, or the fastest.
 
-    Without one it is bfloat16, but float32 on processors that do not multiply bfloat16, and for matrices that are so
-    small that a product in bfloat16 takes longer to start: a matrix's own shape decides, never what is stacked.
+    Without one it is bfloat16, but float32, rounded to bfloat16, on processors that do not multiply bfloat16 and for
+    matrices so small that a product in bfloat16 takes longer to start.
     """
     if asked is not None:
         return asked
-    rows, columns = sorted(matrix.shape[-2:])
-    slow = matrix.is_cpu and (rows * rows * columns < SMALL_PRODUCT or not multiplies_bfloat16())
+    slow = matrix.is_cpu and (max(matrix.shape[-2:]) <= _TINY or not multiplies_bfloat16())
     return torch.float32 if slow else torch.bfloat16
 
 
@@ -267,10 +279,12 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
     """
     alone = stacks[0] if len(stacks) == 1 and stacks[0].dim() == 1 + _MATRIX else None
     if workspace is None and alone is not None and len(blocks_of(alone.shape[1:], h).rows) == 1:
-        return [_together(h, alone)]
+        return [_orthogonal_stack(h, alone)]
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
-    made = iter(_apart(h, matrices) if workspace is None else _at_once(h, matrices, workspace))
+    made = iter(
+        _orthogonal_by_shape(h, matrices) if workspace is None else _orthogonal_in_workspace(h, matrices, workspace)
+    )
     found = []
     for stack, own in zip(stacks, parts, strict=True):
         rows = [next(made).reshape(len(stack), -1, each.size(-1)) for each in own]
@@ -285,20 +299,20 @@ def _matrices(stack: Tensor, blocks: Blocks) -> list[Tensor]:
     return list(torch.split(stack.reshape(len(stack), sum(blocks.rows), blocks.columns), list(blocks.rows), 1))
 
 
-def _apart(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Return what becomes of stacks of matrices, those of one shape together."""
+def _orthogonal_by_shape(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return stacks of matrices made orthogonal, those of one shape together."""
     alike: defaultdict[torch.Size, list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
         alike[stack.shape[1:]].append(index)
     found: dict[int, Tensor] = {}
     for numbers in alike.values():
         own = [stacks[index] for index in numbers]
-        found |= zip(numbers, torch.split(_together(h, _joined(own)), list(map(len, own))), strict=True)
+        found |= zip(numbers, torch.split(_orthogonal_stack(h, _joined(own)), list(map(len, own))), strict=True)
     return [found[index] for index in range(len(stacks))]
 
 
-def _together(h: Any, stack: Tensor) -> Tensor:
-    """Return what becomes of matrices of one shape."""
+def _orthogonal_stack(h: Any, stack: Tensor) -> Tensor:
+    """Return a stack of matrices of one shape, made orthogonal."""
     made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(stack)]
     return _joined([each if each.dim() == stack.dim() else each.unsqueeze(0) for each in made])
 
@@ -308,7 +322,7 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _pieces(stack: Tensor) -> list[Tensor]:
-    """Return what of a stack is multiplied at once, on the CPU as much as its caches hold; a matrix if that is one."""
+    """Return the pieces of a stack that are multiplied at once, on the CPU as much as caches hold; one is a matrix."""
     most, elements = MOST_STACKED, math.prod(stack.shape[1:])
     if stack.is_cpu:
         most = min(most, _IN_CACHE // elements) if elements <= _LARGEST_STACKED else 1
@@ -316,8 +330,8 @@ def _pieces(stack: Tensor) -> list[Tensor]:
     return [piece if piece.size(0) > 1 else piece[0] for piece in pieces]
 
 
-def _at_once(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
-    """Return what becomes of stacks of matrices in a workspace, which are overwritten.
+def _orthogonal_in_workspace(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Tensor]:
+    """Return stacks of matrices, which are overwritten, made orthogonal in a workspace.
 
     A product of small matrices takes as long to start as to compute, so that polynomials of as many rows are computed
     together whatever they are multiplied with.
@@ -327,17 +341,19 @@ def _at_once(h: Any, stacks: Sequence[Tensor], workspace: Workspace) -> list[Ten
     found = []
     for index, stack in enumerate(stacks):
         dtype = product_dtype(h.ns_dtype, stack)
+        tall = stack.size(1) > stack.size(2)
+        for piece in _pieces(stack.mT if tall else stack):
+            piece.div_(_divisors(piece, h.ns_coefficients, h.eps))
         fits = stack.dtype == dtype and stack.is_contiguous()
         x = stack if fits else workspace.take(stack.shape, dtype).copy_(stack)
-        tall = x.size(1) > x.size(2)
         wide = x.mT if tall else x
         spare = workspace.take(wide.shape, dtype)
         made = spare if len(coefficients) % 2 else _contiguous(wide) if coefficients else wide
         found.append(made.mT if tall else made)
         for piece, other in zip(_pieces(wide), _pieces(spare), strict=True):
-            piece.div_(_divisors(piece, h.ns_coefficients, h.eps))
             rows = piece.size(-2)
-            alike[dtype, rows, index if rows <= _ROUNDED_OTHERWISE else None].append((piece, other))
-    for pairs in alike.values() if coefficients else ():
-        _iterate([piece for piece, _ in pairs], [other for _, other in pairs], coefficients, workspace)
+            alike[dtype, dtype != stack.dtype, rows, index if rows <= _TINY else None].append((piece, other))
+    for (_, rounded, *_), pairs in alike.items() if coefficients else ():
+        wides, spares = ([pair[number] for pair in pairs] for number in (0, 1))
+        _iterate(wides, spares, coefficients, workspace, rounded=rounded)
     return [made if made.dtype == stack.dtype else stack.copy_(made) for stack, made in zip(stacks, found, strict=True)]

@@ -95,7 +95,7 @@ class ScheduleFree(Optimizer):
         Raises:
             RuntimeError: a parameter has changed so that its state does not fit it; nothing has changed then.
         """
-        with self._at_home():
+        with self._on_host():
             self._train(self.param_groups)
 
     def eval(self) -> None:
@@ -104,7 +104,7 @@ class ScheduleFree(Optimizer):
         Raises:
             RuntimeError: a parameter has changed so that its state does not fit it; nothing has changed then.
         """
-        with self._at_home(), torch.no_grad():
+        with self._on_host(), torch.no_grad():
             found = self._in_mode(self.param_groups, train=True)
             new = [self._eval_weights(*held).to(held[1].dtype) for held in found]
             for (_, param, entry), weights in zip(found, new, strict=True):
@@ -126,7 +126,7 @@ class ScheduleFree(Optimizer):
             yield
         finally:
             training += [all(training)] * (len(self.param_groups) - len(training))
-            with self._at_home():
+            with self._on_host():
                 self._train(list(compress(self.param_groups, training)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -200,9 +200,9 @@ def _step(rows: Sequence[PreparedParam], finish: _Finish) -> None:
         finish(batch, update)
     due = [batch for batch in later if _renews(batch.h, batch.calls)]
     for batch, bases in zip(due, _decomposed([batch.iterates() for batch in due], _orthonormal), strict=True):
-        exp_avg = batch.turned(batch.exp_avg, back=True)
+        exp_avg = batch.projected(batch.exp_avg, back=True)
         batch.bases = bases
-        batch.exp_avg.copy_(batch.turned(exp_avg))
+        batch.exp_avg.copy_(batch.projected(exp_avg))
     for batch in batches:
         batch.store()
 
@@ -382,8 +382,8 @@ class _Batch:
     def _as_axes(self, tensor: Tensor) -> Tensor:
         return tensor.reshape((*tensor.shape[: self._stacked], *self._sizes))
 
-    def turned(self, tensor: Tensor, *, back: bool = False) -> Tensor:
-        """Return a tensor in the basis, or back from it."""
+    def projected(self, tensor: Tensor, *, back: bool = False) -> Tensor:
+        """Return a tensor projected into the eigenbasis, or back from it."""
         found = self._as_axes(tensor)
         for axis, basis in zip(self._axes, self._bases, strict=True):
             matrix = basis.mT if back else basis
@@ -395,10 +395,10 @@ class _Batch:
     def update(self) -> Tensor:
         """Move the averages and return the direction that Adam takes in the basis, back from it."""
         beta1, beta2 = (float(readable(self.h, beta)) for beta in self.h.betas)
-        grad = self.turned(self._grad)
+        grad = self.projected(self._grad)
         self.exp_avg.lerp_(grad, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        found = self.turned(self.exp_avg / self.exp_avg_sq.sqrt().add_(self.h.eps), back=True)
+        found = self.projected(self.exp_avg / self.exp_avg_sq.sqrt().add_(self.h.eps), back=True)
         if not self.h.normalize_grads:
             return found
         own, squares = tuple(range(self._stacked, found.dim())), found.square()

@@ -1,4 +1,4 @@
-"""Memory on the CPU for what a step computes in between, which the next step uses again.
+"""Memory on the CPU for intermediate results of a step, which the next step uses again.
 
 A large tensor that is made in every step is memory that the system maps, clears and takes back in every step.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 KEPT = 1 << 24
 """Bytes that a thread keeps between steps at most; what takes more is given back when the step ends."""
 _LEAST, _LINE = 1 << 16, 64
-"""Bytes of a tensor from which on it is worth while: smaller ones the allocator has at hand."""
+"""Bytes from which on a tensor is kept, as the allocator has smaller ones at hand; and of a cache line."""
 
 
 class Workspace(threading.local):
@@ -34,7 +34,7 @@ class Workspace(threading.local):
         return self._size
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of any values, which is nobody else's until `turn` ends."""
+        """Return an uninitialized tensor, which is nobody else's until the `turn` or `scope` ends."""
         length = math.prod(shape) * dtype.itemsize
         if length < _LEAST:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -46,15 +46,15 @@ class Workspace(threading.local):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Let what is taken be free again in the end, and the next turn have as much."""
+        """Free what is taken inside of the `with` block at its end; the next turn finds as much memory."""
         self._used = self._most = 0
         yield
         if self._most > self._size:
             self._resize(self._most)
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Let what is taken from now on be free again in the end."""
+    def scope(self) -> Iterator[None]:
+        """Free what is taken inside of the `with` block at its end."""
         before = self._used
         yield
         self._used = before

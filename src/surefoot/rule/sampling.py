@@ -1,4 +1,4 @@
-"""Rules with slots that are kept of some elements only, divided: those slots and their sums are a rule of their own."""
+"""Rules with sampled slots, kept of every n-th element: these slots and the sums that follow are split off."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from surefoot.rule.stages import cut_graph, needed_nodes
 
 
 def divide_sampled(rule: Rule) -> Rule:
-    """Return a rule without its sampled slots, which, and the sums that follow from them, have rules of their own.
+    """Return a rule without its sampled slots; these, and the sums that follow from them, become `sampled` rules.
 
     Raises:
         RuleError: something else follows from such a slot, it follows from others, or sums that follow from them
@@ -39,7 +39,7 @@ def _results(rule: Rule) -> tuple[fx.Node, dict[Slot, fx.Node], tuple[fx.Node, .
 
 
 def _divided(stage: Stage, sampled: Sequence[Slot], others: Sequence[Slot]) -> Stage:
-    """Return a stage that measures sums of sampled slots apart."""
+    """Return a stage whose sums of sampled slots are measured by a rule of their own."""
     rule = stage.measures
     param, slots, measured = _results(rule)
     names = {slot.name for slot in sampled}
@@ -47,13 +47,13 @@ def _divided(stage: Stage, sampled: Sequence[Slot], others: Sequence[Slot]) -> S
     count = sum(follows)
     if not all(follows[:count]):
         raise RuleError(f"{rule.name}: what follows from slots of every n-th element must be summed before all else")
-    kept = {name: (param, *(slots[slot] for slot in own)) for name, own in (("own", others), ("sampled", sampled))}
     first, rest = replace(rule, reductions=rule.reductions[:count]), replace(rule, reductions=rule.reductions[count:])
-    measures = _restricted(rest, others, (*kept["own"], *measured[count:]))
+    own = (param, *(slots[slot] for slot in others), *measured[count:])
+    apart = (param, *(slots[slot] for slot in sampled), *measured[:count])
     return replace(
         stage,
-        measures=measures,
-        sampled=_restricted(first, sampled, (*kept["sampled"], *measured[:count])) if count else None,
+        measures=_restricted(rest, others, own),
+        sampled=_restricted(first, sampled, apart) if count else None,
     )
 
 

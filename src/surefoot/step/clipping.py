@@ -98,7 +98,7 @@ PREVIOUS_NORM = "previous_grad_norm"
 """Key of the groups under which the norm of the last step's gradients stands, where the next is clipped by it."""
 
 
-class NonFiniteParams(Exception):  # noqa: N818 (a message between two rooms, and no error)
+class NonFiniteParams(Exception):  # noqa: N818 (tells the optimizer to step again without them; no error)
     """Parameters whose gradients hold inf or NaN are to be left out of a step, of which nothing has been made yet."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -117,7 +117,7 @@ def _clip_released(step: StepInput, options: ReleaseOptions, slices: Sequence[Pa
     previous = _norms(step)[0].get(PREVIOUS_NORM)
     clip: Any = 1.0
     if options.max_previous_grad_norm is not None and previous is not None:
-        clip = _shortening(options.max_previous_grad_norm, torch.as_tensor(previous, dtype=torch.float64))
+        clip = _clip_coefficient(options.max_previous_grad_norm, torch.as_tensor(previous, dtype=torch.float64))
     for part in slices:
         part.clip = clip
         if options.max_param_grad_norm is not None and part.gradients is not None:
@@ -160,7 +160,7 @@ def keep_norm(step: StepInput, slices: Sequence[ParamSlice]) -> None:
         sums = sums_over_ranks(step, exchange, measured)
         total = sums.rows[:, 0].sum() + sums.divided[:, 0].sum()
     elif measured:
-        # In the order of the groups, so that the sum does not hang on how parameters were stepped together.
+        # In the order of the groups, so that the sum does not depend on how parameters were stepped together.
         rank = {param: number for number, param in enumerate(p for group in step.groups for p in group["params"])}
         order = torch.tensor([rank[param] for part in measured for param in part.params]).argsort()
         squares = [part.gradients[:, 0] for part in measured if part.gradients is not None]
@@ -195,8 +195,8 @@ def _scale(step: StepInput) -> Any:
     return 1.0 if step.grad_scale is None else step.grad_scale
 
 
-def _shortening(limit: float, norm: Tensor) -> Any:
-    """Return what makes a norm at most `limit`; NaN where it is NaN.
+def _clip_coefficient(limit: float, norm: Tensor) -> Any:
+    """Return the factor that brings a norm to at most `limit`, NaN for a norm of NaN.
 
     It is a number where the norm is on the host, and stays on the device otherwise.
     """
@@ -252,7 +252,7 @@ def _add(measured: _Measured, squares: Tensor, suspects: Tensor, params: Sequenc
 def _factor(limit: float, measured: Sequence[_Measured], scale: Any) -> Any:
     """Return what gradients are multiplied with so that their norm is at most `limit`."""
     squares = [each for one in measured for each in one.squares]
-    return _shortening(limit, torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale)
+    return _clip_coefficient(limit, torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale)
 
 
 def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:

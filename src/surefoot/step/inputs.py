@@ -64,7 +64,7 @@ class StepInput(NamedTuple):
         return self.is_clipped_at_once(group) or (self.released is not None and self.released.clips)
 
     def is_clipped_at_once(self, group: Mapping[str, Any]) -> bool:
-        """Return whether they are clipped by the norm of all gradients, which then must be there all at once."""
+        """Return whether a group is clipped by the norm of all gradients, which must be there at once for that."""
         return bool(self.stepping.options.max_grad_norm or group.get("max_grad_norm"))
 
     def own_norm(self, group: Mapping[str, Any]) -> float | None:

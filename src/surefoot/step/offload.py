@@ -1,8 +1,9 @@
 """The optimizer on the CPU while the model is on a device: parameters of the host that stand for those of the device.
 
-Each parameter has a host's copy, which is stepped in its place beside its state.  Its gradient comes over while
-`backward` runs and leaves a mark where it was; what a step has written goes back while later buckets compute.  To the
-pipeline the copies are parameters as any, in groups that mirror the optimizer's.  Copies are asked of a `Link`.
+Each parameter has a copy on the host, which is stepped in its place, beside its state.  Its gradient is copied over
+while `backward` runs and leaves a placeholder in `param.grad`; what a step has written is copied back while later
+buckets compute.  To the pipeline the copies are parameters like any other, in groups that mirror the optimizer's.  A
+`Link` does all copying.
 """
 
 import functools
@@ -20,9 +21,9 @@ from surefoot.dynamo import opaque
 from surefoot.locks import Lock
 from surefoot.state.check import format_param
 from surefoot.tensors import links
-from surefoot.tensors.away import AwayGradient, away_gradient
 from surefoot.tensors.fit import unfit_param
 from surefoot.tensors.memory import fingerprint, is_dense, is_plain, shared_memory, version
+from surefoot.tensors.offloaded import OffloadedGradient, offloaded_gradient
 from surefoot.tensors.shards import is_sharded
 
 BUCKET_BYTES = 32 << 20
@@ -68,15 +69,15 @@ class _Member:
         bucket: where its memory on the host is.
         offset: where in that.
         host: its copy, in the same dtype, which is stepped.
-        away: what stands in the place of its gradient.
+        placeholder: what stands in the place of its gradient.
         grad: memory for its gradient.
-        more: the same for another that is to be added.
-        adding: whether `more` is to be added to `grad`.
-        adds: whether the gradient that is coming is to be added, None where none has been told of.
+        addend: the same for another that is to be added.
+        has_addend: whether `addend` is still to be added to `grad`.
+        accumulates: whether the next gradient is to be added to the one that is there, None before it is about to come.
         fetched: the last copy to the host.
         sent: the last copy to the device.
-        seen: what tells whether the parameter was written since the two were alike.
-        written: the version of `host` at that time.
+        param_version: version and address of the parameter when the two were last alike.
+        host_version: the version of `host` then.
         hooks: handles of its hooks.
         node: what accumulates its gradients, and lives only as long as somebody holds it.
     """
@@ -85,15 +86,15 @@ class _Member:
     bucket: _Bucket
     offset: int
     host: Tensor
-    away: Tensor
+    placeholder: Tensor
     grad: Tensor | None = None
-    more: Tensor | None = None
-    adding: bool = False
-    adds: bool | None = None
+    addend: Tensor | None = None
+    has_addend: bool = False
+    accumulates: bool | None = None
     fetched: Any = None
     sent: Any = None
-    seen: tuple[int, int] | None = None
-    written: int = 0
+    param_version: tuple[int, int] | None = None
+    host_version: int = 0
     hooks: list[Any] = field(default_factory=list)
     node: Any = None
 
@@ -111,41 +112,41 @@ class _Member:
         if self.sent is not None:
             link.wait(self.sent)
         self.fetched = self.sent = None
-        if self.adding and self.grad is not None and self.more is not None:
-            self.grad.add_(self.more)
-            self.adding = False
+        if self.has_addend and self.grad is not None and self.addend is not None:
+            self.grad.add_(self.addend)
+            self.has_addend = False
 
     def fetch_weights(self) -> None:
-        """Let the copy follow the parameter, which somebody else has written."""
+        """Copy the parameter, which somebody else has written, to the host."""
         self.wait()
         link = self.bucket.link
         link.wait(link.fetch(self.param.detach(), self.host))
-        self.note()
+        self.mark_alike()
 
     def send_weights(self) -> None:
-        """Let the parameter follow the copy if that was stepped."""
-        if version(self.host) != self.written:
+        """Copy the host's weights to the parameter if they were stepped."""
+        if version(self.host) != self.host_version:
             self.sent = self.bucket.link.send(self.host, self.param.detach())
-            self.note()
+            self.mark_alike()
 
-    def note(self) -> None:
-        """Note that both are alike."""
-        self.seen, self.written = (version(self.param), self.param.data_ptr()), version(self.host)
+    def mark_alike(self) -> None:
+        """Remember that parameter and copy are alike now."""
+        self.param_version, self.host_version = (version(self.param), self.param.data_ptr()), version(self.host)
 
     def fetch_grad(self, grad: Tensor) -> None:
-        """Let a gradient come over, in addition to the one that is there if that was found before it came."""
-        if self.adds and self.adding:
+        """Copy a gradient to the host, to be added to the one that is there if `accumulates`."""
+        if self.accumulates and self.has_addend:
             self.wait()
-        if self.adds:
-            self.more = self.bucket.view("more", self.offset, grad) if self.more is None else self.more
+        if self.accumulates:
+            self.addend = self.bucket.view("addend", self.offset, grad) if self.addend is None else self.addend
         elif self.grad is None or self.grad.stride() != grad.stride():
             self.grad = self.bucket.view("grad", self.offset, grad)
-        target = self.more if self.adds else self.grad
+        target = self.addend if self.accumulates else self.grad
         self.fetched = self.bucket.link.fetch(grad, target)  # type: ignore[arg-type]
-        self.adding, self.adds = bool(self.adds), None
+        self.has_addend, self.accumulates = bool(self.accumulates), None
 
     def release(self) -> None:
-        """Give back what is not stepped on the host any more."""
+        """Step the parameter on its device again, by the gradient that it has."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
@@ -154,7 +155,7 @@ class _Member:
     def return_grad(self) -> None:
         """Let the parameter have its gradient itself."""
         self.wait()
-        if self.param.grad is self.away:
+        if self.param.grad is self.placeholder:
             self.param.grad = self.grad.to(self.param.device, copy=True) if self.grad is not None else None
 
 
@@ -175,7 +176,7 @@ class OffloadedOptimizer:
         self._of_host: dict[Tensor, _Member] = {}
         self._buckets: list[_Bucket] = []
         self._order: dict[int, int] = {}
-        self._prints: dict[torch.device, tuple[list[_Member], Tensor]] = {}
+        self._fingerprints: dict[torch.device, tuple[list[_Member], Tensor]] = {}
         self._groups: Groups = []
         self._state: defaultdict[Any, Any] = defaultdict(dict)
         _refuse(model, groups)
@@ -200,7 +201,7 @@ class OffloadedOptimizer:
         self._members.clear()
         self._of_host.clear()
         self._buckets.clear()
-        self._prints.clear()
+        self._fingerprints.clear()
         if (bring_back := self._bring_back()) is not None:
             bring_back()
 
@@ -238,7 +239,7 @@ class OffloadedOptimizer:
         self.send(self._of_host)
         for link in self._links.values():
             link.join()
-        self._note_prints()
+        self._take_fingerprints()
         for group, mirror in zip(groups, self._groups, strict=True):
             _take_over(group, {name: value for name, value in mirror.items() if name not in _OF_MEMBERS})
         for key in [*self._state]:
@@ -249,7 +250,7 @@ class OffloadedOptimizer:
                 state.pop(member.param, None)
         self._inside = False
 
-    def abroad(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
+    def device_view(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
         """Return groups and state with the device's parameters in the place of the host's."""
         found = [{**group, "params": [self._device_param(host) for host in group["params"]]} for group in groups]
         return found, defaultdict(dict, {self._device_param(key): entry for key, entry in state.items()})
@@ -278,7 +279,7 @@ class OffloadedOptimizer:
             member.release()
             del self._of_host[member.host]
             self._state.pop(member.host, None)
-        self._forget_prints(gone)
+        self._forget_fingerprints(gone)
         self._add(new)
         for member in self._members.values():
             if not member.hooks and member.param.requires_grad and member.param.is_leaf:
@@ -303,7 +304,7 @@ class OffloadedOptimizer:
             bucket.size += size
         for param, bucket, offset in placed:
             host = bucket.view("weights", offset, param.detach())
-            member = _Member(param, bucket, offset, host, away_gradient(param))
+            member = _Member(param, bucket, offset, host, offloaded_gradient(param))
             self._members[param] = self._of_host[host] = member
 
     def _filling(self, first: int, kind: tuple[torch.device, torch.dtype], size: int) -> _Bucket:
@@ -326,32 +327,32 @@ class OffloadedOptimizer:
 
     def _hook_node(self, member: _Member) -> None:
         """Let what accumulates the gradients of a parameter now tell when one is about to be."""
-        about_to_arrive = functools.partial(_about_to_arrive, weakref.ref(self), weakref.ref(member.param))
+        before_accumulation = functools.partial(_before_accumulation, weakref.ref(self), weakref.ref(member.param))
         with torch.enable_grad():
             member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        member.hooks[1:] = [member.node.register_prehook(about_to_arrive)]
+        member.hooks[1:] = [member.node.register_prehook(before_accumulation)]
 
-    def _about_to_arrive(self, param: Tensor) -> None:
+    def _before_accumulation(self, param: Tensor) -> None:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
         member = self._members.get(param)
         if member is not None:
             if not member.fits():
                 member.return_grad()
-            member.adds = param.grad is member.away
-            if member.adds:
+            member.accumulates = param.grad is member.placeholder
+            if member.accumulates:
                 param.grad = None
 
     def _arrived(self, param: Tensor) -> None:
-        """Let a gradient come over."""
+        """Copy a gradient to the host and leave its placeholder."""
         member, grad = self._members.get(param), param.grad
         if member is None or grad is None or not member.fits():
             return
-        if member.adds is None:  # the parameter was of another dtype or device in between
+        if member.accumulates is None:  # the parameter was of another dtype or device in between
             self._hook_node(member)
-        if grad.__class__ is AwayGradient:
+        if grad.__class__ is OffloadedGradient:
             raise RuntimeError(f"a gradient of a parameter of shape {tuple(param.shape)} {_TAKEN}")
         if not is_plain(grad) or grad.requires_grad or grad.dtype is not param.dtype:  # left to the step
-            if member.adds:
+            if member.accumulates:
                 raise RuntimeError(
                     f"a gradient of a parameter of shape {tuple(param.shape)} is sparse, of another dtype, or has a "
                     f"graph (create_graph=True), and cannot be added to one that is in the CPU's memory; call "
@@ -360,20 +361,20 @@ class OffloadedOptimizer:
             return
         with self._lock, torch.no_grad():
             member.fetch_grad(grad)
-            param.grad = member.away
+            param.grad = member.placeholder
             self._arrivals += 1
             self._order[member.bucket.number] = self._arrivals
 
     def _follow_grad(self, member: _Member) -> None:
-        """Let the copy have the parameter's gradient of now."""
+        """Let the copy have the gradient that the parameter has now."""
         grad, found = member.param.grad, member.grad
         if grad is None:
             found = None
-        elif grad is not member.away:
-            if grad.__class__ is AwayGradient:
+        elif grad is not member.placeholder:
+            if grad.__class__ is OffloadedGradient:
                 raise RuntimeError(f"the gradient of a parameter of shape {tuple(member.param.shape)} {_TAKEN}")
             if grad.layout is torch.strided and grad.dtype is member.param.dtype:
-                member.adds = False
+                member.accumulates = False
                 member.fetch_grad(grad.detach())
                 found = member.grad
             else:
@@ -386,41 +387,41 @@ class OffloadedOptimizer:
     def zero(self, param: Tensor) -> bool:
         """Fill a gradient with zeros if it is on the host; return whether it is."""
         member = self._members.get(param)
-        away = member is not None and param.grad is member.away
-        if away:
+        is_here = member is not None and param.grad is member.placeholder
+        if is_here:
             member.wait()  # type: ignore[union-attr]
             member.grad.zero_()  # type: ignore[union-attr]
-        return away
+        return is_here
 
     # Weights
 
     def _follow_weights(self) -> None:
         """Fetch weights that somebody has written; those written through `.data` are told by fingerprints."""
-        behind = [m for m in self._members.values() if m.seen != (version(m.param), m.param.data_ptr())]
-        for members, prints in self._prints.values():
-            changed = (_prints(members) != prints).cpu().tolist()
+        behind = [m for m in self._members.values() if m.param_version != (version(m.param), m.param.data_ptr())]
+        for members, known in self._fingerprints.values():
+            changed = (_fingerprints(members) != known).cpu().tolist()
             behind += [member for member, new in zip(members, changed, strict=True) if new]
         for member in dict.fromkeys(behind):
             member.fetch_weights()
         if behind:
-            self._prints.clear()
+            self._fingerprints.clear()
 
-    def _forget_prints(self, gone: Sequence[Tensor]) -> None:
+    def _forget_fingerprints(self, gone: Sequence[Tensor]) -> None:
         """Forget the fingerprints of some parameters; those of the others are still to be compared."""
-        for device, (members, prints) in [*self._prints.items()] if gone else ():
+        for device, (members, prints) in [*self._fingerprints.items()] if gone else ():
             left = [number for number, member in enumerate(members) if member.param in self._members]
-            self._prints[device] = [members[number] for number in left], prints[left]
+            self._fingerprints[device] = [members[number] for number in left], prints[left]
             if not left:
-                del self._prints[device]
+                del self._fingerprints[device]
 
-    def _note_prints(self) -> None:
-        """Take fingerprints of weights, on their devices, if they are not known."""
-        if self._prints:
+    def _take_fingerprints(self) -> None:
+        """Take fingerprints of weights, on their devices, unless there are some."""
+        if self._fingerprints:
             return
         of_device: defaultdict[torch.device, list[_Member]] = defaultdict(list)
         for member in self._members.values():
             of_device[member.param.device].append(member)
-        self._prints = {device: (members, _prints(members)) for device, members in of_device.items()}
+        self._fingerprints = {device: (members, _fingerprints(members)) for device, members in of_device.items()}
 
     # What the pipeline asks
 
@@ -430,7 +431,7 @@ class OffloadedOptimizer:
         return -1 if member is None else member.bucket.number
 
     def order(self, param: Tensor) -> int:
-        """Return a number that tells whose gradients have come first."""
+        """Return a rank by which parameters are stepped, the smaller the earlier their gradients have come."""
         return self._order.get(self.bucket(param), 0)
 
     def wait(self, params: Iterable[Tensor] | None = None) -> None:
@@ -440,26 +441,26 @@ class OffloadedOptimizer:
                 member.wait()
 
     def send(self, params: Iterable[Tensor]) -> None:
-        """Let weights of the host that were written go back while others are stepped."""
+        """Copy weights of the host that were written to the device, while others are stepped."""
         with torch.no_grad():
             for host in params:
-                if (member := self._of_host.get(host)) is not None and version(host) != member.written:
+                if (member := self._of_host.get(host)) is not None and version(host) != member.host_version:
                     member.send_weights()
-                    self._prints.clear()
+                    self._fingerprints.clear()
 
 
-def _prints(members: Sequence[_Member]) -> Tensor:
+def _fingerprints(members: Sequence[_Member]) -> Tensor:
     return torch.stack([fingerprint(member.param.detach()) for member in members])
 
 
 @opaque
-def _about_to_arrive(
+def _before_accumulation(
     handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", _: tuple[Any, ...]
 ) -> None:
-    """Tell a handle that a gradient is coming; a hook, which keeps no optimizer alive."""
+    """Tell a handle that a gradient is about to be accumulated; a hook, which keeps no optimizer alive."""
     offloaded, coming = handle(), param()
     if offloaded is not None and coming is not None and offloaded.active:
-        offloaded._about_to_arrive(coming)
+        offloaded._before_accumulation(coming)
 
 
 @opaque

@@ -123,7 +123,7 @@ def _wait_for_gradients(step: StepInput) -> None:
 
 
 def _in_order(step: StepInput, runs: Sequence[BucketRun]) -> Iterator[BucketRun]:
-    """Yield buckets as they can be read and written, in the order in which gradients come, and let go what was."""
+    """Yield buckets in the order in which their gradients arrive, and send back each that has been dealt with."""
     transfers = step.transfers
     if transfers is None:
         yield from runs

@@ -22,19 +22,19 @@ Fresh = tuple[bool, bool]
 
 
 class Transfers(Protocol):
-    """What brings gradients to where parameters are stepped, and takes away what was stepped, beside the step."""
+    """Copies gradients to where parameters are stepped, and stepped parameters back, beside the step."""
 
     def bucket(self, param: Tensor) -> int:
-        """Return the number of those with which a parameter comes and goes."""
+        """Return the number of the bucket in which a parameter is copied."""
 
     def order(self, param: Tensor) -> int:
-        """Return a number that tells whose gradients have come first."""
+        """Return a rank by which parameters are stepped, the smaller the earlier their gradients have come."""
 
     def wait(self, params: Iterable[Tensor] | None = None) -> None:
         """Wait until gradients of parameters, of all by default, are there, and these may be written."""
 
     def send(self, params: Iterable[Tensor]) -> None:
-        """Let parameters go that are stepped."""
+        """Copy back parameters that have been stepped."""
 
 
 @dataclass(eq=False)

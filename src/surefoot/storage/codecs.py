@@ -122,14 +122,15 @@ def _blocks(value: Tensor) -> Tensor:
 def _encode_8_bits(kept: Format, value: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return codes and scales, computed piece by piece: what is computed takes many times their memory."""
     flat, noise = value.reshape(-1), None if random is None else random.reshape(-1)
-    pieces = [slice(start, start + _PIECE) for start in range(0, len(flat), _PIECE)] or [slice(0)]
+    length = max(len(flat), 1) if flat.is_meta else _PIECE if flat.is_cpu else _PIECE_OF_DEVICE
+    pieces = [slice(start, start + length) for start in range(0, len(flat), length)] or [slice(0)]
     found = [_encode_piece(kept, flat[piece], None if noise is None else noise[piece]) for piece in pieces]
     codes, scales = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*found, strict=True))
     return codes.view(value.shape), scales.view(scale_shape(value.shape))
 
 
-_PIECE = BLOCK << 8
-"""Elements that are encoded at a time."""
+_PIECE, _PIECE_OF_DEVICE = BLOCK << 8, BLOCK << 16
+"""Elements that are encoded at a time: on the CPU as many as caches hold, elsewhere as many as launches are worth."""
 
 
 def _encode_piece(kept: Format, value: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Copies between a device and the host that run beside what the device computes.
 
-The only place that knows streams and events.  Who copies says what must have ended, and nothing of how that is told.
+The only module of the offloaded optimizer that knows streams and events.
 """
 
 from abc import ABC, abstractmethod
@@ -45,7 +45,7 @@ class BlockingLink(Link):
     """Copies that have ended when they return: to any device, the CPU itself included."""
 
     def host_memory(self, count: int) -> Tensor:
-        """Return memory as any."""
+        """Return ordinary, pageable memory."""
         return torch.empty(count, dtype=torch.uint8)
 
     def fetch(self, source: Tensor, target: Tensor) -> None:
@@ -57,10 +57,10 @@ class BlockingLink(Link):
         target.copy_(source)
 
     def wait(self, copy: None) -> None:
-        """Return: it has ended."""
+        """Return at once: the copy has ended."""
 
     def join(self) -> None:
-        """Return: all copies have ended."""
+        """Return at once: all copies have ended."""
 
 
 class StreamLink(Link):
@@ -86,7 +86,7 @@ class StreamLink(Link):
         return self._copied(self._up, source, target)
 
     def _copied(self, stream: Any, source: Tensor, target: Tensor) -> Any:
-        """Copy on a stream when what is computed has ended; return the event of its end."""
+        """Copy on a stream, after what the device computes now; return the event of the copy's end."""
         stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(stream):
             target.copy_(source, non_blocking=True)

@@ -10,7 +10,7 @@ import torch
 
 import surefoot
 from surefoot import functional
-from surefoot.functional import kept
+from surefoot.functional import launch_cache
 from surefoot.tensors.memory import has_memory
 from surefoot.tensors.native import guards as native
 
@@ -59,8 +59,10 @@ def long_way(monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     """Return a list to which every step by a launch that was kept adds."""
-    found, run = [], kept.ListLaunch.run
-    monkeypatch.setattr(kept.ListLaunch, "run", lambda launch, *args: (found.append(launch), run(launch, *args)))
+    found, run = [], launch_cache.ListLaunch.run
+    monkeypatch.setattr(
+        launch_cache.ListLaunch, "run", lambda launch, *args: (found.append(launch), run(launch, *args))
+    )
     return found
 
 
@@ -288,7 +290,7 @@ def test_threads_step_lists_alike_at_once(long_way):
 
 
 def test_threads_keep_launches_of_their_own():
-    launches, failed = kept.KeptLaunches(), []
+    launches, failed = launch_cache.LaunchCache(), []
 
     def keep(first):
         try:
@@ -311,7 +313,7 @@ def test_threads_keep_launches_of_their_own():
 
 
 def test_few_launches_are_kept():
-    launches = kept.KeptLaunches()
+    launches = launch_cache.LaunchCache()
     for number in range(10):
         launches._keep(number, None)
     assert len(launches._launches) == 4

@@ -1,4 +1,4 @@
-"""What stands in the place of a gradient that is in the host's memory."""
+"""The placeholder of a gradient that is in the host's memory."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class AwayGradient(Tensor):
-    """Says that a parameter has a gradient, and refuses to be computed with; `p.grad = None` drops it as any."""
+class OffloadedGradient(Tensor):
+    """Says that a parameter has a gradient, and refuses to be computed with; `p.grad = None` drops it as usual."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -20,6 +20,6 @@ class AwayGradient(Tensor):
         )
 
 
-def away_gradient(param: Tensor) -> AwayGradient:
-    """Return what can stand in the place of a parameter's gradient, without memory for its elements."""
-    return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape).as_subclass(AwayGradient)
+def offloaded_gradient(param: Tensor) -> OffloadedGradient:
+    """Return a placeholder for a parameter's gradient, without memory for its elements."""
+    return torch.empty((), dtype=param.dtype, device=param.device).expand(param.shape).as_subclass(OffloadedGradient)

@@ -1,7 +1,7 @@
-"""What a call on lists keeps for the next one: the tables of its kernel, by what the tensors are like, and no tensor.
+"""The launch cache: what a call on lists keeps for the next one, the tables of its kernel, and no tensor.
 
-A step by a kernel hangs on its tensors' dtypes, sizes, strides and devices, which compiled code compares with those of
-an earlier call, and on where they are, which is found anew each time.  Whatever is unlike goes the long way.
+A launch depends on its tensors' dtypes, sizes, strides and devices, which compiled code compares with those of an
+earlier call, and on their addresses, which are read anew each time.  A call that differs goes through the pipeline.
 """
 
 from collections.abc import Hashable, Sequence
@@ -31,21 +31,21 @@ _PLAIN = set(PLAIN)
 _needs_grad = attrgetter("requires_grad")
 
 
-class KeptLaunches:
-    """The last launches of an algorithm; a call takes one out while it uses it, so that no other thread has it."""
+class LaunchCache:
+    """The last launches of an algorithm; a call takes one out while using it, so that no other thread can."""
 
     def __init__(self) -> None:
         self._launches: dict[Hashable, ListLaunch] = {}
 
     def step(self, step: StepInput, columns: Sequence[Sequence[Tensor]]) -> bool:
-        """Make a step by a launch that is kept; return False, with nothing changed, where there is none for it.
+        """Make a step by a cached launch and return True; return False, with nothing changed, where none fits.
 
         Args:
             step: the step, of one group; its tensors are those of `columns`.
             columns: parameters, gradients, slots and scalars.
         """
         key = _key(step, columns)
-        launch = self._launches.pop(key, None) if _is_usual(step) else None
+        launch = self._launches.pop(key, None) if _is_plain_update(step) else None
         if launch is None or not launch.takes(columns):
             return False
         launch.run(step, columns)
@@ -53,8 +53,8 @@ class KeptLaunches:
         return True
 
     def keep(self, step: StepInput, columns: Sequence[Sequence[Tensor]], runs: Sequence[BucketRun]) -> None:
-        """Keep what the bucket of a step has been stepped by if another call can use it."""
-        if _is_usual(step) and len(runs) == 1 and _is_fit(runs[0], columns):
+        """Cache the launch of a step if another call can use it."""
+        if _is_plain_update(step) and len(runs) == 1 and _is_cacheable(runs[0], columns):
             launch = ListLaunch(runs[0], columns)
             if launch.sound:
                 self._keep(_key(step, columns), launch)
@@ -65,23 +65,23 @@ class KeptLaunches:
             self._launches.pop(oldest, None)
 
 
-def _is_usual(step: StepInput) -> bool:
-    """Return whether a step changes its tensors by its kernel alone."""
+def _is_plain_update(step: StepInput) -> bool:
+    """Return whether a step is its kernel's update and nothing else."""
     centralized = step.groups[0].get("gradient_centralization")
     return native.available() and step.only_updates() and not centralized and not mode_is_active()
 
 
 def _key(step: StepInput, columns: Sequence[Sequence[Tensor]]) -> Hashable:
-    """Return what of the options decides a kernel, and what tells most launches apart."""
+    """Return the options that a kernel depends on, with what tells most launches apart."""
     group, params = step.groups[0], columns[0]
     options = (step.spec.settle_flags(group), *map(group.get, (*ENGINE_OPTIONS, *STORAGE_OPTIONS)))
     return options, len(params), getattr(params[0], "shape", None) if params else None
 
 
 class ListLaunch:
-    """A plan of the CPU engine for lists of tensors that are like those it was made from, wherever they are.
+    """A launch of the CPU engine for any tensors of the sizes, strides and dtypes of those that it was made from.
 
-    For a bucket it is the guard that reads and writes scalars.
+    To a bucket it is the guard that reads and writes scalars.
 
     Attributes:
         sound: whether compiled code sees what Python sees; do not use it otherwise.
@@ -106,7 +106,7 @@ class ListLaunch:
         self.sound = self._guard.sound
 
     def takes(self, columns: Sequence[Sequence[Tensor]]) -> bool:
-        """Return whether it can step these tensors, and take over where they are."""
+        """Return whether it can step these tensors; if so, take over their addresses."""
         if any(len(column) != self._count for column in columns):
             return False
         tensors = list(chain.from_iterable(columns))
@@ -115,13 +115,13 @@ class ListLaunch:
             return False
         steps = slice(self._arrays * self._count, None)
         if any(map(_needs_grad, tensors[steps])) or (self._guard.deleters != self._deleters)[steps].any():
-            return False  # a number that is shown to autograd, or that other processes count, too
+            return False  # autograd sees one of the step counts, or another process shares it
         self._plan.launch.pointers[:] = self._apart[: steps.start].reshape(self._arrays, self._count)
         self._numbers.move(self._apart[steps])
         return True
 
     def _are_apart(self, addresses: np.ndarray) -> bool:
-        """Return whether no two tensors share memory, and take over where they are."""
+        """Return whether no two tensors share memory; if so, take over their addresses."""
         if np.array_equal(addresses, self._apart):
             return True
         order = np.argsort(addresses)
@@ -155,8 +155,8 @@ class ListLaunch:
         self._numbers.write(np.broadcast_to(values, (len(values), self._count)).ravel())
 
 
-def _is_fit(run: BucketRun, columns: Sequence[Sequence[Any]]) -> bool:
-    """Return whether a bucket has a plan that hangs on nothing but what `columns`, all its tensors, are like."""
+def _is_cacheable(run: BucketRun, columns: Sequence[Sequence[Any]]) -> bool:
+    """Return whether a bucket's plan depends on nothing but sizes, strides and dtypes of `columns`, all its tensors."""
     if run.engine is not cpu or run.sparse or run.repeats or run.spec.flags_of or len(run.params) > _MOST_PARAMS:
         return False
     bucket, rule = run.bucket, run.bucket.rule
