@@ -698,9 +698,10 @@ def fail(_):
 
 
 def test_a_graph_that_is_kept_knows_of_the_step():
-    model, _, _ = begun()
+    model, optimizer, _ = begun()
     loss = loss_of(model, 1)
     loss.backward(retain_graph=True)
+    optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
