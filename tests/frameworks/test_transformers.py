@@ -1,5 +1,6 @@
 """The Trainer of Hugging Face's transformers, on a tiny Llama."""
 
+import json
 import math
 from pathlib import Path
 
@@ -174,7 +175,9 @@ def test_surefoot_run(record_property, tmp_path, optim):
     record_property("difference", value := difference(torch.load("ours.pt"), torch.load("torch.pt")))
     assert value <= 1e-5
     kinds = {"adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"}
-    assert kinds.get(optim, "transformers.optimization.Adafactor") in Path("report.json").read_text()
+    (made,) = json.loads(Path("report.json").read_text())["optimizers"]
+    assert made["class"] == kinds.get(optim, "Adafactor")
+    assert made["surefoot"] is (optim in kinds)
 
 
 def test_muon_with(compare):
