@@ -1406,3 +1406,17 @@ def test_the_doctor_says_that_a_kernel_has_failed(monkeypatch):
     doctor._try_kernel(found, torch.device("cpu"))
     assert len(found.problems) == 1
     assert "the kernel of SGD for torch.float32 has failed its test on cpu" in found.problems[0]
+
+
+@ways
+def test_prodigys_slots_of_every_nth_element_are_those_of_the_eager_engine(way):
+    found = []
+    for options in (way, {"foreach": False}):
+        params = three(torch.float32)
+        optimizer = surefoot.Prodigy(list(params.values()), slice_p=7, d0=1e-3, **options)
+        train(optimizer, params, torch.float32)
+        found.append(flat(results(optimizer, params)))
+        kernels = [run.sampled.engine is gpu for run in optimizer._step_cache.runs]
+        assert all(kernels)
+        assert bool(kernels) is (options is way)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
