@@ -113,6 +113,21 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     )
 
 
+def train_whole(model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled: bool) -> dict[str, Any]:
+    """Train on rows of four ones, three iterations that may be compiled each as a whole; return the snapshot."""
+
+    def iterate() -> None:
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch._dynamo.reset()
+    iterate = torch.compile(iterate, backend="eager") if compiled else iterate
+    for _ in range(3):
+        iterate()
+    return snapshot(optimizer)
+
+
 def difference(left: Any, right: Any, path: str = "") -> str | None:
     """Say where two nested values first differ, bit by bit; None if they do not."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):

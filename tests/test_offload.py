@@ -10,7 +10,7 @@ from torch import nn
 
 import surefoot
 from conformance import ROWS
-from helpers import Noted, assert_same, snapshot
+from helpers import Noted, assert_same, snapshot, train_whole
 from surefoot.tensors import links
 from test_release import Net, in_groups, loss_of
 
@@ -619,18 +619,8 @@ def test_a_compiled_loop():
         optimizer = adamw(model)
         if offloaded:
             optimizer.offload(model)
+        return train_whole(model, optimizer, compiled=offloaded)
 
-        def iterate():
-            model(torch.ones(2, 4)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        iterate = torch.compile(iterate, backend="eager") if offloaded else iterate
-        for _ in range(3):
-            iterate()
-        return snapshot(optimizer)
-
-    torch._dynamo.reset()
     assert_same(train(offloaded=True), train(offloaded=False))
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import surefoot
 from conformance import ROWS
-from helpers import Noted, assert_same, params_of, snapshot
+from helpers import Noted, assert_same, params_of, snapshot, train_whole
 from surefoot.errors import NonFiniteGradientError
 
 STEPS = 20
@@ -707,25 +707,15 @@ def test_a_graph_that_is_kept_knows_of_the_step():
 
 
 def test_a_compiled_model_in_a_compiled_loop():
-    def train(released):
+    def train(*, released):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
         optimizer = surefoot.AdamW(model.parameters(), lr=0.01)
         called = torch.compile(model, backend="eager") if released else model
         if released:
             optimizer.release_gradients(called, bucket_bytes=SMALL)
+        return train_whole(called, optimizer, compiled=released)
 
-        def iterate():
-            called(torch.ones(2, 4)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        iterate = torch.compile(iterate, backend="eager") if released else iterate
-        for _ in range(3):
-            iterate()
-        return snapshot(optimizer)
-
-    torch._dynamo.reset()
     assert_same(train(released=True), train(released=False))
 
 
