@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from cases_layouts import SHAPES, layouts, spread, tensor, whole
+from cases_layouts import SHAPES, layouts, spread, tensor
+from sharding import whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 

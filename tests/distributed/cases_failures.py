@@ -3,11 +3,12 @@
 import functools
 
 import torch
+from sharding import distribute
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 import surefoot
 
@@ -19,13 +20,13 @@ ASKED = {
 
 
 def made(mesh, **options):
-    params = [nn.Parameter(distribute_tensor(torch.ones(4, 3) * i, mesh, [Shard(0)])) for i in range(1, 4)]
+    params = [nn.Parameter(distribute(torch.ones(4, 3) * i, mesh, [Shard(0)])) for i in range(1, 4)]
     return surefoot.AdamW([(f"p{i}", param) for i, param in enumerate(params)], lr=0.1, **options), params
 
 
 def give_gradients(params, mesh, value=1.0):
     for param in params:
-        param.grad = distribute_tensor(torch.full(param.shape, value), mesh, [Shard(0)])
+        param.grad = distribute(torch.full(param.shape, value), mesh, [Shard(0)])
 
 
 def locals_of(params):

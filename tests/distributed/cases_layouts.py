@@ -4,8 +4,9 @@ import functools
 import itertools
 
 import torch
+from sharding import distribute, whole
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import surefoot
@@ -48,11 +49,7 @@ def spread(full, layout):
     if mesh is None:
         return full.clone()
     fitting = [p if not p.is_shard() or p.dim < full.dim() else Shard(0) for p in placements]
-    return distribute_tensor(full, mesh, fitting, src_data_rank=None)
-
-
-def whole(value):
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+    return distribute(full, mesh, fitting)
 
 
 def made(cls, options, layout, shapes=SHAPES):

@@ -4,9 +4,10 @@ import functools
 from collections import Counter
 
 import torch
-from cases_step import SHAPES, counted, layouts, spread, tensor, whole
+from cases_step import SHAPES, counted, layouts, spread, tensor
+from sharding import distribute, whole
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 import surefoot
 
@@ -125,7 +126,7 @@ def other_layout(mesh):
     """Return how state of one layout is refused for another, of which shards are as large."""
 
     def made(placement):
-        param = torch.nn.Parameter(distribute_tensor(tensor((4, 4), 0), mesh, placement))
+        param = torch.nn.Parameter(distribute(tensor((4, 4), 0), mesh, placement))
         optimizer = surefoot.LBFGS([param], **OPTIONS["fixed"])
         optimizer.step(problem([param], mesh, [placement]))
         return optimizer

@@ -3,8 +3,9 @@
 import functools
 
 import torch
-from cases_layouts import tensor, whole
+from cases_layouts import tensor
 from cases_torch_tools import ROWS_HERE
+from sharding import whole
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -4,7 +4,8 @@ import functools
 from contextlib import nullcontext
 
 import torch
-from cases_layouts import tensor, whole
+from cases_layouts import tensor
+from sharding import whole
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -1,9 +1,10 @@
 """Short numbers of sharded parameters beside those of plain ones."""
 
 import torch
+from sharding import distribute, whole
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import surefoot
 
@@ -23,16 +24,12 @@ def tensor(shape, seed, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def whole(value):
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-
-
 def build(dtype, mesh=None, placements=None, **options):
     params = []
     for number, shape in enumerate(SHAPES):
         value = tensor(shape, number, dtype)
         if placements is not None:
-            value = distribute_tensor(value, mesh, placements if len(shape) > 1 else (Shard(0),))
+            value = distribute(value, mesh, placements if len(shape) > 1 else (Shard(0),))
         params.append((f"p{number}", torch.nn.Parameter(value)))
     return surefoot.AdamW(params, lr=1e-2, **options)
 
@@ -43,7 +40,7 @@ def train(optimizer, first=0, steps=3):
         for number, param in enumerate(params):
             grad = tensor(param.shape, 100 * step + number, param.dtype)
             is_sharded = isinstance(param, DTensor)
-            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if is_sharded else grad
+            param.grad = distribute(grad, param.device_mesh, param.placements) if is_sharded else grad
         optimizer.step()
     return optimizer
 
@@ -86,7 +83,7 @@ def loading(mesh, dtype, options):
     plain, sharded = train(build(dtype, **options)), build(dtype, mesh, LAYOUTS["rows"], **options)
     with torch.no_grad():
         for ours, theirs in zip(sharded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
-            ours.copy_(distribute_tensor(theirs.detach(), mesh, ours.placements))
+            ours.copy_(distribute(theirs.detach(), mesh, ours.placements))
     sharded.load_state_dict(plain.state_dict())
     result = compared(sharded, plain)
     back = build(dtype, **options)

@@ -4,8 +4,9 @@ import functools
 from itertools import product
 
 import torch
+from sharding import distribute
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import surefoot
 
@@ -21,7 +22,7 @@ SHAPE = (4, 6)
 def laid_out(layout, mesh, seed=0):
     full = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
     placements = LAYOUTS[layout]
-    return full if placements is None else distribute_tensor(full, mesh, placements)
+    return full if placements is None else distribute(full, mesh, placements)
 
 
 def stepped(cls, options, layout, mesh, steps=2):
@@ -70,7 +71,7 @@ def switched(saved, live, mesh):
     source.eval()
     whole = weights.detach().full_tensor() if isinstance(weights, DTensor) else weights.detach()
     placements = LAYOUTS[live]
-    param = torch.nn.Parameter(whole if placements is None else distribute_tensor(whole, mesh, placements))
+    param = torch.nn.Parameter(whole if placements is None else distribute(whole, mesh, placements))
     target = surefoot.AdamWScheduleFree([("weight", param)])
 
     def action():

@@ -6,10 +6,11 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+from sharding import distribute
 from torch import distributed
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import surefoot
 from conformance import ELEMENTWISE
@@ -43,11 +44,15 @@ def spread(full, mesh, placements):
         return full
     if placements == "line":
         mesh, placements = mesh["shard"], (Shard(0),)
-    return distribute_tensor(full, mesh, placements)
+    return distribute(full, mesh, placements)
 
 
-def whole(value):
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+def parts(full, value):
+    """Return this rank's part of what is expected, which every rank has whole, and of what there is."""
+    if not isinstance(value, DTensor):
+        return full, value
+    part = distribute(full, value.device_mesh, value.placements)
+    return part.to_local(), value.to_local()
 
 
 COLLECTIVES = {
@@ -118,8 +123,8 @@ def train(
             except NonFiniteGradientError as error:
                 refused.append(str(error))
     found = {
-        "params": [whole(param) for param in params],
-        "state": [{k: whole(v) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} for p in params],
+        "params": [param.detach() for param in params],
+        "state": [{k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)} for p in params],
         "skipped": optimizer.step_statistics.skipped,
         "refused": refused,
         "calls": dict(calls),
@@ -131,13 +136,24 @@ def train(
     return found
 
 
+def plain_training(cls, options, **more):
+    """Return what `train` does of plain parameters, which all layouts are compared with."""
+    key = cls, repr(options), repr(more)
+    if key not in PLAIN:
+        PLAIN[key] = train(cls, options, **more)
+    return PLAIN[key]
+
+
+PLAIN = {}
+
+
 def compared(cls, options, mesh, placements, **more):
     """Return how a sharded training differs from a plain one: the greatest difference, and what else is to be seen."""
-    plain, sharded = train(cls, options, **more), train(cls, options, mesh, placements, **more)
-    pairs = list(zip(plain["params"], sharded["params"], strict=True))
+    plain, sharded = plain_training(cls, options, **more), train(cls, options, mesh, placements, **more)
+    pairs = list(map(parts, plain["params"], sharded["params"]))
     for ours, theirs in zip(plain["state"], sharded["state"], strict=True):
         assert ours.keys() == theirs.keys(), (ours.keys(), theirs.keys())
-        pairs += [(ours[name], theirs[name]) for name in ours]
+        pairs += [parts(ours[name], theirs[name]) for name in ours]
     differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()]
     return {
         "difference": max(differences, default=0.0),
@@ -148,6 +164,7 @@ def compared(cls, options, mesh, placements, **more):
     }
 
 
+@functools.cache
 def nan_in(row):
     """Spoil an element of the first parameter's gradient at step 1, in a row that one rank has."""
 

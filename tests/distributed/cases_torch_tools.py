@@ -1,12 +1,11 @@
 """Every optimizer's state goes through surefoot.save, through torch's state dicts, whole and flat, and through DCP."""
 
 import functools
-import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from cases_layouts import tensor, whole
+from cases_layouts import tensor
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import surefoot
 from conformance import ROWS
@@ -71,28 +71,30 @@ def stepped(row, model, optimizer, step):
 
 
 def state_of(model, optimizer):
-    """Return the state of parameters by name, whole."""
+    """Return copies of the state of parameters by name, of sharded state this rank's part."""
     return {
-        f"{key} of {name}": whole(value) if torch.is_tensor(value) else value
+        f"{key} of {name}": local(value)
         for name, param in model.named_parameters()
         for key, value in optimizer.state[param].items()
         if torch.is_tensor(value) or isinstance(value, int | float)
     }
 
 
+def local(value):
+    return torch.as_tensor(value.to_local() if isinstance(value, DTensor) else value).detach().clone()
+
+
 def differing(ours, theirs):
     """Return what differs, in a bit."""
     both = ours.keys() & theirs.keys()
-    changed = [name for name in both if not torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name]))]
-    return sorted([*changed, *(ours.keys() ^ theirs.keys())])
+    return sorted(
+        [*(name for name in both if not torch.equal(ours[name], theirs[name])), *(ours.keys() ^ theirs.keys())]
+    )
 
 
-def through_torch(row, kind, folder=None):
-    """Take the state out, through DCP if there is a folder, and put it into another optimizer."""
-    model, optimizer = made(row, 0, 2)
-    other, another = made(row, 1, 1)
+def through_torch(kind, state, folder, other, another):
+    """Put state that was taken out into another optimizer, through DCP if there is a folder."""
     options = StateDictOptions(**KINDS[kind])
-    state = get_optimizer_state_dict(model, optimizer, options=options)
     if folder is not None:
         checkpoint.save({"optimizer": state}, checkpoint_id=folder)
         found = {"optimizer": get_optimizer_state_dict(other, another, options=options)}
@@ -101,35 +103,33 @@ def through_torch(row, kind, folder=None):
     if kind == "from the first rank" and torch.distributed.get_rank():
         state = {}
     set_optimizer_state_dict(other, another, state, options=options)
-    with torch.no_grad():
-        for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
-            ours.copy_(theirs)
-    return compared(row, (model, optimizer), (other, another))
 
 
-def through_surefoot(row, folder):
+def through_all(row, by_dcp, folder):
+    """Return for each way into another optimizer what of its state differs, and whether the next steps are equal."""
     model, optimizer = made(row, 0, 2)
-    other, another = made(row, 1, 1)
-    surefoot.save(folder, model=model, optimizer=optimizer)
-    surefoot.load(folder, model=other, optimizer=another)
-    return compared(row, (model, optimizer), (other, another))
-
-
-def compared(row, one, two):
-    """Return in what the state of two differs, and whether their next steps are the same."""
-    (model, optimizer), (other, another) = one, two
-    found = {"differing": differing(state_of(model, optimizer), state_of(other, another))}
-    for each, stepper in (one, two):
-        stepped(row, each, stepper, 5)
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return found | {"next": [torch.equal(whole(ours), whole(theirs)) for ours, theirs in pairs]}
+    ways = {"surefoot": made(row, 1, 1)}
+    surefoot.save(folder / "surefoot", model=model, optimizer=optimizer)
+    surefoot.load(folder / "surefoot", model=ways["surefoot"][0], optimizer=ways["surefoot"][1])
+    for kind, place in (*((kind, None) for kind in KINDS), (by_dcp, folder / "dcp")):
+        other, another = ways[f"{kind}, {place}"] = made(row, 1, 1)
+        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**KINDS[kind]))
+        through_torch(kind, state, place, other, another)
+        with torch.no_grad():
+            for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+                ours.copy_(theirs)
+    expected = state_of(model, optimizer)
+    found = {way: {"differing": differing(expected, state_of(*each))} for way, each in ways.items()}
+    for each in ((model, optimizer), *ways.values()):
+        stepped(row, *each, 5)
+    for way, (other, _) in ways.items():
+        pairs = zip(model.parameters(), other.parameters(), strict=True)
+        found[way]["next"] = [torch.equal(local(ours), local(theirs)) for ours, theirs in pairs]
+    return found
 
 
 def cases(_world):
-    for row in ROWS_HERE:
-        yield f"{row.name} / surefoot", functools.partial(through_surefoot, row, Path.cwd() / row.name)
-    for row, kind in itertools.product(ROWS_HERE, KINDS):
-        yield f"{row.name} / {kind}", functools.partial(through_torch, row, kind)
-    for row, kind in itertools.product(ROWS_HERE, ("sharded", "flat")):
-        folder = Path.cwd() / f"{row.name} {kind}"
-        yield f"{row.name} / {kind} / dcp", functools.partial(through_torch, row, kind, folder)
+    """Take every optimizer each way, through DCP with sharded and with flat names in turn."""
+    for number, row in enumerate(ROWS_HERE):
+        by_dcp = ("sharded", "flat")[number % 2]
+        yield row.name, functools.partial(through_all, row, by_dcp, Path.cwd() / row.name)

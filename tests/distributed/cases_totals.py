@@ -5,7 +5,8 @@ import functools
 
 import torch
 from cases_failures import model, trained
-from cases_step import SHAPES, layouts, spread, tensor, whole
+from cases_step import SHAPES, layouts, spread, tensor
+from sharding import whole
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer

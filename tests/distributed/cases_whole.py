@@ -5,9 +5,10 @@ from collections import Counter
 from copy import deepcopy
 
 import torch
-from cases_step import COLUMNS, COPIES, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train, whole
+from cases_step import COLUMNS, COPIES, OPTIONS, ROWS, compared, counted, layouts, nan_in, spread, tensor, train
+from sharding import distribute, whole
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 import surefoot
 from surefoot.distributed.matrices import exchange_pairwise, exchange_together
@@ -41,12 +42,12 @@ def reloaded(cls, options, mesh, placements, **more):
 
 def collectives(cls, options, mesh, count):
     """Return how many collectives a step of `count` matrices makes."""
-    params = [torch.nn.Parameter(distribute_tensor(tensor((6, 4), i), mesh, ROWS)) for i in range(count)]
+    params = [torch.nn.Parameter(distribute(tensor((6, 4), i), mesh, ROWS)) for i in range(count)]
     optimizer = cls(params, **options)
     for step in range(2):
         calls = Counter()
         for i, param in enumerate(params):
-            param.grad = distribute_tensor(tensor((6, 4), 100 * step + i), mesh, ROWS)
+            param.grad = distribute(tensor((6, 4), 100 * step + i), mesh, ROWS)
         with counted(calls):
             optimizer.step()
     return {"calls": dict(calls)}
@@ -54,12 +55,12 @@ def collectives(cls, options, mesh, count):
 
 def refused(cls, options, mesh, case, failing):
     """Return how a step ends that one rank cannot make, whether it has changed something, and how the next one does."""
-    params = [torch.nn.Parameter(distribute_tensor(tensor((6, 4), i), mesh, ROWS)) for i in range(3)]
+    params = [torch.nn.Parameter(distribute(tensor((6, 4), i), mesh, ROWS)) for i in range(3)]
     optimizer = cls([(f"p{i}", param) for i, param in enumerate(params)], **options)
 
     def give_gradients(seed):
         for i, param in enumerate(params):
-            param.grad = distribute_tensor(tensor((6, 4), seed + i), mesh, ROWS)
+            param.grad = distribute(tensor((6, 4), seed + i), mesh, ROWS)
 
     def closure():
         return 1 / (case != "closure" or mesh.get_rank() != failing)

@@ -14,5 +14,6 @@ def test_state_goes_through_whole(found):
     for results in found:
         for name, result in results.items():
             assert "trace" not in result, (name, result["trace"])
-            assert result["differing"] == [], name
-            assert all(result["next"]), name
+            for way, there in result.items():
+                assert there["differing"] == [], (name, way)
+                assert all(there["next"]), (name, way)

@@ -69,7 +69,9 @@ def _names_in_models() -> dict[Tensor, str]:
 
 def _models() -> list[Module]:
     """Return the modules that are part of no other."""
-    modules = [each for each in gc.get_objects() if issubclass(type(each), Module) and "_modules" in vars(each)]
+    objects = gc.get_objects()
+    classes = {each for each in set(map(type, objects)) if issubclass(each, Module)}
+    modules = [each for each in objects if type(each) in classes and "_modules" in vars(each)]
     parts = {id(part) for module in modules for part in module._modules.values()}
     return [module for module in modules if id(module) not in parts]
 
