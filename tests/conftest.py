@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import signal
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -56,16 +57,18 @@ def pytest_collection_modifyitems(items):
         for pattern, reason in KNOWN_BUGS.items():
             if re.search(pattern, item.name):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True, run="segfault" not in reason))
-        if (marker := item.get_closest_marker("in_turn")) and not _is_its_turn(item, marker.args[0]):
+        in_turn = [(marker.args[0], marker.kwargs.get("every")) for marker in item.iter_markers("in_turn")]
+        if not all(_is_its_turn(item, *each) for each in in_turn):
             item.add_marker(pytest.mark.long)
 
 
-def _is_its_turn(item, name):
-    """Return whether an argument has the one value with which a set of the others is tried.
+def _is_its_turn(item, name, every):
+    """Return whether an argument has the one value, or one of those, with which a set of the others is tried.
 
-    If it has no more values than any other, every value of each argument meets every value of each other.
+    If it has no more values than any other, every value of each argument meets every value of each other.  Tests of the
+    same arguments differ in which meet.
     """
-    own, count, others = 0, 1, 0
+    own, count, others = 0, 1, zlib.crc32(item.originalname.encode())
     for marker in item.iter_markers("parametrize"):
         names, values = marker.args
         names = (names,) if isinstance(names, str) else names
@@ -75,7 +78,7 @@ def _is_its_turn(item, name):
             own, count = position, len(values)
         else:
             others += position
-    return (own - others) % count == 0
+    return (own - others) % (every or count) == 0
 
 
 POSITIONS = {}
