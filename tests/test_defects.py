@@ -46,6 +46,7 @@ def test_sgd_updates_every_element_of_16_bit_parameters(engine, dtype):
     assert param.unique().tolist() == [0.75]
 
 
+@pytest.mark.in_turn("engine")
 @each_row(ELEMENTWISE)
 @each_engine
 def test_a_first_step_that_a_grad_scaler_skips_leaves_no_trace(engine, row):
@@ -63,6 +64,7 @@ def test_a_first_step_that_a_grad_scaler_skips_leaves_no_trace(engine, row):
     assert torch.equal(scaled, plain)
 
 
+@pytest.mark.in_turn("engine")
 @each_row(ELEMENTWISE)
 @each_engine
 def test_a_parameter_that_joins_late_starts_as_a_new_one(engine, row):
@@ -83,6 +85,7 @@ def test_a_parameter_that_joins_late_starts_as_a_new_one(engine, row):
 # Views and strides
 
 
+@pytest.mark.in_turn("engine")
 @pytest.mark.parametrize("layout", ["channels_last", "strided view"])
 @each_row(ELEMENTWISE)
 @each_engine
@@ -115,6 +118,7 @@ def test_sgd_with_nesterov_leaves_the_gradient_alone(engine):
 # Precision
 
 
+@pytest.mark.in_turn("engine")
 @each_row(DENSE)
 @each_engine
 def test_zero_gradients_of_float16_parameters_give_no_nan(engine, row):
@@ -163,6 +167,7 @@ def test_gradients_flow_through_the_first_momentum_of_sgd():
     assert grad.grad.tolist() == pytest.approx([-0.1, -0.1])
 
 
+@pytest.mark.in_turn("engine")
 @each_16_bit
 @each_row([row for row in ROWS if row.ours.slots])
 @each_engine
@@ -265,6 +270,7 @@ def mesh(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.in_turn("engine")
 @each_row([row for row in DENSE if row.name != "SOAP"])  # which refuses them
 @pytest.mark.parametrize("engine", ["default", "eager", "foreach"])
 def test_sharded_parameters(engine, row, mesh):

@@ -288,6 +288,7 @@ COUPLES = [
 ]
 
 
+@pytest.mark.in_turn("origin")
 @pytest.mark.parametrize("origin", [lambda cls: cls, twin], ids=["surefoot", "torch"])
 @pytest.mark.parametrize(("source", "target"), COUPLES)
 def test_state_of_another_algorithm_is_refused(source, target, origin):

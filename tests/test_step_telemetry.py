@@ -30,6 +30,7 @@ def expected_of(params, before):
     return found
 
 
+@pytest.mark.in_turn("engine")
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "ema": 0.9}], ids=["alone", "clipped"])
 @pytest.mark.parametrize("engine", ["eager", "foreach", "cpu"])
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)

@@ -40,6 +40,7 @@ def bytes_of(optimizer):
     return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
+@pytest.mark.in_turn("storage", every=2)
 @pytest.mark.parametrize("storage", memory.COMMON, ids=str)
 @pytest.mark.parametrize("name", [name for name in optimizers.__all__ if name != "LBFGS"])
 def test_it_is_what_a_step_makes(name, storage):

@@ -86,6 +86,7 @@ def comparable(value):
     )
 
 
+@pytest.mark.in_turn("engine")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @each_row([row for row in DENSE if row.ours.slots])
 @engines
@@ -106,6 +107,7 @@ def test_state_that_does_not_fit_its_parameter(engine, row):
     optimizer.step()
 
 
+@pytest.mark.in_turn("engine")
 @each_row(DENSE)
 @engines
 def test_gradients_that_do_not_fit_their_parameter(engine, row):
@@ -129,6 +131,7 @@ def test_gradients_that_do_not_fit_their_parameter(engine, row):
     optimizer.step()
 
 
+@pytest.mark.in_turn("engine")
 @each_row(DENSE)
 @engines
 @pytest.mark.parametrize("kind", ["complex", "integer", "expanded", "resized"])
@@ -155,6 +158,7 @@ def test_parameters_that_became_something_else(engine, row, kind):
     assert_refused(optimizer, what)
 
 
+@pytest.mark.in_turn("engine")
 @each_row([row for row in DENSE if row.ours.complex_params and row.ours.is_rule()])
 @engines
 def test_a_model_that_became_complex(engine, row):
