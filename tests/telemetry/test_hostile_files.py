@@ -64,7 +64,7 @@ BROKEN = [
     ("grad", "[1]", "`grad` has 1 numbers for 2 parameters"),
     ("grad", "7", "`grad` must be a list, but is 7"),
     ("grad", '{"0": 1, "1": 1}', "`grad` must be a list, but is {"),
-    ("grad", "[" * 5000 + "]" * 5000, "RecursionError"),
+    ("grad", "[" * 100_000 + "]" * 100_000, "RecursionError"),
     ("max", "[1, " + "1" + "0" * 400 + "]", "`max` has a number that is too large"),
     ("nonfinite", "[]", "`nonfinite` must be an object, but is []"),
     ("nonfinite", '{"2": 1}', "`nonfinite` has '2', which is no number of a parameter"),
