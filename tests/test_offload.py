@@ -615,7 +615,7 @@ def adamw(model):
 def test_a_compiled_loop():
     def train(*, offloaded):
         torch.manual_seed(0)
-        model = nn.Linear(4, 4)
+        model = nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 10)))  # more shapes than recompiles
         optimizer = adamw(model)
         if offloaded:
             optimizer.offload(model)

@@ -709,7 +709,7 @@ def test_a_graph_that_is_kept_knows_of_the_step():
 def test_a_compiled_model_in_a_compiled_loop():
     def train(*, released):
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+        model = nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 10)))  # more shapes than recompiles
         optimizer = surefoot.AdamW(model.parameters(), lr=0.01)
         called = torch.compile(model, backend="eager") if released else model
         if released:
