@@ -211,6 +211,12 @@ class OffloadedOptimizer:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __del__(self) -> None:
+        """Drop gradients that nobody can step by any more, and to whose placeholders torch could not add."""
+        for member in self._members.values():
+            if member.param.grad is member.placeholder:
+                member.param.grad = None
+
     # Groups and state of the host
 
     def enter(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
@@ -336,7 +342,7 @@ class OffloadedOptimizer:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
         member = self._members.get(param)
         if member is not None:
-            if not member.fits():
+            if not (member.fits() and self.active):
                 member.return_grad()
             member.accumulates = param.grad is member.placeholder
             if member.accumulates:
@@ -459,7 +465,7 @@ def _before_accumulation(
 ) -> None:
     """Tell a handle that a gradient is about to be accumulated; a hook, which keeps no optimizer alive."""
     offloaded, coming = handle(), param()
-    if offloaded is not None and coming is not None and offloaded.active:
+    if offloaded is not None and coming is not None:
         offloaded._before_accumulation(coming)
 
 

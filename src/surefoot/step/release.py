@@ -234,7 +234,7 @@ class ReleasedGradients:
             )
 
     def _forget_iteration(self) -> None:
-        self._open, self._backward = False, OUTSIDE
+        self._open, self._backward, self._group_count = False, OUTSIDE, 0
         self._stepped: list[_Param] = []
         self._slices: list[ParamSlice] = []
         self._seconds = 0.0
@@ -306,7 +306,7 @@ class ReleasedGradients:
         self._open = True
         step = self._partial_steps.step_input()
         self._follow(step)
-        options = _options(step.groups)
+        options, self._group_count = _options(step.groups), len(step.groups)
         if not same_objects(self._group_options, options):
             self._group_options = options
             for bucket in self._buckets:
@@ -427,7 +427,8 @@ class ReleasedGradients:
     def _refuse_changed(self, step: StepInput) -> None:
         """Refuse options that need all gradients at once, or that were changed after parameters were stepped."""
         refuse_options(step)
-        if self._stepped and not same_objects(self._group_options, _options(step.groups)):
+        known = step.groups[: self._group_count]  # one that was added since steps with what has a gradient still
+        if self._stepped and not same_objects(self._group_options, _options(known)):
             raise RuntimeError(
                 f"options of param groups were changed after backward has stepped {len(self._stepped)} parameters by "
                 f"those before; change them before backward or after step()"
