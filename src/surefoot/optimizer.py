@@ -649,8 +649,8 @@ class Optimizer(torch.optim.Optimizer):
             bucket_bytes: bytes of gradients that are stepped together, > 0: more of them at a time are faster where
                 there are many small ones, and take as much more memory.
             max_previous_grad_norm: greatest norm of the previous step's gradients, all together and before clipping,
-                finite and > 0; where it was greater, this step's gradients are scaled down by as much, in the step.  So a
-                sudden great gradient is not clipped, but those of the step after it.  The norm stands in the groups,
+                finite and > 0; where it was greater, this step's gradients are scaled down by as much, in the step.  So
+                a sudden great gradient is not clipped, but those of the step after it.  The norm stands in the groups,
                 as `previous_grad_norm`, and so in state dicts; there is none at first, and then nothing is clipped.
             max_param_grad_norm: greatest norm of the gradient of each parameter, finite and > 0; a greater one is
                 scaled down in the step.
