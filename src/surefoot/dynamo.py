@@ -14,6 +14,7 @@ Result = TypeVar("Result")
 
 def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
     """Keep torch.compile out of a method: a compiled function breaks off there and goes on behind it."""
+    closed: Callable[Given, Result]
 
     @functools.wraps(method)
     def open_or_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -22,7 +23,7 @@ def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
     def first_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         nonlocal closed
         # Else it is compiled itself where torch calls it, once for every shape of a hook's tensor.
-        torch._dynamo.eval_frame.skip_code(open_or_closed.__code__)
+        torch._dynamo.eval_frame.skip_code(open_or_closed.__code__)  # type: ignore[attr-defined]
         closed = _disable_dynamo(method)
         return method(*args, **kwargs)
 

@@ -42,7 +42,7 @@ from surefoot.state.convert import plain_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
-from surefoot.step.clipping import NonFiniteParams, listed, warn_left_out
+from surefoot.step.clipping import listed, warn_left_out
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
@@ -474,16 +474,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
-        try:
-            return self._run(step, cache)
-        except NonFiniteParams as found:
-            bad = set(found.params)
-        step.stepping.context.slices = []  # what was measured with them
+        cache, context = self._run(step, cache), step.stepping.context
+        if not context.left_out:
+            return cache
+        left_out, context.left_out = set(context.left_out), []
+        context.slices = []  # what was measured with them
         params = [param for group in step.groups for param in group["params"]]
-        self._run(step._replace(grads={param: None if param in bad else param.grad for param in params}), None)
-        warn_left_out(self._step_input(), [param for param in params if param in bad])
+        finite = {param: None if param in left_out else param.grad for param in params}
+        self._run(step._replace(grads=finite), None)
+        warn_left_out(self._step_input(), [param for param in params if param in left_out])
         for group in step.groups:
-            if own := [param for param in group["params"] if param in bad]:
+            if own := [param for param in group["params"] if param in left_out]:
                 step.slices.append(ParamSlice(group, own))
         return None
 
