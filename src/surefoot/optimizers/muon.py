@@ -55,6 +55,60 @@ def _row_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
     return torch.Size((*param.shape[:rows], *(1,) * (param.dim() - rows))) if rows else None
 
 
+_Rate = Annotated[
+    Number,
+    Interval("Learning rate should be >= 0 but is: ", high_open=True),
+    "learning rate, a number or a tensor of one element",
+]
+_Decay = Annotated[
+    Number,
+    Interval("weight decay should be >= 0 but is: ", high_open=True),
+    "shrinking of the parameter, in units of the learning rate",
+]
+_Momentum = Annotated[
+    float,
+    Interval("momentum should be >= 0 but is: ", high_open=True),
+    "decay of the average of g, sensibly below 1",
+]
+_Coefficients = Annotated[
+    Polynomials,
+    check_polynomials,
+    "(a, b, c) of the Newton-Schulz iteration, any numbers; a tuple of such triples, one for an iteration and "
+    "the last for all that follow; or "
+    '`"polar_express"`, triples of which each is optimal after those before, by which the iteration converges; '
+    "by the default it stays within about 30 percent",
+]
+_Steps = Annotated[
+    int,
+    Interval(
+        "Number of steps must be less than 100 for computational efficiency, but is: ",
+        high=_MOST_NS_STEPS,
+        whole=True,
+    ),
+    "number of iterations",
+]
+_Flatten = Annotated[
+    bool | None,
+    "what parameters of more than two dimensions are: with True, matrices of their first dimension's rows, as "
+    "convolutions; with False, stacks of matrices along their first dimensions, as experts; refused if None",
+]
+_Heads = Annotated[
+    int | None,
+    Interval("num_heads should be >= 1 but is: ", low=1, whole=True, optional=True),
+    "into how many matrices the rows of each are divided, as those of the heads of an attention",
+]
+_Sizes = Annotated[
+    tuple[int, ...] | None,
+    "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
+]
+_ProductDtype = Annotated[
+    torch.dtype | None,
+    "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
+    "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
+    "processors that do not multiply bfloat16",
+]
+
+
 class Muon(Optimizer):
     """Muon: momentum, made orthogonal, for the matrices of hidden layers.
 
@@ -109,40 +163,13 @@ class Muon(Optimizer):
             "matrices, named matrices or groups; see `surefoot.Optimizer`.  Embeddings, output layers, biases and "
             "norms are better left to AdamW",
         ],
-        lr: Annotated[
-            Number,
-            Interval("Learning rate should be >= 0 but is: ", high_open=True),
-            "learning rate, a number or a tensor of one element",
-        ] = 1e-3,
-        weight_decay: Annotated[
-            Number,
-            Interval("weight decay should be >= 0 but is: ", high_open=True),
-            "shrinking of the parameter, in units of the learning rate",
-        ] = 0.1,
-        momentum: Annotated[
-            float,
-            Interval("momentum should be >= 0 but is: ", high_open=True),
-            "decay of the average of g, sensibly below 1",
-        ] = 0.95,
+        lr: _Rate = 1e-3,
+        weight_decay: _Decay = 0.1,
+        momentum: _Momentum = 0.95,
         nesterov: Annotated[bool, "look ahead by one step"] = True,
-        ns_coefficients: Annotated[
-            Polynomials,
-            check_polynomials,
-            "(a, b, c) of the Newton-Schulz iteration, any numbers; a tuple of such triples, one for an iteration and "
-            "the last for all that follow; or "
-            '`"polar_express"`, triples of which each is optimal after those before, by which the iteration converges; '
-            "by the default it stays within about 30 percent",
-        ] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: _Coefficients = (3.4445, -4.775, 2.0315),
         eps: Annotated[float, at_least_zero("epsilon"), "least norm by which a matrix is divided"] = 1e-7,
-        ns_steps: Annotated[
-            int,
-            Interval(
-                "Number of steps must be less than 100 for computational efficiency, but is: ",
-                high=_MOST_NS_STEPS,
-                whole=True,
-            ),
-            "number of iterations",
-        ] = 5,
+        ns_steps: _Steps = 5,
         adjust_lr_fn: Annotated[
             str | None,
             '`"original"`, which None and `"spectral"` mean too, `"match_rms_adamw"` or `"spectral_unclamped"`',
@@ -154,26 +181,10 @@ class Muon(Optimizer):
             Interval("beta2 should be in [0, 1) but is: ", high=1.0, high_open=True),
             "with normuon, decay of the average of the rows' mean squares",
         ] = 0.95,
-        flatten: Annotated[
-            bool | None,
-            "what parameters of more than two dimensions are: with True, matrices of their first dimension's rows, as "
-            "convolutions; with False, stacks of matrices along their first dimensions, as experts; refused if None",
-        ] = None,
-        num_heads: Annotated[
-            int | None,
-            Interval("num_heads should be >= 1 but is: ", low=1, whole=True, optional=True),
-            "into how many matrices the rows of each are divided, as those of the heads of an attention",
-        ] = None,
-        split_sizes: Annotated[
-            tuple[int, ...] | None,
-            "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
-        ] = None,
-        ns_dtype: Annotated[
-            torch.dtype | None,
-            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
-            "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
-            "processors that do not multiply bfloat16",
-        ] = None,
+        flatten: _Flatten = None,
+        num_heads: _Heads = None,
+        split_sizes: _Sizes = None,
+        ns_dtype: _ProductDtype = None,
         state_dtype: Annotated[
             torch.dtype | None,
             "dtype in which new momentum is stored, torch.bfloat16 beside float32 parameters for instance; the "
