@@ -499,15 +499,9 @@ class Optimizer(torch.optim.Optimizer):
             grad_scale=scale,
             found_inf=found_inf,
             coefficients=self.coefficients,
-            param_names=self._param_names,
             released=None if (released := self._releasing()) is None else released.options,
             transfers=self._offloading(),
         )
-
-    def _param_names(self) -> list[str]:
-        from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
-
-        return parameter_names(self)
 
     @property
     def step_options(self) -> OptimizerOptions:

@@ -22,13 +22,12 @@ def step_input(
     group: dict[str, Any],
     grads: Sequence[Tensor | None],
     state: State,
-    names: Callable[[], Sequence[str]],
     options: OptimizerOptions | None = None,
 ) -> StepInput:
     """Return a step of one group with gradients that are given, of which nothing is kept."""
     stepping = Stepping(options or OptimizerOptions(), StepStatistics(steps=1))
     by_param = dict(zip(group.get("params", ()), grads, strict=True))
-    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, names, by_param)
+    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, by_param)
 
 
 def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRun]], None] | None = None) -> None:
