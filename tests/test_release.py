@@ -900,7 +900,7 @@ class Own(surefoot.Optimizer):
 
 
 class Stepping(surefoot.AdamW):
-    """A rule with a step of its own around it."""
+    """A rule with a custom step around it."""
 
     def step(self, closure=None):
         return super().step(closure)

@@ -93,7 +93,7 @@ def cases(row, engine):
 @pytest.mark.parametrize("row", DENSE, ids=lambda row: row.name)
 def test_options_equal_the_calls_they_replace(row, engine):
     if engine not in row.engines([engine]) and engine != "eager":
-        pytest.skip("a step of its own has no engines")
+        pytest.skip("a custom step has no engines")
     if row.name == "SOAP":
         pytest.skip("where gradients lack rank its bases hang on their last bits; see optimizers/test_soap.py")
     for options in cases(row, engine):

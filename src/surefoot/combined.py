@@ -94,8 +94,8 @@ def _check_algorithm(algorithm: Any) -> None:
     ours = getattr(algorithm.step, "is_whole", False) or getattr(algorithm.step, "is_prepared", False)
     if issubclass(algorithm, Combined) or not ours:
         raise TypeError(
-            f"{algorithm.__name__} has a step of its own, which cannot be made together with others; take a rule, Muon "
-            f"or Adafactor"
+            f"{algorithm.__name__} has a custom step, which cannot be made together with others; take a rule, Muon or "
+            f"Adafactor"
         )
 
 
@@ -524,7 +524,7 @@ def muon_with(
         options: hyperparameters of Muon, and what is done around the update of all; see `surefoot.StepOptions`.
 
     Raises:
-        TypeError: `model` is no module, or an option is unknown.
+        TypeError: `model` is not a module, or an option is unknown.
         ValueError: it cannot be told what the output layer is, there is no hidden matrix, or an option is out of its
             range.
 

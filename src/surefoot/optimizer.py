@@ -47,7 +47,6 @@ from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
 from surefoot.step.offload import OffloadedOptimizer
-from surefoot.step.offload import refuse_scaler as refuse_scaler_of_offloaded
 from surefoot.step.options import (
     OptimizerOptions,
     ReleaseOptions,
@@ -64,7 +63,7 @@ from surefoot.step.options import (
 from surefoot.step.pipeline import finish, finish_part, run_step
 from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
 from surefoot.step.ranks import due_exchange, failures_told
-from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options, refuse_scaler
+from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.modes import mode_is_active
 
@@ -110,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults: the hyperparameters of the constructor.
 
     Raises:
-        TypeError: `params` is a tensor or a set, or holds something that is no tensor.
+        TypeError: `params` is a tensor or a set, or holds something that is not a tensor.
         ValueError: `params` is empty, holds a tensor twice or a non-leaf tensor, names some tensors but not all, or a
             hyperparameter is out of its range.
 
@@ -324,10 +323,10 @@ class Optimizer(torch.optim.Optimizer):
         No other option needs the scale: what clips or measures gets gradients that the scaler has unscaled.  A
         scaler, or a trainer that asks this for one, is warned of `zero_grad_after_step`, which misses skipped steps.
         """
-        if self._releasing() is not None:
-            refuse_scaler()
-        if self._offloading() is not None:
-            refuse_scaler_of_offloaded()
+        if (released := self._releasing()) is not None:
+            released.refuse_scaler()
+        if (offloaded := self._offloading()) is not None:
+            offloaded.refuse_scaler()
         by_step = any(group.get("fused") for group in self.param_groups)
         if self.step_options.zero_grad_after_step and not by_step:
             warnings.warn(
@@ -348,9 +347,9 @@ class Optimizer(torch.optim.Optimizer):
                 the optimizer's defaults.  The dict itself becomes the group.
 
         Raises:
-            TypeError: not a dict, an unordered collection, or something that is no tensor.
-            ValueError: a parameter is no leaf, or in another group already; only some have names; a hyperparameter is
-                missing or out of range.
+            TypeError: not a dict, an unordered collection, or something that is not a tensor.
+            ValueError: a parameter is not a leaf, or in another group already; only some have names; a hyperparameter
+                is missing or out of range.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")

@@ -373,13 +373,13 @@ class _Wrapper(torch.Tensor):
         return args[0] if function.__name__.split(".")[0].endswith("_") else result
 
 
-STRANGE = {
+UNSUPPORTED = {
     "wrapper": lambda: _Wrapper(torch.ones(3)),
     "negated": lambda: torch._neg_view(torch.full((3,), -1.0)),
 }
 
 
-@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("kind", UNSUPPORTED)
 @pytest.mark.parametrize("late", [False, True])
 def test_state_that_is_not_what_its_memory_holds(kind, late):
     param = torch.zeros(3, requires_grad=True)
@@ -389,7 +389,7 @@ def test_state_that_is_not_what_its_memory_holds(kind, late):
         optimizer.step()
     with torch.no_grad():
         param.zero_()
-    optimizer.state[param]["momentum_buffer"] = STRANGE[kind]()
+    optimizer.state[param]["momentum_buffer"] = UNSUPPORTED[kind]()
     optimizer.step()
     assert param.tolist() == [-1.5] * 3
 

@@ -60,7 +60,7 @@ class Adafactor(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:

@@ -80,7 +80,7 @@ class LBFGS(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a group has another value than the first one.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: `line_search_fn` is another one.
 
     Example:

@@ -135,8 +135,8 @@ class Muon(Optimizer):
     {arguments}
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is no matrix, or cannot be divided as asked.
-        TypeError: a hyperparameter is no number.
+        ValueError: a hyperparameter is out of range, or a parameter is not a matrix, or cannot be divided as asked.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:
@@ -152,7 +152,7 @@ class Muon(Optimizer):
     `"spectral_unclamped"`; Amsel et al. 2025, "The Polar Express", for `"polar_express"`; Li et al. 2025, "NorMuon",
     for `normuon`.
 
-    Other than in torch, parameters that are no matrices are refused in later groups too, and with bfloat16 parameters
+    Other than in torch, parameters that are not matrices are refused in later groups too, and with bfloat16 parameters
     and nesterov=False the buffer keeps its norm.
     """
 

@@ -186,7 +186,7 @@ def check_polynomials(name: str, value: Any) -> None:
 
     Raises:
         ValueError: it is no schedule that is known, or does not have three numbers for each iteration.
-        TypeError: one of them is no number.
+        TypeError: one of them is not a number.
     """
     if isinstance(value, str) and value in SCHEDULES:
         return

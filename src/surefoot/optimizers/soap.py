@@ -100,7 +100,7 @@ class SOAP(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter has more than 6 axes.
-        TypeError: a hyperparameter is no number, or an option that it does not have.
+        TypeError: a hyperparameter is not a number, or an option that it does not have.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:
@@ -333,7 +333,7 @@ class _Batch:
     """Parameters of one shape that have taken as many steps, and what is done to them.
 
     Several are stacked along a first dimension; one is as it is.  Tensors have the shape of the parameter, whichever
-    axes it is seen as, and the dtype of the arithmetic; `store` puts back what is no tensor of the state for that.
+    axes it is seen as, and the dtype of the arithmetic; `store` puts back what is not a tensor of the state for that.
 
     Attributes:
         rows: the parameters.

@@ -14,7 +14,7 @@ from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.storage import scale_shape
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.shards import is_sharded, layout_of, match_layout, sharding_mismatch, to_local
+from surefoot.tensors.shards import format_layout, is_sharded, match_layout, sharding_mismatch, to_local
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
@@ -92,8 +92,8 @@ def _dense_gradient(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor
         laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
     except RuntimeError as error:
         raise RuntimeError(
-            f"the gradient of {format_param(group, param)} is {layout_of(grad)}, the parameter {layout_of(param)}, and "
-            f"cannot be redistributed: {error}"
+            f"the gradient of {format_param(group, param)} is {format_layout(grad)}, the parameter "
+            f"{format_layout(param)}, and cannot be redistributed: {error}"
         ) from error
     if (reason := sharding_mismatch(laid_out, param)) is not None:
         raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
@@ -183,7 +183,7 @@ def _unfit_scale(codes: Tensor, scale: Any, param: Tensor) -> str | None:
     if scale.shape != scale_shape(codes.shape):
         return f"has shape {tuple(scale.shape)}, must have {tuple(scale_shape(codes.shape))}"
     if is_sharded(scale) != is_sharded(param) or scale.device != param.device:
-        return f"is {layout_of(scale)} on {scale.device}, the parameter {layout_of(param)} on {param.device}"
+        return f"is {format_layout(scale)} on {scale.device}, the parameter {format_layout(param)} on {param.device}"
     return None if to_local(scale).is_contiguous() else "is not contiguous"
 
 

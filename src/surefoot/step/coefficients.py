@@ -136,7 +136,7 @@ def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, 
     """Return a hyperparameter that an update reads.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         RuleError: there is none of that name.
     """
     if not is_number(value := getattr(h, name, None)):

@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -392,6 +392,14 @@ class OffloadedOptimizer:
             member.grad.zero_()  # type: ignore[union-attr]
         return is_here
 
+    def refuse_scaler(self) -> NoReturn:
+        """Raise RuntimeError: a GradScaler has to do with the step."""
+        raise RuntimeError(
+            "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's "
+            "memory; train in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass "
+            'nonfinite="skip"'
+        )
+
     # Weights
 
     def _follow_weights(self) -> None:
@@ -542,12 +550,3 @@ _TAKEN = (
     "is in the CPU's memory already, where another optimizer that is offloaded has it; remove() the handle of that one "
     "(`Optimizer.offload`), and drop the gradients with zero_grad()"
 )
-_NO_SCALER = (
-    "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's memory; train "
-    'in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass nonfinite="skip"'
-)
-
-
-def refuse_scaler() -> None:
-    """Raise RuntimeError: a GradScaler has to do with the step."""
-    raise RuntimeError(_NO_SCALER)

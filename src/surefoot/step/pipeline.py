@@ -33,7 +33,7 @@ from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
 CustomSteps = Callable[[list[PreparedParam]], None]
-"""Steps the prepared parameters of algorithms that are no rules."""
+"""Steps the prepared parameters of algorithms that are not rules."""
 
 
 def run_step(
@@ -47,7 +47,7 @@ def run_step(
     Args:
         step: the step.
         cache: what the last step has returned.
-        custom_steps: where groups have algorithms that are no rules: steps the parameters of these.
+        custom_steps: where groups have algorithms that are not rules: steps the parameters of these.
         stepped: is told of the buckets when they have been stepped.
 
     Returns:

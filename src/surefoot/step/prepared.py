@@ -314,8 +314,8 @@ class _Validated:
             return
         lists, lists_kept = lists_launch([step.groups, *(group["params"] for group in step.groups)])
         idle, idle_kept = gradients_launch(self._idle)
-        looks, releases = zip(*(guard.launches() for guard in guards[1:]), strict=True)
-        self._kept, self._launches = (lists_kept, idle_kept), [lists, guards[0].launch, idle, *looks, *releases]
+        guarding, releasing = zip(*(guard.launches() for guard in guards[1:]), strict=True)
+        self._kept, self._launches = (lists_kept, idle_kept), [lists, guards[0].launch, idle, *guarding, *releasing]
         self._guard_options(step)
 
     def _guard_options(self, step: StepInput) -> bool:

@@ -1,7 +1,7 @@
 """Gradients released as they come: parameters are stepped inside the backward pass, and their gradients dropped.
 
 Parameters are put together in buckets, in the order in which gradients arrive, and a bucket is stepped when it is full.
-Each is a step of its own to the pipeline: groups that mirror the optimizer's and hold the bucket's parameters, and a
+To the pipeline each is a whole step: of groups that mirror the optimizer's and hold the bucket's parameters, with a
 step cache.  `step` closes the iteration: it counts, and steps what has a gradient still.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -403,7 +403,7 @@ class ReleasedGradients:
             )
         step = self._partial_steps.step_input()
         if step.found_inf is not None:
-            raise RuntimeError(_NO_SCALER)
+            self.refuse_scaler()
         self._refuse_changed(step)
         if again := [member for member in self._stepped if member.param.grad is not None]:
             raise RuntimeError(
@@ -420,6 +420,14 @@ class ReleasedGradients:
                 f"options of param groups were changed after backward has stepped {len(self._stepped)} parameters by "
                 f"those before; change them before backward or after step()"
             )
+
+    def refuse_scaler(self) -> NoReturn:
+        """Raise RuntimeError: a GradScaler has to do with the step."""
+        raise RuntimeError(
+            "a GradScaler leaves out whole steps whose gradients hold inf, but gradients that are released have been "
+            "used, scaled as they were, before it can look at them; train in bfloat16, or scale the loss by a constant "
+            "and set `optimizer.grad_scale` to it, or remove() the handle of release_gradients"
+        )
 
     def close_at_once(self) -> bool:
         """Close an iteration after which nothing is left to be done; return whether it is such a one.
@@ -505,18 +513,6 @@ class ReleasedGradients:
 
     def _name(self, member: _Param) -> str:
         return listed([self._partial_steps.step_input().names()[member.param]])
-
-
-_NO_SCALER = (
-    "a GradScaler leaves out whole steps whose gradients hold inf, but gradients that are released have been used, "
-    "scaled as they were, before it can look at them; train in bfloat16, or scale the loss by a constant and set "
-    "`optimizer.grad_scale` to it, or remove() the handle of release_gradients"
-)
-
-
-def refuse_scaler() -> None:
-    """Raise RuntimeError: a GradScaler asks whether the step unscales."""
-    raise RuntimeError(_NO_SCALER)
 
 
 def refuse_options(step: StepInput) -> None:

@@ -36,7 +36,7 @@ _SCRATCH, _SUMS, _OWNER, _SIZE = map(_OURS.index, ("scratch", "sums", "owner", "
 _COEFFICIENT_ROW, _COUNT, _INDICES, _VALUES = map(_TABLE.index, ("coefficient_row", "count", "indices", "values"))
 _WORK_ITEMS, _SEGMENTS, _TENSORS = map(LAUNCH.index, ("work_items", "segments", "tensors"))
 _KINDS = {torch.float32: 1, torch.float64: 2}
-"""Values that the rows kernel adds up where a row is there several times; torch does so with all others."""
+"""Values that the rows kernel adds up where a row is there several times; torch adds up all others."""
 _REPEATED = -2
 """The status where a row is there several times, and its values are such as the rows kernel does not add up."""
 _DIGITS, _KEPT = 256, 1 << 20
