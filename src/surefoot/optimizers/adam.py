@@ -79,20 +79,14 @@ class Adam(Optimizer):
 
     @staticmethod
     def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        maximum: Tensor,
-        c: Any,
-        flags: SimpleNamespace,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maxima: Tensor, c: Any, flags: SimpleNamespace
     ) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
-        divisor, maximum = amsgrad(exp_avg_sq, maximum, flags)
+        divisor, maxima = amsgrad(exp_avg_sq, maxima, flags)
         denom = torch.sqrt(divisor) / c.bias + c.eps
         param, direction = directed(param, exp_avg, grad, c, flags)
-        return torch.addcdiv(param, direction, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maximum
+        return torch.addcdiv(param, direction, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maxima
 
 
 class AdamW(Adam):

@@ -74,20 +74,14 @@ class NovoGrad(Optimizer):
 
     @staticmethod
     def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        maximum: Tensor,
-        c: Any,
-        flags: SimpleNamespace,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maxima: Tensor, c: Any, flags: SimpleNamespace
     ) -> Any:
         of_squares = torch.sum(grad * grad)
         averaged = exp_avg_sq * c.beta2 + of_squares * c.weight2
         exp_avg_sq = torch.where(exp_avg_sq == 0, of_squares, averaged)
-        divisor, maximum = amsgrad(exp_avg_sq, maximum, flags)
+        divisor, maxima = amsgrad(exp_avg_sq, maxima, flags)
         normalized = grad / (torch.sqrt(divisor) + c.eps)
         param, u = decay_weights(param, normalized, c, flags)
         exp_avg = torch.add(exp_avg * c.beta1, u, alpha=c.weight1)
         param, direction = directed(param, exp_avg, grad, c, flags)
-        return torch.add(param, direction, alpha=c.neg_lr), exp_avg, exp_avg_sq, maximum
+        return torch.add(param, direction, alpha=c.neg_lr), exp_avg, exp_avg_sq, maxima

@@ -65,7 +65,7 @@ def doubt(bucket: Bucket, rule: Rule) -> str | None:
     """
     from surefoot.engines.gpu import proof, tables  # noqa: PLC0415 (Triton, on first use)
 
-    if tables.is_captured(bucket.device) or not bucket.is_plain:  # which serve only where they are asked for
+    if tables.capturing(bucket.device) or not bucket.is_plain:  # which serve only where they are asked for
         return None
     if bucket.plan is None:
         dtypes = tuple(tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))

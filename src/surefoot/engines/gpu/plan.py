@@ -15,7 +15,7 @@ from torch import Tensor
 from surefoot.engines.bucket import Bucket, Coefficients, EachParameter
 from surefoot.engines.gpu.compile import dialect_of, load
 from surefoot.engines.gpu.measured import combined
-from surefoot.engines.gpu.tables import Table, is_captured, keep_for_graphs, on
+from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 from surefoot.errors import InternalError
 from surefoot.rule import Rule
 from surefoot.storage import format_of
@@ -138,7 +138,7 @@ class Plan:
     def _note_stream(self, *numbers: Tensor) -> None:
         """Let the memory of the tables be used on a stream, or by a graph, other than the one it was made on."""
         memory = (self._table.there, self._chunks, self._firsts, *numbers)
-        if is_captured(self._device):
+        if capturing(self._device):
             keep_for_graphs(*memory)
         elif (stream := _stream(self._device)) != self._stream:
             for tensor in memory:
@@ -175,7 +175,7 @@ class Plan:
 
         Python's numbers only when they have changed; but a graph sets them too, and nobody knows when it is replayed.
         """
-        self._in_graphs = self._in_graphs or is_captured(self._device)
+        self._in_graphs = self._in_graphs or capturing(self._device)
         shape = (len(names), len(coefficients))
         if not isinstance(known.table, Tensor) or known.table.shape != shape:
             known.table, known.sent = torch.empty(shape, dtype=self._compute, device=self._device), {}

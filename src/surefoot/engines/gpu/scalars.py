@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from surefoot.engines.gpu.compile import jitted
-from surefoot.engines.gpu.tables import Table, is_captured, keep_for_graphs, on
+from surefoot.engines.gpu.tables import Table, capturing, keep_for_graphs, on
 from surefoot.tensors.gate import admit
 from surefoot.tensors.native.guards import VersionCounters
 
@@ -54,7 +54,7 @@ class Scattered:
     def read(self) -> Tensor:
         """Return the numbers: float64 of shape (tensors,)."""
         self._table.update(self._pointers)
-        if is_captured(self._device):
+        if capturing(self._device):
             keep_for_graphs(self._table.there)
         values = torch.empty(self._count, dtype=torch.float64, device=self._device)
         self._launch(gather, values)

@@ -16,7 +16,7 @@ SPARES = 16
 _kept_for_graphs: list[Any] = []
 
 
-def is_captured(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Return whether what is done on a device now goes into a graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -61,7 +61,7 @@ class Table:
             RuntimeError: more graphs are captured than there is memory set aside for.
         """
         new = values.ravel()
-        if is_captured(self.there.device):
+        if capturing(self.there.device):
             self._send_by_graph(new)
             return
         self._provide()
