@@ -26,7 +26,6 @@ from surefoot.step.clipping import listed
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import GROUP_RANGES, StepOptions, Stepping
-from surefoot.step.pipeline import run_step
 from surefoot.step.prepared import PreparedParam, unchanged_params
 
 Selection = str | re.Pattern[str] | Callable[[str, Tensor], bool]
@@ -225,14 +224,6 @@ class Combined(Optimizer):
             cache = self.__dict__.pop("_step_cache", None)
             self._step_cache = self._run_with_finite(self._step_input(), cache)
         return loss
-
-    def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
-        custom = [group for group in step.groups if self.spec.of(group).update is None]
-        for group in custom:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_again(group, param)
-        return run_step(step, cache, self._step_prepared if custom else None)
 
     step.is_whole = True  # type: ignore[attr-defined]
 

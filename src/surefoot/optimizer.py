@@ -61,7 +61,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, finish_part, run_step
-from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
+from surefoot.step.prepared import PreparedParam, prepare_again
 from surefoot.step.ranks import due_exchange, failures_told
 from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
 from surefoot.step.types import ParamSlice
@@ -154,7 +154,7 @@ class Optimizer(torch.optim.Optimizer):
     """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
     prepares_params: ClassVar[bool] = False
-    """Whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    """Whether a custom step is handed its parameters checked and prepared, see `surefoot.step.prepared`."""
     whole_tensors: ClassVar[bool] = False
     """Whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
@@ -466,10 +466,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step the parameters of `step` that have gradients; return what the next step of the same may use again."""
-        if self.is_rule():
-            return run_step(step, cache)
-        self._prepare_and_step(step)
-        return None
+        custom = [group for group in step.groups if self.spec.of(group).update is None]
+        for group in custom:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check_again(group, param)
+        return run_step(step, cache, self._step_prepared if custom else None)
 
     def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
@@ -515,21 +517,11 @@ class Optimizer(torch.optim.Optimizer):
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
         loss = self.evaluate(closure)
-        self._run_with_finite(self._step_input(), None)
+        with torch.no_grad():
+            self._run_with_finite(self._step_input(), None)
         return loss
 
     _prepared_step.is_prepared = True  # type: ignore[attr-defined]
-
-    def _prepare_and_step(self, step: StepInput) -> None:
-        """Check and step the parameters of `step` that have gradients."""
-        if step.transfers:
-            step.transfers.wait()
-        for group in step.groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_again(group, param)
-        with torch.no_grad(), full_precision_rows(step, prepare_params(step)) as rows:
-            self._step_prepared(rows)
 
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""

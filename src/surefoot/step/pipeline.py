@@ -1,4 +1,4 @@
-"""A step of a rule, from top to bottom.
+"""A step, from top to bottom.
 
 Everything that can be refused is refused while buckets are made, before any state exists or changes.
 """
@@ -103,7 +103,8 @@ def _buckets(
     for run in cache.runs if cache is not None else ():
         forget_fresh(run)
         _release_grads(run)
-    return None, None if watched else OptionsGuard(step), partition(step)
+    runs = partition(step)
+    return None, OptionsGuard(step) if runs and not watched else None, runs
 
 
 def _skip(step: StepInput) -> bool:

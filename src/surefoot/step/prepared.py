@@ -18,11 +18,11 @@ from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.cache import UNREAD, is_constant
-from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
+from surefoot.step.clipping import measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
-from surefoot.step.ranks import due_exchange, failures_told, refuse_irregular, sums_over_ranks
+from surefoot.step.ranks import refuse_irregular
 from surefoot.step.types import ParamSlice
 from surefoot.storage import Format, encode, random_bits
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
@@ -43,28 +43,6 @@ class PreparedParam(NamedTuple):
     state: dict[str, Any]
     apart: bool = False
     """Return whether its memory is another's too, so that it must be stepped by itself, in its turn."""
-
-
-def prepare_params(step: StepInput) -> list[PreparedParam]:
-    """Return every parameter that has a gradient, clipped and negated under `maximize`, with its state.
-
-    All are checked first.  There are none in a step that is to be skipped.
-    """
-    refuse_capture(step.spec.name, step.groups)
-    context = step.stepping.context
-    context.acquire()
-    exchange = due_exchange(step)
-    with failures_told(step, exchange):
-        found = validate_params(step)
-        context.slices = slices = found.slices
-        if step.needs_gradients():
-            refuse_unmeasurable(step)
-            found.measure()
-    sums = None if exchange is None else sums_over_ranks(step, exchange, slices)
-    if step.needs_gradients() and (slices or sums) and not clip_or_skip(step, slices, sums):
-        return []
-    found.prepare(step)
-    return found.counted()
 
 
 class ValidatedParams(NamedTuple):
@@ -120,7 +98,7 @@ def _validated(step: StepInput) -> "_Validated":
 def prepare_again(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
     """Return the parameters of a step before which nothing has changed, and that only counts; else None.
 
-    The fast lane of custom steps: what it cannot do it leaves to `prepare_params`, with nothing changed.  To be called
+    The fast lane of custom steps: what it cannot do it leaves to the pipeline, with nothing changed.  To be called
     with the context's lock.
 
     Args:
