@@ -90,8 +90,7 @@ def _check_algorithm(algorithm: Any) -> None:
     """
     if not (isinstance(algorithm, type) and issubclass(algorithm, Optimizer)):
         raise TypeError(f"a part needs an optimizer class of surefoot, SGD for instance, but got {algorithm!r}")
-    ours = getattr(algorithm.step, "is_whole", False) or getattr(algorithm.step, "is_prepared", False)
-    if issubclass(algorithm, Combined) or not ours:
+    if issubclass(algorithm, Combined) or not getattr(algorithm.step, "is_whole", False):
         raise TypeError(
             f"{algorithm.__name__} has a custom step, which cannot be made together with others; take a rule, Muon or "
             f"Adafactor"
@@ -216,16 +215,6 @@ class Combined(Optimizer):
         return self._algorithms[h.algorithm].coefficients(h, *scalars, **named)
 
     # The step
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, each by its group's algorithm; see `Optimizer.step`."""
-        loss = self.evaluate(closure)
-        with torch.no_grad():
-            cache = self.__dict__.pop("_step_cache", None)
-            self._step_cache = self._run_with_finite(self._step_input(), cache)
-        return loss
-
-    step.is_whole = True  # type: ignore[attr-defined]
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, group in enumerate(self.param_groups):

@@ -454,7 +454,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: a gradient, or state, does not fit its parameter; or the engine that was asked for cannot
                 serve it.  Nothing has changed then.
         """
-        if not self.is_rule():
+        if not (self.is_rule() or self.prepares_params):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
@@ -514,15 +514,6 @@ class Optimizer(torch.optim.Optimizer):
         """How many steps there were, and how many of them were skipped."""
         return self._stepping.statistics
 
-    def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
-        loss = self.evaluate(closure)
-        with torch.no_grad():
-            self._run_with_finite(self._step_input(), None)
-        return loss
-
-    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
-
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
         try:
@@ -571,7 +562,7 @@ class Optimizer(torch.optim.Optimizer):
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        """Step prepared parameters; what an algorithm with `step = Optimizer._prepared_step` defines."""
+        """Step prepared parameters; what an algorithm with `prepares_params` defines."""
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
@@ -679,8 +670,7 @@ class Optimizer(torch.optim.Optimizer):
     def _refuse_custom_step(self, what: str) -> None:
         """Raise TypeError where it is not known that the pipeline takes a step's parameters from the groups."""
         in_parts = self.is_rule() or self.prepares_params
-        known = any(getattr(type(self).step, name, False) for name in ("is_whole", "is_prepared"))
-        if not (in_parts and known and self._stepping.constructed):
+        if not (in_parts and getattr(type(self).step, "is_whole", False) and self._stepping.constructed):
             raise TypeError(
                 f"{type(self).__name__} has a custom step that takes all parameters at once; {what} with an algorithm "
                 f"that is a rule, or steps prepared parameters"
@@ -1200,16 +1190,16 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
-    is_whole, is_prepared = (getattr(step, name, False) for name in ("is_whole", "is_prepared"))
+    is_whole = getattr(step, "is_whole", False)
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and (is_whole or is_prepared) and self._step_at_once():
+        if is_whole and not args and not kwargs and self._step_at_once():
             return None
         context = self._stepping.context
         if context.inside:  # the hooks of a step that calls its base's have been run
             return step(self, *args, **kwargs)
-        if not (self._stepping.constructed or is_whole or is_prepared):
+        if not (self._stepping.constructed or is_whole):
             return _with_own_hooks(self, step, args, kwargs)
         with _profiled(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._hooks("step_pre"))

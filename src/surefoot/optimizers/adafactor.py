@@ -131,8 +131,6 @@ class Adafactor(Optimizer):
     prepares_params = True
     whole_tensors = True
 
-    step = Optimizer._prepared_step
-
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
         others: list[PreparedParam] = []

@@ -226,8 +226,6 @@ class Muon(Optimizer):
         for param in params:
             blocks_of(param.shape, group)
 
-    step = Optimizer._prepared_step
-
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         found = [row for row in found if row.param.numel()]
         _step_batches(_batches([row for row in found if not is_sharded(row.param)]))

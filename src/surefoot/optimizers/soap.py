@@ -168,8 +168,6 @@ class SOAP(Optimizer):
                     f"pass merge_dims=True, or give such parameters to another optimizer"
                 )
 
-    step = Optimizer._prepared_step
-
     def _step_prepared(self, found: list[PreparedParam]) -> None:
         for rows in in_turns(row for row in found if row.param.numel()):
             with _full_precision({row.param.device.type for row in rows}):
