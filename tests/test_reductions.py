@@ -642,7 +642,7 @@ def test_a_sparse_gradient_is_not_centralized():
     param = torch.ones(4, 2, requires_grad=True)
     param.grad = torch.sparse_coo_tensor([[1]], [[1.0, 3.0]], (4, 2), check_invariants=True)
     optimizer = surefoot.SGD([param], gradient_centralization=True)
-    with pytest.raises(RuntimeError, match="is sparse, which gradient_centralization=True cannot do with"):
+    with pytest.raises(RuntimeError, match="is sparse, which gradient_centralization=True cannot take"):
         optimizer.step()
     assert torch.equal(param, torch.ones(4, 2))
 

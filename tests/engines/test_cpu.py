@@ -294,12 +294,12 @@ def test_two_optimizers_step_in_two_threads():
 def test_a_plan_is_used_again_and_given_up():
     optimizer, params = make()
     train(optimizer, params)
-    works = optimizer._step_cache.runs
+    runs = optimizer._step_cache.runs
     train(optimizer, params)
-    assert optimizer._step_cache.runs is works
+    assert optimizer._step_cache.runs is runs
     optimizer.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
     train(optimizer, params, steps=1)
-    assert optimizer._step_cache.runs is not works
+    assert optimizer._step_cache.runs is not runs
 
 
 def test_scalars_that_a_plan_knows_are_not_asked_one_by_one(monkeypatch):
@@ -592,7 +592,7 @@ def test_works_of_sparse_gradients_are_kept(cls):
     assert found, "nothing was kept"
     for rows in ([3], [], [1, 2, 3, 4, 5, 6], [7, 0, 7, 49]):
         step(torch.tensor([rows], dtype=torch.long))
-        assert optimizer._step_cache.runs is found, "works were made anew"
+        assert optimizer._step_cache.runs is found, "runs were made anew"
 
 
 @IN_BOTH_MODES

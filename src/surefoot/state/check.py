@@ -1,4 +1,4 @@
-"""Return whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
+"""Whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
 
 from collections.abc import Mapping
 from numbers import Real
@@ -109,8 +109,8 @@ def _sparse_gradient(
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
     if group.get("gradient_centralization"):
         raise RuntimeError(
-            f"the gradient of {format_param(group, param)} is sparse, which gradient_centralization=True cannot do "
-            f"with; put the parameter into a group with gradient_centralization=False"
+            f"the gradient of {format_param(group, param)} is sparse, which gradient_centralization=True cannot "
+            f"take; put the parameter into a group with gradient_centralization=False"
         )
     rows = admit_rows(grad, lambda: format_param(group, param))
     return rows if spec.rows_suffice(dict(flags)) else rows.to_dense()
@@ -172,7 +172,7 @@ def _unfit_state(name: str, group: Mapping[str, Any], param: Tensor, reason: str
 def _missing_state(name: str, group: Mapping[str, Any], param: Tensor) -> RuntimeError:
     return RuntimeError(
         f"state `{name}` of {format_param(group, param)} is missing, which only its first step makes; put it back, and "
-        f"the options that it hangs on, or begin anew with `del optimizer.state[param]`"
+        f"the options that it depends on, or begin anew with `del optimizer.state[param]`"
     )
 
 
