@@ -62,7 +62,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, finish_part, run_step
-from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
+from surefoot.step.prepared import Plan, PreparedParam, full_precision_rows, prepare_params, unchanged_params
 from surefoot.step.ranks import due_exchange, failures_told
 from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options, refuse_scaler
 from surefoot.step.types import ParamSlice
@@ -519,7 +519,7 @@ class Optimizer(torch.optim.Optimizer):
         return self._stepping.statistics
 
     def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
+        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_plan`."""
         loss = self.evaluate(closure)
         self._run_with_finite(self._step_input(), None)
         return loss
@@ -577,15 +577,24 @@ class Optimizer(torch.optim.Optimizer):
             return False
         with stepping.context.lock:
             refuse_capture(self.spec.name, groups)
-            found = prepare_again(stepping, groups, self.state, step_input)
-            if found is None:
+            known = unchanged_params(stepping, groups, self.state, step_input)
+            if known is None:
                 return False
-            with torch.no_grad():
-                self._step_prepared(found)
+            stepping.statistics.steps += 1
+            with torch.set_grad_enabled(False):
+                known.step(self._plan)
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        """Step prepared parameters; what an algorithm with `step = Optimizer._prepared_step` defines."""
+        """Step prepared parameters."""
+        self._plan(found)(found)
+
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        """Return what steps prepared parameters; what an algorithm with `step = Optimizer._prepared_step` defines.
+
+        A plan is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
+        parameters of later steps; so it must hold neither gradients nor the optimizer.
+        """
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
