@@ -549,11 +549,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
-        if self._stepping.context.inside or self._is_observed():
+        stepping, own = self._stepping, self.__dict__
+        if stepping.context.inside or self._is_observed():
             return False
-        if (released := self._releasing()) is not None:
+        if own.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
+        return self._run_again(stepping, self.param_groups, own.get("_step_cache"), self._step_input)
 
     def _run_again(
         self,
@@ -570,9 +571,8 @@ class Optimizer(torch.optim.Optimizer):
             cache: what their last step has left.
             step_input: return all that the step is about.
         """
-        if self.is_rule():
-            fast = cache is not None and cache.fast
-            return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
+        if cache is not None:  # that of a rule
+            return bool(cache.fast and cache.fast.run(groups, self.state, self.coefficients, step_input))
         if stepping.validated is None:
             return False
         with stepping.context.lock:
@@ -610,7 +610,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        elsewhere = self._offloading() is not None
+        elsewhere = own.get("_offloaded") is not None
         return bool(hooks or scaled or elsewhere or _is_profiled() or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

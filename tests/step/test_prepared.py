@@ -41,7 +41,7 @@ def started(name, steps=3, **options):
     return pair, (ours, theirs), give, step
 
 
-def changed(change, optimizer, params):  # noqa: C901 (a list of changes)
+def changed(change, optimizer, params):  # noqa: C901, PLR0912 (a list of changes)
     group, state = optimizer.param_groups[0], optimizer.state[params[0]]
     slot = next(name for name in ("row_var", "momentum_buffer") if name in state)
     if change == "rate":

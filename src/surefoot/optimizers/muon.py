@@ -338,7 +338,7 @@ class _Batch(NamedTuple):
         params = [row.param for row in rows]
         torch._foreach_mul_(params, self.shrink)
         if not isinstance(self.factor, Tensor):
-            torch._foreach_add_(params, directions, alpha=self.factor)
+            torch._foreach_add_(params, list(directions), alpha=self.factor)
             return
         for param, direction in zip(params, directions, strict=True):
             add_scaled_(param, direction, self.factor)

@@ -62,6 +62,7 @@ class RowsLaunch(Launch):
     Attributes:
         finding: the address of the rows kernel and that of its own launch.
         adds_up: whether it adds up the values of a row that is there several times.
+        is_large: whether it has more working memory than is kept between steps.
 
     Args:
         arrays: addresses of the arrays of each table, the gradient left out: of shape (arrays, tables).
@@ -82,7 +83,7 @@ class RowsLaunch(Launch):
         dimensions = max(len(each) for each in strides[0])
         self._table_size = _TABLE.index("sizes") + dimensions + len(arrays) * (1 + dimensions)
         self._tables = array("q", bytes(8 * self._table_size * len(shapes)))
-        self._elements = []
+        self._elements, self._itemsize = [], values.itemsize
         for number, shape in enumerate(shapes):
             leading = len(strides[0][number])
             elements = math.prod(shape[leading:])
@@ -95,7 +96,7 @@ class RowsLaunch(Launch):
                 words += [int(starts[number]), *steps[number], *[0] * (dimensions - leading)]
             place = number * self._table_size
             self._tables[place : place + self._table_size] = array("q", words)
-        self._counts = np.zeros(_DIGITS, dtype=np.int64)
+        self._counts, self.is_large = np.zeros(_DIGITS, dtype=np.int64), False
         given = {
             "count": len(shapes),
             "launch": self.address,
@@ -113,19 +114,20 @@ class RowsLaunch(Launch):
         """Set for each table its row of coefficients."""
         self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
 
-    def take(self, indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take contiguous indices and values; `size` then is that of all rows, repeated ones included."""
-        self.size = rows = segments = numbers = place = 0
-        for index, value, elements in zip(indices, values, self._elements, strict=True):
-            count = value.shape[0]
-            self._tables[place + _COUNT] = count
-            self._tables[place + _INDICES], self._tables[place + _VALUES] = index.data_ptr(), value.data_ptr()
+    def take(self, given: Sequence[tuple[int, int, int]]) -> None:
+        """Take what each table is given: how many rows, and the addresses of contiguous indices and values.
+
+        `size` then is that of all rows, repeated ones included.
+        """
+        tables, rows, segments, size, place = self._tables, 0, 0, 0, 0
+        for (count, indices, values), elements in zip(given, self._elements, strict=True):
+            tables[place + _COUNT], tables[place + _INDICES], tables[place + _VALUES] = count, indices, values
             rows += count
             segments += count * -(-elements // CHUNK)
-            self.size += count * elements
-            numbers += value.numel() * value.element_size()
+            size += count * elements
             place += self._table_size
-        self._reserve(rows, segments, numbers // 8 + 1)
+        self.size = size
+        self._reserve(rows, segments, size * self._itemsize // 8 + 1)
 
     def find_rows(self) -> int:
         """Write the launch of the rows that indices and values tell; return the status of the rows kernel."""
@@ -155,7 +157,7 @@ class RowsLaunch(Launch):
         arrays = 1 + self._arrays
         lengths = [arrays * rows, rows, rows, 4 * rows, segments, segments, segments, segments + 1, sums]
         ends = np.cumsum(lengths)
-        self._memory = np.empty(int(ends[-1]), dtype=np.int64)
+        self._memory, self.is_large = np.empty(int(ends[-1]), dtype=np.int64), bool(ends[-1] > _KEPT)
         starts = (self._memory.ctypes.data + 8 * (ends - lengths)).tolist()
         self._ours[_OWNER], self._ours[_SCRATCH], self._ours[_SUMS] = starts[2], starts[3], starts[8]
         names = ("pointers", "coefficient_row", "", "", "segment_tensor", "segment_start", "segment_size",
@@ -165,9 +167,8 @@ class RowsLaunch(Launch):
                 self.words[LAUNCH.index(name)] = start
 
     def release(self) -> None:
-        """Keep working memory for few rows only."""
-        if len(self._memory) > _KEPT:
-            self._memory, self._capacity = self._memory[:0], (-1, -1, -1)
+        """Give working memory back."""
+        self._memory, self._capacity, self.is_large = self._memory[:0], (-1, -1, -1), False
 
     @property
     def owner(self) -> np.ndarray:
@@ -224,7 +225,7 @@ class RowsPlan:
         self.checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
         self.row: np.ndarray | None = None
         arrays = self._admit()
-        self._held: tuple[list[Tensor], list[Tensor]] = [], []
+        self._held: list[Tensor] = []
         strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -261,22 +262,26 @@ class RowsPlan:
 
     def take(self, grads: Sequence[Any]) -> bool:
         """Take gradients, held until `release`; return False if one is not such as the plan is for."""
-        indices, values, kept = [], [], self._kept
+        held: list[Tensor] = []
+        given = []
         for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
                 return False
-            index, value = _contiguous(grad._indices()), _contiguous(grad._values())
-            if grad.shape != shape or index is None or value is None or value.dtype is not kept:
+            index, value = grad._indices(), grad._values()
+            here, there = _contiguous(index), _contiguous(value if self._dtype is self._kept else _real(value))
+            if grad.shape != shape or here is None or there is None:
                 return False
+            (index, index_address, _), (value, value_address, storage) = here, there
             count, *rest = value.shape
-            if index.shape != (dimensions, count) or rest != dense:
+            if index.shape != (dimensions, count) or rest != dense or value.dtype is not self._kept:
                 return False
-            # What the step writes is read before: one row's values might stand in another row.
-            aliased = value.untyped_storage().data_ptr() in self._written
-            indices.append(index)
-            values.append(value.clone() if aliased else value)
-        self._held = indices, values
-        self.launch.take(indices, values)
+            if storage in self._written:  # and read before: one row's values might stand in another row
+                value = value.clone()
+                value_address = value.data_ptr()
+            held += (index, value)
+            given.append((count, index_address, value_address))
+        self._held = held
+        self.launch.take(given)
         return True
 
     def find_rows(self, grads: Sequence[Any]) -> bool:
@@ -288,8 +293,9 @@ class RowsPlan:
 
     def release(self) -> None:
         """Hold the gradients no longer."""
-        self._held = [], []
-        self.launch.release()
+        self._held = []
+        if self.launch.is_large:
+            self.launch.release()
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
@@ -312,7 +318,7 @@ class RowsPlan:
     def _set_limits(self) -> None:
         """Note the live storages behind the launch's rows."""
         now, launch = self._admit(), self.launch
-        of_values = [[(value.data_ptr(), bytes_available(value)) for value in self._held[1]]]
+        of_values = [[(value.data_ptr(), bytes_available(value)) for value in self._held[1::2]]]
         here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, launch.owner]
         launch.limits = np.zeros_like(launch.pointers)
         launch.set_limits(here[..., 0], here[..., 1])
@@ -325,16 +331,21 @@ def _coalesced(grad: Tensor) -> Tensor:
     return again.coalesce()
 
 
-def _contiguous(tensor: Tensor) -> Tensor | None:
-    """Return indices or values as contiguous memory, None if they have lost theirs."""
-    if tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_complex() or tensor._is_zerotensor()):
-        needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-        return tensor if needed <= tensor.untyped_storage().nbytes() or not tensor.numel() else None
-    if not has_memory(tensor) or tensor._is_zerotensor():
+def _contiguous(tensor: Tensor) -> tuple[Tensor, int, int] | None:
+    """Return indices or values in contiguous memory, its address and its storage's, None if they have lost theirs."""
+    if tensor._is_zerotensor():
         return None
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
+    if not tensor.is_contiguous() or tensor.is_neg():
+        return _contiguous(tensor.resolve_neg().contiguous()) if has_memory(tensor) else None
+    address, storage = tensor.data_ptr(), tensor.untyped_storage()
+    start = storage.data_ptr()
+    return (tensor, address, start) if address + tensor.nbytes <= start + storage.nbytes() else None
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex values as real ones, if they have not lost their memory."""
+    sound = tensor.is_complex() and has_memory(tensor) and not tensor._is_zerotensor()
+    return torch.view_as_real(tensor.resolve_conj()) if sound else tensor
 
 
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:
