@@ -449,7 +449,7 @@ class _Variables:
         grad = param.grad
         if grad is None:
             return to_local(param).new_zeros(to_local(param).numel())
-        if not _are_flat([grad], param.shape) and (
+        if _flat_kinds([grad], param.shape) is None and (
             not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
         ):
             grad = validated_gradient(self.optimizer.spec, group, param, grad, {})
@@ -700,19 +700,21 @@ def _rounded(bound: float, like: Tensor) -> float:
     return c_float(bound).value if like.dtype is torch.float32 else bound
 
 
-def _are_flat(tensors: Sequence[Any], shape: torch.Size) -> bool:
-    """Return whether tensors are surely real, contiguous memory of their own, of a shape; False where one must look."""
+def _flat_kinds(tensors: Sequence[Any], shape: torch.Size) -> set[tuple[torch.dtype, torch.device]] | None:
+    """Return the dtypes and devices of tensors if all are surely real, contiguous memory of a shape; else None."""
     if not {*map(type, tensors)} <= _PLAIN_TYPES:
-        return False
-    kinds = {(tensor.shape, tensor.layout, tensor.is_meta, tensor.dtype.is_floating_point) for tensor in tensors}
-    if kinds - {(shape, torch.strided, False, True)}:
-        return False
+        return None
+    kinds = {(tensor.dtype, tensor.device, tensor.layout, tensor.shape) for tensor in tensors}
+    for dtype, device, layout, own in kinds:
+        if not dtype.is_floating_point or device.type == "meta" or layout is not torch.strided or own != shape:
+            return None
     if any(map(Tensor._is_zerotensor, tensors)) or not all(map(Tensor.is_contiguous, tensors)):
-        return False
+        return None
     count = shape.numel()
-    return all(
-        (tensor.storage_offset() + count) * tensor.itemsize <= tensor.untyped_storage().nbytes() for tensor in tensors
-    )
+    for tensor in tensors:
+        if (tensor.storage_offset() + count) * tensor.itemsize > tensor.untyped_storage().nbytes():
+            return None
+    return {(dtype, device) for dtype, device, *_ in kinds}
 
 
 def _places_of(state: Mapping[str, Any], size: int) -> set[Any] | None:
@@ -722,9 +724,8 @@ def _places_of(state: Mapping[str, Any], size: int) -> set[Any] | None:
         return None
     numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None and type(n) not in _REAL]
     vectors = [v for v in (state.get("d"), state.get("prev_flat_grad"), *lists[0], *lists[1]) if v is not None]
-    if not all(_are_flat(*each) for each in ((vectors, torch.Size((size,))), (numbers, torch.Size(())))):
-        return None
-    return {(tensor.dtype, tensor.device) for tensor in (*vectors, *numbers)}
+    of_vectors, of_numbers = _flat_kinds(vectors, torch.Size((size,))), _flat_kinds(numbers, torch.Size(()))
+    return None if of_vectors is None or of_numbers is None else of_vectors | of_numbers
 
 
 def _rate(lr: Any) -> Any:
