@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from surefoot.rule import Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, bytes_available, has_memory
-from surefoot.tensors.native.guards import VersionCounters
+from surefoot.tensors.native.guards import LaunchSequence, TensorGuard, VersionCounters, available
 
 # What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
 _OURS = ("", "status", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
@@ -83,7 +84,7 @@ class RowsLaunch(Launch):
         dimensions = max(len(each) for each in strides[0])
         self._table_size = _TABLE.index("sizes") + dimensions + len(arrays) * (1 + dimensions)
         self._tables = array("q", bytes(8 * self._table_size * len(shapes)))
-        self._elements, self._itemsize = [], values.itemsize
+        self._elements, self._itemsize, self._addresses = [], values.itemsize, array("q", bytes(16 * len(shapes)))
         for number, shape in enumerate(shapes):
             leading = len(strides[0][number])
             elements = math.prod(shape[leading:])
@@ -114,20 +115,34 @@ class RowsLaunch(Launch):
         """Set for each table its row of coefficients."""
         self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
 
-    def take(self, given: Sequence[tuple[int, int, int]]) -> None:
-        """Take what each table is given: how many rows, and the addresses of contiguous indices and values.
+    def take(self, counts: Sequence[int], addresses: Sequence[int]) -> None:
+        """Take how many rows each table is given, and where its contiguous indices and values are, one after the other.
 
         `size` then is that of all rows, repeated ones included.
         """
-        tables, rows, segments, size, place = self._tables, 0, 0, 0, 0
-        for (count, indices, values), elements in zip(given, self._elements, strict=True):
-            tables[place + _COUNT], tables[place + _INDICES], tables[place + _VALUES] = count, indices, values
-            rows += count
-            segments += count * -(-elements // CHUNK)
-            size += count * elements
-            place += self._table_size
-        self.size = size
-        self._reserve(rows, segments, size * self._itemsize // 8 + 1)
+        self._addresses[:] = array("q", addresses)
+        self._tables[_COUNT :: self._table_size] = array("q", counts)
+        self._point(self._addresses.buffer_info()[0], 8)
+        size = sum(map(operator.mul, counts, self._elements))
+        segments = sum(count * -(-elements // CHUNK) for count, elements in zip(counts, self._elements, strict=True))
+        self._needed = size, (sum(counts), segments, size * self._itemsize // 8 + 1)
+        self.take_again()
+
+    def take_from(self, addresses: np.ndarray) -> None:
+        """Find from now on in an array, which must outlive this, where indices and values are."""
+        self._point(addresses.ctypes.data, addresses.strides[0])
+
+    def take_again(self) -> None:
+        """Take as many rows as the last time."""
+        self.size, needed = self._needed
+        self._reserve(*needed)
+
+    def _point(self, first: int, stride: int) -> None:
+        places = array("q", range(first, first + 2 * len(self._elements) * stride, stride))
+        self._tables[_INDICES :: self._table_size], self._tables[_VALUES :: self._table_size] = (
+            places[::2],
+            places[1::2],
+        )
 
     def find_rows(self) -> int:
         """Write the launch of the rows that indices and values tell; return the status of the rows kernel."""
@@ -226,6 +241,8 @@ class RowsPlan:
         self.row: np.ndarray | None = None
         arrays = self._admit()
         self._held: list[Tensor] = []
+        self._counts: list[int] = []
+        self._alike: tuple[TensorGuard, LaunchSequence] | None = None
         strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -262,27 +279,62 @@ class RowsPlan:
 
     def take(self, grads: Sequence[Any]) -> bool:
         """Take gradients, held until `release`; return False if one is not such as the plan is for."""
+        return self._take_alike(grads) or self._take_any(grads)
+
+    def _take_alike(self, grads: Sequence[Any]) -> bool:
+        """Take gradients if they are known to be like the last ones but for values, and for where these are."""
+        if self._alike is None:
+            return False
         held: list[Tensor] = []
-        given = []
+        for grad, (shape, _, _) in zip(grads, self._kinds, strict=True):
+            if type(grad) not in PLAIN or not grad.is_sparse or grad.shape != shape:
+                return False
+            held += (grad._indices(), grad._values())
+        guard, look = self._alike
+        guard.give(held)
+        if look.run():
+            self._alike, self._counts = None, []
+            return False
+        self._held = held
+        self.launch.take_again()
+        return True
+
+    def _take_any(self, grads: Sequence[Any]) -> bool:
+        self._alike = None
+        held: list[Tensor] = []
+        counts: list[int] = []
+        addresses: list[int] = []
+        alike = self._dtype is self._kept
         for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
                 return False
-            index, value = grad._indices(), grad._values()
-            here, there = _contiguous(index), _contiguous(value if self._dtype is self._kept else _real(value))
-            if grad.shape != shape or here is None or there is None:
+            given = grad._indices(), grad._values()
+            index, value = _contiguous(given[0]), _contiguous(given[1] if alike else _real(given[1]))
+            if grad.shape != shape or index is None or value is None or value.dtype is not self._kept:
                 return False
-            (index, index_address, _), (value, value_address, storage) = here, there
             count, *rest = value.shape
-            if index.shape != (dimensions, count) or rest != dense or value.dtype is not self._kept:
+            if index.shape != (dimensions, count) or rest != dense:
                 return False
-            if storage in self._written:  # and read before: one row's values might stand in another row
-                value = value.clone()
-                value_address = value.data_ptr()
+            # What the step writes is read before: one row's values might stand in another row.
+            value = value.clone() if value.untyped_storage().data_ptr() in self._written else value
+            alike = alike and index is given[0] and value is given[1]
             held += (index, value)
-            given.append((count, index_address, value_address))
+            counts.append(count)
+            addresses += (index.data_ptr(), value.data_ptr())
         self._held = held
-        self.launch.take(given)
+        self.launch.take(counts, addresses)
+        if alike and counts == self._counts and available():
+            self._watch()
+        self._counts = counts
         return True
+
+    def _watch(self) -> None:
+        """Let gradients be compared from now on with those that are held."""
+        twice = [[tensor for tensor in tensors for _ in range(2)] for tensors in self._arrays]
+        guard = TensorGuard(twice, given=self._held)
+        if guard.sound:
+            self._alike = guard, LaunchSequence(guard.launches()[:1])
+            self.launch.take_from(guard.gradients)
 
     def find_rows(self, grads: Sequence[Any]) -> bool:
         """Find the rows of gradients that have been taken; return False if one is outside."""
@@ -331,15 +383,11 @@ def _coalesced(grad: Tensor) -> Tensor:
     return again.coalesce()
 
 
-def _contiguous(tensor: Tensor) -> tuple[Tensor, int, int] | None:
-    """Return indices or values in contiguous memory, its address and its storage's, None if they have lost theirs."""
-    if tensor._is_zerotensor():
+def _contiguous(tensor: Tensor) -> Tensor | None:
+    """Return indices or values in contiguous memory, None if they have lost theirs."""
+    if tensor._is_zerotensor() or not has_memory(tensor):
         return None
-    if not tensor.is_contiguous() or tensor.is_neg():
-        return _contiguous(tensor.resolve_neg().contiguous()) if has_memory(tensor) else None
-    address, storage = tensor.data_ptr(), tensor.untyped_storage()
-    start = storage.data_ptr()
-    return (tensor, address, start) if address + tensor.nbytes <= start + storage.nbytes() else None
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _real(tensor: Tensor) -> Tensor:

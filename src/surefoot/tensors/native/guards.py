@@ -202,13 +202,17 @@ class TensorGuard:
         """
         if not self.is_over:
             self.release_grads()
-            if self._given is not None:
-                self._given[:] = _ids(given)
+            self.give(given)
             self._holds = self._held is not None
             self.is_over = self._launch.run(self._tensors)
             if self.is_over:
                 self.release_grads()
         return self.is_over
+
+    def give(self, given: Sequence[Tensor]) -> None:
+        """Take gradients that are not the first column's own, where they are given, for a launch."""
+        if self._given is not None:
+            self._given[:] = [*map(id, given)]
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
         """Return the launches that look, and that release the gradients if it has some; see `note`."""
