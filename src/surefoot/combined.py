@@ -26,7 +26,7 @@ from surefoot.step.clipping import listed
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import GROUP_RANGES, StepOptions, Stepping
-from surefoot.step.prepared import PreparedParam, unchanged_params
+from surefoot.step.prepared import Plan, PreparedParam, unchanged_params
 
 Selection = str | re.Pattern[str] | Callable[[str, Tensor], bool]
 """Which parameters are meant: a pattern as of file names, a regular expression to be found in the name, or a function
@@ -246,17 +246,25 @@ class Combined(Optimizer):
             elif not fast.run(groups, self.state, self.coefficients, step_input):
                 return False
             if known is not None:
-                with torch.no_grad():
-                    self._step_prepared(known.prepared())
+                with torch.set_grad_enabled(False):
+                    known.step(self._plan)
         return True
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
-        rows: defaultdict[str, list[PreparedParam]] = defaultdict(list)
-        for row in found:
-            rows[row.h.algorithm].append(row)
-        for name, algorithm in self._algorithms.items():  # in the same order on all ranks
-            if name in rows:
-                algorithm._step_prepared(rows[name])
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        owned: defaultdict[str, list[int]] = defaultdict(list)
+        for position, row in enumerate(found):
+            owned[row.h.algorithm].append(position)
+        plans = [
+            (own, algorithm._plan([found[position] for position in own]))
+            for name, algorithm in self._algorithms.items()  # in the same order on all ranks
+            if (own := owned.get(name))
+        ]
+
+        def step(rows: list[PreparedParam]) -> None:
+            for own, plan in plans:
+                plan([rows[position] for position in own])
+
+        return step
 
     # Weights to train and weights to evaluate
 

@@ -61,7 +61,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, finish_part, run_step
-from surefoot.step.prepared import PreparedParam, prepare_again
+from surefoot.step.prepared import Plan, PreparedParam, unchanged_params
 from surefoot.step.ranks import due_exchange, failures_told
 from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
 from surefoot.step.types import ParamSlice
@@ -526,11 +526,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
-        if self._stepping.context.inside or self._is_observed():
+        stepping, own = self._stepping, self.__dict__
+        if stepping.context.inside or self._is_observed():
             return False
-        if (released := self._releasing()) is not None:
+        if own.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
+        return self._run_again(stepping, self.param_groups, own.get("_step_cache"), self._step_input)
 
     def _run_again(
         self,
@@ -547,22 +548,30 @@ class Optimizer(torch.optim.Optimizer):
             cache: what their last step has left.
             step_input: return all that the step is about.
         """
-        if self.is_rule():
-            fast = cache is not None and cache.fast
-            return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
+        if cache is not None:  # that of a rule
+            return bool(cache.fast and cache.fast.run(groups, self.state, self.coefficients, step_input))
         if stepping.validated is None:
             return False
         with stepping.context.lock:
             refuse_capture(self.spec.name, groups)
-            found = prepare_again(stepping, groups, self.state, step_input)
-            if found is None:
+            known = unchanged_params(stepping, groups, self.state, step_input)
+            if known is None:
                 return False
-            with torch.no_grad():
-                self._step_prepared(found)
+            stepping.statistics.steps += 1
+            with torch.set_grad_enabled(False):
+                known.step(self._plan)
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        """Step prepared parameters; what an algorithm with `prepares_params` defines."""
+        """Step prepared parameters."""
+        self._plan(found)(found)
+
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        """Return what steps prepared parameters; what an algorithm with `prepares_params` defines.
+
+        A plan is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
+        parameters of later steps; so it must hold neither gradients nor the optimizer.
+        """
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
@@ -578,7 +587,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        elsewhere = self._offloading() is not None
+        elsewhere = own.get("_offloaded") is not None
         return bool(hooks or scaled or elsewhere or _is_profiled() or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -21,12 +21,13 @@ from surefoot.optimizers.orthogonal import (
     blocks_of,
     check_polynomials,
     orthogonal,
+    orthogonal_matrix,
     row_dims_of,
 )
 from surefoot.optimizers.workspace import WORKSPACE, Workspace
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.prepared import Plan, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded
@@ -226,35 +227,59 @@ class Muon(Optimizer):
         for param in params:
             blocks_of(param.shape, group)
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        places = {id(row): place for place, row in enumerate(found)}
         found = [row for row in found if row.param.numel()]
-        _step_batches(_batches([row for row in found if not is_sharded(row.param)]))
-        for rows in in_turns(row for row in found if is_sharded(row.param)):
-            alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
-            for row in rows:
-                alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
-            for some in alike.values():
-                _step_sharded(some)
+        every = [
+            _Joint(some, places) for some in _joint_batches(_batches(row for row in found if not is_sharded(row.param)))
+        ]
+        sharded = [places[id(row)] for row in found if is_sharded(row.param)]
+
+        in_workspace = any(joint.in_workspace for joint in every)
+
+        def step(rows: list[PreparedParam]) -> None:
+            for joint in every:
+                joint.step(rows)
+            if in_workspace:
+                WORKSPACE.shrink()
+            if sharded:
+                _step_meshes([rows[place] for place in sharded])
+
+        return step
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
-    """Step batches, on the CPU several at once and in the workspace."""
-    visible = mode_is_active()
-    for some in _joint_batches(every):
-        if visible or not _gain_by_workspace(some):
-            for batch in some:
-                _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
-            continue
+class _Joint:
+    """Batches that are stepped at once: where their rows stand, and what of them is the same at each step.
+
+    Args:
+        some: the batches.
+        places: where each row stands, by its id.
+    """
+
+    def __init__(self, some: Sequence[list[PreparedParam]], places: Mapping[int, int]) -> None:
+        self._h = some[0][0].h
+        self._batches = [_Batch.of(batch, places) for batch in some]
+        self.in_workspace = not mode_is_active() and _gain_by_workspace(some)
+
+    def step(self, every: Sequence[PreparedParam]) -> None:
+        """Step the rows of the batches."""
+        pairs = [(batch, [every[place] for place in batch.places]) for batch in self._batches]
+        if not self.in_workspace:
+            for batch, rows in pairs:
+                momenta = _momenta(rows)
+                if batch.is_matrix:
+                    batch.apply(rows, [orthogonal_matrix(self._h, momenta[0])])
+                else:
+                    batch.apply(rows, orthogonal(self._h, [_stack(momenta)])[0].unbind())
+            return
         with WORKSPACE.turn():
-            stacks = [_momenta_in(WORKSPACE, batch) for batch in some]
-            for batch, directions in zip(some, orthogonal(some[0][0].h, stacks, WORKSPACE), strict=True):
-                _apply(batch, directions)
-    if not visible:
-        WORKSPACE.shrink()
+            stacks = [_momenta_in(WORKSPACE, rows) for _, rows in pairs]
+            for (batch, rows), directions in zip(pairs, orthogonal(self._h, stacks, WORKSPACE), strict=True):
+                batch.apply(rows, directions.unbind())
 
 
 def _joint_batches(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
@@ -283,23 +308,59 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def _apply(batch: list[PreparedParam], directions: Tensor) -> None:
-    """Step parameters of one shape, of which a stack of directions is known."""
-    h, params = batch[0].h, [row.param for row in batch]
-    blocks, each = blocks_of(params[0].shape, h), list(directions.unbind())
-    if _is_finished_apart(h, blocks):
-        _finish_batch(batch, blocks, each)
-        return
-    shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
-    if len(batch) == 1:
-        add_scaled_(params[0].mul_(shrink), each[0], factor)
-        return
-    torch._foreach_mul_(params, shrink)
-    if not isinstance(factor, Tensor):
-        torch._foreach_add_(params, each, alpha=factor)
-        return
-    for param, direction in zip(params, each, strict=True):
-        add_scaled_(param, direction, factor)
+class _Batch(NamedTuple):
+    """Parameters of one shape, of which one is like another.
+
+    Attributes:
+        places: where their rows stand among all.
+        blocks: how each is divided into matrices.
+        is_matrix: whether it is one parameter that is one matrix.
+        apart: whether directions are normalised, masked or scaled by block before they are added.
+        shrink: what parameters are multiplied with before that.
+        factor: what directions are multiplied with.
+    """
+
+    places: tuple[int, ...]
+    blocks: Blocks
+    is_matrix: bool
+    apart: bool
+    shrink: Any
+    factor: Any
+
+    @classmethod
+    def of(cls, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> "_Batch":
+        """Return the batch of some rows, by their places."""
+        h = rows[0].h
+        blocks = blocks_of(rows[0].param.shape, h)
+        found, single = tuple(places[id(row)] for row in rows), len(rows) == len(blocks.rows) == 1
+        is_matrix, apart = single and rows[0].param.shape == blocks.shape, _is_finished_apart(h, blocks)
+        return cls(found, blocks, is_matrix, apart, 1 - h.lr * h.weight_decay, _factor(h, blocks))
+
+    def apply(self, rows: Sequence[PreparedParam], directions: Sequence[Tensor]) -> None:
+        """Step the parameters, of which the directions are known."""
+        if self.apart:
+            _finish_batch(rows, self.blocks, directions)
+            return
+        if len(rows) == 1:
+            add_scaled_(rows[0].param.mul_(self.shrink), directions[0], self.factor)
+            return
+        params = [row.param for row in rows]
+        torch._foreach_mul_(params, self.shrink)
+        if not isinstance(self.factor, Tensor):
+            torch._foreach_add_(params, list(directions), alpha=self.factor)
+            return
+        for param, direction in zip(params, directions, strict=True):
+            add_scaled_(param, direction, self.factor)
+
+
+def _step_meshes(rows: Sequence[PreparedParam]) -> None:
+    """Step sharded parameters, each as often as it is there."""
+    for turn in in_turns(rows):
+        alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+        for row in turn:
+            alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
+        for some in alike.values():
+            _step_sharded(some)
 
 
 def _step_sharded(rows: list[PreparedParam]) -> None:
@@ -350,10 +411,11 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
     wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
     if wide != buffers[0].dtype:
         return [_stored_momentum(row, wide) for row in batch]
-    grads = [row.grad.to(wide) for row in batch]
     if len(batch) == 1:
-        buffers[0].lerp_(grads[0], 1 - h.momentum)
-        return [torch.lerp(grads[0], buffers[0], h.momentum)] if h.nesterov else buffers
+        grad, (buffer,) = batch[0].grad.to(wide), buffers
+        buffer.lerp_(grad, 1 - h.momentum)
+        return [torch.lerp(grad, buffer, h.momentum)] if h.nesterov else buffers
+    grads = [row.grad.to(wide) for row in batch]
     torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
     return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
 
@@ -406,7 +468,7 @@ def _dtypes(row: PreparedParam) -> Any:
     return id(h), param.device, grad.dtype, state["momentum_buffer"].dtype
 
 
-def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+def _batches(found: Iterable[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
         first = alike[0].param
         most = MOST_STACKED // max(1, len(blocks_of(first.shape, alike[0].h).rows)) if len(alike) > 1 else 1

@@ -17,7 +17,7 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import batches, in_turns, local_row, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.prepared import Plan, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
@@ -168,17 +168,22 @@ class SOAP(Optimizer):
                     f"pass merge_dims=True, or give such parameters to another optimizer"
                 )
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
-        for rows in in_turns(row for row in found if row.param.numel()):
-            with _full_precision({row.param.device.type for row in rows}):
-                here = [local_row(row) if is_sharded(row.param) else row for row in rows if not _needs_ranks(row)]
-                _step([row for row in here if row.param.numel()], _add_batch)
-                alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
-                for row in filter(_needs_ranks, rows):
-                    alike[row.param.device_mesh, _dtype_for(row.param)].append(row)  # type: ignore[attr-defined]
-                for some in alike.values():
-                    for part in _rounds(some):
-                        _step_sharded(part)
+    def _plan(self, found: list[PreparedParam]) -> Plan:  # noqa: ARG002
+        return _step_all
+
+
+def _step_all(found: Sequence[PreparedParam]) -> None:
+    """Step prepared parameters, each as often as it is there."""
+    for rows in in_turns(row for row in found if row.param.numel()):
+        with _full_precision({row.param.device.type for row in rows}):
+            here = [local_row(row) if is_sharded(row.param) else row for row in rows if not _needs_ranks(row)]
+            _step([row for row in here if row.param.numel()], _add_batch)
+            alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+            for row in filter(_needs_ranks, rows):
+                alike[row.param.device_mesh, _dtype_for(row.param)].append(row)  # type: ignore[attr-defined]
+            for some in alike.values():
+                for part in _rounds(some):
+                    _step_sharded(part)
 
 
 _Finish = Callable[["_Batch", Tensor], None]

@@ -4,7 +4,7 @@ So it is with `capturable=True`, where a graph replays the step, and with `fused
 GradScaler's `found_inf` may undo it; in both cases only the device knows how many steps have been taken.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from surefoot.rule import Scalar
 
+_cuda_is_in_use: Callable[[], bool] = torch.cuda.is_initialized
+
 
 def capturing() -> bool:
     """Return whether a graph is being captured on the current device."""
-    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return in_use and torch.cuda.is_current_stream_capturing()
+    return _cuda_is_in_use() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -27,7 +28,7 @@ def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RuntimeError: a group's `capturable` is not set.
     """
-    if capturing() and not all(group.get("capturable") for group in groups):
+    if _cuda_is_in_use() and capturing() and not all(group.get("capturable") for group in groups):
         raise RuntimeError(
             f"Attempting CUDA graph capture of step() for an instance of {name} but param_groups' "
             f"capturable is False. Set capturable=True before the steps that warm up"

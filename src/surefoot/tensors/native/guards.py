@@ -149,6 +149,7 @@ class TensorGuard:
 
     Attributes:
         gradients: addresses of the gradients' memory when last looked at: int64 of shape (length,).
+        is_over: whether a change was seen, so that what was made from the tensors must not be used again.
         sound: whether the guard sees what Python sees; do not use it otherwise.
 
     Make guards with `tensors.guards.make_guard`.
@@ -177,7 +178,7 @@ class TensorGuard:
             self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
             self._launch.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
-        self._tensors, self._over = count * (1 + len(columns)) * threads, False
+        self._tensors, self.is_over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
         if self._given is not None:
             self._launch.slots[_GIVEN] = self._given.ctypes.data
@@ -199,15 +200,19 @@ class TensorGuard:
 
         What was made from the tensors as they were must not be used again, whatever they are like now.
         """
-        if not self._over:
+        if not self.is_over:
             self.release_grads()
-            if self._given is not None:
-                self._given[:] = _ids(given)
+            self.give(given)
             self._holds = self._held is not None
-            self._over = self._launch.run(self._tensors)
-            if self._over:
+            self.is_over = self._launch.run(self._tensors)
+            if self.is_over:
                 self.release_grads()
-        return self._over
+        return self.is_over
+
+    def give(self, given: Sequence[Tensor]) -> None:
+        """Take gradients that are not the first column's own, where they are given, for a launch."""
+        if self._given is not None:
+            self._given[:] = [*map(id, given)]
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
         """Return the launches that look, and that release the gradients if it has some; see `note`."""
@@ -219,16 +224,11 @@ class TensorGuard:
         known = tensor_layout()
         return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
 
-    @property
-    def is_over(self) -> bool:
-        """Return whether a change was seen, so that what was made from the tensors must not be used again."""
-        return self._over
-
     def note(self, *, changed: bool) -> None:
         """Take note of what a `LaunchSequence` has found: if nothing has changed, the gradients are held."""
         self._holds = self._held is not None
         if changed:
-            self._over = True
+            self.is_over = True
             self.release_grads()
 
     def release_grads(self) -> None:
