@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any, Unpack, cast
 
-import torch
 from torch import Tensor, nn
 
 from surefoot.groups import hidden_matrices
@@ -21,12 +20,9 @@ from surefoot.optimizers.muon import Muon
 from surefoot.rule import ALGORITHM, AlgorithmSpec
 from surefoot.state.load import LoadReport, parts_of
 from surefoot.state.make import make_state
-from surefoot.step.cache import StepCache
 from surefoot.step.clipping import listed
-from surefoot.step.device import refuse_capture
-from surefoot.step.inputs import StepInput
-from surefoot.step.options import GROUP_RANGES, StepOptions, Stepping
-from surefoot.step.prepared import Plan, PreparedParam, unchanged_params
+from surefoot.step.options import GROUP_RANGES, StepOptions
+from surefoot.step.prepared import Plan, PreparedParam
 
 Selection = str | re.Pattern[str] | Callable[[str, Tensor], bool]
 """Which parameters are meant: a pattern as of file names, a regular expression to be found in the name, or a function
@@ -224,31 +220,6 @@ class Combined(Optimizer):
                     f"group with `add_param_group`"
                 )
         super()._begin_step(args, kwargs)
-
-    def _run_again(
-        self,
-        stepping: Stepping,
-        groups: list[dict[str, Any]],
-        cache: StepCache | None,
-        step_input: Callable[[], StepInput],
-    ) -> bool:
-        of_rules = [self.spec.of(group).update is not None for group in groups]
-        fast: Any = None if cache is None else cache.fast
-        if any(of_rules) and not fast:
-            return False
-        with stepping.context.lock:
-            known = None if all(of_rules) else unchanged_params(stepping, groups, self.state, step_input)
-            if known is None and not all(of_rules):
-                return False
-            if not any(of_rules):
-                refuse_capture(self.spec.name, groups)
-                stepping.statistics.steps += 1
-            elif not fast.run(groups, self.state, self.coefficients, step_input):
-                return False
-            if known is not None:
-                with torch.set_grad_enabled(False):
-                    known.step(self._plan)
-        return True
 
     def _plan(self, found: list[PreparedParam]) -> Plan:
         owned: defaultdict[str, list[int]] = defaultdict(list)

@@ -548,16 +548,23 @@ class Optimizer(torch.optim.Optimizer):
             cache: what their last step has left.
             step_input: return all that the step is about.
         """
-        if cache is not None:  # that of a rule
-            return bool(cache.fast and cache.fast.run(groups, self.state, self.coefficients, step_input))
-        if stepping.validated is None:
+        spec = self.spec
+        fast: Any = None if cache is None else cache.fast
+        specs = map(spec.of, groups) if spec.algorithms else (spec,)
+        rules = [each.update is not None for each in specs]
+        if all(rules):
+            return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
+        if any(rules) and not fast:
             return False
         with stepping.context.lock:
-            refuse_capture(self.spec.name, groups)
             known = unchanged_params(stepping, groups, self.state, step_input)
             if known is None:
                 return False
-            stepping.statistics.steps += 1
+            if not any(rules):
+                refuse_capture(spec.name, groups)
+                stepping.statistics.steps += 1
+            elif not fast.run(groups, self.state, self.coefficients, step_input):
+                return False
             with torch.set_grad_enabled(False):
                 known.step(self._plan)
         return True
