@@ -29,7 +29,7 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
-from surefoot.tensors.native.guards import LaunchSequence, TensorGuard, available
+from surefoot.tensors.native.guards import AlikeGuard, LaunchSequence, TensorGuard, alike_guard
 from surefoot.tensors.shards import to_local
 
 SMALLEST_CURVATURE = 1e-10
@@ -401,7 +401,7 @@ class _StateGuard:
     def __init__(self) -> None:
         self._counts: tuple[int, ...] = ()
         self._places: set[Any] = set()
-        self._alike: tuple[TensorGuard, LaunchSequence] | None = None
+        self._alike: AlikeGuard | None = None
 
     def places_of(self, state: Mapping[str, Any], size: int) -> set[Any] | None:
         """Return dtypes and devices of state if it surely has flat vectors of a size and single numbers; else None."""
@@ -409,19 +409,17 @@ class _StateGuard:
             return None
         vectors, numbers = found
         counts, tensors = (size, len(vectors), len(numbers)), [*vectors, *numbers]
-        if self._alike is not None and counts == self._counts and _PLAIN_TYPES.issuperset(map(type, tensors)):
-            guard, look = self._alike
-            guard.give(tensors)
-            if not look.run():
-                return self._places
-        again, self._counts, self._alike = counts == self._counts, (), None
+        again = counts == self._counts
+        known = self._alike if again and _PLAIN_TYPES.issuperset(map(type, tensors)) else None
+        if known is not None and not known.changed(tensors):
+            return self._places
+        self._counts, self._alike = (), None
         of_vectors, of_numbers = _flat_kinds(vectors, torch.Size((size,))), _flat_kinds(numbers, torch.Size(()))
         if of_vectors is None or of_numbers is None:
             return None
         self._counts, self._places = counts, of_vectors | of_numbers
-        if again and vectors and available():
-            guard = TensorGuard([[vectors[0]] * len(tensors)], given=tensors)
-            self._alike = (guard, LaunchSequence(guard.launches()[:1])) if guard.sound else None
+        if again:
+            self._alike = alike_guard(tensors, [[torch.empty(0)] * len(tensors)])
         return self._places
 
 
