@@ -470,11 +470,11 @@ class _Variables:
     def gradient(self) -> Tensor:
         """Collect the gradients on the first parameter's device, negated where the loss is to grow."""
         if self._guard is not None and self._guard.holds(self.params):
-            grads = [param.grad.reshape(-1) for param in self.params]
+            grads: list[Any] = [param.grad for param in self.params]
         else:
             grads = [self._gradient_of(group, param) for group, param in self.owners]
             self._guard = _Guard.of(self.params)
-        flat = torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
+        flat = _joined([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
         flat = flat if flat.dtype in _WIDE else flat.to(torch.promote_types(flat.dtype, torch.float32))
         return flat.neg() if self.maximize else flat
 
@@ -493,7 +493,7 @@ class _Variables:
         values = self.values()
         if self.scattered or not self._plain:
             return [value.clone() for value in values]
-        return torch.cat([value.reshape(-1) for value in values])
+        return _joined(values)
 
     def keep_guard(self) -> None:
         """Let the next step know what this one has found fit."""
@@ -574,6 +574,12 @@ class _Variables:
     def _times(self, vector: Tensor, factors: list[float]) -> Tensor:
         parts = zip(torch.split(vector, self.sizes), factors, strict=True)
         return torch.cat([part.mul(factor) if factor else torch.zeros_like(part) for part, factor in parts])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of tensors as one vector, which is new."""
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.clone() if len(tensors) == 1 else flat
 
 
 class _Run:
