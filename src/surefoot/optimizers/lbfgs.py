@@ -29,7 +29,7 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
-from surefoot.tensors.native.guards import LaunchSequence, TensorGuard
+from surefoot.tensors.native.guards import AlikeGuard, LaunchSequence, TensorGuard, alike_guard
 from surefoot.tensors.shards import to_local
 
 SMALLEST_CURVATURE = 1e-10
@@ -246,7 +246,7 @@ class LBFGS(Optimizer):
         """Take over the state, which stands with the first parameter, without handing out its lists."""
         state = self.state.get(variables.params[0], {})
         size, layout = sum(variables.sizes), variables.totals.layout if variables.totals else None
-        places = _places_of(state, size) if state.get("layout") == layout else None
+        places = variables.state_guard.places_of(state, size) if state.get("layout") == layout else None
         if places is None and (misfits := list(_vector_misfits(state, size, layout))):
             raise RuntimeError(
                 f"{misfits[0]}; after changing a parameter's shape start afresh with `optimizer.state.clear()`"
@@ -369,7 +369,7 @@ class _Guard:
     """Tells whether real parameters and their gradients, once found fit, are as they were but for values."""
 
     def __init__(self, params: list[Tensor]) -> None:
-        self._params, self._guard = params, make_guard([params], gradients=True)
+        self._params, self._guard, self.state = params, make_guard([params], gradients=True), _StateGuard()
         self._looks: LaunchSequence | None = None
         if type(self._guard) is TensorGuard:
             self._looks = LaunchSequence([launch for launch in self._guard.launches() if launch])
@@ -393,6 +393,34 @@ class _Guard:
         holds = not self._guard.changed()
         self._guard.release_grads()
         return holds
+
+
+class _StateGuard:
+    """Tells where vectors and numbers of state are if all are sound, by a compiled look if they are like the last."""
+
+    def __init__(self) -> None:
+        self._counts: tuple[int, ...] = ()
+        self._places: set[Any] = set()
+        self._alike: AlikeGuard | None = None
+
+    def places_of(self, state: Mapping[str, Any], size: int) -> set[Any] | None:
+        """Return dtypes and devices of state if it surely has flat vectors of a size and single numbers; else None."""
+        if (found := _tensors_of(state)) is None:
+            return None
+        vectors, numbers = found
+        counts, tensors = (size, len(vectors), len(numbers)), [*vectors, *numbers]
+        again = counts == self._counts
+        known = self._alike if again and _PLAIN_TYPES.issuperset(map(type, tensors)) else None
+        if known is not None and not known.changed(tensors):
+            return self._places
+        self._counts, self._alike = (), None
+        of_vectors, of_numbers = _flat_kinds(vectors, torch.Size((size,))), _flat_kinds(numbers, torch.Size(()))
+        if of_vectors is None or of_numbers is None:
+            return None
+        self._counts, self._places = counts, of_vectors | of_numbers
+        if again:
+            self._alike = alike_guard(tensors, [[torch.empty(0)] * len(tensors)])
+        return self._places
 
 
 _REMEMBERED = tuple(each.name for each in fields(_Memory))
@@ -428,6 +456,11 @@ class _Variables:
         self.is_half = all(param.dtype is torch.float16 for param in self.params)
         self.maximize = bool(optimizer.param_groups[0].get("maximize"))
 
+    @property
+    def state_guard(self) -> _StateGuard:
+        """What knows whether state is sound."""
+        return _StateGuard() if self._guard is None else self._guard.state
+
     def values(self) -> list[Tensor]:
         """Return the parameters, or this process's shards of them, as real numbers."""
         if self.totals is not None:
@@ -437,11 +470,11 @@ class _Variables:
     def gradient(self) -> Tensor:
         """Collect the gradients on the first parameter's device, negated where the loss is to grow."""
         if self._guard is not None and self._guard.holds(self.params):
-            grads = [param.grad.reshape(-1) for param in self.params]
+            grads: list[Any] = [param.grad for param in self.params]
         else:
             grads = [self._gradient_of(group, param) for group, param in self.owners]
             self._guard = _Guard.of(self.params)
-        flat = torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
+        flat = _joined([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
         flat = flat if flat.dtype in _WIDE else flat.to(torch.promote_types(flat.dtype, torch.float32))
         return flat.neg() if self.maximize else flat
 
@@ -460,7 +493,7 @@ class _Variables:
         values = self.values()
         if self.scattered or not self._plain:
             return [value.clone() for value in values]
-        return torch.cat([value.reshape(-1) for value in values])
+        return _joined(values)
 
     def keep_guard(self) -> None:
         """Let the next step know what this one has found fit."""
@@ -541,6 +574,12 @@ class _Variables:
     def _times(self, vector: Tensor, factors: list[float]) -> Tensor:
         parts = zip(torch.split(vector, self.sizes), factors, strict=True)
         return torch.cat([part.mul(factor) if factor else torch.zeros_like(part) for part, factor in parts])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of tensors as one vector, which is new."""
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.clone() if len(tensors) == 1 else flat
 
 
 class _Run:
@@ -717,15 +756,14 @@ def _flat_kinds(tensors: Sequence[Any], shape: torch.Size) -> set[tuple[torch.dt
     return {(dtype, device) for dtype, device, *_ in kinds}
 
 
-def _places_of(state: Mapping[str, Any], size: int) -> set[Any] | None:
-    """Return dtypes and devices of state if it surely has flat vectors of a size, in lists of one length; else None."""
+def _tensors_of(state: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """Return the vectors of state and its numbers that are not Python's; None unless lists have one length."""
     lists = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
     if not all(type(each) is list and len(each) == len(lists[0]) for each in lists):
         return None
     numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None and type(n) not in _REAL]
     vectors = [v for v in (state.get("d"), state.get("prev_flat_grad"), *lists[0], *lists[1]) if v is not None]
-    of_vectors, of_numbers = _flat_kinds(vectors, torch.Size((size,))), _flat_kinds(numbers, torch.Size(()))
-    return None if of_vectors is None or of_numbers is None else of_vectors | of_numbers
+    return vectors, numbers
 
 
 def _rate(lr: Any) -> Any:

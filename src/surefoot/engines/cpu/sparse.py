@@ -24,7 +24,7 @@ from surefoot.rule import Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, bytes_available, has_memory
-from surefoot.tensors.native.guards import LaunchSequence, TensorGuard, VersionCounters, available
+from surefoot.tensors.native.guards import AlikeGuard, VersionCounters, alike_guard
 
 # What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
 _OURS = ("", "status", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
@@ -242,7 +242,7 @@ class RowsPlan:
         arrays = self._admit()
         self._held: list[Tensor] = []
         self._counts: list[int] = []
-        self._alike: tuple[TensorGuard, LaunchSequence] | None = None
+        self._alike: AlikeGuard | None = None
         strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -290,9 +290,7 @@ class RowsPlan:
             if type(grad) not in PLAIN or not grad.is_sparse or grad.shape != shape:
                 return False
             held += (grad._indices(), grad._values())
-        guard, look = self._alike
-        guard.give(held)
-        if look.run():
+        if self._alike.changed(held):
             self._alike, self._counts = None, []
             return False
         self._held = held
@@ -323,7 +321,7 @@ class RowsPlan:
             addresses += (index.data_ptr(), value.data_ptr())
         self._held = held
         self.launch.take(counts, addresses)
-        if alike and counts == self._counts and available():
+        if alike and counts == self._counts:
             self._watch()
         self._counts = counts
         return True
@@ -331,10 +329,9 @@ class RowsPlan:
     def _watch(self) -> None:
         """Let gradients be compared from now on with those that are held."""
         twice = [[tensor for tensor in tensors for _ in range(2)] for tensors in self._arrays]
-        guard = TensorGuard(twice, given=self._held)
-        if guard.sound:
-            self._alike = guard, LaunchSequence(guard.launches()[:1])
-            self.launch.take_from(guard.gradients)
+        if (guard := alike_guard(self._held, twice)) is not None:
+            self._alike = guard
+            self.launch.take_from(guard.addresses)
 
     def find_rows(self, grads: Sequence[Any]) -> bool:
         """Find the rows of gradients that have been taken; return False if one is outside."""

@@ -334,6 +334,39 @@ class LaunchSequence:
         return self._slots[_RESULT]
 
 
+class AlikeGuard:
+    """Tells whether tensors are like others that were found fit: of one dtype, size and stride, with memory for that.
+
+    They may be other objects, in other memory, but not in that of tensors which are written.  Once something has
+    changed the guard must not be used again.  Make one with `alike_guard`.
+
+    Attributes:
+        addresses: where the tensors are that were looked at last: int64 of their number.
+    """
+
+    def __init__(self, given: Sequence[Tensor], written: Sequence[Sequence[Tensor]]) -> None:
+        self._guard = TensorGuard(written, given=given)
+        self._look = LaunchSequence(self._guard.launches()[:1])
+        self.addresses = self._guard.gradients
+        self.sound = self._guard.sound
+
+    def changed(self, given: Sequence[Tensor]) -> bool:
+        """Return whether tensors, as many as before and of torch's own types, differ from those of the last time."""
+        self._guard.give(given)
+        return self._look.run() != 0
+
+
+def alike_guard(given: Sequence[Tensor], written: Sequence[Sequence[Tensor]]) -> AlikeGuard | None:
+    """Return the guard of some tensors, None where there is none.
+
+    Args:
+        given: the tensors, found fit.
+        written: lists of as many tensors, in whose memory later ones must not be.
+    """
+    guard = AlikeGuard(given, written) if given and available() else None
+    return guard if guard is not None and guard.sound else None
+
+
 class VersionCounters:
     """Counts the versions of tensors: what tells autograd that they have been written behind its back."""
 
