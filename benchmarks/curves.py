@@ -103,7 +103,7 @@ class Line(NamedTuple):
 
 
 def train(algorithm: str, setting: Setting, lr: float, seed: int, data: Corpus) -> Iterator[Line]:
-    """Train and yield the curve; it ends early where the loss is no number any more."""
+    """Train and yield the curve; it ends early where the loss is not a number any more."""
     model = build_model(data.kinds, SHAPE, seed)
     optimizer = _optimizer(algorithm, setting, lr, model)
     generator = torch.Generator().manual_seed(seed)

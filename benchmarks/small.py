@@ -4,6 +4,7 @@
     python benchmarks/small.py --only AdamW,SGD --models one,mlp4 --rounds 1000
     python benchmarks/small.py --threads 1                            # where other programs run beside it
     python benchmarks/small.py --draw                                 # the tables anew, from the csv file that is there
+    python benchmarks/small.py --threads 1 --record                   # what docs/figures.md shows
 
 It writes `cpu-small.csv` and `cpu-small.md`, or of another name, into `benchmarks/results`, and prints the tables.
 """
@@ -20,6 +21,7 @@ from surefoot.benchmark import (
     OURS,
     SMALL_MODELS,
     SMALL_VARIANTS,
+    TORCH_VARIANTS,
     SmallMeasurement,
     circumstances,
     geometric_mean,
@@ -27,6 +29,9 @@ from surefoot.benchmark import (
     measure_small,
     write_csv,
 )
+
+PAGE = Path(__file__).parents[1] / "docs" / "figures.md"
+BEGIN, END = "<!-- written by benchmarks/small.py -->", "<!-- until here -->"
 
 
 class Line(NamedTuple):
@@ -80,9 +85,14 @@ def main() -> None:
                 done += lines
         finally:
             write_csv(table, done, Line._fields)
-    text = markdown(_read(table))
+    found = _read(table)
+    text = markdown(found)
     table.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+    if options.record:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n\n{summary(found)}\n{END}{after}", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=100, help="timed steps of each contender in each case")
     parser.add_argument("--threads", type=int, help="torch's threads; one serves best on a machine that others use")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read the csv file")
+    parser.add_argument("--record", action="store_true", help=f"write the tables of {PAGE.name} too")
     parser.add_argument("--name", default="cpu-small", help="name of the results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser
@@ -155,10 +166,7 @@ def _read(path: Path) -> list[Line]:
 
 def markdown(found: Sequence[Line]) -> str:
     """Write a table of ratios, one of times and one of Python calls, with a line for each optimizer."""
-    cells: dict[tuple[str, str], dict[str, Line]] = {}
-    for line in found:
-        cells.setdefault((line.variant, line.model), {})[line.contender] = line
-    first = found[0]
+    cells, first = _cells(found), found[0]
     where = (
         f"{first.machine}, threads: {first.threads}, torch {first.torch}, {first.date}, {first.rounds} rounds, float32."
     )
@@ -172,6 +180,28 @@ def markdown(found: Sequence[Line]) -> str:
         _table(cells, lambda cell: f"{cell[OURS].calls} / {_best(cell).calls}"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(found: Sequence[Line]) -> str:
+    """Write a table of speed-ups with a line for each model: the mean of elementwise algorithms, and others."""
+    cells, first = _cells(found), found[0]
+    threads = "one thread" if first.threads == 1 else f"{first.threads} threads"
+    others = list(dict.fromkeys(name for name, _ in cells if name not in TORCH_VARIANTS))
+    rows = [["parameters", "elementwise algorithms", *others], ["---"] * (2 + len(others))]
+    for model in dict.fromkeys(model for _, model in cells):
+        known = [cells[name, model][OURS].speedup for name in TORCH_VARIANTS if (name, model) in cells]
+        mean = f"**{geometric_mean(known):.2f}** ({min(known):.2f} to {max(known):.2f})" if known else ""
+        own = (f"{cells[name, model][OURS].speedup:.2f}" if (name, model) in cells else "" for name in others)
+        rows.append([SMALL_MODELS[model].title, mean, *own])
+    where = f"{threads} of {first.machine}, torch {first.torch}, {first.date}, {first.rounds} rounds, float32"
+    return f"Speed-up, {where}:\n\n{_rows(rows)}\n"
+
+
+def _cells(found: Sequence[Line]) -> dict[tuple[str, str], dict[str, Line]]:
+    cells: dict[tuple[str, str], dict[str, Line]] = {}
+    for line in found:
+        cells.setdefault((line.variant, line.model), {})[line.contender] = line
+    return cells
 
 
 def _best(cell: Cells) -> Line:
@@ -202,6 +232,10 @@ def _table(
     if last:
         columns = ([cell for (_, its), cell in cells.items() if its == model] for model in models)
         rows.append([last[0], *map(last[1], columns)])
+    return _rows(rows)
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -123,8 +123,9 @@ def train_whole(model: nn.Module, optimizer: torch.optim.Optimizer, *, compiled:
 
     torch._dynamo.reset()
     iterate = torch.compile(iterate, backend="eager") if compiled else iterate
-    for _ in range(3):
-        iterate()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            iterate()
     return snapshot(optimizer)
 
 

@@ -444,10 +444,16 @@ def test_the_small_benchmark_from_end_to_end(tmp_path, monkeypatch, capsys):
 
     small_script = script("small")
     monkeypatch.setattr(small_script, "measure_small", measure)
-    monkeypatch.setattr(
-        sys, "argv", ["small.py", "--only", "AdamW,Muon", "--models", "one,mlp4", "--out", str(tmp_path)]
-    )
+    monkeypatch.setattr(small_script, "PAGE", tmp_path / "page.md")
+    small_script.PAGE.write_text(f"before\n{small_script.BEGIN}\nold\n{small_script.END}\nafter\n")
+    asked = ["--only", "AdamW,Muon", "--models", "one,mlp4", "--record", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["small.py", *asked])
     small_script.main()
+    page = small_script.PAGE.read_text()
+    assert page.startswith(f"before\n{small_script.BEGIN}\n\nSpeed-up, ")
+    assert "| MLP, 4 tensors | **1.50** (1.50 to 1.50) | 0.50 |" in page
+    assert page.endswith(f"\n{small_script.END}\nafter\n")
+    assert "old" not in page
     printed = capsys.readouterr().out
     text = (tmp_path / "cpu-small.md").read_text()
     assert text in printed

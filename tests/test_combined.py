@@ -657,8 +657,8 @@ def test_frozen_parameters_are_kept_for_later():
         (lambda m: Part(surefoot.SGD, nonfinite="skip"), ValueError, "`nonfinite` is an option of the whole optimizer"),
         (lambda m: Part(surefoot.SGD, telemetry=True), ValueError, "`telemetry` is an option of the whole optimizer"),
         (lambda m: Part(surefoot.SGD, differentiable=True), ValueError, "`differentiable` lets gradients flow through"),
-        (lambda m: Part(surefoot.LBFGS), TypeError, "LBFGS has a step of its own"),
-        (lambda m: Part(Combined), TypeError, "Combined has a step of its own"),
+        (lambda m: Part(surefoot.LBFGS), TypeError, "LBFGS has a custom step"),
+        (lambda m: Part(Combined), TypeError, "Combined has a custom step"),
         (lambda m: Part(torch.optim.SGD), TypeError, "needs an optimizer class of surefoot"),
         (lambda m: Part("SGD"), TypeError, "needs an optimizer class of surefoot"),
         (lambda m: Part(surefoot.SGD, 3), TypeError, "selects by patterns"),
@@ -687,7 +687,7 @@ def test_an_algorithm_with_an_overridden_step_is_refused():
         def step(self, closure=None):
             return super().step(closure)
 
-    with pytest.raises(TypeError, match="Stepping has a step of its own"):
+    with pytest.raises(TypeError, match="Stepping has a custom step"):
         Part(Stepping)
 
 

@@ -605,6 +605,25 @@ def test_nothing_is_kept_alive():
     assert type(model.tied.weight.grad) is torch.Tensor
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["with its handle", "whole"])
+def test_gradients_of_an_optimizer_that_is_gone(kept):
+    def train(*, offloaded):
+        model = Net()
+        optimizer = surefoot.AdamW(model.parameters())
+        handle = optimizer.offload(model) if offloaded else None
+        loss_of(model, 0).backward()
+        if not (offloaded or kept):
+            model.zero_grad()
+        del optimizer
+        if not kept:
+            del handle
+        gc.collect()
+        loss_of(model, 0).backward()
+        return [param.grad for param in model.parameters()]
+
+    assert_same(train(offloaded=True), train(offloaded=False))
+
+
 # What is refused
 
 
@@ -615,7 +634,7 @@ def adamw(model):
 def test_a_compiled_loop():
     def train(*, offloaded):
         torch.manual_seed(0)
-        model = nn.Linear(4, 4)
+        model = nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 10)))  # more shapes than recompiles
         optimizer = adamw(model)
         if offloaded:
             optimizer.offload(model)

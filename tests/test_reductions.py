@@ -413,7 +413,7 @@ def test_a_shared_number_that_follows_from_the_steps_of_a_parameter_is_refused()
     params[0].grad = torch.zeros(2)
     optimizer.step()
     params[1].grad = torch.ones(2)
-    with pytest.raises(RuleError, match="gives `norm`, which all parameters share, for some of them otherwise"):
+    with pytest.raises(RuleError, match="gives `norm`, which all parameters share, differently for some of them"):
         optimizer.step()
     assert params[1].tolist() == [1.0, 1.0]
 
@@ -642,7 +642,7 @@ def test_a_sparse_gradient_is_not_centralized():
     param = torch.ones(4, 2, requires_grad=True)
     param.grad = torch.sparse_coo_tensor([[1]], [[1.0, 3.0]], (4, 2), check_invariants=True)
     optimizer = surefoot.SGD([param], gradient_centralization=True)
-    with pytest.raises(RuntimeError, match="is sparse, which gradient_centralization=True cannot do with"):
+    with pytest.raises(RuntimeError, match="is sparse, which gradient_centralization=True cannot take"):
         optimizer.step()
     assert torch.equal(param, torch.ones(4, 2))
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import weakref
 
 import pytest
@@ -240,6 +241,27 @@ def test_a_group_may_be_added():
     assert_same(snapshot(other), snapshot(plain))
     loss_of(model, 0).backward()
     assert model.tied.weight.grad is None
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_group_may_be_added_between_backward_and_step(fast):
+    def train(*, released):
+        model = Net()
+        late = nn.Parameter(torch.ones(2))
+        optimizer = surefoot.AdamW(model.layers.parameters(), lr=0.01, max_grad_value=None if fast else 1.0)
+        if released:
+            optimizer.release_gradients(model, bucket_bytes=SMALL)
+        for step in range(5):
+            loss_of(model, step).backward()
+            if step == 2:
+                optimizer.add_param_group({"params": [late, model.tied.weight], "lr": 0.1})
+                late.grad = torch.ones(2)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.zero_grad()
+        return snapshot(optimizer)
+
+    assert_same(train(released=True), train(released=False))
 
 
 def trained_without_check(make, between, released):
@@ -709,7 +731,7 @@ def test_a_graph_that_is_kept_knows_of_the_step():
 def test_a_compiled_model_in_a_compiled_loop():
     def train(*, released):
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+        model = nn.Sequential(*(nn.Linear(width, width + 1) for width in range(4, 10)))  # more shapes than recompiles
         optimizer = surefoot.AdamW(model.parameters(), lr=0.01)
         called = torch.compile(model, backend="eager") if released else model
         if released:
@@ -878,7 +900,7 @@ class Own(surefoot.Optimizer):
 
 
 class Stepping(surefoot.AdamW):
-    """A rule with a step of its own around it."""
+    """A rule with a custom step around it."""
 
     def step(self, closure=None):
         return super().step(closure)
@@ -903,8 +925,9 @@ def test_what_is_given_is_checked():
             with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1, but is {value!r}"):
                 optimizer.release_gradients(model, **{name: value})
     for name in ("max_previous_grad_norm", "max_param_grad_norm"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a number > 0, or None, but is: 0"):
-            optimizer.release_gradients(model, **{name: 0.0})
+        for value, error in ((0.0, ValueError), (math.nan, ValueError), (True, TypeError)):
+            with pytest.raises(error, match=f"`{name}` must be a number > 0, or None, but is: {value}"):
+                optimizer.release_gradients(model, **{name: value})
     with pytest.raises(ValueError, match="`nonfinite_params` must be one of 'ignore', 'skip', 'raise', but is 'drop'"):
         optimizer.release_gradients(model, nonfinite_params="drop")
     optimizer.release_gradients(model)

@@ -36,7 +36,7 @@ def expected_of(params, before):
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.name)
 def test_a_step_measures_what_torch_does(row, engine, options):
     if engine not in row.engines([engine]) and engine != "eager":
-        pytest.skip("a step of its own has no engines")
+        pytest.skip("a custom step has no engines")
     params = zoo(torch.float64, row.admits)
     parts = groups(dict(params.items()))
     named = list(params.items())

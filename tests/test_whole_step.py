@@ -423,6 +423,9 @@ def test_an_average_that_begins_later_starts_with_the_stepped_weights():
     [
         ({"max_grad_norm": 0}, ValueError, "`max_grad_norm` must be a number > 0, or None, but is: 0"),
         ({"max_grad_norm": "1"}, TypeError, "`max_grad_norm` must be a number"),
+        ({"max_grad_norm": True}, TypeError, "`max_grad_norm` must be a number > 0, or None, but is: True"),
+        ({"max_grad_norm": torch.tensor(True)}, TypeError, "`max_grad_norm` must be a number > 0, or None"),
+        ({"max_grad_value": True}, TypeError, "`max_grad_value` must be a number > 0, or None, but is: True"),
         ({"max_grad_value": -1.0}, ValueError, "`max_grad_value` must be a number > 0, or None, but is: -1.0"),
         ({"ema": 1.0}, ValueError, "`ema` must be a decay > 0 and < 1, or None, but is: 1.0"),
         ({"ema": 0}, ValueError, "`ema` must be a decay > 0 and < 1, or None, but is: 0"),

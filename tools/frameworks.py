@@ -10,21 +10,19 @@ The versions are those of tests/frameworks/requirements.txt and constraints.txt.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-ROOT = Path(__file__).parents[1]
+from environments import ROOT, add_arguments, folder_of, make_environment, python_in
+
 SUITE = ROOT / "tests" / "frameworks"
 PAGE = ROOT / "docs" / "frameworks.md"
 FRAMEWORKS = ("transformers", "accelerate", "lightning", "timm", "peft")
 BEGIN, END = "<!-- written by tools/frameworks.py -->", "<!-- until here -->"
-FOLDER = "Scripts" if sys.platform == "win32" else "bin"
 OPERATORS = """
 
 import torch
@@ -39,39 +37,27 @@ for _name in ("nms", "qnms"):
 def main() -> int:
     """Make the environment, run the suite, write the tables."""
     arguments = _arguments()
-    folder = arguments.environment or Path(tempfile.mkdtemp(prefix="surefoot-frameworks-"))
-    try:
-        python = folder / "venv" / FOLDER / "python"
+    with folder_of(arguments, "surefoot-frameworks-") as folder:
+        python = python_in(folder)
         if not python.exists():
-            make_environment(folder / "venv", python)
+            known = ("--constraint", ROOT / "constraints.txt", "--requirement", SUITE / "requirements.txt")
+            make_environment(folder, sys.executable, *known, "--editable", ROOT)
+            if subprocess.run((python, "-c", "import torchvision"), capture_output=True, check=False).returncode:
+                declare_operators(python)
         results = folder / "results.xml"
         command = (python, "-m", "pytest", "-q", "--junitxml", results, *arguments.pytest)
         code = subprocess.run(command, cwd=SUITE, check=False).returncode
         if arguments.record:
             record(results, versions(python))
-    finally:
-        if not arguments.keep and arguments.environment is None:
-            shutil.rmtree(folder)
     return code
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train inside frameworks, beside torch.optim.")
     parser.add_argument("--record", action="store_true", help=f"write the tables of {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--keep", action="store_true", help="leave the environment where it is")
-    parser.add_argument("--environment", type=Path, metavar="DIR", help="one that was left, or where to make one")
+    add_arguments(parser)
     parser.add_argument("pytest", nargs="*", help="options of pytest, after --")
     return parser.parse_args()
-
-
-def make_environment(folder: Path, python: Path) -> None:
-    """Make an environment with the frameworks and surefoot as it stands here."""
-    print(f"making {folder}", flush=True)
-    subprocess.run((sys.executable, "-m", "venv", folder), check=True)
-    known = ("--constraint", ROOT / "constraints.txt", "--requirement", SUITE / "requirements.txt")
-    subprocess.run((python, "-m", "pip", "install", "--quiet", *known, "--editable", ROOT), check=True)
-    if subprocess.run((python, "-c", "import torchvision"), capture_output=True, check=False).returncode:
-        declare_operators(python)
 
 
 def declare_operators(python: Path) -> None:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-ROOT = Path(__file__).parents[1]
+from environments import ROOT, add_arguments, folder_of, make_environment, python_in
+
 PAGE = ROOT / "docs" / "versions.md"
 SMOKE = ("tests/test_smoke.py", "tests/tensors", "tests/cli/test_doctor.py")
 BY_TORCH = ("torch", "triton")
@@ -51,20 +51,15 @@ class Cell(NamedTuple):
 def main() -> int:
     """Make and test a cell."""
     arguments = _arguments()
-    python = interpreter(arguments.python)
-    folder = arguments.environment or Path(tempfile.mkdtemp(prefix=f"surefoot-torch{arguments.torch}-"))
-    try:
+    with folder_of(arguments, f"surefoot-torch{arguments.torch}-") as folder:
         start = time.monotonic()
-        ours = interpreter_in(folder)
-        if not arguments.environment:
-            make_environment(python, folder, arguments.torch)
+        if not python_in(folder).exists():
+            install(interpreter(arguments.python), folder, arguments.torch)
         installed = time.monotonic()
-        versions, guard = examine(ours)
+        versions, guard = examine(python_in(folder))
         print(f"torch {versions['torch']}, Python {versions['python']}, {guard} guard: {folder}", flush=True)
-        portions = [(path,) for path in arguments.tests or ("tests",)]
-        code, *found = run_tests(
-            ours, arguments.processes, [SMOKE] if arguments.smoke else portions, folder / "results.xml"
-        )
+        portions = [SMOKE] if arguments.smoke else [(path,) for path in arguments.tests or ("tests",)]
+        code, *found = run_tests(python_in(folder), arguments.processes, portions, folder / "results.xml")
         seconds = (round(time.monotonic() - installed), round(installed - start))
         kind = "smoke" if arguments.smoke else " ".join(arguments.tests) or "suite"
         today = datetime.now(tz=UTC).date().isoformat()
@@ -72,9 +67,6 @@ def main() -> int:
         print(", ".join(f"{name} {value}" for name, value in cell._asdict().items()))
         if arguments.record:
             record(cell)
-    finally:
-        if not (arguments.keep or arguments.environment):
-            shutil.rmtree(folder)
     return code
 
 
@@ -86,8 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="these, one after the other")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="that test at once; default 2")
     parser.add_argument("--record", action="store_true", help=f"put the result into {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--environment", type=Path, metavar="FOLDER", help="one that was left, which stays")
-    parser.add_argument("--keep", action="store_true", help="leave the environment where it is")
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -106,19 +97,13 @@ def version_of(python: str | Path) -> str:
     return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def interpreter_in(folder: Path) -> Path:
-    """Return where the interpreter of a cell's environment is."""
-    return folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-
-
-def make_environment(python: str, folder: Path, torch: str) -> None:
+def install(python: str, folder: Path, torch: str) -> None:
     """Make an environment with a version of torch and surefoot as it stands here."""
-    subprocess.run((python, "-m", "venv", folder / "venv"), check=True)
+    folder.mkdir(exist_ok=True)
     known = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     known.write_text("\n".join(line for line in lines if not line.startswith(tuple(f"{p}==" for p in BY_TORCH))))
-    install = ("-m", "pip", "install", "--quiet", "--constraint", known, f"torch=={torch}", "--editable", ".[dev]")
-    subprocess.run((interpreter_in(folder), *install), cwd=ROOT, check=True)
+    make_environment(folder, python, "--constraint", known, f"torch=={torch}", "--editable", ".[dev]")
 
 
 def examine(python: Path) -> tuple[dict[str, str], str]:

@@ -75,8 +75,8 @@ class Averaging:
             bucket.row_name = "average {}".format
             bucket.row = np.zeros(len(bucket.params), dtype=np.int64)
         chosen = ((proved(choose(bucket), bucket, bucket.rule), bucket) for bucket in kinds.values())
-        self._works: list[tuple[Engine, Bucket]] = list(chosen)
-        for engine, bucket in self._works:
+        self._runs: list[tuple[Engine, Bucket]] = list(chosen)
+        for engine, bucket in self._runs:
             engine.prepare(bucket)
         self._guards: list[Any] | None = None
 
@@ -87,7 +87,7 @@ class Averaging:
     @torch.no_grad()
     def move(self, weight: float) -> None:
         """Move the averages by `weight`, in [0, 1], of the way to the values."""
-        for engine, bucket in self._works:
+        for engine, bucket in self._runs:
             bucket.coefficients = [{"weight": weight}]
             engine.run(bucket)
         for average, value in self._others:
@@ -95,8 +95,8 @@ class Averaging:
 
     def watch(self) -> None:
         """Let `holds` tell from now on; where the tensors cannot be watched, it stays false."""
-        if self._plain and all(engine in (cpu, gpu) for engine, _ in self._works):
-            self._guards = [make_guard((bucket.params, bucket.grads)) for _, bucket in self._works]
+        if self._plain and all(engine in (cpu, gpu) for engine, _ in self._runs):
+            self._guards = [make_guard((bucket.params, bucket.grads)) for _, bucket in self._runs]
 
 
 def _refuse_unfit(position: int, average: Tensor, value: Tensor) -> None:

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any, Unpack, cast
 
-import torch
 from torch import Tensor, nn
 
 from surefoot.groups import hidden_matrices
@@ -21,13 +20,9 @@ from surefoot.optimizers.muon import Muon
 from surefoot.rule import ALGORITHM, AlgorithmSpec
 from surefoot.state.load import LoadReport, parts_of
 from surefoot.state.make import make_state
-from surefoot.step.cache import StepCache
 from surefoot.step.clipping import listed
-from surefoot.step.device import refuse_capture
-from surefoot.step.inputs import StepInput
-from surefoot.step.options import GROUP_RANGES, StepOptions, Stepping
-from surefoot.step.pipeline import run_step
-from surefoot.step.prepared import PreparedParam, unchanged_params
+from surefoot.step.options import GROUP_RANGES, StepOptions
+from surefoot.step.prepared import Plan, PreparedParam
 
 Selection = str | re.Pattern[str] | Callable[[str, Tensor], bool]
 """Which parameters are meant: a pattern as of file names, a regular expression to be found in the name, or a function
@@ -91,11 +86,10 @@ def _check_algorithm(algorithm: Any) -> None:
     """
     if not (isinstance(algorithm, type) and issubclass(algorithm, Optimizer)):
         raise TypeError(f"a part needs an optimizer class of surefoot, SGD for instance, but got {algorithm!r}")
-    ours = getattr(algorithm.step, "is_whole", False) or getattr(algorithm.step, "is_prepared", False)
-    if issubclass(algorithm, Combined) or not ours:
+    if issubclass(algorithm, Combined) or not getattr(algorithm.step, "is_whole", False):
         raise TypeError(
-            f"{algorithm.__name__} has a step of its own, which cannot be made together with others; take a rule, Muon "
-            f"or Adafactor"
+            f"{algorithm.__name__} has a custom step, which cannot be made together with others; take a rule, Muon or "
+            f"Adafactor"
         )
 
 
@@ -218,24 +212,6 @@ class Combined(Optimizer):
 
     # The step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, each by its group's algorithm; see `Optimizer.step`."""
-        loss = self.evaluate(closure)
-        with torch.no_grad():
-            cache = self.__dict__.pop("_step_cache", None)
-            self._step_cache = self._run_with_finite(self._step_input(), cache)
-        return loss
-
-    def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
-        custom = [group for group in step.groups if self.spec.of(group).update is None]
-        for group in custom:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_again(group, param)
-        return run_step(step, cache, self._step_prepared if custom else None)
-
-    step.is_whole = True  # type: ignore[attr-defined]
-
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for index, group in enumerate(self.param_groups):
             if missing := self._algorithm_of(group).defaults.keys() - group.keys() - StepOptions.__annotations__.keys():
@@ -245,38 +221,21 @@ class Combined(Optimizer):
                 )
         super()._begin_step(args, kwargs)
 
-    def _run_again(
-        self,
-        stepping: Stepping,
-        groups: list[dict[str, Any]],
-        cache: StepCache | None,
-        step_input: Callable[[], StepInput],
-    ) -> bool:
-        of_rules = [self.spec.of(group).update is not None for group in groups]
-        fast: Any = None if cache is None else cache.fast
-        if any(of_rules) and not fast:
-            return False
-        with stepping.context.lock:
-            known = None if all(of_rules) else unchanged_params(stepping, groups, self.state, step_input)
-            if known is None and not all(of_rules):
-                return False
-            if not any(of_rules):
-                refuse_capture(self.spec.name, groups)
-                stepping.statistics.steps += 1
-            elif not fast.run(groups, self.state, self.coefficients, step_input):
-                return False
-            if known is not None:
-                with torch.no_grad():
-                    self._step_prepared(known.prepared())
-        return True
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        owned: defaultdict[str, list[int]] = defaultdict(list)
+        for position, row in enumerate(found):
+            owned[row.h.algorithm].append(position)
+        plans = [
+            (own, algorithm._plan([found[position] for position in own]))
+            for name, algorithm in self._algorithms.items()  # in the same order on all ranks
+            if (own := owned.get(name))
+        ]
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
-        rows: defaultdict[str, list[PreparedParam]] = defaultdict(list)
-        for row in found:
-            rows[row.h.algorithm].append(row)
-        for name, algorithm in self._algorithms.items():  # in the same order on all ranks
-            if name in rows:
-                algorithm._step_prepared(rows[name])
+        def step(rows: list[PreparedParam]) -> None:
+            for own, plan in plans:
+                plan([rows[position] for position in own])
+
+        return step
 
     # Weights to train and weights to evaluate
 
@@ -524,7 +483,7 @@ def muon_with(
         options: hyperparameters of Muon, and what is done around the update of all; see `surefoot.StepOptions`.
 
     Raises:
-        TypeError: `model` is no module, or an option is unknown.
+        TypeError: `model` is not a module, or an option is unknown.
         ValueError: it cannot be told what the output layer is, there is no hidden matrix, or an option is out of its
             range.
 

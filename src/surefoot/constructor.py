@@ -197,5 +197,5 @@ def _errors(cls: Any) -> str:
     decayed = " with weight decay" if cls.sparse is Sparse.ROWS else ""
     return f"""    Raises:
         ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse{decayed}."""

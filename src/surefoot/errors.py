@@ -36,4 +36,4 @@ class KernelError(InternalError, RuntimeError):
 
 
 class CheckpointError(ValueError):
-    """A file is no whole checkpoint: truncated, corrupted, forged, or of another kind."""
+    """A file is not a whole checkpoint: truncated, corrupted, forged, or of another kind."""

@@ -56,7 +56,7 @@ def rule_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor | No
     """Return the rule of an optimizer under a group's flags, and as a parameter is kept if one is given.
 
     Raises:
-        ValueError: the algorithm is no rule.
+        ValueError: the algorithm is not a rule.
     """
     spec = optimizer.spec.of(group)
     if spec.update is None:
@@ -127,7 +127,7 @@ def traffic_of(optimizer: "Optimizer", group: Mapping[str, Any], param: Tensor) 
     """Count the bytes that a step of a parameter moves for each of its elements.
 
     Raises:
-        ValueError: the algorithm is no rule.
+        ValueError: the algorithm is not a rule.
     """
     clipped = bool(group.get("max_grad_norm") or optimizer.step_options.max_grad_norm)
     return traffic(rule_of(optimizer, group, param), layout_of(optimizer, group, param), clipped=clipped)

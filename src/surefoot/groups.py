@@ -58,7 +58,7 @@ def parameter_groups(
         `weight_decay` as far as they were given; `weight_decay` is 0 where there is none.
 
     Raises:
-        TypeError: `model` is no module, or `no_decay` neither callable nor its answers True, False or None.
+        TypeError: `model` is not a module, or `no_decay` neither callable nor its answers True, False or None.
         ValueError: a number is out of range, `layer_decay` comes without `lr`, no repeated blocks were found for it, no
             parameter requires a gradient, or a lazy module has not been initialized.
 
@@ -231,7 +231,7 @@ def hidden_matrices(model: nn.Module, head: str | Iterable[str] | None = None) -
             `parameter_groups` explains, what is called `head`, `..._head`, `output`, `classifier`, `fc` or the like.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: by default there is nothing of which that holds; or a pattern matches no parameter.
 
     Example:

@@ -23,7 +23,9 @@ class Lock:
         """Wait for the lock and take it."""
         self._lock.acquire()
 
-    def release(self) -> None:
+    __enter__ = acquire
+
+    def release(self, *_: object) -> None:
         """Open the lock as often as it was taken, except in a child that was forked meanwhile, where it is open."""
         try:
             self._lock.release()
@@ -31,11 +33,7 @@ class Lock:
             if not self._renewed:
                 raise
 
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    __exit__ = release
 
     def renew(self) -> None:
         """Open the lock, whoever holds it."""

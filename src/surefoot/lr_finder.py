@@ -135,7 +135,7 @@ def find_lr(
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: `optimizer` is no optimizer.
+        TypeError: `optimizer` is not an optimizer.
         Exception: what `train_step` raises; everything has been put back then, too.
 
     Note:

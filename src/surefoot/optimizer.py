@@ -42,12 +42,11 @@ from surefoot.state.convert import plain_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
-from surefoot.step.clipping import NonFiniteParams, listed, warn_left_out
+from surefoot.step.clipping import listed, warn_left_out
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
 from surefoot.step.offload import OffloadedOptimizer
-from surefoot.step.offload import refuse_scaler as refuse_scaler_of_offloaded
 from surefoot.step.options import (
     OptimizerOptions,
     ReleaseOptions,
@@ -62,9 +61,9 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, finish_part, run_step
-from surefoot.step.prepared import PreparedParam, full_precision_rows, prepare_again, prepare_params
+from surefoot.step.prepared import Plan, PreparedParam, unchanged_params
 from surefoot.step.ranks import due_exchange, failures_told
-from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options, refuse_scaler
+from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.modes import mode_is_active
 
@@ -110,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults: the hyperparameters of the constructor.
 
     Raises:
-        TypeError: `params` is a tensor or a set, or holds something that is no tensor.
+        TypeError: `params` is a tensor or a set, or holds something that is not a tensor.
         ValueError: `params` is empty, holds a tensor twice or a non-leaf tensor, names some tensors but not all, or a
             hyperparameter is out of its range.
 
@@ -155,7 +154,7 @@ class Optimizer(torch.optim.Optimizer):
     """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
     prepares_params: ClassVar[bool] = False
-    """Whether a custom step takes its parameters from `surefoot.step.prepared.prepare_params`."""
+    """Whether a custom step is handed its parameters checked and prepared, see `surefoot.step.prepared`."""
     whole_tensors: ClassVar[bool] = False
     """Whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
@@ -324,10 +323,10 @@ class Optimizer(torch.optim.Optimizer):
         No other option needs the scale: what clips or measures gets gradients that the scaler has unscaled.  A
         scaler, or a trainer that asks this for one, is warned of `zero_grad_after_step`, which misses skipped steps.
         """
-        if self._releasing() is not None:
-            refuse_scaler()
-        if self._offloading() is not None:
-            refuse_scaler_of_offloaded()
+        if (released := self._releasing()) is not None:
+            released.refuse_scaler()
+        if (offloaded := self._offloading()) is not None:
+            offloaded.refuse_scaler()
         by_step = any(group.get("fused") for group in self.param_groups)
         if self.step_options.zero_grad_after_step and not by_step:
             warnings.warn(
@@ -348,9 +347,9 @@ class Optimizer(torch.optim.Optimizer):
                 the optimizer's defaults.  The dict itself becomes the group.
 
         Raises:
-            TypeError: not a dict, an unordered collection, or something that is no tensor.
-            ValueError: a parameter is no leaf, or in another group already; only some have names; a hyperparameter is
-                missing or out of range.
+            TypeError: not a dict, an unordered collection, or something that is not a tensor.
+            ValueError: a parameter is not a leaf, or in another group already; only some have names; a hyperparameter
+                is missing or out of range.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -455,7 +454,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: a gradient, or state, does not fit its parameter; or the engine that was asked for cannot
                 serve it.  Nothing has changed then.
         """
-        if not self.is_rule():
+        if not (self.is_rule() or self.prepares_params):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
@@ -467,23 +466,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step the parameters of `step` that have gradients; return what the next step of the same may use again."""
-        if self.is_rule():
-            return run_step(step, cache)
-        self._prepare_and_step(step)
-        return None
+        custom = [group for group in step.groups if self.spec.of(group).update is None]
+        for group in custom:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check_again(group, param)
+        return run_step(step, cache, self._step_prepared if custom else None)
 
     def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
-        try:
-            return self._run(step, cache)
-        except NonFiniteParams as found:
-            bad = set(found.params)
-        step.stepping.context.slices = []  # what was measured with them
+        cache, context = self._run(step, cache), step.stepping.context
+        if not context.left_out:
+            return cache
+        left_out, context.left_out = set(context.left_out), []
+        context.slices = []  # what was measured with them
         params = [param for group in step.groups for param in group["params"]]
-        self._run(step._replace(grads={param: None if param in bad else param.grad for param in params}), None)
-        warn_left_out(self._step_input(), [param for param in params if param in bad])
+        finite = {param: None if param in left_out else param.grad for param in params}
+        self._run(step._replace(grads=finite), None)
+        warn_left_out(self._step_input(), [param for param in params if param in left_out])
         for group in step.groups:
-            if own := [param for param in group["params"] if param in bad]:
+            if own := [param for param in group["params"] if param in left_out]:
                 step.slices.append(ParamSlice(group, own))
         return None
 
@@ -498,15 +500,9 @@ class Optimizer(torch.optim.Optimizer):
             grad_scale=scale,
             found_inf=found_inf,
             coefficients=self.coefficients,
-            param_names=self._param_names,
             released=None if (released := self._releasing()) is None else released.options,
             transfers=self._offloading(),
         )
-
-    def _param_names(self) -> list[str]:
-        from surefoot.telemetry import parameter_names  # noqa: PLC0415 (on first use)
-
-        return parameter_names(self)
 
     @property
     def step_options(self) -> OptimizerOptions:
@@ -517,25 +513,6 @@ class Optimizer(torch.optim.Optimizer):
     def step_statistics(self) -> StepStatistics:
         """How many steps there were, and how many of them were skipped."""
         return self._stepping.statistics
-
-    def _prepared_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; the `step` of an algorithm that defines `_step_prepared`."""
-        loss = self.evaluate(closure)
-        self._run_with_finite(self._step_input(), None)
-        return loss
-
-    _prepared_step.is_prepared = True  # type: ignore[attr-defined]
-
-    def _prepare_and_step(self, step: StepInput) -> None:
-        """Check and step the parameters of `step` that have gradients."""
-        if step.transfers:
-            step.transfers.wait()
-        for group in step.groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_again(group, param)
-        with torch.no_grad(), full_precision_rows(step, prepare_params(step)) as rows:
-            self._step_prepared(rows)
 
     def _check_again(self, group: Mapping[str, Any], param: Tensor) -> None:
         """Raise RuntimeError when a parameter has become one that the algorithm cannot optimize."""
@@ -549,11 +526,12 @@ class Optimizer(torch.optim.Optimizer):
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
-        if self._stepping.context.inside or self._is_observed():
+        stepping, own = self._stepping, self.__dict__
+        if stepping.context.inside or self._is_observed():
             return False
-        if (released := self._releasing()) is not None:
+        if own.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
+        return self._run_again(stepping, self.param_groups, own.get("_step_cache"), self._step_input)
 
     def _run_again(
         self,
@@ -570,22 +548,37 @@ class Optimizer(torch.optim.Optimizer):
             cache: what their last step has left.
             step_input: return all that the step is about.
         """
-        if self.is_rule():
-            fast = cache is not None and cache.fast
+        spec = self.spec
+        fast: Any = None if cache is None else cache.fast
+        specs = map(spec.of, groups) if spec.algorithms else (spec,)
+        rules = [each.update is not None for each in specs]
+        if all(rules):
             return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
-        if stepping.validated is None:
+        if any(rules) and not fast:
             return False
         with stepping.context.lock:
-            refuse_capture(self.spec.name, groups)
-            found = prepare_again(stepping, groups, self.state, step_input)
-            if found is None:
+            known = unchanged_params(stepping, groups, self.state, step_input)
+            if known is None:
                 return False
-            with torch.no_grad():
-                self._step_prepared(found)
+            if not any(rules):
+                refuse_capture(spec.name, groups)
+                stepping.statistics.steps += 1
+            elif not fast.run(groups, self.state, self.coefficients, step_input):
+                return False
+            with torch.set_grad_enabled(False):
+                known.step(self._plan)
         return True
 
     def _step_prepared(self, found: list[PreparedParam]) -> None:
-        """Step prepared parameters; what an algorithm with `step = Optimizer._prepared_step` defines."""
+        """Step prepared parameters."""
+        self._plan(found)(found)
+
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        """Return what steps prepared parameters; what an algorithm with `prepares_params` defines.
+
+        A plan is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
+        parameters of later steps; so it must hold neither gradients nor the optimizer.
+        """
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
@@ -601,7 +594,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
-        elsewhere = self._offloading() is not None
+        elsewhere = own.get("_offloaded") is not None
         return bool(hooks or scaled or elsewhere or _is_profiled() or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -649,9 +642,9 @@ class Optimizer(torch.optim.Optimizer):
             bucket_bytes: bytes of gradients that are stepped together, > 0: more of them at a time are faster where
                 there are many small ones, and take as much more memory.
             max_previous_grad_norm: greatest norm of the previous step's gradients, all together and before clipping,
-                > 0; where it was greater, this step's gradients are scaled down by as much, in the step.  So a
-                sudden great gradient is not clipped, but those of the step after it.  The norm stands in the groups,
-                as `previous_grad_norm`, and so in state dicts; there is none at first, and then nothing is clipped.
+                > 0; where it was greater, this step's gradients are scaled down by as much, in the step.  So a sudden
+                great gradient is not clipped, but those of the step after it.  The norm stands in the groups, as
+                `previous_grad_norm`, and so in state dicts; there is none at first, and then nothing is clipped.
             max_param_grad_norm: greatest norm of the gradient of each parameter, > 0; a greater one is scaled down in
                 the step.
             nonfinite_params: what to do with a parameter whose gradient holds inf or NaN: `"ignore"`, `"skip"` it,
@@ -693,8 +686,7 @@ class Optimizer(torch.optim.Optimizer):
     def _refuse_custom_step(self, what: str) -> None:
         """Raise TypeError where it is not known that the pipeline takes a step's parameters from the groups."""
         in_parts = self.is_rule() or self.prepares_params
-        known = any(getattr(type(self).step, name, False) for name in ("is_whole", "is_prepared"))
-        if not (in_parts and known and self._stepping.constructed):
+        if not (in_parts and getattr(type(self).step, "is_whole", False) and self._stepping.constructed):
             raise TypeError(
                 f"{type(self).__name__} has a custom step that takes all parameters at once; {what} with an algorithm "
                 f"that is a rule, or steps prepared parameters"
@@ -1214,16 +1206,16 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     if getattr(step, "hooked", False):
         return step
 
-    is_whole, is_prepared = (getattr(step, name, False) for name in ("is_whole", "is_prepared"))
+    is_whole = getattr(step, "is_whole", False)
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and (is_whole or is_prepared) and self._step_at_once():
+        if is_whole and not args and not kwargs and self._step_at_once():
             return None
         context = self._stepping.context
         if context.inside:  # the hooks of a step that calls its base's have been run
             return step(self, *args, **kwargs)
-        if not (self._stepping.constructed or is_whole or is_prepared):
+        if not (self._stepping.constructed or is_whole):
             return _with_own_hooks(self, step, args, kwargs)
         with _profiled(f"Optimizer.step#{type(self).__name__}.step"):
             pre = chain(torch_hooks._global_optimizer_pre_hooks.values(), self._hooks("step_pre"))

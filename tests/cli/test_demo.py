@@ -173,7 +173,9 @@ def test_models_that_differ_are_reported_as_such(tmp_path):
 
 def test_torchs_own_two_implementations_are_the_measure(tmp_path):
     printed = " ".join(tell(tmp_path / "demo.png", TrainingSetup("AdamW", steps=12, lr=1e-2, shape=TINY)).split())
-    assert re.search(r"learns \d\d\d,\d\d\d characters of Python's help texts three times, from the same weights", printed)
+    assert re.search(
+        r"learns \d{3},\d{3} characters of Python's help texts three times, from the same weights", printed
+    )
     assert "torch.optim takes part by its default and by fused=True: how far its own two end from" in printed
     apart = r"up to \d\.\de-\d\d"
     assert re.search(rf"model ended {apart} from those of torch's, torch's own fused=True {apart}\. Training", printed)

@@ -294,12 +294,12 @@ def test_two_optimizers_step_in_two_threads():
 def test_a_plan_is_used_again_and_given_up():
     optimizer, params = make()
     train(optimizer, params)
-    works = optimizer._step_cache.runs
+    runs = optimizer._step_cache.runs
     train(optimizer, params)
-    assert optimizer._step_cache.runs is works
+    assert optimizer._step_cache.runs is runs
     optimizer.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
     train(optimizer, params, steps=1)
-    assert optimizer._step_cache.runs is not works
+    assert optimizer._step_cache.runs is not runs
 
 
 def test_scalars_that_a_plan_knows_are_not_asked_one_by_one(monkeypatch):
@@ -373,13 +373,13 @@ class _Wrapper(torch.Tensor):
         return args[0] if function.__name__.split(".")[0].endswith("_") else result
 
 
-STRANGE = {
+UNSUPPORTED = {
     "wrapper": lambda: _Wrapper(torch.ones(3)),
     "negated": lambda: torch._neg_view(torch.full((3,), -1.0)),
 }
 
 
-@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("kind", UNSUPPORTED)
 @pytest.mark.parametrize("late", [False, True])
 def test_state_that_is_not_what_its_memory_holds(kind, late):
     param = torch.zeros(3, requires_grad=True)
@@ -389,7 +389,7 @@ def test_state_that_is_not_what_its_memory_holds(kind, late):
         optimizer.step()
     with torch.no_grad():
         param.zero_()
-    optimizer.state[param]["momentum_buffer"] = STRANGE[kind]()
+    optimizer.state[param]["momentum_buffer"] = UNSUPPORTED[kind]()
     optimizer.step()
     assert param.tolist() == [-1.5] * 3
 
@@ -592,7 +592,7 @@ def test_works_of_sparse_gradients_are_kept(cls):
     assert found, "nothing was kept"
     for rows in ([3], [], [1, 2, 3, 4, 5, 6], [7, 0, 7, 49]):
         step(torch.tensor([rows], dtype=torch.long))
-        assert optimizer._step_cache.runs is found, "works were made anew"
+        assert optimizer._step_cache.runs is found, "runs were made anew"
 
 
 @IN_BOTH_MODES

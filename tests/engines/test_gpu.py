@@ -132,7 +132,7 @@ def trained(row, options, dtype, *, steps=FEW, **way):
     params = few(dtype)
     optimizer = row.ours(list(params.values()), **options, **way)
     train(optimizer, params, dtype, steps=range(steps))
-    assert way.get("fused") is None or all(work.engine is gpu for work in optimizer._step_cache.runs)
+    assert way.get("fused") is None or all(run.engine is gpu for run in optimizer._step_cache.runs)
     return results(optimizer, params)
 
 
@@ -731,10 +731,10 @@ def test_measuring_changes_nothing_and_keeps_the_plan(way):
         params = three(torch.float32)
         optimizer = surefoot.NAdam(list(params.values()), **way, telemetry=telemetry)
         train(optimizer, params, torch.float32, steps=range(STEADY + 1))
-        works = optimizer._step_cache.runs
+        runs = optimizer._step_cache.runs
         train(optimizer, params, torch.float32, steps=range(STEADY + 1, STEADY + 4))
-        assert optimizer._step_cache.runs is works
-        assert all(work.slice.before is None for work in works)
+        assert optimizer._step_cache.runs is runs
+        assert all(run.slice.before is None for run in runs)
         found.append(results(optimizer, params))
     assert_same(*found)
 
@@ -848,10 +848,10 @@ def test_looks_are_those_asked_for(looking):
     param.grad = torch.ones(3)
     optimizer = surefoot.Adam([param], **FUSED)
     optimizer.step()
-    (work,) = optimizer._step_cache.runs
+    (run,) = optimizer._step_cache.runs
     plain = (guards.PlainTensorGuard, guards.PlainScalarIO)
     kinds = plain if looking == "plain" else (native.TensorGuard, native.ScalarIO)
-    assert (type(work.guard.tensors), type(work.guard.numbers)) == kinds
+    assert (type(run.guard.tensors), type(run.guard.numbers)) == kinds
 
 
 @ways
@@ -859,14 +859,14 @@ def test_a_plan_is_used_again_and_given_up(way, looking):
     params = few(torch.float32)
     optimizer = surefoot.AdamW(list(params.values()), **way)
     train(optimizer, params, torch.float32, steps=[STEADY])
-    plans = [work.bucket.plan for work in optimizer._step_cache.runs]
+    plans = [run.bucket.plan for run in optimizer._step_cache.runs]
     train(optimizer, params, torch.float32, steps=[STEADY + 1])
-    assert [work.bucket.plan for work in optimizer._step_cache.runs] == plans
-    assert all(work.bucket.grads == [] for work in optimizer._step_cache.runs)
+    assert [run.bucket.plan for run in optimizer._step_cache.runs] == plans
+    assert all(run.bucket.grads == [] for run in optimizer._step_cache.runs)
     with torch.no_grad():
         params["matrix"].data = params["matrix"].data.clone()
     train(optimizer, params, torch.float32, steps=[STEADY + 2])
-    assert [work.bucket.plan for work in optimizer._step_cache.runs] != plans
+    assert [run.bucket.plan for run in optimizer._step_cache.runs] != plans
 
 
 CHANGES = {
@@ -938,10 +938,10 @@ def test_complex_parameters_are_watched(way, looking):
         grad = torch.full((3,), complex(step, 1.0))
         for each in (param, expected):
             each.grad = grad.clone().conj() if step == 3 else grad.clone()
-        works = optimizer._step_cache.runs if step else None
+        runs = optimizer._step_cache.runs if step else None
         optimizer.step()
         reference.step()
-        assert (optimizer._step_cache.runs is works) == (way is CAPTURABLE and step in (1, 2, 5, 6))
+        assert (optimizer._step_cache.runs is runs) == (way is CAPTURABLE and step in (1, 2, 5, 6))
         assert_close({"p": param}, {"p": expected})
 
 
@@ -981,10 +981,10 @@ for fused in (False, True):
         param.grad = torch.ones(3)
         optimizer.step()
     assert param.tolist() == [-5.125] * 3, param
-works = optimizer._step_cache.runs
-assert [work.engine for work in works] == [gpu]
+runs = optimizer._step_cache.runs
+assert [run.engine for run in runs] == [gpu]
 from surefoot.tensors import guards
-assert type(works[0].guard.tensors) is guards.PlainTensorGuard
+assert type(runs[0].guard.tensors) is guards.PlainTensorGuard
 model = torch.nn.Linear(2, 2)
 average = surefoot.swa_utils.AveragedModel(model)
 for _ in range(3):
@@ -1118,13 +1118,13 @@ def test_a_captured_step_goes_on_from_the_last(monkeypatch):
             params = three(torch.float32)
             optimizer = surefoot.NAdam(list(params.values()), **CAPTURABLE)
             train(optimizer, params, torch.float32, steps=range(STEADY + 1))
-            works = optimizer._step_cache.runs
+            runs = optimizer._step_cache.runs
             if capture:
                 patch.setattr(device, "capturing", lambda: True)
                 patch.setattr(tables, "capturing", lambda device: True)
                 patch.setattr(plan, "capturing", lambda device: True)
             train(optimizer, params, torch.float32, steps=[STEADY + 2, STEADY + 3])
-            assert optimizer._step_cache.runs is works
+            assert optimizer._step_cache.runs is runs
         found.append(results(optimizer, params))
     assert_same(*found)
 

@@ -78,7 +78,7 @@ def oracle(cls):
 
 
 def used_engines(optimizer):
-    return {work.engine.__name__ for work in optimizer._step_cache.runs}
+    return {run.engine.__name__ for run in optimizer._step_cache.runs}
 
 
 # The same answers
@@ -382,15 +382,15 @@ def test_norms_are_those_of_float64():
         set_grads(params, 1)
         params[5].grad *= 1e30
         optimizer.step()
-        (work,) = optimizer._step_cache.runs
-        assert work.engine.__name__ == "surefoot.engines.gpu"
+        (run,) = optimizer._step_cache.runs
+        assert run.engine.__name__ == "surefoot.engines.gpu"
         squares = torch.stack([param.grad.double().square().sum() for param in params])
-        torch.testing.assert_close(work.part.gradients[:, 0], squares, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(run.slice.gradients[:, 0], squares, rtol=1e-12, atol=0.0)
         largest = torch.stack([param.grad.double().abs().amax() if param.numel() else squares[1] for param in params])
-        assert torch.equal(work.part.gradients[:, 1], largest)
+        assert torch.equal(run.slice.gradients[:, 1], largest)
         ours = torch.stack([param.detach().double().square().sum() for param in params])
-        torch.testing.assert_close(work.part.sums[:, 1], ours, rtol=1e-5, atol=0.0)
-        found.append(torch.cat([work.part.gradients, work.part.sums], dim=1))
+        torch.testing.assert_close(run.slice.sums[:, 1], ours, rtol=1e-5, atol=0.0)
+        found.append(torch.cat([run.slice.gradients, run.slice.sums], dim=1))
     assert torch.equal(*found)
 
 
@@ -586,4 +586,4 @@ def test_plans_survive_gradients_that_are_made_anew():
         optimizer.step()
         optimizer.zero_grad()
         found.append(optimizer._step_cache.runs)
-    assert all(works is found[0] for works in found)
+    assert all(runs is found[0] for runs in found)

@@ -131,7 +131,7 @@ CASES = {
         "rprop", "eager", (Kind(0, 0),), (Round(moves=(("data of another dtype", 7, 10, 60),)), Round()), seed=0
     ),
     "parameter twice in a group": first_step("nadam", ("parameter twice in a group", 0, 0, 0)),
-    # What is no tensor in memory
+    # What is not a tensor in memory
     "parameter that is a zero tensor": first_step("rprop", ("data without memory", 0, 0, 0)),
     "parameter that is a zero tensor, between steps": after_a_step("adadelta", ("data without memory", 0, 0, 0)),
     "zero tensor after another has been stepped": first_step(
@@ -152,7 +152,7 @@ CASES = {
     "step count that is text": after_a_step("clipped", ("scalar replaced", 0, 0, 11)),
     "parameter on meta that is clipped": first_step("clipped", ("moved to meta", 0, 1, 0)),
     "parameter on meta that is guarded": first_step("averaged", ("moved to meta", 0, 1, 0)),
-    "gradient of a subclass where memory is no plain line": after_a_step(
+    "gradient of a subclass where memory is not a plain line": after_a_step(
         "adamax", ("gradient of subclass", 0, 0, 0), kinds=(Kind(8, 4),)
     ),
     "gradient of a subclass after another has been stepped": after_a_step(
@@ -285,7 +285,7 @@ CASES = {
     "count of adafactor that became an array": Case(
         "adafactor", "foreach", (Kind(0, 0),), (Round(), Round(moves=(("scalar replaced", 4, 5, 19),)))
     ),
-    "lbfgs state that is no number": Case(
+    "lbfgs state that is not a number": Case(
         "lbfgs", "default", (Kind(0, 0),), (Round(), Round(moves=(("state no tensor", 0, 3, 118),))), seed=1
     ),
     "count of a sparse parameter that became complex": Case(

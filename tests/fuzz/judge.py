@@ -76,7 +76,7 @@ def misfits(world: World) -> tuple[list[str], list[str]]:
     for optimizer, group, param in stepped(world):
         state = optimizer.state.get(param, {})
         if not isinstance(state, dict):
-            may.append("state is no dict")
+            may.append("state is not a dict")
             continue
         _misfits_of_parameter(param, must, may)
         declared = optimizer.spec.of(group).slots if isinstance(optimizer, surefoot.Optimizer) else ()

@@ -39,9 +39,9 @@ def test_together_as_one_by_one(monkeypatch, dtype, options):
 
 def test_as_many_as_fit_are_put_together(monkeypatch):
     sizes = []
-    step_batch = surefoot.Adafactor._step_batch
+    step = adafactor._Batch.step
     monkeypatch.setattr(
-        surefoot.Adafactor, "_step_batch", lambda self, batch: (sizes.append(len(batch)), step_batch(self, batch))
+        adafactor._Batch, "step", lambda self, rows: (sizes.append(len(self._places)), step(self, rows))
     )
     monkeypatch.setattr(adafactor, "_JOINED", 100)
     params = [torch.ones(6, 5, dtype=torch.bfloat16, requires_grad=True) for _ in range(7)]

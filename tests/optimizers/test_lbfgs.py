@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from helpers import assert_same, snapshot
 from surefoot.optimizers.lbfgs import LBFGS
 from surefoot.optimizers.line_search import StrongWolfe, Trial
+from surefoot.tensors.native.guards import available
 
 Theirs = torch.optim.LBFGS
 Loss = Callable[[list[Tensor]], Tensor]
@@ -886,3 +887,29 @@ def test_a_device_is_read_less_often_than_by_torch(search):
     assert ours <= 2 * evaluations + 5 * iterations + 2 < theirs
     for result in results[1:]:
         torch.testing.assert_close(results[0], result, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["d", "old_dirs", "old_stps", "ro"])
+@pytest.mark.parametrize("change", ["without memory", "resized", "whole numbers", "same"])
+def test_state_that_changes_where_it_stands_is_noticed(name, change):
+    """When the history is full, a compiled look tells whether state is like that of the last step."""
+    optimizer = LBFGS(start(rosenbrock, torch.float32), max_iter=3, history_size=2, tolerance_change=0)
+    minimize(optimizer, rosenbrock, steps=5)
+    if available():
+        assert optimizer._guard.state._alike
+    (params,) = (group["params"] for group in optimizer.param_groups)
+    state, before = optimizer.state[params[0]], [param.detach().clone() for param in params]
+    vector = state[name] if name == "d" else state[name][-1]
+    if change == "without memory":
+        vector.untyped_storage().resize_(0)
+    elif change == "resized":
+        vector.resize_(3, 5)
+    elif change == "whole numbers":
+        vector.data = vector.to(torch.int32)
+    else:
+        vector.data = vector.clone()
+        minimize(optimizer, rosenbrock, steps=2)
+        return
+    with pytest.raises(RuntimeError, match=f"state `{name}"):
+        minimize(optimizer, rosenbrock, steps=1)
+    assert all(map(torch.equal, params, before))

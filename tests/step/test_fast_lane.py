@@ -172,6 +172,28 @@ def sparse_started(cls, *, tables=2, dtype=torch.float32):
     return pair, ours, theirs, give
 
 
+def plan_of(optimizer):
+    """The plan of the only bucket."""
+    (run,) = optimizer._step_cache.runs
+    return run.bucket.plan
+
+
+@pytest.mark.parametrize("cls", ["SGD", "SparseAdam"])
+def test_sparse_gradients_like_the_last_ones_are_known_by_a_compiled_look(cls):
+    (optimizer, other), ours, theirs, give = sparse_started(cls)
+    each = ((1, 2, 3, 4), (4, 3, 2, 1), (3, 3, 3, 3), (0, 39, 0, 0), (7, 7, 7, 7), (6, 7, 8, 9), (8, 8, 9, 9), (5, 6))
+    for rows, alike in zip(each, (False, False, True, True, False, False, True, False), strict=True):
+        give(rows)
+        if rows[0] == 7:  # values that are not contiguous
+            ours[0].grad = torch.sparse_coo_tensor([rows], torch.arange(24.0).view(6, 4).t(), (40, 6))
+            theirs[0].grad = ours[0].grad.clone()
+        known = plan_of(optimizer)._alike
+        assert takes_fast_lane(optimizer)
+        assert (known is not None and plan_of(optimizer)._alike is known) == alike
+        other.step()
+        torch.testing.assert_close(ours, theirs)
+
+
 SPARSE = pytest.mark.parametrize("cls", ["SGD", "Adagrad", "SparseAdam"])
 
 
@@ -202,11 +224,11 @@ def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
 
 
 @SPARSE
-@pytest.mark.parametrize("row", [-1, 40, 1 << 40])
-def test_rows_outside_are_refused_and_nothing_has_changed(cls, row):
+@pytest.mark.parametrize("rows", [(2, -1), (2, 40), (2, 1 << 40), (2, 3, 3, 40, 0)])
+def test_rows_outside_are_refused_and_nothing_has_changed(cls, rows):
     (optimizer, _), ours, _, give = sparse_started(cls)
     give((3, 4))
-    ours[1].grad = torch.sparse_coo_tensor([[2, row]], torch.ones(2, 6), (40, 6), check_invariants=False)
+    ours[1].grad = torch.sparse_coo_tensor([rows], torch.ones(len(rows), 6), (40, 6), check_invariants=False)
     before = [table.detach().clone() for table in ours]
     with pytest.raises(IndexError, match="has indices outside of it"):
         optimizer.step()
@@ -240,8 +262,12 @@ def test_sparse_gradients_of_another_kind_do_not_take_it(cls, change):
 
 
 def test_values_of_a_sparse_gradient_that_are_the_parameter_are_read_before_it_is_written():
-    (optimizer, _), ours, _, _ = sparse_started("SGD", tables=1)
+    (optimizer, _), ours, _, give = sparse_started("SGD", tables=1)
     (table,) = ours
+    for _ in range(3):
+        give(range(40))
+        optimizer.step()
+    assert plan_of(optimizer)._alike
     before = table.detach().clone()
     table.grad = torch.sparse_coo_tensor([list(reversed(range(40)))], table.detach(), (40, 6))
     assert table.grad._values().data_ptr() == table.data_ptr()

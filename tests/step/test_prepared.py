@@ -1,11 +1,17 @@
 """Custom steps of prepared parameters: whatever is changed between two of them counts at the next one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import surefoot
 
-SHAPES = {"Adafactor": ((6, 4), (6, 4), (5,), (), (2, 3, 4)), "Muon": ((6, 4), (6, 4), (4, 6), (3, 3))}
+SHAPES = {
+    "Adafactor": ((6, 4), (6, 4), (5,), (), (2, 3, 4), *((3, 3),) * 16),
+    "Muon": ((6, 4), (6, 4), (4, 6), (3, 3)),
+}
 ALGORITHMS = pytest.mark.parametrize("name", list(SHAPES))
 
 
@@ -35,7 +41,7 @@ def started(name, steps=3, **options):
     return pair, (ours, theirs), give, step
 
 
-def changed(change, optimizer, params):  # noqa: C901 (a list of changes)
+def changed(change, optimizer, params):  # noqa: C901, PLR0912 (a list of changes)
     group, state = optimizer.param_groups[0], optimizer.state[params[0]]
     slot = next(name for name in ("row_var", "momentum_buffer") if name in state)
     if change == "rate":
@@ -51,7 +57,8 @@ def changed(change, optimizer, params):  # noqa: C901 (a list of changes)
     elif change == "state replaced":
         state[slot] = state[slot] * 3
     elif change == "count" and "step" in state:
-        state["step"] += 5
+        for param in (params[0], params[-1]):
+            optimizer.state[param]["step"] += 5
     elif change == "count negated" and "step" in state:
         state["step"] = torch._neg_view(-state["step"])
     elif change == "cleared":
@@ -94,6 +101,19 @@ def test_what_changes_between_steps_counts(name, change):
     own, others = ([p for group in each.param_groups for p in group["params"]] for each in pair)
     for one, other in zip(own, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@ALGORITHMS
+def test_what_is_kept_between_steps_holds_neither_gradients_nor_the_optimizer(name):
+    (optimizer, theirs), (params, _), give, step = started(name)
+    step()
+    grads = [weakref.ref(param.grad) for param in params]
+    optimizer.zero_grad()
+    assert not any(grad() for grad in grads)
+    kept = weakref.ref(optimizer._stepping.validated.common._plan)
+    del optimizer, theirs, give, step
+    gc.collect()
+    assert kept() is None
 
 
 @ALGORITHMS

@@ -26,7 +26,7 @@ def floats(bits):
 
 @pytest.fixture(scope="module")
 def values():
-    """All exponents with mantissas at and around every kind of tie, both signs, and what is no finite number."""
+    """All exponents with mantissas at and around every kind of tie, both signs, and what is not a finite number."""
     mantissas = [0, 1, 0x7F, 0x80, 0x81, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x18000, 0x1FFFFF, 0x400000, 0x7FFFFF]
     bits = [sign | exponent << 23 | m for sign in (0, 1 << 31) for exponent in range(256) for m in mantissas]
     return floats(bits)

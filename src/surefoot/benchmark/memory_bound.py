@@ -17,7 +17,7 @@ Passes = tuple[tuple[bool, ...], ...]
 """For each stage of a rule, whether it reads the parameter, the gradient and each slot; then what the update writes."""
 
 
-class Traffic(Optimizer):
+class MemoryBound(Optimizer):
     """Adds the gradient to the parameter and to what slots are written; it has no hyperparameters and counts no steps.
 
     Where the rule whose bound it is measures tensors before its update, it sums the same tensors in as many stages; and
@@ -40,7 +40,7 @@ def _traffic(slots: int, kinds: tuple[Passes, ...]) -> Any:
         return _added(arrays, next(kind for name, kind in zip(names, kinds, strict=True) if getattr(flags, name)))
 
     members = {"slots": tuple(Slot(f"slot{i}") for i in range(slots)), "flags": tuple(names)}
-    return type("Traffic", (Traffic,), {**members, "update": staticmethod(update)})
+    return type("MemoryBound", (MemoryBound,), {**members, "update": staticmethod(update)})
 
 
 def _added(arrays: Sequence[Tensor], passes: Passes) -> tuple[Tensor, ...]:

@@ -47,7 +47,7 @@ def from_torch(path: Path) -> tuple[Contents, int | None, list[Taken]]:
         The contents, the step if an entry says it, and what became of each entry.
 
     Raises:
-        ValueError: the file holds objects that only running code could restore, or is no dict.
+        ValueError: the file holds objects that only running code could restore, or is not a dict.
         TypeError: it holds something that is not plain data.
         OSError: it cannot be opened.
     """

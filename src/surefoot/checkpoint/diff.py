@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.checkpoint.dtypes import as_real, is_number
+from surefoot.checkpoint.dtypes import as_real, is_numeric
 from surefoot.checkpoint.json_codec import TAG
 from surefoot.checkpoint.reader import Checkpoint
 
@@ -49,7 +49,7 @@ def _tensors(name: str, left: Checkpoint, right: Checkpoint) -> Iterator[Differe
         yield Difference(name, words[0], words[1])
     elif count := _differing(ours, theirs):
         shown = f"{count:,} of {ours.numel():,} elements"
-        yield Difference(name, shown, shown, count, *(_distance(ours, theirs) if is_number(ours.dtype) else ()))
+        yield Difference(name, shown, shown, count, *(_distance(ours, theirs) if is_numeric(ours.dtype) else ()))
 
 
 def _differing(left: Tensor, right: Tensor) -> int:

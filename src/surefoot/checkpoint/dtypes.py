@@ -52,7 +52,7 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_number(dtype: torch.dtype) -> bool:
+def is_numeric(dtype: torch.dtype) -> bool:
     """Whether values of a dtype have a norm and can be infinite or NaN."""
     return dtype.is_floating_point or dtype.is_complex
 

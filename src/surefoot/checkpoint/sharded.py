@@ -178,6 +178,6 @@ def _named_block(item: WriteItem) -> tuple[str, list[Any]]:
     """Return the name under which a block is stored, as one would slice it, and of what tensor it is, and where."""
     name, data = item.index.fqn, item.tensor_data
     if data is None:
-        raise TypeError(f"`{name}` is no tensor")
+        raise TypeError(f"`{name}` is not a tensor")
     slices = ", ".join(f"{o}:{o + size}" for o, size in zip(data.chunk.offsets, data.chunk.sizes, strict=True))
     return f"{name}[{slices}]", [name, list(data.chunk.offsets)]

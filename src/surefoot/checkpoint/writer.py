@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from surefoot.checkpoint.dtypes import as_bytes, as_real, flat, is_number
+from surefoot.checkpoint.dtypes import as_bytes, as_real, flat, is_numeric
 from surefoot.checkpoint.header import CHUNK, Summary, arrange, bytes_of, compose
 from surefoot.files import BINARY, open_regular, replace
 
@@ -219,7 +219,7 @@ def _begun(pool: Executor, chunk: Tensor) -> Future[Summary]:
 def summarize(chunk: Tensor) -> Summary:
     """Return the checksum, the norm and the number of non-finite values of a vector on the CPU."""
     crc = zlib.crc32(as_bytes(chunk))
-    if not is_number(chunk.dtype):
+    if not is_numeric(chunk.dtype):
         return Summary((crc,))
     with torch.no_grad():
         values = as_real(chunk).view(-1)

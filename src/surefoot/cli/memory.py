@@ -21,30 +21,39 @@ if TYPE_CHECKING:
 _SOURCE = "SOURCE"
 
 
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar=_SOURCE,
+        help="A known model (gpt2-small, gpt2-xl, llama-7b, llama-65b, resnet50, ...), FILE.py:FUNCTION or "
+        "MODULE:FUNCTION that returns a model, or a checkpoint.",
+        show_default=False,
+    ),
+]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help=f"Dtype of the weights: {', '.join(DTYPES)}.", show_default="as they are, or float32"
+    ),
+]
+_Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="A hyperparameter of it, as in amsgrad=True; may be repeated."),
+]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also draw it, as .png, .svg or .pdf; needs surefoot[plot].")
+]
+_Rest = Annotated[
+    str, typer.Option(metavar="NAME", help="The optimizer of parameters that it does not take, as Muon no biases.")
+]
+
+
 def memory(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar=_SOURCE,
-            help="A known model (gpt2-small, gpt2-xl, llama-7b, llama-65b, resnet50, ...), FILE.py:FUNCTION or "
-            "MODULE:FUNCTION that returns a model, or a checkpoint.",
-            show_default=False,
-        ),
-    ],
+    source: _Source,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="An optimizer of surefoot.")] = "AdamW",
-    rest: Annotated[
-        str, typer.Option(metavar="NAME", help="The optimizer of parameters that it does not take, as Muon no biases.")
-    ] = "AdamW",
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="A hyperparameter of it, as in amsgrad=True; may be repeated."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help=f"Dtype of the weights: {', '.join(DTYPES)}.", show_default="as they are, or float32"
-        ),
-    ] = None,
+    rest: _Rest = "AdamW",
+    option: _Options = None,
+    dtype: _Dtype = None,
     state_dtype: StateDtype = None,
     rounding: Rounding = None,
     master_weight_bits: MasterWeightBits = None,
@@ -52,9 +61,7 @@ def memory(
     compare: Annotated[bool, typer.Option("--compare", help="Show the usual formats side by side.")] = False,
     params: Annotated[bool, typer.Option("--params", help="Also show the parameters that take most.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Also show every parameter.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw it, as .png, .svg or .pdf; needs surefoot[plot].")
-    ] = None,
+    plot: _Plot = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON rather than tables.")] = False,
 ) -> None:
     """Show what training takes of memory: weights, gradients, state, scales, corrections, averages.

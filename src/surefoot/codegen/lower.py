@@ -572,6 +572,6 @@ def _constant(kind: Type, value: float) -> str:
     if kind is BOOL:
         return "true" if value else "false"
     if not kind.is_float:
-        return str(operator.index(value))  # type: ignore[arg-type]  # what is no integer raises
+        return str(operator.index(value))  # type: ignore[arg-type]  # what is not an integer raises
     rounded = ctypes.c_float(value).value if kind is FLOAT32 else float(value)
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"

@@ -10,7 +10,6 @@ from surefoot.rule import AlgorithmSpec, Scalar, Slot, bind
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import OptimizerOptions, Stepping, StepStatistics
 from surefoot.step.pipeline import run_step
-from surefoot.step.prepared import prepare_params
 from surefoot.step.types import BucketRun
 
 Stored = Slot | Scalar
@@ -22,13 +21,12 @@ def step_input(
     group: dict[str, Any],
     grads: Sequence[Tensor | None],
     state: State,
-    names: Callable[[], Sequence[str]],
     options: OptimizerOptions | None = None,
 ) -> StepInput:
     """Return a step of one group with gradients that are given, of which nothing is kept."""
     stepping = Stepping(options or OptimizerOptions(), StepStatistics(steps=1))
     by_param = dict(zip(group.get("params", ()), grads, strict=True))
-    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, names, by_param)
+    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, by_param)
 
 
 def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRun]], None] | None = None) -> None:
@@ -40,10 +38,7 @@ def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRu
         keep: is told of the buckets of a rule when they have been stepped.
     """
     with step.stepping.context:
-        if optimizer.is_rule():
-            run_step(step, None, stepped=keep)
-        else:
-            optimizer._step_prepared(prepare_params(step))
+        run_step(step, None, None if optimizer.is_rule() else optimizer._step_prepared, keep)
 
 
 def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:

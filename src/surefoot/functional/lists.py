@@ -172,7 +172,7 @@ class Arguments:
         group = self._group(given)
         stored = active(self.optimizer.spec, group)
         scale, found_inf = given.get("grad_scale"), given.get("found_inf")
-        known = step_input(self.optimizer, group, (), {}, list)._replace(grad_scale=scale, found_inf=found_inf)
+        known = step_input(self.optimizer, group, (), {})._replace(grad_scale=scale, found_inf=found_inf)
         if self.launches.step(known, self._columns(given, stored)):
             return
         self._check_lists(given, group, stored)
@@ -276,9 +276,8 @@ class Arguments:
             if scalar.integer:  # the caller counts these
                 for entry in state.values():
                     entry[scalar.name] -= 1
-        names = [f"params[{row}]" for row in rows]
-        inside = {**group, "params": params, "param_names": names}
-        step = step_input(self.optimizer, inside, grads, state, lambda: names)
+        inside = {**group, "params": params, "param_names": [f"params[{row}]" for row in rows]}
+        step = step_input(self.optimizer, inside, grads, state)
         step = step._replace(grad_scale=scaling[0], found_inf=scaling[1])
         run(self.optimizer, step, functools.partial(self.launches.keep, step, self._columns(given, stored)))
         for slot in (each for each in stored if isinstance(each, Slot)):

@@ -273,7 +273,7 @@ class _Rows(NamedTuple):
         shared = {each.name: known[each.name] for each in self.optimizer.spec.group_scalars if each.name in known}
         inside = {**group, **shared, "params": params, "param_names": self.names}
         state = dict(zip(params, entries, strict=True))
-        return step_input(self.optimizer, inside, self.grads, state, lambda: self.names, self.optimizer.step_options)
+        return step_input(self.optimizer, inside, self.grads, state, self.optimizer.step_options)
 
 
 def _copy(value: Any, *, carries: bool) -> Any:

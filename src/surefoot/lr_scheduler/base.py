@@ -179,7 +179,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         base_lrs: the groups' initial learning rates.
 
     Raises:
-        TypeError: `optimizer` is no optimizer.
+        TypeError: `optimizer` is not an optimizer.
         KeyError: `last_epoch` is not -1 and a group has no `initial_lr`.
 
     Note:

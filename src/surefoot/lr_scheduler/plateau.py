@@ -39,7 +39,7 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
         eps: a smaller reduction is not made; >= 0.
 
     Raises:
-        TypeError: `optimizer` is no optimizer.
+        TypeError: `optimizer` is not an optimizer.
         ValueError: an argument is out of range.
     """
 

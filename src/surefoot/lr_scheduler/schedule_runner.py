@@ -39,7 +39,7 @@ class Schedule(LRScheduler):
             None for what stays: `betas=(None, linear(1, 0.99, 1000))`.
 
     Raises:
-        TypeError: `optimizer` is no optimizer, or a schedule is no function.
+        TypeError: `optimizer` is not an optimizer, or a schedule is not a function.
         ValueError: no schedule is given, a group has no such hyperparameter, or a list or tuple has a wrong length;
             later, `step` finds groups that were added beside a list of schedules.
 
@@ -125,8 +125,8 @@ class Schedule(LRScheduler):
         before, stay.
 
         Raises:
-            ValueError: it schedules other hyperparameters or groups, or holds what is no number; this schedule is as it
-                was.
+            ValueError: it schedules other hyperparameters or groups, or holds what is not a number; this schedule is as
+                it was.
         """
         if self._known_groups() != len(self.optimizer.param_groups):
             fresh = self._adopt_groups()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights, directed, ema, ema_of_square, rectification
+from surefoot.optimizers.common import amsgrad, decay_weights, directed, ema, ema_of_square, ema_weights, rectification
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import EPS, Betas, Decoupled, L2OrDecoupled, LearningRate
 
@@ -75,11 +75,7 @@ class AdaBelief(Optimizer):
         beta1, beta2 = h.betas
         step_size, bias2 = h.lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
         rho, factor = rectification(beta2, step)
-        return {
-            "beta1": beta1,
-            "weight1": 1 - beta1,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
+        return ema_weights(*h.betas) | {
             "shrink": 1 - (1 if h.fixed_decay else h.lr) * h.weight_decay,
             "bias2": bias2,
             "neg_step_size": -step_size,
@@ -101,9 +97,8 @@ class AdaBelief(Optimizer):
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg = ema(exp_avg, grad, c.beta1, c.weight1)
         exp_avg_var = ema_of_square(exp_avg_var, grad - exp_avg, c.beta2, c.weight2) + c.eps
-        if flags.amsgrad:
-            maximum = torch.maximum(maximum, exp_avg_var)
-        root = torch.sqrt(maximum if flags.amsgrad else exp_avg_var)
+        divisor, maximum = amsgrad(exp_avg_var, maximum, flags)
+        root = torch.sqrt(divisor)
         param, direction = directed(param, exp_avg, grad, c, flags)
         if flags.rectify:
             adaptive = direction / (root + c.eps) * c.adaptive

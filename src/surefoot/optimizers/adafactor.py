@@ -17,7 +17,7 @@ from surefoot.optimizers.common import add_scaled_, batches, in_turns, larger, l
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.prepared import Plan, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
@@ -60,7 +60,7 @@ class Adafactor(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:
@@ -131,62 +131,81 @@ class Adafactor(Optimizer):
     prepares_params = True
     whole_tensors = True
 
-    step = Optimizer._prepared_step
-
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        places = {id(row): place for place, row in enumerate(found)}
+        sharded = [place for place, row in enumerate(found) if is_sharded(row.param)]
         lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
         others: list[PreparedParam] = []
-        sharded = [row for row in found if is_sharded(row.param)]
-        for rows in in_turns(sharded):
-            _step_sharded(rows)
-        for row in [row for row in found if not is_sharded(row.param)] if sharded else found:
+        for row in (row for row in found if not is_sharded(row.param)) if sharded else found:
             kind = _list_kind(row)
             (others if kind is None else lists[kind]).append(row)
-        for (*_, step), rows in lists.items():
+        planned: list[_List | _Batch] = []
+        for rows in lists.values():
             many = _many_of_a_shape(rows) if len(rows) >= _MANY else ()
             others += [row for row in rows if row.param.shape in many]
             if listed := [row for row in rows if row.param.shape not in many] if many else rows:
-                _step_list(listed, step)
-        for batch in _batches(others) if others else ():
-            self._step_batch(batch)
+                planned.append(_List(listed, places))
+        planned += [_Batch(rows, places) for rows in _batches(others)] if others else []
 
-    def _step_batch(self, batch: Sequence[PreparedParam]) -> None:
-        """Step parameters of one shape as one tensor with a dimension more, or a single one as it is."""
-        names = [name for name in _SECOND_MOMENTS if name in batch[0].state]
-        stored = [[row.param for row in batch], *([row.state[name] for row in batch] for name in names)]
-        param, *moments = map(_joined, stored)
-        h, state = batch[0].h, dict(zip(names, moments, strict=True))
+        def step(rows: list[PreparedParam]) -> None:
+            for turn in in_turns(rows[place] for place in sharded) if sharded else ():
+                _step_sharded(turn)
+            for each in planned:
+                each.step(rows)
+
+        return step
+
+
+class _Batch:
+    """Parameters of one shape that are stepped as one tensor with a dimension more, or a single one as it is."""
+
+    def __init__(self, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> None:
+        self._places = [places[id(row)] for row in rows]
+        self._names = [name for name in _SECOND_MOMENTS if name in rows[0].state]
+
+    def step(self, every: Sequence[PreparedParam]) -> None:
+        """Step the parameters."""
+        batch = [every[place] for place in self._places]
+        h = batch[0].h
         steps = [readable(h, row.state["step"]) for row in batch]
         together = len(batch) > 1
+        if together and not _is_tensor(steps[0]) and steps.count(steps[0]) < len(steps):  # somebody has changed some
+            for row in batch:
+                _Batch([row], {id(row): 0}).step([row])
+            return
+        stored = [[row.param for row in batch], *([row.state[name] for row in batch] for name in self._names)]
+        param, *moments = map(_joined, stored)
+        state = dict(zip(self._names, moments, strict=True))
         step = _joined(steps).view(-1, *(1,) * batch[0].param.dim()) if together and _is_tensor(steps[0]) else steps[0]
-        self._step_param(h, param, _joined([row.grad for row in batch]), state, step, together=together)
+        _step_param(h, param, _joined([row.grad for row in batch]), state, step, together=together)
         if together:
             for tensors, joined in zip(stored, (param, *moments), strict=True):
                 torch._foreach_copy_(tensors, list(joined.unbind()))
 
-    def _step_param(
-        self, h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: Any, *, together: bool
-    ) -> None:
-        compute = torch.promote_types(param.dtype, torch.float32)
-        lr, grad = readable(h, h.lr), grad.to(compute)
-        eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
-        rms = _root_mean_squares if together else functools.partial(_root_mean_square, h)
-        size = larger(h.eps[1], rms(param.to(compute))) * smaller(lr, step**-0.5)
-        variance = self._second_moment(grad, state, step**h.beta2_decay, eps1)
-        update = _direction(variance, grad, eps1)
-        size = size / larger(1.0, rms(update) / h.d)
-        size = size.to(compute) if together else size
-        _apply(h, param, update, size)
 
-    @staticmethod
-    def _second_moment(grad: Tensor, state: dict[str, Tensor], weight: Any, eps1: float) -> Tensor:
-        """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
-        if "variance" in state:
-            return _averaged(state["variance"], grad * grad, weight).clone()
-        row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
-        col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
-        mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
-        return (row @ col).div_(mean)
+def _step_param(
+    h: SimpleNamespace, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: Any, *, together: bool
+) -> None:
+    compute = torch.promote_types(param.dtype, torch.float32)
+    lr, grad = readable(h, h.lr), grad.to(compute)
+    eps1 = torch.finfo(param.dtype).eps if h.eps[0] is None else h.eps[0]
+    rms = _root_mean_squares if together else functools.partial(_root_mean_square, h)
+    size = larger(h.eps[1], rms(param.to(compute))) * smaller(lr, step**-0.5)
+    variance = _second_moment(grad, state, step**h.beta2_decay, eps1)
+    update = _direction(variance, grad, eps1)
+    size = size / larger(1.0, rms(update) / h.d)
+    size = size.to(compute) if together else size
+    _apply(h, param, update, size)
+
+
+def _second_moment(grad: Tensor, state: dict[str, Tensor], weight: Any, eps1: float) -> Tensor:
+    """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
+    if "variance" in state:
+        return _averaged(state["variance"], grad * grad, weight).clone()
+    row = _averaged(state["row_var"], _mean_square(grad, -1), weight)
+    col = _averaged(state["col_var"], _mean_square(grad, -2), weight)
+    mean = row.mean(dim=-2, keepdim=True).clamp(min=eps1)
+    return (row @ col).div_(mean)
 
 
 def _apply(h: SimpleNamespace, param: Tensor, update: Tensor, size: Any) -> None:
@@ -316,52 +335,75 @@ def _many_of_a_shape(rows: Sequence[PreparedParam]) -> set[torch.Size]:
     return {shape for shape, count in counts.items() if count >= _MANY and shape.numel() * _MANY <= _JOINED}
 
 
-def _step_list(rows: Sequence[PreparedParam], step: float) -> None:
-    """Step parameters of one dtype that have taken as many steps: `_step_param`, an operation for all of them."""
-    h = rows[0].h
-    params, grads = [row.param for row in rows], [row.grad for row in rows]
-    lr, (eps1, eps2), d = readable(h, h.lr), [readable(h, eps) for eps in h.eps], readable(h, h.d)
-    eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
-    roots = [math.sqrt(max(param.numel(), 1)) for param in params]
-    longest = min(lr, step**-0.5)
-    norms = [norm.item() for norm in torch._foreach_norm(params)]
-    sizes = [max(eps2, norm / root) * longest for norm, root in zip(norms, roots, strict=True)]
-    updates = _second_moments(rows, grads, step**h.beta2_decay, eps1)
-    torch._foreach_clamp_min_(updates, eps1 * eps1)
-    torch._foreach_rsqrt_(updates)
-    torch._foreach_mul_(updates, grads)
-    if isinstance(h.weight_decay, Tensor) or h.weight_decay:
-        torch._foreach_mul_(params, 1 - lr * h.weight_decay)
-    for param, update, norm, root, size in zip(
-        params, updates, torch._foreach_norm(updates), roots, sizes, strict=True
-    ):
-        param.add_(update, alpha=-size / max(1.0, norm.item() / root / d))
+class _List:
+    """Parameters of one dtype that have taken as many steps: `_step_param`, an operation for all of them.
 
+    Args:
+        rows: the parameters.
+        places: where each row stands among all, by its id.
+    """
 
-def _second_moments(rows: Sequence[PreparedParam], grads: list[Tensor], weight: float, eps1: float) -> list[Tensor]:
-    """Average squared gradients into the state and return their estimates, as new tensors."""
-    squares = list(torch._foreach_mul(grads, grads))
-    states = [row.state for row in rows]
-    vectors = [i for i, state in enumerate(states) if state.get("variance") is not None]
-    if vectors:
-        averages, own = [states[i]["variance"] for i in vectors], [squares[i] for i in vectors]
-        torch._foreach_lerp_(averages, own, weight)
-        torch._foreach_copy_(own, averages)
-    if len(vectors) < len(rows):
-        matrices = [i for i, state in enumerate(states) if state.get("variance") is None]
-        row, col = ([states[i][name] for i in matrices] for name in ("row_var", "col_var"))
-        of_rows = [torch.linalg.vector_norm(grads[i], dim=-1, keepdim=True) for i in matrices]
+    def __init__(self, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> None:
+        h, states = rows[0].h, [row.state for row in rows]
+        self._h, self._places = h, [places[id(row)] for row in rows]
+        self._lr, (eps1, self._eps2), self._d = readable(h, h.lr), [readable(h, eps) for eps in h.eps], readable(h, h.d)
+        self._params = [row.param for row in rows]
+        self._eps1 = torch.finfo(self._params[0].dtype).eps if eps1 is None else eps1
+        self._roots = [math.sqrt(max(param.numel(), 1)) for param in self._params]
+        self._vectors = [i for i, state in enumerate(states) if state.get("variance") is not None]
+        self._matrices = [i for i, state in enumerate(states) if state.get("variance") is None]
+        self._variances = [states[i]["variance"] for i in self._vectors]
+        self._rows, self._cols = ([states[i][name] for i in self._matrices] for name in ("row_var", "col_var"))
+
+    def step(self, every: Sequence[PreparedParam]) -> None:
+        """Step the parameters."""
+        found = [every[place] for place in self._places]
+        steps = [float(row.state["step"]) for row in found]
+        if steps.count(steps[0]) < len(steps):  # somebody has changed some
+            for count in set(steps):
+                own = [row for row, taken in zip(found, steps, strict=True) if taken == count]
+                _List(own, {id(row): place for place, row in enumerate(own)}).step(own)
+            return
+        params, roots, longest = self._params, self._roots, min(self._lr, steps[0] ** -0.5)
+        norms = [norm.item() for norm in torch._foreach_norm(params)]
+        sizes = [max(self._eps2, norm / root) * longest for norm, root in zip(norms, roots, strict=True)]
+        updates = self._directions([row.grad for row in found], steps[0] ** self._h.beta2_decay)
+        if self._h.weight_decay:
+            torch._foreach_mul_(params, 1 - self._lr * self._h.weight_decay)
+        for param, update, norm, root, size in zip(
+            params, updates, torch._foreach_norm(updates), roots, sizes, strict=True
+        ):
+            param.add_(update, alpha=-size / max(1.0, norm.item() / root / self._d))
+
+    def _directions(self, grads: list[Tensor], weight: float) -> list[Tensor]:
+        """Average squared gradients into the state and return gradients over the roots of the estimates."""
+        found = list(torch._foreach_mul(grads, grads))
+        least = self._eps1 * self._eps1
+        if self._vectors:
+            torch._foreach_lerp_(self._variances, [found[i] for i in self._vectors], weight)
+            for i, bounded in zip(self._vectors, torch._foreach_clamp_min(self._variances, least), strict=True):
+                found[i] = bounded
+        if self._matrices:
+            products = self._products([grads[i] for i in self._matrices], [found[i] for i in self._matrices], weight)
+            torch._foreach_clamp_min_(products, least)
+            for i, product in zip(self._matrices, products, strict=True):
+                found[i] = product
+        torch._foreach_rsqrt_(found)
+        torch._foreach_mul_(found, grads)
+        return found
+
+    def _products(self, grads: list[Tensor], squares: list[Tensor], weight: float) -> list[Tensor]:
+        """Average the squared gradients of matrices by row and column, and return the estimates."""
+        of_rows = [torch.linalg.vector_norm(grad, dim=-1, keepdim=True) for grad in grads]
         torch._foreach_mul_(of_rows, of_rows)
-        torch._foreach_div_(of_rows, [float(grads[i].size(-1)) for i in matrices])
-        torch._foreach_lerp_(row, of_rows, weight)
-        torch._foreach_lerp_(col, [squares[i].mean(-2, keepdim=True) for i in matrices], weight)
-        means = [average.mean(dim=-2, keepdim=True) for average in row]
-        torch._foreach_clamp_min_(means, eps1)
-        products = [torch.matmul(*pair) for pair in zip(row, col, strict=True)]
+        torch._foreach_div_(of_rows, [float(grad.size(-1)) for grad in grads])
+        torch._foreach_lerp_(self._rows, of_rows, weight)
+        torch._foreach_lerp_(self._cols, [square.mean(-2, keepdim=True) for square in squares], weight)
+        means = [average.mean(dim=-2, keepdim=True) for average in self._rows]
+        torch._foreach_clamp_min_(means, self._eps1)
+        products = [torch.matmul(*pair) for pair in zip(self._rows, self._cols, strict=True)]
         torch._foreach_div_(products, means)
-        for i, product in zip(matrices, products, strict=True):
-            squares[i] = product
-    return squares
+        return products
 
 
 # Elsewhere

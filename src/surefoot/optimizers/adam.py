@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import adam_averages, adam_weights, decay_weights, directed
+from surefoot.optimizers.common import adam_averages, adam_weights, amsgrad, decay_weights, directed
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import BETAS, WEIGHT_DECAY, Decoupled, Eps, L2OrDecoupled, LearningRate, Number
 
@@ -79,21 +79,14 @@ class Adam(Optimizer):
 
     @staticmethod
     def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        maximum: Tensor,
-        c: Any,
-        flags: SimpleNamespace,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maxima: Tensor, c: Any, flags: SimpleNamespace
     ) -> Any:
         param, grad = decay_weights(param, grad, c, flags)
         exp_avg, exp_avg_sq = adam_averages(grad, exp_avg, exp_avg_sq, c)
-        if flags.amsgrad:
-            maximum = torch.maximum(maximum, exp_avg_sq)
-        denom = torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) / c.bias + c.eps
+        divisor, maxima = amsgrad(exp_avg_sq, maxima, flags)
+        denom = torch.sqrt(divisor) / c.bias + c.eps
         param, direction = directed(param, exp_avg, grad, c, flags)
-        return torch.addcdiv(param, direction, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maximum
+        return torch.addcdiv(param, direction, denom, value=c.neg_step_size), exp_avg, exp_avg_sq, maxima
 
 
 class AdamW(Adam):

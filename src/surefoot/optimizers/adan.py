@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, ema_of_square, shrink_weights
+from surefoot.optimizers.common import directed, ema, ema_of_square, ema_weights, shrink_weights
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import THREE_BETAS, Eps, LearningRate, Shrinking
 
@@ -76,14 +76,8 @@ class Adan(Optimizer):
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2, beta3 = h.betas
         decay = h.lr * h.weight_decay
-        return {
+        return ema_weights(*h.betas) | {
             "first": step == 1,
-            "beta1": beta1,
-            "weight1": 1 - beta1,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
-            "beta3": beta3,
-            "weight3": 1 - beta3,
             "bias3": (1 - beta3**step) ** 0.5,
             "step_size": h.lr / (1 - beta1**step),
             "step_size_diff": h.lr * beta2 / (1 - beta2**step),

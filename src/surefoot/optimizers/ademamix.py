@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, ema_of_square, shrink_weights, smaller
+from surefoot.optimizers.common import directed, ema, ema_of_square, ema_weights, shrink_weights, smaller
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import THREE_BETAS, Eps, Interval, LearningRate, Shrinking, at_least_zero
 
@@ -88,13 +88,7 @@ class AdEMAMix(Optimizer):
         if h.beta3_warmup is not None:
             beta3 = _between(beta1, beta3, smaller(step / h.beta3_warmup, 1.0))
         alpha = h.alpha if h.alpha_warmup is None else h.alpha * smaller(step / h.alpha_warmup, 1.0)
-        return {
-            "beta1": beta1,
-            "weight1": 1 - beta1,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
-            "beta3": beta3,
-            "weight3": 1 - beta3,
+        return ema_weights(beta1, beta2, beta3) | {
             "bias1": 1 - beta1**step,
             "bias2": (1 - beta2**step) ** 0.5,
             "alpha": alpha,

@@ -70,15 +70,32 @@ def ema_of_square(average: Tensor, value: Tensor, decay: Any, weight: Any) -> Te
     return torch.addcmul(average * decay, value, value, value=weight)
 
 
+def ema_weights(*betas: Any) -> dict[str, Any]:
+    """Return the numbers of moving averages: of each, by its number from 1, its decay `beta` and its `weight`."""
+    numbers: dict[str, Any] = {}
+    for i, beta in enumerate(betas, 1):
+        numbers |= {f"beta{i}": beta, f"weight{i}": 1 - beta}
+    return numbers
+
+
 def adam_weights(h: SimpleNamespace) -> dict[str, Any]:
-    """Return the numbers of Adam's two moving averages and of decoupled weight decay."""
+    """Return the numbers of Adam's two moving averages, see `ema_weights`, and of decoupled weight decay."""
     beta1, beta2 = h.betas
-    return {"weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": 1 - h.lr * h.weight_decay}
+    shrink = 1 - h.lr * h.weight_decay
+    return {"beta1": beta1, "weight1": 1 - beta1, "beta2": beta2, "weight2": 1 - beta2, "shrink": shrink}
 
 
 def adam_averages(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, c: Any) -> tuple[Tensor, Tensor]:
     """Return Adam's two moving averages, of the gradient and of its square; `c` has `adam_weights`."""
     return torch.lerp(exp_avg, grad, c.weight1), ema_of_square(exp_avg_sq, grad, c.beta2, c.weight2)
+
+
+def amsgrad(exp_avg_sq: Tensor, maximum: Tensor, flags: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Return what a step divides by the root of, and the greatest `exp_avg_sq` so far: with `amsgrad` both are that."""
+    if not flags.amsgrad:
+        return exp_avg_sq, maximum
+    maximum = torch.maximum(maximum, exp_avg_sq)
+    return maximum, maximum
 
 
 def rectification(beta2: Any, step: Any, least: float = 5.0) -> tuple[Any, Any]:

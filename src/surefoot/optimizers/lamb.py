@@ -9,7 +9,7 @@ from torch.linalg import vector_norm
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights, directed, ema, ema_of_square, trust_ratio
+from surefoot.optimizers.common import adam_weights, decay_weights, directed, ema, ema_of_square, trust_ratio
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, LearningRate, Number
 
@@ -72,14 +72,10 @@ class LAMB(Optimizer):
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = h.betas
         corrections = (1 - beta1**step, 1 - beta2**step) if h.bias_correction else (1.0, 1.0)
-        return {
-            "beta1": beta1,
+        return adam_weights(h) | {
             "weight1": 1 - beta1 if h.grad_averaging else 1.0,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
             "bias_correction1": corrections[0],
             "bias2": corrections[1] ** 0.5,
-            "shrink": 1 - h.lr * h.weight_decay,
             "neg_lr": -h.lr,
         }
 

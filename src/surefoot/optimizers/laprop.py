@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, ema_of_square, shrink_weights
+from surefoot.optimizers.common import adam_weights, directed, ema, ema_of_square, shrink_weights
 from surefoot.rule import DIRECTED, STEP, Scalar, Slot
 from surefoot.rule.hyperparameters import EPS, Betas, LearningRate, Shrinking
 
@@ -61,14 +61,10 @@ class LaProp(Optimizer):
         beta1, beta2 = h.betas
         exp_avg_lr_1 = exp_avg_lr_1 * beta1 + (1 - beta1) * h.lr
         exp_avg_lr_2 = exp_avg_lr_2 * beta2 + (1 - beta2)
-        return {
+        return adam_weights(h) | {
             "exp_avg_lr_1": exp_avg_lr_1,
             "exp_avg_lr_2": exp_avg_lr_2,
-            "beta1": beta1,
             "weight1": (1 - beta1) * h.lr,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
-            "shrink": 1 - h.lr * h.weight_decay,
             "neg_step_size": -_quotient(h.lr, exp_avg_lr_1),
         }
 

@@ -6,7 +6,7 @@ one flat vector of real numbers, made anew whenever it is needed, so that nothin
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from ctypes import c_float
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -29,13 +29,14 @@ from surefoot.step.options import StepOptions
 from surefoot.tensors.fit import unfit_memory, unfit_param
 from surefoot.tensors.guards import make_guard, same_objects
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
-from surefoot.tensors.native.guards import LaunchSequence, TensorGuard
+from surefoot.tensors.native.guards import AlikeGuard, LaunchSequence, TensorGuard, alike_guard
 from surefoot.tensors.shards import to_local
 
 SMALLEST_CURVATURE = 1e-10
 """A pair is remembered only if y.s is greater: this keeps the inverse Hessian positive definite."""
 
 _WIDE = (torch.float32, torch.float64)
+_REAL, _PLAIN_TYPES = (int, float), frozenset(PLAIN)
 
 Weight = Callable[[Tensor], Tensor]
 """Multiplies a vector by C."""
@@ -80,7 +81,7 @@ class LBFGS(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a group has another value than the first one.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: `line_search_fn` is another one.
 
     Example:
@@ -222,7 +223,7 @@ class LBFGS(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         refuse_flattened(params, "LBFGS", whole_tensors=True)
         totals = make_totals(params)
-        with _failures_told(totals, numbers=(0, 1)):
+        with nullcontext() if totals is None else _failures_told(totals, numbers=(0, 1)):
             variables = _Variables(self, totals)
             memory = self._recall(variables) if variables.params else None
         if totals is not None:  # before closures, in which the model's own collectives wait for all ranks
@@ -245,14 +246,16 @@ class LBFGS(Optimizer):
         """Take over the state, which stands with the first parameter, without handing out its lists."""
         state = self.state.get(variables.params[0], {})
         size, layout = sum(variables.sizes), variables.totals.layout if variables.totals else None
-        sound = _is_sound(state, size) and state.get("layout") == layout
-        if not sound and (misfits := list(_vector_misfits(state, size, layout))):
+        places = variables.state_guard.places_of(state, size) if state.get("layout") == layout else None
+        if places is None and (misfits := list(_vector_misfits(state, size, layout))):
             raise RuntimeError(
                 f"{misfits[0]}; after changing a parameter's shape start afresh with `optimizer.state.clear()`"
             )
         known = {name: value for name, value in state.items() if name in _REMEMBERED and value is not None}
         copy: dict[str, Any] = {n: [*value] if isinstance(value, list | tuple) else value for n, value in known.items()}
-        return _Memory(**copy | {"layout": layout})
+        memory = _Memory(**copy | {"layout": layout})
+        memory.places = places
+        return memory
 
 
 @dataclass
@@ -282,27 +285,32 @@ class _Memory:
     layout: str | None = None
     """Which elements of sharded parameters the vectors have."""
 
+    def __post_init__(self) -> None:
+        self.places: set[Any] | None = None
+        """The dtypes and devices of vectors and numbers, None if they are not known."""
+        self._rhos: list[float] | None = None
+        """`ro` on the host, None if it is not known there."""
+
     def follow(self, grad: Tensor) -> None:
         """Move to the device and dtype of the gradients, which change with the model's; the step length to the host."""
-        vectors = [self.d, self.prev_flat_grad, self.H_diag, *self.old_dirs, *self.old_stps, *self.ro]
-        places = {(vector.dtype, vector.device) for vector in vectors if isinstance(vector, Tensor)}
-        if not places - {(grad.dtype, grad.device)}:
-            self.t = _on_host(self.t)
+        self.t = _on_host(self.t)
+        if self.places is not None and not self.places - {(grad.dtype, grad.device)}:
             return
         for name in ("d", "prev_flat_grad", "H_diag"):
             setattr(self, name, _as(getattr(self, name), grad))
         for past in (self.old_dirs, self.old_stps, self.ro):
             past[:] = [_as(item, grad) for item in past]
-        self.t = _on_host(self.t)
 
     def learn(self, step: Tensor, change: Tensor, variables: "_Variables", history_size: int) -> None:
         """Remember a pair, unless the curvature along it is not positive; forget what is too old."""
         curvature, square = variables.dots((change, step), (change, variables.weighted(change)))
-        if not curvature > SMALLEST_CURVATURE:
+        if not curvature.item() > _rounded(SMALLEST_CURVATURE, curvature):
             return
-        for past, new in ((self.old_dirs, change), (self.old_stps, step), (self.ro, 1.0 / curvature)):
+        for past, new in ((self.old_dirs, change), (self.old_stps, step), (self.ro, curvature.reciprocal())):
             past.append(new)
             del past[:-history_size]
+        if self._rhos is not None:
+            self._rhos = [*self._rhos, self.ro[-1].item()][-history_size:]
         self.H_diag = curvature / square
 
     def newton(self, grad: Tensor, variables: "_Variables", history_size: int) -> Tensor:
@@ -327,8 +335,9 @@ class _Memory:
     ) -> Tensor:
         """Do the same where numbers are read at once: by Python's, rounded as tensors of the gradient's dtype are."""
         single = grad.dtype is torch.float32
-        rhos = [rho.item() if isinstance(rho, Tensor) else rho for rho in self.ro]
-        pairs = list(zip(self.old_dirs, self.old_stps, rhos, strict=True))
+        if self._rhos is None:
+            self._rhos = [rho.item() if isinstance(rho, Tensor) else rho for rho in self.ro]
+        pairs = list(zip(self.old_dirs, self.old_stps, self._rhos, strict=True))
         direction, parts = grad.neg(), []
         # A product or difference of two numbers of float32, computed in float64 and rounded, is that of float32.
         for change, step, rho in reversed(pairs):
@@ -349,18 +358,18 @@ class _Memory:
         """Return the state; before the first iteration it is the counters only."""
         if self.d is None:
             return {"func_evals": self.func_evals, "n_iter": self.n_iter}
-        if self.al is not None:
-            numbers = [part for part in self.al if isinstance(part, float)]
-            tensors = iter(torch.tensor(numbers, dtype=self.d.dtype).unbind())
-            self.al = [next(tensors) if isinstance(part, float) else part for part in self.al]
-        return {name: value for name, value in vars(self).items() if name not in ("al", "layout") or value is not None}
+        if self.al is not None and type(self.al[0]) is float:
+            numbers = [part for part in self.al if part is not None]
+            self.al[: len(numbers)] = torch.tensor(numbers, dtype=self.d.dtype).unbind()
+        named = {name: getattr(self, name) for name in _REMEMBERED}
+        return {name: value for name, value in named.items() if name not in ("al", "layout") or value is not None}
 
 
 class _Guard:
     """Tells whether real parameters and their gradients, once found fit, are as they were but for values."""
 
     def __init__(self, params: list[Tensor]) -> None:
-        self._params, self._guard = params, make_guard([params], gradients=True)
+        self._params, self._guard, self.state = params, make_guard([params], gradients=True), _StateGuard()
         self._looks: LaunchSequence | None = None
         if type(self._guard) is TensorGuard:
             self._looks = LaunchSequence([launch for launch in self._guard.launches() if launch])
@@ -386,7 +395,35 @@ class _Guard:
         return holds
 
 
-_REMEMBERED = frozenset(each.name for each in fields(_Memory))
+class _StateGuard:
+    """Tells where vectors and numbers of state are if all are sound, by a compiled look if they are like the last."""
+
+    def __init__(self) -> None:
+        self._counts: tuple[int, ...] = ()
+        self._places: set[Any] = set()
+        self._alike: AlikeGuard | None = None
+
+    def places_of(self, state: Mapping[str, Any], size: int) -> set[Any] | None:
+        """Return dtypes and devices of state if it surely has flat vectors of a size and single numbers; else None."""
+        if (found := _tensors_of(state)) is None:
+            return None
+        vectors, numbers = found
+        counts, tensors = (size, len(vectors), len(numbers)), [*vectors, *numbers]
+        again = counts == self._counts
+        known = self._alike if again and _PLAIN_TYPES.issuperset(map(type, tensors)) else None
+        if known is not None and not known.changed(tensors):
+            return self._places
+        self._counts, self._alike = (), None
+        of_vectors, of_numbers = _flat_kinds(vectors, torch.Size((size,))), _flat_kinds(numbers, torch.Size(()))
+        if of_vectors is None or of_numbers is None:
+            return None
+        self._counts, self._places = counts, of_vectors | of_numbers
+        if again:
+            self._alike = alike_guard(tensors, [[torch.empty(0)] * len(tensors)])
+        return self._places
+
+
+_REMEMBERED = tuple(each.name for each in fields(_Memory))
 
 
 class _Variables:
@@ -419,6 +456,11 @@ class _Variables:
         self.is_half = all(param.dtype is torch.float16 for param in self.params)
         self.maximize = bool(optimizer.param_groups[0].get("maximize"))
 
+    @property
+    def state_guard(self) -> _StateGuard:
+        """What knows whether state is sound."""
+        return _StateGuard() if self._guard is None else self._guard.state
+
     def values(self) -> list[Tensor]:
         """Return the parameters, or this process's shards of them, as real numbers."""
         if self.totals is not None:
@@ -428,11 +470,11 @@ class _Variables:
     def gradient(self) -> Tensor:
         """Collect the gradients on the first parameter's device, negated where the loss is to grow."""
         if self._guard is not None and self._guard.holds(self.params):
-            grads = [param.grad.reshape(-1) for param in self.params]
+            grads: list[Any] = [param.grad for param in self.params]
         else:
             grads = [self._gradient_of(group, param) for group, param in self.owners]
             self._guard = _Guard.of(self.params)
-        flat = torch.cat([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
+        flat = _joined([grad.to(grads[0].device) for grad in grads] if self.scattered else grads)
         flat = flat if flat.dtype in _WIDE else flat.to(torch.promote_types(flat.dtype, torch.float32))
         return flat.neg() if self.maximize else flat
 
@@ -440,7 +482,7 @@ class _Variables:
         grad = param.grad
         if grad is None:
             return to_local(param).new_zeros(to_local(param).numel())
-        if not _is_flat(grad, param.shape) and (
+        if _flat_kinds([grad], param.shape) is None and (
             not is_plain(grad) or grad.shape != param.shape or not has_memory(grad)
         ):
             grad = validated_gradient(self.optimizer.spec, group, param, grad, {})
@@ -451,7 +493,7 @@ class _Variables:
         values = self.values()
         if self.scattered or not self._plain:
             return [value.clone() for value in values]
-        return torch.cat([value.reshape(-1) for value in values])
+        return _joined(values)
 
     def keep_guard(self) -> None:
         """Let the next step know what this one has found fit."""
@@ -481,6 +523,13 @@ class _Variables:
         if self.totals is None:
             return vector.abs().max() if vector.numel() else vector.new_zeros(())
         return vector.new_tensor(self.totals.combine(largest=[vector]).largest[0])
+
+    def largest_on_host(self, vector: Tensor) -> float:
+        """Return the greatest absolute value as a Python number."""
+        if self.totals is not None or not vector.is_cpu or not vector.numel():
+            return self.largest(vector).item()
+        low, high = torch.aminmax(vector)  # reads once, and writes no absolute values
+        return max(-low.item(), high.item())
 
     def _parts(self, vector: Tensor, values: list[Tensor]) -> list[Tensor]:
         """Return a vector cut into parts of the shapes of values."""
@@ -527,6 +576,12 @@ class _Variables:
         return torch.cat([part.mul(factor) if factor else torch.zeros_like(part) for part, factor in parts])
 
 
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of tensors as one vector, which is new."""
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.clone() if len(tensors) == 1 else flat
+
+
 class _Run:
     """The iterations of one step."""
 
@@ -559,15 +614,16 @@ class _Run:
         return result
 
     def _evaluate(self) -> Any:
-        with _failures_told(self.variables.totals, numbers=(1, 2)):
+        totals = self.variables.totals
+        with nullcontext() if totals is None else _failures_told(totals, numbers=(1, 2)):
             with torch.enable_grad():
                 result = self.closure()
             if result is None:
                 raise TypeError("the closure given to LBFGS must return the loss, but it returned None")
-            self.loss = float(result.detach() if isinstance(result, Tensor) else result)
+            self.loss = float(result.item() if isinstance(result, Tensor) else result)
             self.grad = self.variables.gradient()
-        if self.variables.totals is not None:
-            self._agree(self.variables.totals)
+        if totals is not None:
+            self._agree(totals)
         if self.variables.maximize:
             self.loss = -self.loss
         self.evaluations += 1
@@ -587,7 +643,7 @@ class _Run:
         direction, slope = self._aim()
         memory.n_iter += 1
         memory.d, memory.prev_flat_grad, memory.prev_loss = direction, self.grad, self.loss
-        if slope > -self.options.tolerance_change:
+        if slope.item() > -_rounded(self.options.tolerance_change, slope):
             return False
         if self.options.line_search_fn:
             self._search(direction, slope)
@@ -638,28 +694,27 @@ class _Run:
             self.largest = self.variables.largest(self.variables.moving(self.grad))
 
     def _is_stationary(self) -> bool:
-        known = self.variables.totals is not None
-        largest = self.largest if known else self.variables.largest(self.variables.moving(self.grad))
-        return bool(largest <= self.options.tolerance_grad)
+        known, variables = self.variables.totals is not None, self.variables
+        largest = self.largest.item() if known else variables.largest_on_host(variables.moving(self.grad))
+        return largest <= _rounded(self.options.tolerance_grad, self.grad)
 
     def _is_done(self, direction: Tensor) -> bool:
         options, memory = self.options, self.memory
-        return (
-            self.evaluations >= options.max_eval
-            or self._is_stationary()
-            or bool(self.variables.largest(direction.mul(memory.t)) <= options.tolerance_change)
-            or abs(self.loss - memory.prev_loss) < options.tolerance_change
-        )
+        if self.evaluations >= options.max_eval or self._is_stationary():
+            return True
+        move = direction.mul(memory.t)
+        if self.variables.largest_on_host(move) <= _rounded(options.tolerance_change, move):
+            return True
+        return bool(abs(self.loss - memory.prev_loss) < options.tolerance_change)
 
 
 @contextmanager
-def _failures_told(totals: Totals | None, numbers: tuple[int, int]) -> Iterator[None]:
+def _failures_told(totals: Totals, numbers: tuple[int, int]) -> Iterator[None]:
     """Tell the other ranks, which wait for as many largest values and means, when this one fails inside of it."""
     try:
         yield
     except Exception:
-        if totals is not None:
-            totals.fail(*numbers)
+        totals.fail(*numbers)
         raise
 
 
@@ -679,27 +734,36 @@ def _refuse_overflow(move: float) -> None:
         )
 
 
-def _is_flat(tensor: Any, shape: torch.Size) -> bool:
-    """Return whether a tensor is surely real, contiguous memory of its own, of a shape; False where one must look."""
-    if type(tensor) not in PLAIN or tensor.shape != shape or tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    if not tensor.is_floating_point() or tensor._is_zerotensor() or not tensor.is_contiguous():
-        return False
-    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-    return bool(needed <= tensor.untyped_storage().nbytes())
+def _rounded(bound: float, like: Tensor) -> float:
+    """Return a number as a comparison with a tensor's number takes it: rounded to its precision."""
+    return c_float(bound).value if like.dtype is torch.float32 else bound
 
 
-def _is_sound(state: Mapping[str, Any], size: int) -> bool:
-    """Return whether state surely has flat vectors of a size, in lists of one length; False where one must look."""
+def _flat_kinds(tensors: Sequence[Any], shape: torch.Size) -> set[tuple[torch.dtype, torch.device]] | None:
+    """Return the dtypes and devices of tensors if all are surely real, contiguous memory of a shape; else None."""
+    if not {*map(type, tensors)} <= _PLAIN_TYPES:
+        return None
+    kinds = {(tensor.dtype, tensor.device, tensor.layout, tensor.shape) for tensor in tensors}
+    for dtype, device, layout, own in kinds:
+        if not dtype.is_floating_point or device.type == "meta" or layout is not torch.strided or own != shape:
+            return None
+    if any(map(Tensor._is_zerotensor, tensors)) or not all(map(Tensor.is_contiguous, tensors)):
+        return None
+    count = shape.numel()
+    for tensor in tensors:
+        if (tensor.storage_offset() + count) * tensor.itemsize > tensor.untyped_storage().nbytes():
+            return None
+    return {(dtype, device) for dtype, device, *_ in kinds}
+
+
+def _tensors_of(state: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """Return the vectors of state and its numbers that are not Python's; None unless lists have one length."""
     lists = [state.get(name) or [] for name in ("old_dirs", "old_stps", "ro")]
     if not all(type(each) is list and len(each) == len(lists[0]) for each in lists):
-        return False
-    flat, single = torch.Size((size,)), torch.Size(())
+        return None
+    numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None and type(n) not in _REAL]
     vectors = [v for v in (state.get("d"), state.get("prev_flat_grad"), *lists[0], *lists[1]) if v is not None]
-    numbers = [n for n in (state.get("t"), state.get("H_diag"), *lists[2]) if n is not None]
-    return all(_is_flat(vector, flat) for vector in vectors) and all(
-        type(value) in (int, float) or _is_flat(value, single) for value in numbers
-    )
+    return vectors, numbers
 
 
 def _rate(lr: Any) -> Any:

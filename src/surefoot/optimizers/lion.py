@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, shrink_weights
+from surefoot.optimizers.common import adam_weights, directed, ema, shrink_weights
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import BETAS, LearningRate, Shrinking
 
@@ -57,15 +57,7 @@ class Lion(Optimizer):
 
     @staticmethod
     def coefficients(h: SimpleNamespace) -> dict[str, Any]:
-        beta1, beta2 = h.betas
-        return {
-            "beta1": beta1,
-            "weight1": 1 - beta1,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
-            "shrink": 1 - h.lr * h.weight_decay,
-            "neg_lr": -h.lr,
-        }
+        return adam_weights(h) | {"neg_lr": -h.lr}
 
     @staticmethod
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, c: Any, flags: SimpleNamespace) -> Any:

@@ -11,7 +11,7 @@ from torch.linalg import vector_norm
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema_of_square
+from surefoot.optimizers.common import amsgrad, directed, ema_of_square
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import BETAS, WEIGHT_DECAY, Betas, Eps, LearningRate, Number, at_least_zero
 
@@ -118,9 +118,8 @@ class MARS(Optimizer):
         of = functools.partial(_of_kind, c, kind)
         exp_avg = torch.lerp(exp_avg, corrected, of("weight1"))
         exp_avg_sq = ema_of_square(exp_avg_sq, corrected, of("beta2"), of("weight2"))
-        if flags.amsgrad:
-            maximum = torch.maximum(maximum, exp_avg_sq)
-        denom = torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) / of("bias") + c.eps
+        divisor, maximum = amsgrad(exp_avg_sq, maximum, flags)
+        denom = torch.sqrt(divisor) / of("bias") + c.eps
         if not flags.cautious_weight_decay:
             param = param * of("shrink")
         param, direction = directed(param, exp_avg, grad, c, flags, of("shrink"))

@@ -21,12 +21,13 @@ from surefoot.optimizers.orthogonal import (
     blocks_of,
     check_polynomials,
     orthogonal,
+    orthogonal_matrix,
     row_dims_of,
 )
 from surefoot.optimizers.workspace import WORKSPACE, Workspace
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.prepared import Plan, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded
@@ -55,6 +56,60 @@ def _row_shape(param: Tensor, group: Mapping[str, Any]) -> torch.Size | None:
     return torch.Size((*param.shape[:rows], *(1,) * (param.dim() - rows))) if rows else None
 
 
+_Rate = Annotated[
+    Number,
+    Interval("Learning rate should be >= 0 but is: ", high_open=True),
+    "learning rate, a number or a tensor of one element",
+]
+_Decay = Annotated[
+    Number,
+    Interval("weight decay should be >= 0 but is: ", high_open=True),
+    "shrinking of the parameter, in units of the learning rate",
+]
+_Momentum = Annotated[
+    float,
+    Interval("momentum should be >= 0 but is: ", high_open=True),
+    "decay of the average of g, sensibly below 1",
+]
+_Coefficients = Annotated[
+    Polynomials,
+    check_polynomials,
+    "(a, b, c) of the Newton-Schulz iteration, any numbers; a tuple of such triples, one for an iteration and "
+    "the last for all that follow; or "
+    '`"polar_express"`, triples of which each is optimal after those before, by which the iteration converges; '
+    "by the default it stays within about 30 percent",
+]
+_Steps = Annotated[
+    int,
+    Interval(
+        "Number of steps must be less than 100 for computational efficiency, but is: ",
+        high=_MOST_NS_STEPS,
+        whole=True,
+    ),
+    "number of iterations",
+]
+_Flatten = Annotated[
+    bool | None,
+    "what parameters of more than two dimensions are: with True, matrices of their first dimension's rows, as "
+    "convolutions; with False, stacks of matrices along their first dimensions, as experts; refused if None",
+]
+_Heads = Annotated[
+    int | None,
+    Interval("num_heads should be >= 1 but is: ", low=1, whole=True, optional=True),
+    "into how many matrices the rows of each are divided, as those of the heads of an attention",
+]
+_Sizes = Annotated[
+    tuple[int, ...] | None,
+    "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
+]
+_ProductDtype = Annotated[
+    torch.dtype | None,
+    "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
+    "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
+    "processors that do not multiply bfloat16",
+]
+
+
 class Muon(Optimizer):
     """Muon: momentum, made orthogonal, for the matrices of hidden layers.
 
@@ -81,8 +136,8 @@ class Muon(Optimizer):
     {arguments}
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is no matrix, or cannot be divided as asked.
-        TypeError: a hyperparameter is no number.
+        ValueError: a hyperparameter is out of range, or a parameter is not a matrix, or cannot be divided as asked.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:
@@ -98,7 +153,7 @@ class Muon(Optimizer):
     `"spectral_unclamped"`; Amsel et al. 2025, "The Polar Express", for `"polar_express"`; Li et al. 2025, "NorMuon",
     for `normuon`.
 
-    Other than in torch, parameters that are no matrices are refused in later groups too, and with bfloat16 parameters
+    Other than in torch, parameters that are not matrices are refused in later groups too, and with bfloat16 parameters
     and nesterov=False the buffer keeps its norm.
     """
 
@@ -109,40 +164,13 @@ class Muon(Optimizer):
             "matrices, named matrices or groups; see `surefoot.Optimizer`.  Embeddings, output layers, biases and "
             "norms are better left to AdamW",
         ],
-        lr: Annotated[
-            Number,
-            Interval("Learning rate should be >= 0 but is: ", high_open=True),
-            "learning rate, a number or a tensor of one element",
-        ] = 1e-3,
-        weight_decay: Annotated[
-            Number,
-            Interval("weight decay should be >= 0 but is: ", high_open=True),
-            "shrinking of the parameter, in units of the learning rate",
-        ] = 0.1,
-        momentum: Annotated[
-            float,
-            Interval("momentum should be >= 0 but is: ", high_open=True),
-            "decay of the average of g, sensibly below 1",
-        ] = 0.95,
+        lr: _Rate = 1e-3,
+        weight_decay: _Decay = 0.1,
+        momentum: _Momentum = 0.95,
         nesterov: Annotated[bool, "look ahead by one step"] = True,
-        ns_coefficients: Annotated[
-            Polynomials,
-            check_polynomials,
-            "(a, b, c) of the Newton-Schulz iteration, any numbers; a tuple of such triples, one for an iteration and "
-            "the last for all that follow; or "
-            '`"polar_express"`, triples of which each is optimal after those before, by which the iteration converges; '
-            "by the default it stays within about 30 percent",
-        ] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: _Coefficients = (3.4445, -4.775, 2.0315),
         eps: Annotated[float, at_least_zero("epsilon"), "least norm by which a matrix is divided"] = 1e-7,
-        ns_steps: Annotated[
-            int,
-            Interval(
-                "Number of steps must be less than 100 for computational efficiency, but is: ",
-                high=_MOST_NS_STEPS,
-                whole=True,
-            ),
-            "number of iterations",
-        ] = 5,
+        ns_steps: _Steps = 5,
         adjust_lr_fn: Annotated[
             str | None,
             '`"original"`, which None and `"spectral"` mean too, `"match_rms_adamw"` or `"spectral_unclamped"`',
@@ -154,26 +182,10 @@ class Muon(Optimizer):
             Interval("beta2 should be in [0, 1) but is: ", high=1.0, high_open=True),
             "with normuon, decay of the average of the rows' mean squares",
         ] = 0.95,
-        flatten: Annotated[
-            bool | None,
-            "what parameters of more than two dimensions are: with True, matrices of their first dimension's rows, as "
-            "convolutions; with False, stacks of matrices along their first dimensions, as experts; refused if None",
-        ] = None,
-        num_heads: Annotated[
-            int | None,
-            Interval("num_heads should be >= 1 but is: ", low=1, whole=True, optional=True),
-            "into how many matrices the rows of each are divided, as those of the heads of an attention",
-        ] = None,
-        split_sizes: Annotated[
-            tuple[int, ...] | None,
-            "rows of the matrices that each is made of, as of fused queries, keys and values; not with num_heads",
-        ] = None,
-        ns_dtype: Annotated[
-            torch.dtype | None,
-            "dtype of the products: torch.bfloat16, torch.float32, which is nearer, or torch.float64.  With None they "
-            "are rounded to bfloat16, as in torch, and computed in float32 where that is faster: tiny matrices, and "
-            "processors that do not multiply bfloat16",
-        ] = None,
+        flatten: _Flatten = None,
+        num_heads: _Heads = None,
+        split_sizes: _Sizes = None,
+        ns_dtype: _ProductDtype = None,
         state_dtype: Annotated[
             torch.dtype | None,
             "dtype in which new momentum is stored, torch.bfloat16 beside float32 parameters for instance; the "
@@ -215,37 +227,59 @@ class Muon(Optimizer):
         for param in params:
             blocks_of(param.shape, group)
 
-    step = Optimizer._prepared_step
-
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
+    def _plan(self, found: list[PreparedParam]) -> Plan:
+        places = {id(row): place for place, row in enumerate(found)}
         found = [row for row in found if row.param.numel()]
-        _step_batches(_batches([row for row in found if not is_sharded(row.param)]))
-        for rows in in_turns(row for row in found if is_sharded(row.param)):
-            alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
-            for row in rows:
-                alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
-            for some in alike.values():
-                _step_sharded(some)
+        every = [
+            _Joint(some, places) for some in _joint_batches(_batches(row for row in found if not is_sharded(row.param)))
+        ]
+        sharded = [places[id(row)] for row in found if is_sharded(row.param)]
+
+        in_workspace = any(joint.in_workspace for joint in every)
+
+        def step(rows: list[PreparedParam]) -> None:
+            for joint in every:
+                joint.step(rows)
+            if in_workspace:
+                WORKSPACE.shrink()
+            if sharded:
+                _step_meshes([rows[place] for place in sharded])
+
+        return step
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _step_batches(every: Iterable[list[PreparedParam]]) -> None:
-    """Step batches, on the CPU several at once and in the workspace."""
-    visible = mode_is_active()
-    for some in _joint_batches(every):
-        if visible or not _gain_by_workspace(some):
-            for batch in some:
-                _apply(batch, *orthogonal(batch[0].h, [_stack(_momenta(batch))]))
-            continue
+class _Joint:
+    """Batches that are stepped at once: where their rows stand, and what of them is the same at each step.
+
+    Args:
+        some: the batches.
+        places: where each row stands, by its id.
+    """
+
+    def __init__(self, some: Sequence[list[PreparedParam]], places: Mapping[int, int]) -> None:
+        self._h = some[0][0].h
+        self._batches = [_Batch.of(batch, places) for batch in some]
+        self.in_workspace = not mode_is_active() and _gain_by_workspace(some)
+
+    def step(self, every: Sequence[PreparedParam]) -> None:
+        """Step the rows of the batches."""
+        pairs = [(batch, [every[place] for place in batch.places]) for batch in self._batches]
+        if not self.in_workspace:
+            for batch, rows in pairs:
+                momenta = _momenta(rows)
+                if batch.is_matrix:
+                    batch.apply(rows, [orthogonal_matrix(self._h, momenta[0])])
+                else:
+                    batch.apply(rows, orthogonal(self._h, [_stack(momenta)])[0].unbind())
+            return
         with WORKSPACE.turn():
-            stacks = [_momenta_in(WORKSPACE, batch) for batch in some]
-            for batch, directions in zip(some, orthogonal(some[0][0].h, stacks, WORKSPACE), strict=True):
-                _apply(batch, directions)
-    if not visible:
-        WORKSPACE.shrink()
+            stacks = [_momenta_in(WORKSPACE, rows) for _, rows in pairs]
+            for (batch, rows), directions in zip(pairs, orthogonal(self._h, stacks, WORKSPACE), strict=True):
+                batch.apply(rows, directions.unbind())
 
 
 def _joint_batches(every: Iterable[list[PreparedParam]]) -> Iterator[list[list[PreparedParam]]]:
@@ -274,23 +308,59 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def _apply(batch: list[PreparedParam], directions: Tensor) -> None:
-    """Step parameters of one shape, of which a stack of directions is known."""
-    h, params = batch[0].h, [row.param for row in batch]
-    blocks, each = blocks_of(params[0].shape, h), list(directions.unbind())
-    if _is_finished_apart(h, blocks):
-        _finish_batch(batch, blocks, each)
-        return
-    shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, blocks)
-    if len(batch) == 1:
-        add_scaled_(params[0].mul_(shrink), each[0], factor)
-        return
-    torch._foreach_mul_(params, shrink)
-    if not isinstance(factor, Tensor):
-        torch._foreach_add_(params, each, alpha=factor)
-        return
-    for param, direction in zip(params, each, strict=True):
-        add_scaled_(param, direction, factor)
+class _Batch(NamedTuple):
+    """Parameters of one shape, of which one is like another.
+
+    Attributes:
+        places: where their rows stand among all.
+        blocks: how each is divided into matrices.
+        is_matrix: whether it is one parameter that is one matrix.
+        apart: whether directions are normalised, masked or scaled by block before they are added.
+        shrink: what parameters are multiplied with before that.
+        factor: what directions are multiplied with.
+    """
+
+    places: tuple[int, ...]
+    blocks: Blocks
+    is_matrix: bool
+    apart: bool
+    shrink: Any
+    factor: Any
+
+    @classmethod
+    def of(cls, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> "_Batch":
+        """Return the batch of some rows, by their places."""
+        h = rows[0].h
+        blocks = blocks_of(rows[0].param.shape, h)
+        found, single = tuple(places[id(row)] for row in rows), len(rows) == len(blocks.rows) == 1
+        is_matrix, apart = single and rows[0].param.shape == blocks.shape, _is_finished_apart(h, blocks)
+        return cls(found, blocks, is_matrix, apart, 1 - h.lr * h.weight_decay, _factor(h, blocks))
+
+    def apply(self, rows: Sequence[PreparedParam], directions: Sequence[Tensor]) -> None:
+        """Step the parameters, of which the directions are known."""
+        if self.apart:
+            _finish_batch(rows, self.blocks, directions)
+            return
+        if len(rows) == 1:
+            add_scaled_(rows[0].param.mul_(self.shrink), directions[0], self.factor)
+            return
+        params = [row.param for row in rows]
+        torch._foreach_mul_(params, self.shrink)
+        if not isinstance(self.factor, Tensor):
+            torch._foreach_add_(params, list(directions), alpha=self.factor)
+            return
+        for param, direction in zip(params, directions, strict=True):
+            add_scaled_(param, direction, self.factor)
+
+
+def _step_meshes(rows: Sequence[PreparedParam]) -> None:
+    """Step sharded parameters, each as often as it is there."""
+    for turn in in_turns(rows):
+        alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+        for row in turn:
+            alike[row.param.device_mesh, row.h.ns_dtype or torch.bfloat16].append(row)  # type: ignore[attr-defined]
+        for some in alike.values():
+            _step_sharded(some)
 
 
 def _step_sharded(rows: list[PreparedParam]) -> None:
@@ -341,10 +411,11 @@ def _momenta(batch: Sequence[PreparedParam]) -> list[Tensor]:
     wide = torch.promote_types(buffers[0].dtype, batch[0].grad.dtype)
     if wide != buffers[0].dtype:
         return [_stored_momentum(row, wide) for row in batch]
-    grads = [row.grad.to(wide) for row in batch]
     if len(batch) == 1:
-        buffers[0].lerp_(grads[0], 1 - h.momentum)
-        return [torch.lerp(grads[0], buffers[0], h.momentum)] if h.nesterov else buffers
+        grad, (buffer,) = batch[0].grad.to(wide), buffers
+        buffer.lerp_(grad, 1 - h.momentum)
+        return [torch.lerp(grad, buffer, h.momentum)] if h.nesterov else buffers
+    grads = [row.grad.to(wide) for row in batch]
     torch._foreach_lerp_(buffers, grads, 1 - h.momentum)
     return list(torch._foreach_lerp(grads, buffers, h.momentum)) if h.nesterov else buffers
 
@@ -397,7 +468,7 @@ def _dtypes(row: PreparedParam) -> Any:
     return id(h), param.device, grad.dtype, state["momentum_buffer"].dtype
 
 
-def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
+def _batches(found: Iterable[PreparedParam]) -> Iterator[list[PreparedParam]]:
     for alike in batches(found, _kind):
         first = alike[0].param
         most = MOST_STACKED // max(1, len(blocks_of(first.shape, alike[0].h).rows)) if len(alike) > 1 else 1

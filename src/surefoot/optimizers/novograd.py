@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import decay_weights, directed
+from surefoot.optimizers.common import adam_weights, amsgrad, decay_weights, directed
 from surefoot.rule import DIRECTED, Slot, one_number
 from surefoot.rule.hyperparameters import BETAS, WEIGHT_DECAY, Eps, LearningRate, Number
 
@@ -69,33 +69,19 @@ class NovoGrad(Optimizer):
 
     @staticmethod
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:  # noqa: ARG004 (counted, not used)
-        beta1, beta2 = h.betas
-        return {
-            "beta1": beta1,
-            "weight1": 1 - beta1 if h.grad_averaging else 1.0,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
-            "shrink": 1 - h.lr * h.weight_decay,
-            "neg_lr": -h.lr,
-        }
+        weights = adam_weights(h) | {"neg_lr": -h.lr}
+        return weights if h.grad_averaging else weights | {"weight1": 1.0}
 
     @staticmethod
     def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        maximum: Tensor,
-        c: Any,
-        flags: SimpleNamespace,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maxima: Tensor, c: Any, flags: SimpleNamespace
     ) -> Any:
         of_squares = torch.sum(grad * grad)
         averaged = exp_avg_sq * c.beta2 + of_squares * c.weight2
         exp_avg_sq = torch.where(exp_avg_sq == 0, of_squares, averaged)
-        if flags.amsgrad:
-            maximum = torch.maximum(maximum, exp_avg_sq)
-        normalized = grad / (torch.sqrt(maximum if flags.amsgrad else exp_avg_sq) + c.eps)
+        divisor, maxima = amsgrad(exp_avg_sq, maxima, flags)
+        normalized = grad / (torch.sqrt(divisor) + c.eps)
         param, u = decay_weights(param, normalized, c, flags)
         exp_avg = torch.add(exp_avg * c.beta1, u, alpha=c.weight1)
         param, direction = directed(param, exp_avg, grad, c, flags)
-        return torch.add(param, direction, alpha=c.neg_lr), exp_avg, exp_avg_sq, maximum
+        return torch.add(param, direction, alpha=c.neg_lr), exp_avg, exp_avg_sq, maxima

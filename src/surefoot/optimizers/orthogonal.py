@@ -45,8 +45,9 @@ A product of small matrices takes as long to start as to compute: 64 matrices of
 the time that they take one by one, 8 of 192 two thirds.  Results are the same, bit for bit, but of matrices of 16 rows
 and columns or less, where one in a hundred is rounded otherwise.
 """
-_TINY = 16
-"""Rows and columns up to which a product in float32, rounded, takes a fraction of the time of one in bfloat16.
+_TINY, _AT_ONCE = 16, 16**3
+"""Rows and columns up to which a product in float32, rounded, takes a fraction of the time of one in bfloat16, and how
+many multiplications torch makes without oneDNN, which takes long to start; so few are as fast in bfloat16.
 
 Sums of so few have the same bits, whatever their order, but for one matrix in some dozens.
 """
@@ -74,15 +75,24 @@ def newton_schulz(
     Returns:
         A new tensor of the same shape in that dtype, bfloat16 with None.
     """
-    x = matrix.to(dtype or torch.bfloat16)
+    x = matrix.to(dtype or torch.bfloat16, copy=True)
     wide = x.mT if x.size(-2) > x.size(-1) else x
-    made = (wide / _divisors(wide, coefficients, eps)).to(product_dtype(dtype, matrix))
-    rounded = made.dtype != x.dtype
+    wide.div_(_divisors(wide, coefficients, eps))
+    computed = product_dtype(dtype, matrix)
+    made, rounded = wide if computed == x.dtype else wide.to(computed), computed != x.dtype
+    multiply, multiply_add = (torch.mm, torch.addmm) if x.dim() == _MATRIX else (torch.bmm, torch.baddbmm)
     for a, b, c in polynomials(coefficients, steps):
-        gram = _multiply(made, made.mT, rounded=rounded)
-        polynomial = _multiply_add(gram, gram, gram, beta=b, alpha=c, rounded=rounded)
-        made = _multiply_add(made, polynomial, made, beta=a, rounded=rounded)
-    return (made.mT if wide is not x else made).to(x.dtype)
+        gram = multiply(made, made.mT)
+        if rounded:
+            _round(gram)
+        polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        if rounded:
+            _round(polynomial)
+        made = multiply_add(made, polynomial, made, beta=a)
+        if rounded:
+            _round(made)
+    made = made if made.dtype == x.dtype else made.to(x.dtype)
+    return made.mT if wide is not x else made
 
 
 def _divisors(x: Tensor, coefficients: Polynomials, eps: float) -> Tensor:
@@ -159,12 +169,13 @@ def product_dtype(asked: torch.dtype | None, matrix: Tensor) -> torch.dtype:
     """Return the dtype in which products of matrices of a shape are computed: the one asked for, or the fastest.
 
     Without one it is bfloat16, but float32, rounded to bfloat16, on processors that do not multiply bfloat16 and for
-    matrices so small that a product in bfloat16 takes longer to start.
+    small matrices of which a product in bfloat16 takes longer to start.
     """
-    if asked is not None:
-        return asked
-    slow = matrix.is_cpu and (max(matrix.shape[-2:]) <= _TINY or not multiplies_bfloat16())
-    return torch.float32 if slow else torch.bfloat16
+    if asked is not None or not matrix.is_cpu:
+        return asked or torch.bfloat16
+    rows, columns = matrix.size(-2), matrix.size(-1)
+    starts_slowly = max(rows, columns) <= _TINY and matrix.numel() * min(rows, columns) > _AT_ONCE
+    return torch.float32 if starts_slowly or not multiplies_bfloat16() else torch.bfloat16
 
 
 @functools.cache
@@ -177,8 +188,8 @@ def multiplies_bfloat16() -> bool:
 def polynomials(coefficients: Polynomials, steps: int) -> list[Coefficients]:
     """Return the coefficients of each iteration."""
     every: Any = SCHEDULES[coefficients] if isinstance(coefficients, str) else coefficients
-    every = every if isinstance(every[0], Sequence) else (every,)
-    return [tuple(every[min(step, len(every) - 1)]) for step in range(steps)]
+    every = every if isinstance(every[0], (tuple, Sequence)) else (every,)
+    return [*every[:steps], *[every[-1]] * (steps - len(every))]
 
 
 def check_polynomials(name: str, value: Any) -> None:
@@ -186,7 +197,7 @@ def check_polynomials(name: str, value: Any) -> None:
 
     Raises:
         ValueError: it is no schedule that is known, or does not have three numbers for each iteration.
-        TypeError: one of them is no number.
+        TypeError: one of them is not a number.
     """
     if isinstance(value, str) and value in SCHEDULES:
         return
@@ -269,6 +280,11 @@ def row_dims_of(shape: torch.Size, flatten: bool | None) -> int:
     return min(1, rows) if flatten else rows
 
 
+def orthogonal_matrix(h: Any, matrix: Tensor) -> Tensor:
+    """Return what is made of an update that is one matrix when it is made orthogonal."""
+    return newton_schulz(matrix, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype)
+
+
 def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = None) -> list[Tensor]:
     """Return what is made of updates when each of their matrices is made orthogonal, in `h.ns_dtype` or bfloat16.
 
@@ -277,9 +293,6 @@ def orthogonal(h: Any, stacks: Sequence[Tensor], workspace: Workspace | None = N
         stacks: updates, those of one shape along a first dimension.
         workspace: where to compute all of them at once; updates stand there, rounded to that dtype, and so may results.
     """
-    alone = stacks[0] if len(stacks) == 1 and stacks[0].dim() == 1 + _MATRIX else None
-    if workspace is None and alone is not None and len(blocks_of(alone.shape[1:], h).rows) == 1:
-        return [_orthogonal_stack(h, alone)]
     parts = [_matrices(stack, blocks_of(stack.shape[1:], h)) for stack in stacks]
     matrices = [each for own in parts for each in own]
     made = iter(
@@ -313,7 +326,7 @@ def _orthogonal_by_shape(h: Any, stacks: Sequence[Tensor]) -> list[Tensor]:
 
 def _orthogonal_stack(h: Any, stack: Tensor) -> Tensor:
     """Return a stack of matrices of one shape, made orthogonal."""
-    made = [newton_schulz(each, h.ns_coefficients, h.ns_steps, h.eps, h.ns_dtype) for each in _pieces(stack)]
+    made = [orthogonal_matrix(h, each) for each in _pieces(stack)]
     return _joined([each if each.dim() == stack.dim() else each.unsqueeze(0) for each in made])
 
 

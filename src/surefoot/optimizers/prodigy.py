@@ -58,7 +58,7 @@ class Prodigy(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is sharded and `slice_p` is not 1.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, groups differ in what one d follows from.
 
     Example:

@@ -17,7 +17,7 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import batches, in_turns, local_row, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.prepared import Plan, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
@@ -100,7 +100,7 @@ class SOAP(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter has more than 6 axes.
-        TypeError: a hyperparameter is no number, or an option that it does not have.
+        TypeError: a hyperparameter is not a number, or an option that it does not have.
         RuntimeError: in `step`, a gradient is sparse or a parameter complex.
 
     Example:
@@ -168,19 +168,22 @@ class SOAP(Optimizer):
                     f"pass merge_dims=True, or give such parameters to another optimizer"
                 )
 
-    step = Optimizer._prepared_step
+    def _plan(self, found: list[PreparedParam]) -> Plan:  # noqa: ARG002
+        return _step_all
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
-        for rows in in_turns(row for row in found if row.param.numel()):
-            with _full_precision({row.param.device.type for row in rows}):
-                here = [local_row(row) if is_sharded(row.param) else row for row in rows if not _needs_ranks(row)]
-                _step([row for row in here if row.param.numel()], _add_batch)
-                alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
-                for row in filter(_needs_ranks, rows):
-                    alike[row.param.device_mesh, _dtype_for(row.param)].append(row)  # type: ignore[attr-defined]
-                for some in alike.values():
-                    for part in _rounds(some):
-                        _step_sharded(part)
+
+def _step_all(found: Sequence[PreparedParam]) -> None:
+    """Step prepared parameters, each as often as it is there."""
+    for rows in in_turns(row for row in found if row.param.numel()):
+        with _full_precision({row.param.device.type for row in rows}):
+            here = [local_row(row) if is_sharded(row.param) else row for row in rows if not _needs_ranks(row)]
+            _step([row for row in here if row.param.numel()], _add_batch)
+            alike: defaultdict[Any, list[PreparedParam]] = defaultdict(list)
+            for row in filter(_needs_ranks, rows):
+                alike[row.param.device_mesh, _dtype_for(row.param)].append(row)  # type: ignore[attr-defined]
+            for some in alike.values():
+                for part in _rounds(some):
+                    _step_sharded(part)
 
 
 _Finish = Callable[["_Batch", Tensor], None]
@@ -333,7 +336,7 @@ class _Batch:
     """Parameters of one shape that have taken as many steps, and what is done to them.
 
     Several are stacked along a first dimension; one is as it is.  Tensors have the shape of the parameter, whichever
-    axes it is seen as, and the dtype of the arithmetic; `store` puts back what is no tensor of the state for that.
+    axes it is seen as, and the dtype of the arithmetic; `store` puts back what is not a tensor of the state for that.
 
     Attributes:
         rows: the parameters.

@@ -29,7 +29,7 @@ class SparseAdam(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is sparse or complex.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter is not a number.
         RuntimeError: in `step`, a gradient is dense.
 
     Example:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surefoot.constructor import EngineOptions, arguments
 from surefoot.optimizer import Optimizer, Params
-from surefoot.optimizers.common import directed, ema, ema_of_square
+from surefoot.optimizers.common import directed, ema, ema_of_square, ema_weights
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import WEIGHT_DECAY, Betas, Eps, Interval, LearningRate, Number
 
@@ -83,11 +83,7 @@ class StableAdamW(Optimizer):
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = ((beta**step - beta) / (beta**step - 1) for beta in h.betas)
         max_lr = h.lr if h.max_lr is None else h.max_lr
-        return {
-            "beta1": beta1,
-            "weight1": 1 - beta1,
-            "beta2": beta2,
-            "weight2": 1 - beta2,
+        return ema_weights(beta1, beta2) | {
             "least": h.eps**2,
             "decay": h.weight_decay / max_lr if h.decouple_lr else h.weight_decay,
         }

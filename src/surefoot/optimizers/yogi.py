@@ -62,7 +62,6 @@ class Yogi(Optimizer):
     def coefficients(h: SimpleNamespace, step: Any) -> dict[str, Any]:
         beta1, beta2 = h.betas
         return adam_weights(h) | {
-            "beta1": beta1,
             "neg_weight2": beta2 - 1,
             "neg_step_size": -(h.lr / (1 - beta1**step)),
             "bias2": (1 - beta2**step) ** 0.5,

@@ -1,6 +1,6 @@
 """Ranges of hyperparameters: one place for the constructor, groups, loading and documentation alike.
 
-A check is a callable `(name, value) -> None` that raises ValueError (or TypeError for what is no number).
+A check is a callable `(name, value) -> None` that raises ValueError (or TypeError for what is not a number).
 The first words of every message are those of torch.optim; then follows what is allowed.
 """
 

@@ -54,7 +54,7 @@ def _end_as_interrupted() -> None:
 
 
 def run_facts(settings: Settings, seconds: float, found: list[Any], in_steps: float) -> dict[str, Any]:
-    """Gather what the report tells.
+    """Return what the report tells.
 
     Args:
         settings: what was asked for.

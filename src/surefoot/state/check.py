@@ -1,4 +1,4 @@
-"""Return whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
+"""Whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
 
 from collections.abc import Mapping
 from numbers import Real
@@ -14,7 +14,7 @@ from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.storage import scale_shape
 from surefoot.tensors.fit import unfit, unfit_memory, unfit_param, unfit_state
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.shards import is_sharded, layout_of, match_layout, sharding_mismatch, to_local
+from surefoot.tensors.shards import format_layout, is_sharded, match_layout, sharding_mismatch, to_local
 
 CAPTURABLE_DEVICES = ("cuda", "xpu", "hpu", "privateuseone", "xla")
 
@@ -92,8 +92,8 @@ def _dense_gradient(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor
         laid_out: Tensor = match_layout(param, grad).resolve_conj().resolve_neg()
     except RuntimeError as error:
         raise RuntimeError(
-            f"the gradient of {format_param(group, param)} is {layout_of(grad)}, the parameter {layout_of(param)}, and "
-            f"cannot be redistributed: {error}"
+            f"the gradient of {format_param(group, param)} is {format_layout(grad)}, the parameter "
+            f"{format_layout(param)}, and cannot be redistributed: {error}"
         ) from error
     if (reason := sharding_mismatch(laid_out, param)) is not None:
         raise RuntimeError(f"the gradient of {format_param(group, param)} {reason}")
@@ -109,8 +109,8 @@ def _sparse_gradient(
         raise RuntimeError("weight_decay option is not compatible with sparse gradients; set weight_decay=0")
     if group.get("gradient_centralization"):
         raise RuntimeError(
-            f"the gradient of {format_param(group, param)} is sparse, which gradient_centralization=True cannot do "
-            f"with; put the parameter into a group with gradient_centralization=False"
+            f"the gradient of {format_param(group, param)} is sparse, which gradient_centralization=True cannot "
+            f"take; put the parameter into a group with gradient_centralization=False"
         )
     rows = admit_rows(grad, lambda: format_param(group, param))
     return rows if spec.rows_suffice(dict(flags)) else rows.to_dense()
@@ -172,7 +172,7 @@ def _unfit_state(name: str, group: Mapping[str, Any], param: Tensor, reason: str
 def _missing_state(name: str, group: Mapping[str, Any], param: Tensor) -> RuntimeError:
     return RuntimeError(
         f"state `{name}` of {format_param(group, param)} is missing, which only its first step makes; put it back, and "
-        f"the options that it hangs on, or begin anew with `del optimizer.state[param]`"
+        f"the options that it depends on, or begin anew with `del optimizer.state[param]`"
     )
 
 
@@ -183,7 +183,7 @@ def _unfit_scale(codes: Tensor, scale: Any, param: Tensor) -> str | None:
     if scale.shape != scale_shape(codes.shape):
         return f"has shape {tuple(scale.shape)}, must have {tuple(scale_shape(codes.shape))}"
     if is_sharded(scale) != is_sharded(param) or scale.device != param.device:
-        return f"is {layout_of(scale)} on {scale.device}, the parameter {layout_of(param)} on {param.device}"
+        return f"is {format_layout(scale)} on {scale.device}, the parameter {format_layout(param)} on {param.device}"
     return None if to_local(scale).is_contiguous() else "is not contiguous"
 
 

@@ -79,7 +79,7 @@ def _empty_report() -> LoadReport:
 
 
 @dataclass
-class Loaded:
+class LoadedState:
     """A new state and new groups, ready to be installed, and what did not match."""
 
     state: defaultdict[Any, Any]
@@ -125,7 +125,7 @@ class _Unlike(NamedTuple):
         return lay_out(self.value, self.param).to(self.param.device, copy=True)  # type: ignore[no-any-return]
 
 
-def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> Loaded:
+def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> LoadedState:
     """Prepare the loading of a state dict; see `Optimizer.load_state_dict`.
 
     State that is laid out over ranks unlike its parameter is laid out anew, after all ranks have found that it fits.
@@ -152,7 +152,7 @@ def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> 
     for group, group_pairs in zip(groups, pairs, strict=True):
         for pair in group_pairs:
             _finish(target.spec.of(group), group, pair.param, state.get(pair.param, {}))
-    return Loaded(state, groups, report)
+    return LoadedState(state, groups, report)
 
 
 def _finish(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """State dicts of other implementations of an algorithm, read as if this one had written them.
 
 Keys tell what they are: what options and state are called elsewhere stands in `Optimizer.also_called`, and some keep
-numbers, such as the count of steps, for a whole group.  What another implementation computes otherwise is refused, not
-read as something else.
+numbers, such as the count of steps, for a whole group.  What another implementation computes differently is refused,
+not read as something else.
 """
 
 from collections.abc import Mapping

@@ -61,8 +61,8 @@ class BucketGuard:
             self._wrappers = VersionCounters([*run.params, *chain.from_iterable(entries[name] for name in slots)])
         else:
             columns, given = (run.params, *entries.values()), run.bucket.grads if run.derives_grads() else None
-            looks = not run.sparse and given is None
-            self.tensors = make_guard(columns, run.entries, names, gradients=looks, given=given, threads=busy)
+            gradients = not run.sparse and given is None
+            self.tensors = make_guard(columns, run.entries, names, gradients=gradients, given=given, threads=busy)
         self._derived = run.derives_grads()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))

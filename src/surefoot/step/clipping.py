@@ -3,8 +3,8 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,11 +67,9 @@ def clip_or_skip(step: StepInput, slices: Sequence[ParamSlice], sums: RankSums |
 
     Raises:
         NonFiniteGradientError: a gradient holds inf or NaN and `nonfinite="raise"`; it names the parameters.
-        NonFiniteParams: gradients hold inf or NaN, and their parameters are to be left out.
     """
     if step.released is not None:
-        _clip_released(step, step.released, slices)
-        return True
+        return _clip_or_leave_out(step, step.released, slices)
     options, measured = step.stepping.options, _by_group(step, slices, sums)
     if options.nonfinite != "ignore" and (nonfinite := list(_nonfinite(step, measured))):
         if options.nonfinite == "raise":
@@ -98,23 +96,21 @@ PREVIOUS_NORM = "previous_grad_norm"
 """Key of the groups under which the norm of the last step's gradients stands, where the next is clipped by it."""
 
 
-class NonFiniteParams(Exception):  # noqa: N818 (tells the optimizer to step again without them; no error)
-    """Parameters whose gradients hold inf or NaN are to be left out of a step, of which nothing has been made yet."""
+def _clip_or_leave_out(step: StepInput, options: ReleaseOptions, slices: Sequence[ParamSlice]) -> bool:
+    """Decide how gradients of some of the parameters are clipped, or which of these are left out of the step.
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params)
-        self.params = params
-
-
-def _clip_released(step: StepInput, options: ReleaseOptions, slices: Sequence[ParamSlice]) -> None:
-    """Decide how gradients of some of the parameters are clipped.
+    Returns:
+        Whether the step is to be made, with all of them.
 
     Raises:
-        NonFiniteGradientError, NonFiniteParams: see `clip_or_skip`.
+        NonFiniteGradientError: see `clip_or_skip`.
     """
-    if options.nonfinite_params != "ignore":
-        _refuse_nonfinite(step, options, slices)
-    previous = _norms(step)[0].get(PREVIOUS_NORM)
+    if options.nonfinite_params != "ignore" and (nonfinite := _nonfinite_params(slices)):
+        if options.nonfinite_params == "raise":
+            _raise_nonfinite(step, nonfinite)
+        step.stepping.context.left_out = nonfinite
+        return False
+    previous = step.groups[0].get(PREVIOUS_NORM)
     clip: Any = 1.0
     if options.max_previous_grad_norm is not None and previous is not None:
         clip = _clip_coefficient(options.max_previous_grad_norm, torch.as_tensor(previous, dtype=torch.float64))
@@ -124,20 +120,21 @@ def _clip_released(step: StepInput, options: ReleaseOptions, slices: Sequence[Pa
             norms = part.gradients[:, 0].sqrt() / _scale(step)
             own = (options.max_param_grad_norm / (norms + _TINY)).clamp(max=1.0)
             part.clip = own * (clip.to(own.device) if isinstance(clip, Tensor) else clip)
+    return True
 
 
-def _refuse_nonfinite(step: StepInput, options: ReleaseOptions, slices: Sequence[ParamSlice]) -> None:
-    params = [
+def _nonfinite_params(slices: Sequence[ParamSlice]) -> list[Tensor]:
+    """Return the parameters whose gradients hold inf or NaN."""
+    return [
         param
         for part in slices
         if part.gradients is not None and not has_no_values(part.gradients)
         for param, suspect in zip(part.params, part.gradients[:, 1].tolist(), strict=True)
         if not math.isfinite(suspect)
     ]
-    if not params:
-        return
-    if options.nonfinite_params == "skip":
-        raise NonFiniteParams(params)
+
+
+def _raise_nonfinite(step: StepInput, params: Sequence[Tensor]) -> NoReturn:
     names = step.names()
     raise NonFiniteGradientError(
         f"the gradients of {listed([names[param] for param in params])} hold inf or NaN; these parameters were not "
@@ -174,7 +171,7 @@ def keep_norm(step: StepInput, slices: Sequence[ParamSlice]) -> None:
     if norm.is_cpu:
         new: Any = norm.item() if norm.isfinite() else None
     else:
-        before = _norms(step)[0].get(PREVIOUS_NORM)
+        before = step.groups[0].get(PREVIOUS_NORM)
         new = norm if before is None else torch.where(norm.isfinite(), norm, torch.as_tensor(before).to(norm))
     for group in () if new is None else step.groups:
         group[PREVIOUS_NORM] = new
@@ -184,11 +181,6 @@ def forget_norm(groups: Iterable[dict[str, Any]]) -> None:
     """Let the next step be clipped by no norm."""
     for group in groups:
         group.pop(PREVIOUS_NORM, None)
-
-
-def _norms(step: StepInput) -> Sequence[Mapping[str, Any]]:
-    """Return the groups in which the norm of the previous step's gradients stands."""
-    return step.groups if step.whole is None else step.whole
 
 
 def _scale(step: StepInput) -> Any:

@@ -136,7 +136,7 @@ def _given(run: BucketRun, h: SimpleNamespace, name: str, numbers: Mapping[str, 
     """Return a hyperparameter that an update reads.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         RuleError: there is none of that name.
     """
     if not is_number(value := getattr(h, name, None)):
@@ -223,40 +223,27 @@ def _compute_on_device(step: StepInput, run: BucketRun, fresh: list[Fresh]) -> N
     if run.device_scalars is None:
         refuse_new_buckets(run.spec.name)
         kernels = run.engine is gpu
-        run.device_scalars = DeviceScalars(run.entries, run.bucket.rule.scalars, place, by_kernel=kernels)
-        run.fresh, run.fresh_average = (_flags_on(place, [each[i] for each in fresh]) for i in (0, 1))
+        run.device_scalars = DeviceScalars(run.entries, run.bucket.rule.scalars, place, fresh, by_kernel=kernels)
     h = numbers_on(place, _with_shared(step, run, hyperparameters(run.group)))
     scalars = dict(zip((s.name for s in run.bucket.rule.scalars), run.device_scalars.read(), strict=True))
-    numbers, run.scalars = _numbers(step, run, h, scalars, (run.fresh, run.fresh_average))
+    numbers, run.scalars = _numbers(step, run, h, scalars, run.device_scalars.fresh)
     numbers |= {name: number_on(place, numbers[name]) for name in ("loss_scale", "step_clip")}
     run.bucket.coefficients = EachParameter({name: numbers[name] for name in run.bucket.rule.given}, len(run.params))
     run.bucket.row = np.arange(len(run.params))
     run.bucket.found_inf = None if step.found_inf is None else step.found_inf.to(place, non_blocking=True)
 
 
-def _flags_on(place: torch.device, flags: list[bool]) -> Tensor | bool:
-    """Put flags on a device; what all of them share is not copied, which would wait."""
-    if len(set(flags)) == 1:
-        return flags[0] and torch.full((len(flags),), True, device=place)
-    return torch.tensor(flags, device=place) if flags else False
-
-
 def store_device_scalars(run: BucketRun, scalars: DeviceScalars, *, made: bool) -> None:
     """Count a step on the device, unless the device has found infinities; what is fresh stays so until one is made."""
-    found_inf = run.bucket.found_inf
     if made:
-        scalars.write(run.scalars, found_inf)
-    if found_inf is None:
-        run.fresh = run.fresh_average = False
-        return
-    for fresh in (run.fresh, run.fresh_average):
-        if isinstance(fresh, Tensor):
-            fresh.logical_and_(found_inf != 0)
+        scalars.write(run.scalars, run.bucket.found_inf)
+    scalars.settle_fresh(run.bucket.found_inf)
 
 
 def forget_fresh(run: BucketRun) -> None:
     """Drop slots that were made for steps that have all been skipped, so that they are made anew."""
-    for fresh, slots in ((run.fresh, run.spec.slots), (run.fresh_average, (EMA,))):
+    known = (False, False) if run.device_scalars is None else run.device_scalars.fresh
+    for fresh, slots in zip(known, (run.spec.slots, (EMA,)), strict=True):
         if isinstance(fresh, Tensor):
             for entry in compress(run.entries, fresh.tolist()):
                 for slot in slots:

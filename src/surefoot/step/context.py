@@ -4,6 +4,8 @@ import threading
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
+
 from surefoot.locks import Lock
 from surefoot.step.types import ParamSlice
 
@@ -21,6 +23,7 @@ class StepContext(threading.local):
         slices: its parameters.
         wants_metrics: whether telemetry is to get something of it.
         skips: whether it changes nothing.
+        left_out: parameters whose gradients hold inf or NaN, for which it has not been made: it is to be made without.
         shared: for each group the new values of numbers that its parameters share.
         start: when it began.
     """
@@ -29,12 +32,14 @@ class StepContext(threading.local):
         self.lock, self._holds = lock, False
         self.inside = self.wants_metrics = self.skips = False
         self.slices: list[ParamSlice] = []
+        self.left_out: list[Tensor] = []
         self.shared: list[dict[str, Any]] = []
         self.step, self.start = 0, 0.0
 
     def begin(self) -> None:
         """Begin a step of which nothing is known yet."""
-        self.slices, self.skips, self.wants_metrics, self.start = [], False, False, perf_counter()
+        self.slices, self.left_out, self.start = [], [], perf_counter()
+        self.skips = self.wants_metrics = False
 
     def acquire(self) -> None:
         """Wait until no other thread is at the parameters."""

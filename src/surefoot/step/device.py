@@ -4,7 +4,7 @@ So it is with `capturable=True`, where a graph replays the step, and with `fused
 GradScaler's `found_inf` may undo it; in both cases only the device knows how many steps have been taken.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from surefoot.rule import Scalar
 
+_cuda_is_in_use: Callable[[], bool] = torch.cuda.is_initialized
+
 
 def capturing() -> bool:
     """Return whether a graph is being captured on the current device."""
-    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return in_use and torch.cuda.is_current_stream_capturing()
+    return _cuda_is_in_use() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -27,7 +28,7 @@ def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RuntimeError: a group's `capturable` is not set.
     """
-    if capturing() and not all(group.get("capturable") for group in groups):
+    if _cuda_is_in_use() and capturing() and not all(group.get("capturable") for group in groups):
         raise RuntimeError(
             f"Attempting CUDA graph capture of step() for an instance of {name} but param_groups' "
             f"capturable is False. Set capturable=True before the steps that warm up"
@@ -48,10 +49,21 @@ def refuse_new_buckets(name: str) -> None:
 
 
 class DeviceScalars:
-    """The scalars of some parameters, on their device: 0-d tensors in the state, read and written without waiting."""
+    """The scalars of some parameters, on their device: 0-d tensors in the state, read and written without waiting.
+
+    Attributes:
+        fresh: whether slots are newly initialized, and whether averages are, until a step is made: for each False, or
+            bool of shape (parameters,).
+    """
 
     def __init__(
-        self, states: Sequence[dict[str, Any]], scalars: Sequence[Scalar], device: torch.device, *, by_kernel: bool
+        self,
+        states: Sequence[dict[str, Any]],
+        scalars: Sequence[Scalar],
+        device: torch.device,
+        fresh: Sequence[tuple[bool, bool]],
+        *,
+        by_kernel: bool,
     ) -> None:
         if whole := [scalar.name for scalar in scalars if scalar.integer]:
             raise RuntimeError(
@@ -59,6 +71,8 @@ class DeviceScalars:
                 f"skipped by a GradScaler, need it as a tensor: declare it without `integer`"
             )
         self._device, self._shape = device, (len(scalars), len(states))
+        slots, averages = (_flags_on(device, [each[i] for each in fresh]) for i in (0, 1))
+        self.fresh: tuple[Any, Any] = slots, averages
         for state, scalar in product(states, scalars):
             if not isinstance(value := state[scalar.name], Tensor) or value.device != device:
                 state[scalar.name] = _as_tensor(value, device)
@@ -90,11 +104,27 @@ class DeviceScalars:
             kept = torch.where(found_inf != 0, torch.stack(self._tensors).double(), values)
             torch._foreach_copy_(self._tensors, list(kept))
 
+    def settle_fresh(self, found_inf: Tensor | None) -> None:
+        """Let what is newly initialized be so no longer, unless the device has found infinities."""
+        if found_inf is None:
+            self.fresh = False, False
+            return
+        for flags in self.fresh:
+            if isinstance(flags, Tensor):
+                flags.logical_and_(found_inf != 0)
+
     def _row(self, value: Any) -> Tensor:
         count = self._shape[1]
         if isinstance(value, Tensor):
             return value.double().expand(count)
         return torch.full((count,), value, dtype=torch.float64, device=self._device)
+
+
+def _flags_on(device: torch.device, flags: list[bool]) -> Tensor | bool:
+    """Put flags on a device; what all of them share is not copied, which would wait."""
+    if len(set(flags)) == 1:
+        return flags[0] and torch.full((len(flags),), True, device=device)
+    return torch.tensor(flags, device=device) if flags else False
 
 
 def _as_tensor(value: Any, device: torch.device) -> Tensor:

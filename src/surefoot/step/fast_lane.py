@@ -100,18 +100,19 @@ class _Lane:
         scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
         return [each for each in (*kernel, self.plan.versions.launch, *scalars, self.releasing) if each]
 
+    def is_small(self) -> bool:
+        """Return whether one thread is enough."""
+        return bool(self.launch.size < ONE_THREAD)
+
     def take(self) -> bool:
         """Take what compiled code has not guarded: rows of sparse gradients, scalars that are Python's numbers.
 
         Returns:
             Whether they are such as before.
         """
-        if not self.run.sparse:
-            self.launch.pointers[1] = self.tensors.gradients
-            return True
         if self.scalar_names and not self.writing and not self._read_numbers():
             return False
-        return bool(self.plan.take(self.run.grads()))
+        return bool(self.plan.take([param.grad for param in self.run.slice.params]))
 
     def _read_numbers(self) -> bool:
         """Read scalars that are Python's numbers; return whether all parameters share them."""
@@ -125,12 +126,9 @@ class _Lane:
 
     def finish(self) -> None:
         """Write scalars that are Python's numbers, and hold sparse gradients no longer."""
-        if self.run.sparse:
-            if self.scalar_names and not self.writing:
-                write_scalars(
-                    self.run.entries, self.run.bucket.rule.scalars, np.asarray(self.values)[:: self.count, None]
-                )
-            self.plan.release()
+        if self.scalar_names and not self.writing:
+            write_scalars(self.run.entries, self.run.bucket.rule.scalars, np.asarray(self.values)[:: self.count, None])
+        self.plan.release()
 
     def release_grads(self) -> None:
         """Hold gradients no longer."""
@@ -155,6 +153,8 @@ class FastLane:
             self._guarded += lane.launches_before()
         self._guard_options()
         self._of_rows = [lane for lane in self._lanes if lane.run.sparse]
+        self._dense = [lane for lane in self._lanes if not lane.run.sparse]
+        self._are_small = all(map(_Lane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         after, whole = (
             [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
@@ -187,8 +187,9 @@ class FastLane:
             return False
         refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock:
-            if not all(lane.is_as_it_was() for lane in self._lanes):
-                return False
+            for lane in self._lanes:
+                if not lane.is_as_it_was():
+                    return False
             found = self._guard.run()
             if found == 1 and self._options_decide_the_same(step()):
                 found = self._guard.run()
@@ -196,7 +197,7 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
-                if not (all(lane.take() for lane in self._lanes) and self._update(coefficients)):
+                if not (self._take() and self._update(coefficients)):
                     self._release()
                     return False
             except BaseException:
@@ -219,11 +220,17 @@ class FastLane:
         self._guard_options()
         return True
 
+    def _take(self) -> bool:
+        """Take the gradients; return whether they are such as before."""
+        for lane in self._dense:
+            lane.launch.pointers[1] = lane.tensors.gradients
+        return all(map(_Lane.take, self._of_rows))
+
     def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
         """Update, in one compiled call where kernels need one thread; return False if gradients have unusual rows."""
         for lane in self._lanes:
             lane.compute(coefficients)
-        if self._adds_up and all(lane.launch.size < ONE_THREAD for lane in self._lanes):
+        if self._adds_up and self._are_small and all(map(_Lane.is_small, self._of_rows)):
             found = self._whole.run()
             if found and any(lane.launch.status for lane in self._of_rows):
                 return False
@@ -231,13 +238,13 @@ class FastLane:
             if not all(lane.plan.find_rows(lane.run.grads()) for lane in self._of_rows):
                 return False
             for lane in self._lanes:
-                threads = 1 if lane.launch.size < ONE_THREAD else min(thread_count(), lane.launch.work_items)
+                threads = 1 if lane.is_small() else min(thread_count(), lane.launch.work_items)
                 lane.launch.start(lane.kernel, threads)
             found = self._after.run()
         if found:
             for lane in self._lanes:
                 lane.launch.raise_if_stopped(lane.kernel)
-        for lane in self._lanes:
+        for lane in self._of_rows:
             lane.finish()
         return True
 

@@ -21,7 +21,6 @@ class StepInput(NamedTuple):
         grad_scale: what a GradScaler has multiplied the gradients with, if it leaves unscaling to the step.
         found_inf: whether it has found infinities, as a number on a device.
         coefficients: the algorithm's, of the optimizer where it needs one.
-        param_names: return the names of all parameters, group by group.
         grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
         whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
             of them.
@@ -36,7 +35,6 @@ class StepInput(NamedTuple):
     grad_scale: Any
     found_inf: Any
     coefficients: Callable[..., dict[str, Any]]
-    param_names: Callable[[], Sequence[str]]
     grads: Mapping[Tensor, Tensor | None] | None = None
     whole: Sequence[Mapping[str, Any]] | None = None
     released: ReleaseOptions | None = None
@@ -134,8 +132,11 @@ class StepInput(NamedTuple):
 
     def names(self) -> dict[Tensor, str]:
         """Return the name of every parameter."""
-        params = (param for group in self.whole or self.groups for param in group["params"])
-        return dict(zip(params, self.param_names(), strict=True))
+        from surefoot.telemetry.names import names_of_groups  # noqa: PLC0415 (on first use)
+
+        groups = self.whole or self.groups
+        params = (param for group in groups for param in group["params"])
+        return dict(zip(params, names_of_groups(groups, self.stepping), strict=True))
 
     def skip(self) -> None:
         """Note that this step changes nothing."""

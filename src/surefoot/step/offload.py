@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from surefoot.distributed import refuse_divided_by_module
 from surefoot.dynamo import opaque
 from surefoot.locks import Lock
 from surefoot.state.check import format_param
+from surefoot.step.mirrors import Groups, MirroredGroups
 from surefoot.tensors import links
 from surefoot.tensors.fit import unfit_param
 from surefoot.tensors.memory import fingerprint, is_dense, is_plain, shared_memory, version
@@ -29,8 +30,6 @@ from surefoot.tensors.shards import is_sharded
 BUCKET_BYTES = 32 << 20
 """Bytes of weights that are stepped and sent together unless another size is asked for."""
 _ALIGNMENT = 64
-_OF_MEMBERS = ("params", "param_names")
-Groups = list[dict[str, Any]]
 
 
 @dataclass(eq=False, slots=True)
@@ -177,7 +176,7 @@ class OffloadedOptimizer:
         self._buckets: list[_Bucket] = []
         self._order: dict[int, int] = {}
         self._fingerprints: dict[torch.device, tuple[list[_Member], Tensor]] = {}
-        self._groups: Groups = []
+        self._mirrors = MirroredGroups()
         self._state: defaultdict[Any, Any] = defaultdict(dict)
         _refuse(model, groups)
 
@@ -211,6 +210,12 @@ class OffloadedOptimizer:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __del__(self) -> None:
+        """Drop gradients that nobody can step by any more, and to whose placeholders torch could not add."""
+        for member in self._members.values():
+            if member.param.grad is member.placeholder:
+                member.param.grad = None
+
     # Groups and state of the host
 
     def enter(self, groups: Groups, state: Mapping[Any, Any]) -> tuple[Groups, defaultdict[Any, Any]]:
@@ -222,8 +227,6 @@ class OffloadedOptimizer:
             _refuse_options(groups)
             self._follow_params(groups)
             self._follow_weights()
-            for group, mirror in zip(groups, self._groups, strict=True):
-                _take_over(mirror, {name: value for name, value in group.items() if name != "params"})
             for param, member in self._members.items():
                 _share(state, param, self._state, member.host)
                 self._follow_grad(member)
@@ -232,7 +235,7 @@ class OffloadedOptimizer:
             for key in self._state.keys() - self._of_host.keys() - (state.keys() - self._members.keys()):
                 del self._state[key]
             self._inside = True
-        return self._groups, self._state
+        return self._mirrors.groups, self._state
 
     def leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
         """Let the optimizer's groups and state be what those of the host have become, and send what was written."""
@@ -240,8 +243,7 @@ class OffloadedOptimizer:
         for link in self._links.values():
             link.join()
         self._take_fingerprints()
-        for group, mirror in zip(groups, self._groups, strict=True):
-            _take_over(group, {name: value for name, value in mirror.items() if name not in _OF_MEMBERS})
+        self._mirrors.give_options(groups)
         for key in [*self._state]:
             member = self._of_host.get(key)
             _share(self._state, key, state, key if member is None else member.param)
@@ -284,14 +286,11 @@ class OffloadedOptimizer:
         for member in self._members.values():
             if not member.hooks and member.param.requires_grad and member.param.is_leaf:
                 self._hook(member)
-        while len(self._groups) < len(groups):
-            self._groups.append({})
-        del self._groups[len(groups) :]
-        for group, mirror in zip(groups, self._groups, strict=True):
-            found = [self._members[p].host if p in self._members else p for p in group["params"]]
-            held = mirror.setdefault("params", found)
-            if len(held) != len(found) or any(one is not other for one, other in zip(held, found, strict=True)):
-                mirror["params"] = found
+        self._mirrors.follow(groups, {n: [*enumerate(map(self._host, g["params"]))] for n, g in enumerate(groups)})
+
+    def _host(self, param: Tensor) -> Tensor:
+        member = self._members.get(param)
+        return param if member is None else member.host
 
     def _add(self, params: Iterable[Tensor]) -> None:
         """Make copies of parameters, in buckets of their own."""
@@ -336,7 +335,7 @@ class OffloadedOptimizer:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
         member = self._members.get(param)
         if member is not None:
-            if not member.fits():
+            if not (member.fits() and self.active):
                 member.return_grad()
             member.accumulates = param.grad is member.placeholder
             if member.accumulates:
@@ -392,6 +391,14 @@ class OffloadedOptimizer:
             member.wait()  # type: ignore[union-attr]
             member.grad.zero_()  # type: ignore[union-attr]
         return is_here
+
+    def refuse_scaler(self) -> NoReturn:
+        """Raise RuntimeError: a GradScaler has to do with the step."""
+        raise RuntimeError(
+            "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's "
+            "memory; train in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass "
+            'nonfinite="skip"'
+        )
 
     # Weights
 
@@ -459,7 +466,7 @@ def _before_accumulation(
 ) -> None:
     """Tell a handle that a gradient is about to be accumulated; a hook, which keeps no optimizer alive."""
     offloaded, coming = handle(), param()
-    if offloaded is not None and coming is not None and offloaded.active:
+    if offloaded is not None and coming is not None:
         offloaded._before_accumulation(coming)
 
 
@@ -468,15 +475,6 @@ def _arrived(handle: "weakref.ref[OffloadedOptimizer]", param: Tensor) -> None:
     """Tell a handle that a parameter has a gradient; a hook, which keeps no optimizer alive."""
     if (offloaded := handle()) is not None and offloaded.active:
         offloaded._arrived(param)
-
-
-def _take_over(mine: dict[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Let a group have the options of another, and keep its parameters."""
-    for name in [name for name in mine if name not in theirs and name not in _OF_MEMBERS]:
-        del mine[name]
-    for name, value in theirs.items():
-        if name not in mine or mine[name] is not value:
-            mine[name] = value
 
 
 def _share(source: Mapping[Any, Any], key: Any, target: dict[Any, Any], other: Any) -> None:
@@ -552,12 +550,3 @@ _TAKEN = (
     "is in the CPU's memory already, where another optimizer that is offloaded has it; remove() the handle of that one "
     "(`Optimizer.offload`), and drop the gradients with zero_grad()"
 )
-_NO_SCALER = (
-    "a GradScaler looks at gradients on the device, and those of an offloaded optimizer are in the CPU's memory; train "
-    'in bfloat16, or scale the loss by a constant, set `optimizer.grad_scale` to it and pass nonfinite="skip"'
-)
-
-
-def refuse_scaler() -> None:
-    """Raise RuntimeError: a GradScaler has to do with the step."""
-    raise RuntimeError(_NO_SCALER)

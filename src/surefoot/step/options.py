@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
+from torch import Tensor
+
 from surefoot.distributed import dividing_group
 from surefoot.rule import DIRECTED, FLOAT8, AlgorithmSpec
 from surefoot.rule.hyperparameters import Check, Interval
@@ -20,10 +23,10 @@ class StepOptions(TypedDict, total=False):
 
     Attributes:
         max_grad_norm: greatest norm of all gradients together, > 0; larger ones are scaled down in the step, as by
-            `torch.nn.utils.clip_grad_norm_`, and `p.grad` stays as it is.  Under this key in a param group: the
-            greatest norm of that group's gradients, which then do not count in the others' norm.
+            `torch.nn.utils.clip_grad_norm_`, and `p.grad` stays as it is; inf is no limit.  Under this key in a param
+            group: the greatest norm of that group's gradients, which then do not count in the others' norm.
         max_grad_value: greatest absolute value of an element of a gradient, > 0, after clipping by norm; also in a
-            param group.
+            param group; inf is no limit.
         nonfinite: what to do when a gradient holds inf or NaN: `"ignore"`, `"skip"` the step, changing nothing, or
             `"raise"` NonFiniteGradientError, changing nothing.
         gradient_centralization: subtract from each row of a gradient its mean, over all dimensions but the first;
@@ -60,10 +63,17 @@ def check_choice(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, but is {value!r}")
 
 
-_POSITIVE = "{} must be a number > 0, or None, but is: "
+def check_limit(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless a limit of gradients is a number > 0, or None."""
+    complaint = f"`{name}` must be a number > 0, or None, but is: "
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        raise TypeError(f"{complaint}{value!r}")
+    Interval(complaint, low_open=True, optional=True)(name, value)
+
+
 GROUP_RANGES: Mapping[str, Check] = {
-    "max_grad_norm": Interval(_POSITIVE.format("`max_grad_norm`"), low_open=True, optional=True),
-    "max_grad_value": Interval(_POSITIVE.format("`max_grad_value`"), low_open=True, optional=True),
+    "max_grad_norm": check_limit,
+    "max_grad_value": check_limit,
     "gradient_centralization": check_choice,
     "cautious": check_choice,
     "cautious_weight_decay": check_choice,
@@ -90,7 +100,7 @@ class ReleaseOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_previous_grad_norm", "max_param_grad_norm"):
-            Interval(_POSITIVE.format(f"`{name}`"), low_open=True, optional=True)(name, getattr(self, name))
+            check_limit(name, getattr(self, name))
         _check_nonfinite("nonfinite_params", self.nonfinite_params)
 
     @property

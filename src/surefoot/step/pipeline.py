@@ -1,4 +1,4 @@
-"""A step of a rule, from top to bottom.
+"""A step, from top to bottom.
 
 Everything that can be refused is refused while buckets are made, before any state exists or changes.
 """
@@ -33,7 +33,7 @@ from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
 CustomSteps = Callable[[list[PreparedParam]], None]
-"""Steps the prepared parameters of algorithms that are no rules."""
+"""Steps the prepared parameters of algorithms that are not rules."""
 
 
 def run_step(
@@ -47,7 +47,7 @@ def run_step(
     Args:
         step: the step.
         cache: what the last step has returned.
-        custom_steps: where groups have algorithms that are no rules: steps the parameters of these.
+        custom_steps: where groups have algorithms that are not rules: steps the parameters of these.
         stepped: is told of the buckets when they have been stepped.
 
     Returns:
@@ -103,7 +103,8 @@ def _buckets(
     for run in cache.runs if cache is not None else ():
         forget_fresh(run)
         _release_grads(run)
-    return None, None if watched else OptionsGuard(step), partition(step)
+    runs = partition(step)
+    return None, OptionsGuard(step) if runs and not watched else None, runs
 
 
 def _skip(step: StepInput) -> bool:

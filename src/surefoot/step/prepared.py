@@ -18,11 +18,11 @@ from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.cache import UNREAD, is_constant
-from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
+from surefoot.step.clipping import measure_gradients
 from surefoot.step.device import numbers_on, refuse_capture, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
-from surefoot.step.ranks import due_exchange, failures_told, refuse_irregular, sums_over_ranks
+from surefoot.step.ranks import refuse_irregular
 from surefoot.step.types import ParamSlice
 from surefoot.storage import Format, encode, random_bits
 from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
@@ -43,28 +43,6 @@ class PreparedParam(NamedTuple):
     state: dict[str, Any]
     apart: bool = False
     """Return whether its memory is another's too, so that it must be stepped by itself, in its turn."""
-
-
-def prepare_params(step: StepInput) -> list[PreparedParam]:
-    """Return every parameter that has a gradient, clipped and negated under `maximize`, with its state.
-
-    All are checked first.  There are none in a step that is to be skipped.
-    """
-    refuse_capture(step.spec.name, step.groups)
-    context = step.stepping.context
-    context.acquire()
-    exchange = due_exchange(step)
-    with failures_told(step, exchange):
-        found = validate_params(step)
-        context.slices = slices = found.slices
-        if step.needs_gradients():
-            refuse_unmeasurable(step)
-            found.measure()
-    sums = None if exchange is None else sums_over_ranks(step, exchange, slices)
-    if step.needs_gradients() and (slices or sums) and not clip_or_skip(step, slices, sums):
-        return []
-    found.prepare(step)
-    return found.counted()
 
 
 class ValidatedParams(NamedTuple):
@@ -117,10 +95,40 @@ def _validated(step: StepInput) -> "_Validated":
     return known  # type: ignore[no-any-return]
 
 
-def prepare_again(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
+Plan = Callable[[list[PreparedParam]], None]
+"""Steps prepared parameters, those that it was made for and later ones that differ from them in values only."""
+
+
+class UnchangedParams:
+    """Parameters of a step before which nothing has changed but values, and that takes gradients as they are.
+
+    Args:
+        rows: hyperparameters, parameter and state of each.
+        apart: whether parameters or their state share memory.
+    """
+
+    def __init__(self, rows: Sequence[tuple[SimpleNamespace, Tensor, dict[str, Any]]], *, apart: bool) -> None:
+        self._rows, self._apart = rows, apart
+        self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
+        self._plan: Plan | None = None
+
+    def step(self, plan: Callable[[list[PreparedParam]], Plan]) -> None:
+        """Count the step of each and make it, as the plan tells that is kept since the first time."""
+        apart = self._apart
+        found = [PreparedParam(h, param, param.grad, entry, apart) for h, param, entry in self._rows]  # type: ignore[arg-type]
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)
+        if self._plan is None:
+            self._plan = plan(found)
+        self._plan(found)
+
+
+def unchanged_params(
+    stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]
+) -> UnchangedParams | None:
     """Return the parameters of a step before which nothing has changed, and that only counts; else None.
 
-    The fast lane of custom steps: what it cannot do it leaves to `prepare_params`, with nothing changed.  To be called
+    The fast lane of custom steps: what it cannot do it leaves to the pipeline, with nothing changed.  To be called
     with the context's lock.
 
     Args:
@@ -129,18 +137,9 @@ def prepare_again(stepping: Stepping, groups: object, state: object, step: Calla
         state: the state of now.
         step: return all that the step is about.
     """
-    known = unchanged_params(stepping, groups, state, step)
-    if known is None:
-        return None
-    stepping.statistics.steps += 1
-    return known.prepared()
-
-
-def unchanged_params(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> Any:
-    """Return what `prepare_again` takes parameters from, with `prepared`, which counts a step; else None."""
     known = stepping.validated
     same = known is not None and known.common is not None and known.is_unchanged(groups, state, step)
-    return known if same else None
+    return known.common if same else None
 
 
 def _rows(
@@ -238,7 +237,7 @@ class _Validated:
         overlap: whether parameters or their state share memory.
         repeated: parameters that are there twice.
         entries: the state of the parameters of each group.
-        common: hyperparameters, parameter and state of each, where a step only counts and takes gradients as they are.
+        common: the parameters, where a step only counts and takes gradients as they are.
     """
 
     def __init__(self, step: StepInput) -> None:
@@ -259,7 +258,7 @@ class _Validated:
         self._decided: list[Any] = []
         self._sequence: LaunchSequence | None = None
         self._options: list[SimpleNamespace] = []
-        self.common: list[tuple[Any, ...]] | None = None
+        self.common: UnchangedParams | None = None
         self.entries = [[step.state.get(param, {}) for param in part.params] for part in self.slices]
         met = Counter(param for part in self.slices for param in part.params)
         self.repeated = {param for param, count in met.items() if count > 1}
@@ -314,8 +313,8 @@ class _Validated:
             return
         lists, lists_kept = lists_launch([step.groups, *(group["params"] for group in step.groups)])
         idle, idle_kept = gradients_launch(self._idle)
-        looks, releases = zip(*(guard.launches() for guard in guards[1:]), strict=True)
-        self._kept, self._launches = (lists_kept, idle_kept), [lists, guards[0].launch, idle, *looks, *releases]
+        guarding, releasing = zip(*(guard.launches() for guard in guards[1:]), strict=True)
+        self._kept, self._launches = (lists_kept, idle_kept), [lists, guards[0].launch, idle, *guarding, *releasing]
         self._guard_options(step)
 
     def _guard_options(self, step: StepInput) -> bool:
@@ -341,7 +340,6 @@ class _Validated:
             for h, part, entries in zip(self._options, self.slices, self.entries, strict=True)
             for param, entry in zip(part.params, entries, strict=True)
         ]
-        self._counts = [entry["step"] for *_, entry in rows if "step" in entry]
         around = (*_OF_GRADIENTS, "ema", "master_weight_bits")
         groups = [part.group for part in self.slices]
         asked = any(group.get(name) for group in groups for name in around)
@@ -354,15 +352,8 @@ class _Validated:
             or not all(param.is_cpu for _, param, _ in rows)
         ):
             return
-        if all(isinstance(count, Tensor) for count in self._counts):
-            self.common = rows
-
-    def prepared(self) -> list[PreparedParam]:
-        """Return the parameters of a step that only counts and takes gradients as they are."""
-        found = [PreparedParam(h, param, param.grad, entry, self.overlap) for h, param, entry in self.common or ()]
-        if self._counts:
-            torch._foreach_add_(self._counts, 1)
-        return found
+        if all(isinstance(entry["step"], Tensor) for *_, entry in rows if "step" in entry):
+            self.common = UnchangedParams(rows, apart=self.overlap)
 
     def options(self, step: StepInput) -> list[SimpleNamespace]:  # noqa: ARG002
         """Return the hyperparameters of each group."""

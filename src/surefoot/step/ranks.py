@@ -41,9 +41,10 @@ def due_exchange(step: StepInput) -> Exchange | None:
     """
     if step.whole is not None:
         return None
-    whole = step.whole_params()
-    totals = any(stage.totals for _, stages in step.stages() for stage in stages)
-    if alone := step.whole_params(alone=True):
+    stages = [stage for _, own in step.stages() for stage in own]
+    totals = any(stage.totals for stage in stages)
+    whole = step.whole_params() if stages or any(step.spec.of(g).whole_tensors for g in step.groups) else []
+    if whole and (alone := step.whole_params(alone=True)):
         refuse_flattened(alone, step.spec.name, whole_tensors=True)
     asked = totals or step.needs_gradients() or step.stepping.context.wants_metrics or step.found_inf is not None
     if not asked and not any_sharded(whole):

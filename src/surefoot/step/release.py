@@ -1,16 +1,17 @@
 """Gradients released as they come: parameters are stepped inside the backward pass, and their gradients dropped.
 
 Parameters are put together in buckets, in the order in which gradients arrive, and a bucket is stepped when it is full.
-Each is a step of its own to the pipeline: groups that mirror the optimizer's and hold the bucket's parameters, and a
+To the pipeline each is a whole step: of groups that mirror the optimizer's and hold the bucket's parameters, with a
 step cache.  `step` closes the iteration: it counts, and steps what has a gradient still.
 """
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from surefoot.step.cache import StepCache
 from surefoot.step.clipping import forget_norm, keep_norm, listed
 from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
+from surefoot.step.mirrors import OF_PARAMS, Groups, MirroredGroups
 from surefoot.step.options import ReleaseOptions, Stepping
 from surefoot.step.ranks import any_sharded
 from surefoot.step.types import ParamSlice
@@ -134,8 +136,7 @@ class _Bucket:
         awaited: how many have to wait until it is stepped, where nothing else is to be decided; else 0.
         filling: whether it takes further parameters.
         stepped: whether it has been stepped since the last `step`.
-        groups: groups that mirror the optimizer's, made when they are needed.
-        numbers: which of the optimizer's they mirror.
+        mirrors: groups that hold the members only, made when they are needed.
         cache: what the last step has left.
         streams: of an accelerator, those on which gradients have arrived.
     """
@@ -148,8 +149,7 @@ class _Bucket:
     awaited: int = 0
     filling: bool = True
     stepped: bool = False
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
+    mirrors: MirroredGroups | None = None
     cache: StepCache | None = None
     streams: set[Any] = field(default_factory=set)
 
@@ -159,41 +159,28 @@ class _Bucket:
         self.members.append(member)
         grad: Any = member.param.grad
         self.size += 0 if grad.is_sparse else to_local(grad).nbytes
-        self.groups, self.numbers, self.cache = [], [], None
+        self.mirrors = self.cache = None
 
     def drop(self, member: _Param) -> None:
         """Let a parameter be stepped elsewhere."""
         member.bucket = None
         self.members.remove(member)
-        self.groups, self.numbers, self.cache = [], [], None
+        self.mirrors = self.cache = None
 
     def close(self) -> None:
         """Let nothing wait any more."""
         self.waiting, self.awaited = [], 0
         self.streams.clear()
 
-    def mirror(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return groups that hold the members only."""
-        if not self.groups:
-            members = sorted(self.members, key=lambda member: (member.group, member.index))
-            self.numbers = sorted({member.group for member in members})
-            for number in self.numbers:
-                group, own = groups[number], [member for member in members if member.group == number]
-                names = group.get("param_names")
-                chosen = {} if names is None else {"param_names": [names[member.index] for member in own]}
-                self.groups.append({**group, "params": [member.param for member in own], **chosen})
-        return self.groups
-
-    def update_options(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Take over the options of groups."""
-        for mirror, number in zip(self.groups, self.numbers, strict=True):
-            new = {**groups[number], **{name: mirror[name] for name in _OF_MEMBERS if name in mirror}}
-            if new.keys() != mirror.keys():
-                mirror.clear()
-            mirror.update(new)
-
-
-_OF_MEMBERS = ("params", "param_names")
+    def groups(self, groups: Groups) -> Groups:
+        """Return groups that hold the members only, of an optimizer's groups."""
+        if self.mirrors is None:
+            params: defaultdict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+            for member in sorted(self.members, key=lambda member: (member.group, member.index)):
+                params[member.group].append((member.index, member.param))
+            self.mirrors = MirroredGroups()
+            self.mirrors.follow(groups, params)
+        return self.mirrors.groups
 
 
 class ReleasedGradients:
@@ -234,7 +221,7 @@ class ReleasedGradients:
             )
 
     def _forget_iteration(self) -> None:
-        self._open, self._backward = False, OUTSIDE
+        self._open, self._backward, self._group_count = False, OUTSIDE, 0
         self._stepped: list[_Param] = []
         self._slices: list[ParamSlice] = []
         self._seconds = 0.0
@@ -306,11 +293,11 @@ class ReleasedGradients:
         self._open = True
         step = self._partial_steps.step_input()
         self._follow(step)
-        options = _options(step.groups)
+        options, self._group_count = _options(step.groups), len(step.groups)
         if not same_objects(self._group_options, options):
             self._group_options = options
-            for bucket in self._buckets:
-                bucket.update_options(step.groups)
+            for mirrors in [bucket.mirrors for bucket in self._buckets if bucket.mirrors is not None]:
+                mirrors.take_options(step.groups)
 
     def _refuse_unusable(self, member: _Param) -> None:
         """Refuse a gradient that a parameter cannot be stepped by, before it changes anything."""
@@ -387,7 +374,7 @@ class ReleasedGradients:
             for member in [each for each in bucket.members if not each.arrived and each.param.grad is not None]:
                 bucket.drop(member)  # it waits for more
         whole = self._partial_steps.step_input()
-        step = whole._replace(groups=bucket.mirror(whole.groups), stepping=bucket.stepping, whole=whole.groups)
+        step = whole._replace(groups=bucket.groups(whole.groups), stepping=bucket.stepping, whole=whole.groups)
         step.stepping.context.wants_metrics = _is_measured(whole)
         cache, bucket.cache = bucket.cache, None
         bucket.cache, slices = self._partial_steps.make(step, cache)
@@ -416,7 +403,7 @@ class ReleasedGradients:
             )
         step = self._partial_steps.step_input()
         if step.found_inf is not None:
-            raise RuntimeError(_NO_SCALER)
+            self.refuse_scaler()
         self._refuse_changed(step)
         if again := [member for member in self._stepped if member.param.grad is not None]:
             raise RuntimeError(
@@ -427,11 +414,20 @@ class ReleasedGradients:
     def _refuse_changed(self, step: StepInput) -> None:
         """Refuse options that need all gradients at once, or that were changed after parameters were stepped."""
         refuse_options(step)
-        if self._stepped and not same_objects(self._group_options, _options(step.groups)):
+        known = step.groups[: self._group_count]  # one that was added since steps with what has a gradient still
+        if self._stepped and not same_objects(self._group_options, _options(known)):
             raise RuntimeError(
                 f"options of param groups were changed after backward has stepped {len(self._stepped)} parameters by "
                 f"those before; change them before backward or after step()"
             )
+
+    def refuse_scaler(self) -> NoReturn:
+        """Raise RuntimeError: a GradScaler has to do with the step."""
+        raise RuntimeError(
+            "a GradScaler leaves out whole steps whose gradients hold inf, but gradients that are released have been "
+            "used, scaled as they were, before it can look at them; train in bfloat16, or scale the loss by a constant "
+            "and set `optimizer.grad_scale` to it, or remove() the handle of release_gradients"
+        )
 
     def close_at_once(self) -> bool:
         """Close an iteration after which nothing is left to be done; return whether it is such a one.
@@ -519,18 +515,6 @@ class ReleasedGradients:
         return listed([self._partial_steps.step_input().names()[member.param]])
 
 
-_NO_SCALER = (
-    "a GradScaler leaves out whole steps whose gradients hold inf, but gradients that are released have been used, "
-    "scaled as they were, before it can look at them; train in bfloat16, or scale the loss by a constant and set "
-    "`optimizer.grad_scale` to it, or remove() the handle of release_gradients"
-)
-
-
-def refuse_scaler() -> None:
-    """Raise RuntimeError: a GradScaler asks whether the step unscales."""
-    raise RuntimeError(_NO_SCALER)
-
-
 def refuse_options(step: StepInput) -> None:
     """Refuse options that need all gradients at once.
 
@@ -604,7 +588,7 @@ def _options(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
     """Return the names and values of all options."""
     found: list[Any] = []
     for group in groups:
-        found += (item for pair in group.items() if pair[0] not in _OF_MEMBERS for item in pair)
+        found += (item for pair in group.items() if pair[0] not in OF_PARAMS for item in pair)
     return found
 
 

@@ -121,8 +121,6 @@ class BucketRun:
         device_scalars: scalars that only the parameters' device knows.
         options: the group's hyperparameters as attributes, kept while they cannot have changed.
         shared_row: rows of coefficients where all parameters share one.
-        fresh: whether slots are newly initialized, where steps may be skipped by a kernel.
-        fresh_average: the same of averages.
         new_numbers: the new values of slots that are numbers, not written yet: each of shape (n,).
         elements: how many real numbers each parameter has, once that was needed.
         sampled: the slots that are kept of some elements only, where there are such.
@@ -141,8 +139,6 @@ class BucketRun:
     device_scalars: DeviceScalars | None = None
     options: SimpleNamespace | None = None
     shared_row: np.ndarray | None = None
-    fresh: Any = False
-    fresh_average: Any = False
     new_numbers: list[Tensor] = field(default_factory=list)
     elements: Tensor | None = None
     sampled: Sampled | None = None

@@ -3,7 +3,7 @@
 import functools
 import gc
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,20 +32,24 @@ def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
     Returns:
         As many names as there are parameters.
     """
-    groups = optimizer.param_groups
+    return names_of_groups(optimizer.param_groups, optimizer)
+
+
+def names_of_groups(groups: Sequence[Mapping[str, Any]], owner: Any) -> list[str]:
+    """Return what `parameter_names` does for the groups of an optimizer, remembered as long as `owner` is there."""
     given = [(*map(id, group["params"]), *group.get("param_names", ())) for group in groups]
-    if optimizer not in _found or _found[optimizer][0] != given:
-        _found[optimizer] = given, _names(groups)
-    return list(_found[optimizer][1])
+    if owner not in _found or _found[owner][0] != given:
+        _found[owner] = given, _names(groups)
+    return list(_found[owner][1])
 
 
-def _names(groups: list[dict[str, Any]]) -> list[str]:
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     known = {} if all("param_names" in group for group in groups) else _names_in_models()
     names = [name for index, group in enumerate(groups) for name in _of_group(group, index, len(groups), known)]
     return list(_distinct(names))
 
 
-_found: WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, list[str]]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[Any, tuple[Any, list[str]]] = WeakKeyDictionary()
 
 
 def _of_group(group: Mapping[str, Any], index: int, groups: int, known: Mapping[Tensor, str]) -> Iterator[str]:

@@ -172,7 +172,7 @@ def _counts(given: Any, count: int) -> np.ndarray:
         raise _BrokenLineError(f"`nonfinite` must be an object, but is {_short(given)}")
     for index in given:
         if not (index.isascii() and index.isdigit() and len(index) <= len(str(count)) and int(index) < count):
-            raise _BrokenLineError(f"`nonfinite` has {_short(index)}, which is no number of a parameter")
+            raise _BrokenLineError(f"`nonfinite` has {_short(index)}, which is not a number of a parameter")
         counts[int(index)] = _whole(given, index)
     return counts
 

@@ -87,8 +87,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("FlatParameter._fsdp_flattened", "distributed.divided", "knowing FSDP1", "norms are of one rank"),
     PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
+    PrivateName("torch._utils._flatten_dense_tensors", "optimizers.lbfgs", "making a flat vector", "LBFGS raises"),
     PrivateName("torch._utils._unflatten_dense_tensors", "optimizers.lbfgs", "views of a flat vector", "LBFGS raises"),
     PrivateName("torch._compile._disable_dynamo", "dynamo", "a step inside a compiled function", "import fails"),
+    PrivateName(
+        "torch._dynamo.eval_frame.skip_code", "dynamo", "hooks inside a compiled function", "compiled functions raise"
+    ),
     PrivateName("torch._C._autograd._profiler_enabled", "optimizer", "naming steps in profiles", "the step raises"),
     PrivateName(
         "torch.autograd.profiler._is_profiler_enabled", "optimizer", "naming steps in profiles", "the step raises"

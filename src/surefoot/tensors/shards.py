@@ -128,11 +128,11 @@ def sharding_mismatch(tensor: Any, param: Any, *, placements: bool = True) -> st
             another shape are to be by `placements_for`.
     """
     if not is_sharded(param):
-        return f"is {layout_of(tensor)}, must be a plain tensor" if is_sharded(tensor) else None
+        return f"is {format_layout(tensor)}, must be a plain tensor" if is_sharded(tensor) else None
     expected = placements_for(tensor.shape, param) if placements else param.placements
     known = is_sharded(tensor) and tensor.device_mesh == param.device_mesh
     if not known or (placements and tensor.placements != expected):
-        return f"is {layout_of(tensor)}, must be {_layout(expected, param.device_mesh)}"
+        return f"is {format_layout(tensor)}, must be {_layout(expected, param.device_mesh)}"
     ours, shard = to_local(tensor).shape, to_local(param).shape
     if tensor.shape != param.shape:
         shard = local_shape_for(tensor.shape, param)
@@ -141,7 +141,7 @@ def sharding_mismatch(tensor: Any, param: Any, *, placements: bool = True) -> st
     return None
 
 
-def layout_of(tensor: Any) -> str:
+def format_layout(tensor: Any) -> str:
     """Return how a tensor is laid out over ranks, for a message."""
     return _layout(tensor.placements, tensor.device_mesh) if is_sharded(tensor) else "a plain tensor"
 

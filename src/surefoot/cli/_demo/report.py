@@ -134,7 +134,7 @@ def _measure_of_gap(comparison: Comparison) -> str:
 
 
 def tell_of_kernels(console: Console, milliseconds: float, compiled: int) -> None:
-    """Say what the very first step cost, and why it does so once.
+    """Say what the very first step cost, and why no later one costs that.
 
     Args:
         console: where to print.

@@ -36,7 +36,7 @@ def read_keys(table, keys, places):
     Returns:
         The largest number; ASCENDING if they do, so that nothing is left to do; OUTSIDE if an index is.
     """
-    count, dimensions, indices = at(table, T_COUNT), at(table, T_DIMENSIONS), at(table, T_INDICES)
+    count, dimensions, indices = at(table, T_COUNT), at(table, T_DIMENSIONS), load(at(table, T_INDICES))
     sizes, largest, before, ascend = table + T_SIZES, int64(0), int64(-1), True
     for row in range(0, count * WORD, WORD):
         key, place = int64(0), indices + row
@@ -152,16 +152,21 @@ def write_tables(ours, launch, total):
     store(launch + L_WORK_ITEMS, 0)
     for number in range(at(ours, O_COUNT)):
         table = at(ours, O_TABLES) + number * at(ours, O_TABLE_SIZE)
-        keys, places, size = at(table, T_KEYS), at(table, T_PLACES), at(table, T_BYTES)
+        keys, places, size, values = (
+            at(table, T_KEYS),
+            at(table, T_PLACES),
+            at(table, T_BYTES),
+            load(at(table, T_VALUES)),
+        )
         first, end = int64(0), at(table, T_COUNT) * WORD
         while first < end:
-            key, value, later = load(keys + first), at(table, T_VALUES) + load(places + first) * size, first + WORD
+            key, value, later = load(keys + first), values + load(places + first) * size, first + WORD
             while later < end and load(keys + later) == key:
                 if later == first + WORD:
                     copy(sums, value, size)
                     value = sums
                     sums += size
-                add(value, at(table, T_VALUES) + load(places + later) * size, size, at(ours, O_KIND) == SINGLE)
+                add(value, values + load(places + later) * size, size, at(ours, O_KIND) == SINGLE)
                 later += WORD
             write_row(ours, launch, table, row, key, value)
             segments, item, done = write_segments(launch, row, at(table, T_ELEMENTS), segments, item, done, most)

@@ -25,7 +25,7 @@ LAUNCH = ("next_work_item", "status", "work_items", "first_segment", "segment_te
           "only_checks", "seed", "parameter", "first_element", *VIOLATION)  # fmt: skip
 
 _AHEAD, _FETCHED = 2, 128
-"""How many segments before it is computed one is fetched, and its bytes; from there on the processor does so itself."""
+"""How many segments before it is computed one is fetched, and its bytes; then the processor does that itself."""
 
 
 class _Stored(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from surefoot.rule import Rule
 from surefoot.storage import format_of
 from surefoot.tensors.gate import Arrays, admit
 from surefoot.tensors.memory import PLAIN, bytes_available, has_memory
-from surefoot.tensors.native.guards import VersionCounters
+from surefoot.tensors.native.guards import AlikeGuard, VersionCounters, alike_guard
 
 # What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
 _OURS = ("", "status", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
@@ -36,7 +37,7 @@ _SCRATCH, _SUMS, _OWNER, _SIZE = map(_OURS.index, ("scratch", "sums", "owner", "
 _COEFFICIENT_ROW, _COUNT, _INDICES, _VALUES = map(_TABLE.index, ("coefficient_row", "count", "indices", "values"))
 _WORK_ITEMS, _SEGMENTS, _TENSORS = map(LAUNCH.index, ("work_items", "segments", "tensors"))
 _KINDS = {torch.float32: 1, torch.float64: 2}
-"""Values that the rows kernel adds up where a row is there several times; torch does so with all others."""
+"""Values that the rows kernel adds up where a row is there several times; torch adds up all others."""
 _REPEATED = -2
 """The status where a row is there several times, and its values are such as the rows kernel does not add up."""
 _DIGITS, _KEPT = 256, 1 << 20
@@ -62,6 +63,7 @@ class RowsLaunch(Launch):
     Attributes:
         finding: the address of the rows kernel and that of its own launch.
         adds_up: whether it adds up the values of a row that is there several times.
+        is_large: whether it has more working memory than is kept between steps.
 
     Args:
         arrays: addresses of the arrays of each table, the gradient left out: of shape (arrays, tables).
@@ -82,7 +84,7 @@ class RowsLaunch(Launch):
         dimensions = max(len(each) for each in strides[0])
         self._table_size = _TABLE.index("sizes") + dimensions + len(arrays) * (1 + dimensions)
         self._tables = array("q", bytes(8 * self._table_size * len(shapes)))
-        self._elements = []
+        self._elements, self._itemsize, self._addresses = [], values.itemsize, array("q", bytes(16 * len(shapes)))
         for number, shape in enumerate(shapes):
             leading = len(strides[0][number])
             elements = math.prod(shape[leading:])
@@ -95,7 +97,7 @@ class RowsLaunch(Launch):
                 words += [int(starts[number]), *steps[number], *[0] * (dimensions - leading)]
             place = number * self._table_size
             self._tables[place : place + self._table_size] = array("q", words)
-        self._counts = np.zeros(_DIGITS, dtype=np.int64)
+        self._counts, self.is_large = np.zeros(_DIGITS, dtype=np.int64), False
         given = {
             "count": len(shapes),
             "launch": self.address,
@@ -113,19 +115,34 @@ class RowsLaunch(Launch):
         """Set for each table its row of coefficients."""
         self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
 
-    def take(self, indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take contiguous indices and values; `size` then is that of all rows, repeated ones included."""
-        self.size = rows = segments = numbers = place = 0
-        for index, value, elements in zip(indices, values, self._elements, strict=True):
-            count = value.shape[0]
-            self._tables[place + _COUNT] = count
-            self._tables[place + _INDICES], self._tables[place + _VALUES] = index.data_ptr(), value.data_ptr()
-            rows += count
-            segments += count * -(-elements // CHUNK)
-            self.size += count * elements
-            numbers += value.numel() * value.element_size()
-            place += self._table_size
-        self._reserve(rows, segments, numbers // 8 + 1)
+    def take(self, counts: Sequence[int], addresses: Sequence[int]) -> None:
+        """Take how many rows each table is given, and where its contiguous indices and values are, one after the other.
+
+        `size` then is that of all rows, repeated ones included.
+        """
+        self._addresses[:] = array("q", addresses)
+        self._tables[_COUNT :: self._table_size] = array("q", counts)
+        self._point(self._addresses.buffer_info()[0], 8)
+        size = sum(map(operator.mul, counts, self._elements))
+        segments = sum(count * -(-elements // CHUNK) for count, elements in zip(counts, self._elements, strict=True))
+        self._needed = size, (sum(counts), segments, size * self._itemsize // 8 + 1)
+        self.take_again()
+
+    def take_from(self, addresses: np.ndarray) -> None:
+        """Find from now on in an array, which must outlive this, where indices and values are."""
+        self._point(addresses.ctypes.data, addresses.strides[0])
+
+    def take_again(self) -> None:
+        """Take as many rows as the last time."""
+        self.size, needed = self._needed
+        self._reserve(*needed)
+
+    def _point(self, first: int, stride: int) -> None:
+        places = array("q", range(first, first + 2 * len(self._elements) * stride, stride))
+        self._tables[_INDICES :: self._table_size], self._tables[_VALUES :: self._table_size] = (
+            places[::2],
+            places[1::2],
+        )
 
     def find_rows(self) -> int:
         """Write the launch of the rows that indices and values tell; return the status of the rows kernel."""
@@ -155,7 +172,7 @@ class RowsLaunch(Launch):
         arrays = 1 + self._arrays
         lengths = [arrays * rows, rows, rows, 4 * rows, segments, segments, segments, segments + 1, sums]
         ends = np.cumsum(lengths)
-        self._memory = np.empty(int(ends[-1]), dtype=np.int64)
+        self._memory, self.is_large = np.empty(int(ends[-1]), dtype=np.int64), bool(ends[-1] > _KEPT)
         starts = (self._memory.ctypes.data + 8 * (ends - lengths)).tolist()
         self._ours[_OWNER], self._ours[_SCRATCH], self._ours[_SUMS] = starts[2], starts[3], starts[8]
         names = ("pointers", "coefficient_row", "", "", "segment_tensor", "segment_start", "segment_size",
@@ -165,9 +182,8 @@ class RowsLaunch(Launch):
                 self.words[LAUNCH.index(name)] = start
 
     def release(self) -> None:
-        """Keep working memory for few rows only."""
-        if len(self._memory) > _KEPT:
-            self._memory, self._capacity = self._memory[:0], (-1, -1, -1)
+        """Give working memory back."""
+        self._memory, self._capacity, self.is_large = self._memory[:0], (-1, -1, -1), False
 
     @property
     def owner(self) -> np.ndarray:
@@ -224,7 +240,9 @@ class RowsPlan:
         self.checked, self._names = checked(), (bucket.rule.slots, bucket.row_name)
         self.row: np.ndarray | None = None
         arrays = self._admit()
-        self._held: tuple[list[Tensor], list[Tensor]] = [], []
+        self._held: list[Tensor] = []
+        self._counts: list[int] = []
+        self._alike: AlikeGuard | None = None
         strides = [
             [_bytes_between_rows(tensor, dimensions) for tensor, dimensions in zip(tensors, leading, strict=True)]
             for tensors in self._arrays
@@ -261,23 +279,59 @@ class RowsPlan:
 
     def take(self, grads: Sequence[Any]) -> bool:
         """Take gradients, held until `release`; return False if one is not such as the plan is for."""
-        indices, values, kept = [], [], self._kept
+        return self._take_alike(grads) or self._take_any(grads)
+
+    def _take_alike(self, grads: Sequence[Any]) -> bool:
+        """Take gradients if they are known to be like the last ones but for values, and for where these are."""
+        if self._alike is None:
+            return False
+        held: list[Tensor] = []
+        for grad, (shape, _, _) in zip(grads, self._kinds, strict=True):
+            if type(grad) not in PLAIN or not grad.is_sparse or grad.shape != shape:
+                return False
+            held += (grad._indices(), grad._values())
+        if self._alike.changed(held):
+            self._alike, self._counts = None, []
+            return False
+        self._held = held
+        self.launch.take_again()
+        return True
+
+    def _take_any(self, grads: Sequence[Any]) -> bool:
+        self._alike = None
+        held: list[Tensor] = []
+        counts: list[int] = []
+        addresses: list[int] = []
+        alike = self._dtype is self._kept
         for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
                 return False
-            index, value = _contiguous(grad._indices()), _contiguous(grad._values())
-            if grad.shape != shape or index is None or value is None or value.dtype is not kept:
+            given = grad._indices(), grad._values()
+            index, value = _contiguous(given[0]), _contiguous(given[1] if alike else _real(given[1]))
+            if grad.shape != shape or index is None or value is None or value.dtype is not self._kept:
                 return False
             count, *rest = value.shape
             if index.shape != (dimensions, count) or rest != dense:
                 return False
             # What the step writes is read before: one row's values might stand in another row.
-            aliased = value.untyped_storage().data_ptr() in self._written
-            indices.append(index)
-            values.append(value.clone() if aliased else value)
-        self._held = indices, values
-        self.launch.take(indices, values)
+            value = value.clone() if value.untyped_storage().data_ptr() in self._written else value
+            alike = alike and index is given[0] and value is given[1]
+            held += (index, value)
+            counts.append(count)
+            addresses += (index.data_ptr(), value.data_ptr())
+        self._held = held
+        self.launch.take(counts, addresses)
+        if alike and counts == self._counts:
+            self._watch()
+        self._counts = counts
         return True
+
+    def _watch(self) -> None:
+        """Let gradients be compared from now on with those that are held."""
+        twice = [[tensor for tensor in tensors for _ in range(2)] for tensors in self._arrays]
+        if (guard := alike_guard(self._held, twice)) is not None:
+            self._alike = guard
+            self.launch.take_from(guard.addresses)
 
     def find_rows(self, grads: Sequence[Any]) -> bool:
         """Find the rows of gradients that have been taken; return False if one is outside."""
@@ -288,8 +342,9 @@ class RowsPlan:
 
     def release(self) -> None:
         """Hold the gradients no longer."""
-        self._held = [], []
-        self.launch.release()
+        self._held = []
+        if self.launch.is_large:
+            self.launch.release()
 
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
@@ -312,7 +367,7 @@ class RowsPlan:
     def _set_limits(self) -> None:
         """Note the live storages behind the launch's rows."""
         now, launch = self._admit(), self.launch
-        of_values = [[(value.data_ptr(), bytes_available(value)) for value in self._held[1]]]
+        of_values = [[(value.data_ptr(), bytes_available(value)) for value in self._held[1::2]]]
         here = np.insert(np.stack([now.addresses, now.available], axis=2), 1, of_values, axis=0)[:, launch.owner]
         launch.limits = np.zeros_like(launch.pointers)
         launch.set_limits(here[..., 0], here[..., 1])
@@ -326,15 +381,16 @@ def _coalesced(grad: Tensor) -> Tensor:
 
 
 def _contiguous(tensor: Tensor) -> Tensor | None:
-    """Return indices or values as contiguous memory, None if they have lost theirs."""
-    if tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_complex() or tensor._is_zerotensor()):
-        needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-        return tensor if needed <= tensor.untyped_storage().nbytes() or not tensor.numel() else None
-    if not has_memory(tensor) or tensor._is_zerotensor():
+    """Return indices or values in contiguous memory, None if they have lost theirs."""
+    if tensor._is_zerotensor() or not has_memory(tensor):
         return None
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex values as real ones, if they have not lost their memory."""
+    sound = tensor.is_complex() and has_memory(tensor) and not tensor._is_zerotensor()
+    return torch.view_as_real(tensor.resolve_conj()) if sound else tensor
 
 
 def _has_dense_rows(tensor: Tensor, leading: int) -> bool:

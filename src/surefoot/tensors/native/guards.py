@@ -149,6 +149,7 @@ class TensorGuard:
 
     Attributes:
         gradients: addresses of the gradients' memory when last looked at: int64 of shape (length,).
+        is_over: whether a change was seen, so that what was made from the tensors must not be used again.
         sound: whether the guard sees what Python sees; do not use it otherwise.
 
     Make guards with `tensors.guards.make_guard`.
@@ -177,7 +178,7 @@ class TensorGuard:
             self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
             self._launch.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
-        self._tensors, self._over = count * (1 + len(columns)) * threads, False
+        self._tensors, self.is_over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
         if self._given is not None:
             self._launch.slots[_GIVEN] = self._given.ctypes.data
@@ -199,15 +200,19 @@ class TensorGuard:
 
         What was made from the tensors as they were must not be used again, whatever they are like now.
         """
-        if not self._over:
+        if not self.is_over:
             self.release_grads()
-            if self._given is not None:
-                self._given[:] = _ids(given)
+            self.give(given)
             self._holds = self._held is not None
-            self._over = self._launch.run(self._tensors)
-            if self._over:
+            self.is_over = self._launch.run(self._tensors)
+            if self.is_over:
                 self.release_grads()
-        return self._over
+        return self.is_over
+
+    def give(self, given: Sequence[Tensor]) -> None:
+        """Take gradients that are not the first column's own, where they are given, for a launch."""
+        if self._given is not None:
+            self._given[:] = [*map(id, given)]
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
         """Return the launches that look, and that release the gradients if it has some; see `note`."""
@@ -219,16 +224,11 @@ class TensorGuard:
         known = tensor_layout()
         return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
 
-    @property
-    def is_over(self) -> bool:
-        """Return whether a change was seen, so that what was made from the tensors must not be used again."""
-        return self._over
-
     def note(self, *, changed: bool) -> None:
         """Take note of what a `LaunchSequence` has found: if nothing has changed, the gradients are held."""
         self._holds = self._held is not None
         if changed:
-            self._over = True
+            self.is_over = True
             self.release_grads()
 
     def release_grads(self) -> None:
@@ -332,6 +332,39 @@ class LaunchSequence:
         if self._slots[STATUS]:
             raise KernelError(f"the guard kernel was stopped by an error (status {self._slots[STATUS]})")
         return self._slots[_RESULT]
+
+
+class AlikeGuard:
+    """Tells whether tensors are like others that were found fit: of one dtype, size and stride, with memory for that.
+
+    They may be other objects, in other memory, but not in that of tensors which are written.  Once something has
+    changed the guard must not be used again.  Make one with `alike_guard`.
+
+    Attributes:
+        addresses: where the tensors are that were looked at last: int64 of their number.
+    """
+
+    def __init__(self, given: Sequence[Tensor], written: Sequence[Sequence[Tensor]]) -> None:
+        self._guard = TensorGuard(written, given=given)
+        self._look = LaunchSequence(self._guard.launches()[:1])
+        self.addresses = self._guard.gradients
+        self.sound = self._guard.sound
+
+    def changed(self, given: Sequence[Tensor]) -> bool:
+        """Return whether tensors, as many as before and of torch's own types, differ from those of the last time."""
+        self._guard.give(given)
+        return self._look.run() != 0
+
+
+def alike_guard(given: Sequence[Tensor], written: Sequence[Sequence[Tensor]]) -> AlikeGuard | None:
+    """Return the guard of some tensors, None where there is none.
+
+    Args:
+        given: the tensors, found fit.
+        written: lists of as many tensors, in whose memory later ones must not be.
+    """
+    guard = AlikeGuard(given, written) if given and available() else None
+    return guard if guard is not None and guard.sound else None
 
 
 class VersionCounters:
