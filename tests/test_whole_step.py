@@ -117,6 +117,15 @@ def test_complex_and_16_bit_parameters(engine):
         assert_close(wide, expected, **tolerance)
 
 
+def test_an_infinite_limit_limits_nothing():
+    (optimizer, params), (plain, others) = make(max_grad_norm=math.inf, max_grad_value=math.inf), make()
+    for each in (params, others):
+        set_gradients(each)
+    optimizer.step()
+    plain.step()
+    assert_same(params, others)
+
+
 def test_averages_of_16_bit_parameters_are_kept_in_float32():
     param = torch.ones(4, dtype=torch.bfloat16).requires_grad_()
     optimizer = surefoot.SGD([param], lr=0.5, ema=0.999)
