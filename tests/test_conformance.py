@@ -19,7 +19,7 @@ from conformance import (
     FLAGS,
     ROWS,
     SPARSE,
-    STEPS,
+    STEADY,
     Options,
     Row,
     assert_close,
@@ -247,7 +247,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
     ours = zoo(dtype)
     wide = {name: param.detach().float().requires_grad_() for name, param in ours.items()}
     optimizer, oracle = row.build(groups(ours), options, engine), row.build_oracle(groups(wide), options)
-    for step in range(STEPS):
+    for step in range(STEADY + 1):
         train(optimizer, ours, dtype, steps=[step])
         train(oracle, wide, dtype, steps=[step])
         actual, computed = row.slots_of(results(optimizer, ours)), row.slots_of(results(oracle, wide))
