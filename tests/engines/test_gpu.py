@@ -88,14 +88,27 @@ def _by_numpy(function):
     )
 
 
+def _once_for_each_scalar(dtype_of):
+    """Types of blocks cannot be hashed."""
+    known = {}
+
+    def found(type_):
+        name = type_.scalar.name
+        if name not in known:
+            known[name] = dtype_of(type_)
+        return known[name]
+
+    return found
+
+
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch, language):
     """Let the engine serve the CPU, through Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # At each call of a function the interpreter replaces the language anew, which takes longer than the call.
     monkeypatch.setattr(interpreting, "_patch_lang", functools.cache(interpreting._patch_lang))
-    # For each tensor it makes a table of dtypes.
-    monkeypatch.setattr(interpreting, "_get_np_dtype", functools.cache(interpreting._get_np_dtype))
+    # And at each operation a table of dtypes.
+    monkeypatch.setattr(interpreting, "_get_np_dtype", _once_for_each_scalar(interpreting._get_np_dtype))
     if later := getattr(interpreting, "_LangPatchScope", None):  # after the call Triton 3.9 puts back what was there
         monkeypatch.setattr(later, "restore", lambda scope: None)
     for name in ("sum", "max"):  # written in Triton themselves, for its compiler if it was imported before
