@@ -75,14 +75,18 @@ class Row:
     def elementwise(self) -> bool:
         return self.ours.is_rule() and self.ours.sparse is not Sparse.ONLY
 
-    @property
+    @functools.cached_property
     def defaults(self) -> Options:
         return self.ours([torch.zeros(1, 1)]).defaults
 
     def variants(self, *, few: bool = False) -> list[Options]:
         """Return every set of hyperparameters to compare, each once; if `few`, only some sets of flags."""
-        found, defaults = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few)), self.defaults
-        return list({str(sorted((defaults | options).items())): options for options in found}.values())
+        found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
+        return list({self.completed(options): options for options in found}.values())
+
+    def completed(self, options: Options) -> str:
+        """Return all hyperparameters that options lead to, as a text by which equal ones are known."""
+        return str(sorted((self.defaults | options).items()))
 
     def flag_variants(self, *, few: bool = False) -> Iterator[Options]:
         """Return all combinations of the flags that the constructor takes; if `few`, none, each by itself, and all."""
@@ -924,6 +928,7 @@ DENSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.ONLY and not 
 SPARSE = tuple(row for row in ROWS if row.ours.sparse is not Sparse.REFUSED and not row.needs_closure)
 
 
+@functools.cache
 def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options]:
     """Return the flag sets of torch's own database, if it has the oracle.
 
@@ -940,21 +945,29 @@ def label(options: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items()).replace(" ", "") or "default"
 
 
-def cases(rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool = False) -> pytest.MarkDecorator:
+def cases(
+    rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool = False, in_turn: Iterable[str] = ()
+) -> pytest.MarkDecorator:
     """Parametrize a test over rows and their variants, and over the engines that each row takes.
 
     With `only_flags` the variants are combinations of flags, for compiled engines none and all of them; combinations of
-    some are for the long run.
+    some are for the long run, and so they are for other engines than eager, which has the bits of the oracle, where all
+    variants are asked for.  Of the engines that take turns (`in_turn`) each variant is tried with one, with the rest in
+    the long run.
     """
-    found = []
-    for row in rows:
+    found, turns = [], list(in_turn)
+    for number, row in enumerate(rows):
         for engine in row.engines(engines) if engines else [None]:
             variants = row.variants(few=engine in COMPILED)
             if only_flags:
                 variants = [{}, row.all_flags()] if engine in COMPILED else [*row.flag_variants()]
-            few = [*row.flag_variants(few=True)] if only_flags else variants
-            for options in variants:
-                asked, marks = [engine] if engine else [], [] if options in few or not options else [pytest.mark.long]
+            every = not only_flags and engine in (None, "eager", "default")
+            few = variants if every else row.flag_variants(few=True) if only_flags else row.variants(few=True)
+            short = {row.completed(options) for options in ({}, *few)}
+            for turn, options in enumerate(variants, start=number):
+                waits = engine in turns and turns[turn % len(turns)] != engine
+                marks = [pytest.mark.long] if waits or row.completed(options) not in short else []
+                asked = [engine] if engine else []
                 name = "-".join((*asked, row.name, label(options)))
                 found.append(pytest.param(*asked, row, options, id=name, marks=marks))
     return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
@@ -975,6 +988,22 @@ def with_third(row: Row, betas: tuple[Any, Any]) -> tuple[Any, ...]:
 def unclipped(row: Row) -> Options:
     """Return the option that clips no gradients, where they are clipped by default."""
     return {"max_grad_norm": None} if "max_grad_norm" in inspect.signature(row.ours).parameters else {}
+
+
+_ONCE: dict[tuple[Any, ...], Any] = {}
+
+
+def once(make: Callable[..., Any], row: Row, options: Options, *more: Any) -> Any:
+    """Return `make(row, options, *more)`, made once for the engines that are compared with it, which leave it alone.
+
+    What was made last is kept, more of it than a row has variants.
+    """
+    key = (make, row.name, row.completed(options), *more)
+    if key not in _ONCE:
+        if len(_ONCE) == 64:
+            del _ONCE[next(iter(_ONCE))]
+        _ONCE[key] = make(row, options, *more)
+    return _ONCE[key]
 
 
 # What is optimized
@@ -1011,10 +1040,10 @@ def gradients(params: Params, step: int, dtype: torch.dtype) -> dict[str, Tensor
 
     They are drawn in `dtype` and cast to that of the parameter, so that an oracle in float64 meets the same values.
     """
-    normal = normals(dtype, seed=100 + step)
+    drawn = _drawn(tuple(param.shape for param in params.values()), dtype, seed=100 + step)
     found: dict[str, Tensor | None] = {}
-    for name, param in params.items():
-        grad = normal(*param.shape).to(param.dtype)
+    for (name, param), values in zip(params.items(), drawn, strict=True):
+        grad = values.to(param.dtype, copy=True)
         if name == "offset view":
             grad = grad * (grad.abs() > 1)
         if name == "never" or (step < STEADY and _missing(name, step)):
@@ -1022,6 +1051,13 @@ def gradients(params: Params, step: int, dtype: torch.dtype) -> dict[str, Tensor
         else:
             found[name] = _laid_out(name, grad, step) if step < STEADY else torch.empty_like(param).copy_(grad)
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Return random tensors, which must not be written to: many tests ask for the same."""
+    normal = normals(dtype, seed)
+    return [normal(*shape) for shape in shapes]
 
 
 def _missing(name: str, step: int) -> bool:
@@ -1113,6 +1149,7 @@ def assert_close(actual: Mapping[str, Any], expected: Mapping[str, Any], **toler
     """Assert agreement, to the rounding of the dtype unless a tolerance is given."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(
-            actual[name], value, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}", **tolerance
-        )
+        if not same(actual[name], value):  # which is told much faster
+            torch.testing.assert_close(
+                actual[name], value, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+            )

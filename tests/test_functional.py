@@ -196,8 +196,8 @@ def pure(row, options, params, steps, **more):
     return params, state
 
 
-@cases([*ELEMENTWISE, *CUSTOM], only_flags=True)
-def test_pure_steps_are_those_of_the_class(row, options, record_property):
+@cases([*ELEMENTWISE, *CUSTOM], engines=["cpu"], only_flags=True)
+def test_pure_steps_are_those_of_the_class(engine, row, options, record_property):
     normal = normals(torch.float32, seed=3)
     start = {"one": normal(3, 4), "other": normal(2, 2)}
     steps = [{name: normal(*param.shape) for name, param in start.items()} for _ in range(3)]

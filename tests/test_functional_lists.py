@@ -152,8 +152,8 @@ def test_eager_steps_have_torchs_bits(row, options, dtype, record_property):
     record_property("compared", f"functional: {'same bits as' if row.exact else 'to rounding with'} torch's function")
 
 
-@cases(ELEMENTWISE, only_flags=True)
-def test_default_steps_have_the_bits_of_the_class(row, options, record_property):
+@cases(ELEMENTWISE, engines=["cpu"], only_flags=True)
+def test_default_steps_have_the_bits_of_the_class(engine, row, options, record_property):
     ours, theirs = zoo(torch.float32), zoo(torch.float32)
     caller, optimizer = (
         Caller(row, getattr(functional, name_of(row)), ours, options),

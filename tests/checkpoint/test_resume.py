@@ -17,10 +17,10 @@ CASES = resume_loops.cases()
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(request, tmp_path_factory):
     """For each loop what came of 2n steps, and the folder with what another process made of a checkpoint after n."""
     folder, expected = tmp_path_factory.mktemp("loops"), {}
-    for case in CASES:
+    for case in [item.callspec.params["case"] for item in request.session.items if item.path == request.path]:
         loop = Loop(case)
         loop.train()
         surefoot.save(folder / f"{case.name}.safetensors", **loop.parts())
@@ -31,7 +31,9 @@ def outcomes(tmp_path_factory):
     return expected, folder
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] * case.rare) for case in CASES]
+)
 def test_a_resumed_loop_goes_on_with_the_same_bits(case, outcomes):
     expected, folder = outcomes
     assert_same(torch.load(folder / f"{case.name}.pt", weights_only=False), expected[case.name])

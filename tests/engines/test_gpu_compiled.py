@@ -160,6 +160,7 @@ def test_float32(row, architecture, record_property):
     record_property("compared", f"gpu, compiled for sm_{architecture}: 128 bits, no spills, IEEE arithmetic")
 
 
+@pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @rows
 def test_other_dtypes(row, dtype, record_property):

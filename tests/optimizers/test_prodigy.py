@@ -62,6 +62,7 @@ def assert_solved_alike(ours, theirs, optimizer, oracle, tolerance):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.in_turn("split")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["one d", "split"])
 @each_engine

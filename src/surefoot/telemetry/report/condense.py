@@ -4,6 +4,7 @@ What is kept in memory grows with the number of steps only by a few numbers a st
 """
 
 import base64
+import sys
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
@@ -79,7 +80,8 @@ def _of_step(line: Line) -> tuple[float, ...]:
 
 
 def _number(value: Any) -> float:
-    return float(f"{value:.5g}")
+    """Return a number in five digits; what their rounding, or that of a mean, makes infinite as the largest there is."""
+    return min(max(float(f"{value:.5g}"), -sys.float_info.max), sys.float_info.max)
 
 
 class Heat:
