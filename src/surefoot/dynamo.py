@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -17,6 +18,7 @@ def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @functools.wraps(method)
     def open_or_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+        # The first is a constant to the compiler, which would take all modules for inputs of the function.
+        return (closed if is_dynamo_compiling() or "torch._dynamo" in sys.modules else method)(*args, **kwargs)
 
     return open_or_closed
