@@ -5,9 +5,14 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from surefoot.cli import app
 
 FOLDER = Path(__file__).parents[1] / "examples"
 UPDATE = os.environ.get("SUREFOOT_UPDATE_GOLDEN") == "1"
@@ -59,7 +64,15 @@ def test_a_diverging_run(monkeypatch):
     assert "Is the learning rate too high? Probably" in bad
 
 
+def command_here(command, **_):
+    """Run `python -m surefoot ...` in this process, which has imported torch."""
+    assert command[:3] == [sys.executable, "-m", "surefoot"]
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, command[3:])
+    return subprocess.CompletedProcess(command, result.exit_code, result.output)
+
+
 def test_the_memory_of_a_fine_tuning(monkeypatch):
+    monkeypatch.setattr("subprocess.run", command_here)
     scope, texts = executed("memory_of_fine_tuning", monkeypatch)
     assert same_shape(texts)
     moved = scope["moved"]

@@ -68,7 +68,18 @@ def installed(wheel, tmp_path_factory):
     packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
     # Behind the wheel's own folder; lines of an editable installation there are not followed.
     Path(packages, "others.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
-    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", "--no-index", wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        scripts / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        wheel,
+    )
     empty = folder / "elsewhere"
     empty.mkdir()
     hidden = ("PYTHONPATH", "SUREFOOT_CACHE_DIR")

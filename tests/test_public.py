@@ -48,20 +48,35 @@ def test_an_unknown_name_is_an_attribute_error():
         surefoot.optimizers.AdamX  # noqa: B018
 
 
-def said_by(code):
-    """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
+LIGHT = """
+import sys
+before = set(sys.modules)
+import surefoot.run.hook  # in every process below `surefoot run`, the script's and others
+print("of the hook:", *{"dataclasses", "inspect", "pathlib", "tempfile"} & (sys.modules.keys() - before))
+import surefoot.run.report
+print("of its report:", *{"importlib.metadata", "statistics", "tempfile", "torch"} & sys.modules.keys())
+assert "AdamW" in dir(surefoot)
+print("torch" in sys.modules)
+surefoot.SGD
+print("torch" in sys.modules)
+from surefoot import *
+print("of the package:", *{"llvmlite", "typer", "rich", "matplotlib"} & sys.modules.keys())
+
+import torch
+param = torch.ones(2).requires_grad_()
+param.grad = torch.ones(2)
+optimizer = surefoot.AdamW([param])
+optimizer.step(), optimizer.zero_grad()
+print("of a step:", *{"torch._dynamo"} & sys.modules.keys())
+"""
 
 
-def test_importing_is_light():
-    heavy = "{'llvmlite', 'typer', 'rich', 'matplotlib'}"
-    assert said_by(f"import sys, surefoot; from surefoot import *; print(*{heavy} & set(sys.modules))") == []
-
-
-def test_torch_is_imported_when_it_is_needed():
-    asked = "print('torch' in sys.modules)"
-    code = f"import sys, surefoot; print('AdamW' in dir(surefoot)); {asked}; surefoot.SGD; {asked}"
-    assert said_by(code) == ["True", "False", "True"]
+def test_what_is_heavy_is_imported_when_it_is_needed():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)  # noqa: S603
+    of_hook, of_report, before, after, of_package, of_step = done.stdout.splitlines()
+    assert (of_hook, of_report) == ("of the hook:", "of its report:")
+    assert (before, after) == ("False", "True")
+    assert (of_package, of_step) == ("of the package:", "of a step:")
 
 
 def test_the_version_is_the_distributions():

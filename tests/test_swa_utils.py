@@ -420,9 +420,11 @@ def test_other_names_are_matched_by_their_order():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it does not compile
+@pytest.mark.in_turn("made_inside")
+@pytest.mark.parametrize("made_inside", [False, True], ids=["", "made inside"])
 @pytest.mark.parametrize("kind", FUNCTIONS)
-def test_an_average_is_updated_inside_a_compiled_function(kind):
-    def averaged(*, compiled, made_inside):
+def test_an_average_is_updated_inside_a_compiled_function(kind, made_inside):
+    def averaged(*, compiled):
         torch._dynamo.reset()
         model, averages = network(), []
 
@@ -443,10 +445,9 @@ def test_an_average_is_updated_inside_a_compiled_function(kind):
             function(torch.ones(3, 4))
         return averages[0].state_dict()
 
-    for made_inside in (False, True):
-        seen, expected = (averaged(compiled=compiled, made_inside=made_inside) for compiled in (True, False))
-        for name, value in expected.items():
-            assert torch.equal(seen[name], value), name
+    seen, expected = averaged(compiled=True), averaged(compiled=False)
+    for name, value in expected.items():
+        assert torch.equal(seen[name], value), name
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from textwrap import dedent
@@ -73,6 +73,7 @@ def page_of(name: str) -> str:
     return f"optimizers/{name.lower()}.md"
 
 
+@cache
 def optimizer_page(name: str) -> str:
     """Return the page of an optimizer: formula, options, cost and example, all of it from its class."""
     cls = getattr(surefoot, name)
@@ -292,8 +293,7 @@ def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 def messages_page() -> str:
     """Return every message of an error or a warning that the package has, by module."""
     parts = [MESSAGES]
-    for path in sorted((ROOT / "src/surefoot").rglob("*.py")):
-        found = messages(ast.parse(path.read_text(encoding="utf-8")))
+    for path, found in messages_of_package().items():
         told = [(kind, " ".join(text.split())) for kind, text in found if len(re.findall("[a-z]{2,}", text)) >= TELLING]
         rows = [(f"`{kind}`", escape(text, quote=False)) for kind, text in told]
         if rows:
@@ -302,16 +302,24 @@ def messages_page() -> str:
     return joined(parts)
 
 
+@cache
+def messages_of_package() -> dict[Path, list[tuple[str, str]]]:
+    """Return of each file of the package what its errors and warnings are called and say."""
+    paths = sorted((ROOT / "src/surefoot").rglob("*.py"))
+    return {path: list(messages(ast.parse(path.read_text(encoding="utf-8")))) for path in paths}
+
+
 def messages(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield what errors and warnings in a module are called and say."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        kind = ast.unparse(node.func).rpartition(".")[2]
-        text = text_of(node.args[0])
+        kind = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if kind == "warn":
             kind = ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"
-        if re.fullmatch(r"[A-Z]\w*(Error|Warning|BadParameter)|BadParameter", kind) and re.search(r"\w", text):
+        if not re.fullmatch(r"[A-Z]\w*(Error|Warning|BadParameter)|BadParameter", kind):
+            continue
+        if re.search(r"\w", text := text_of(node.args[0])):
             yield kind, text
 
 

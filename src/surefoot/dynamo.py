@@ -7,6 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -18,7 +19,8 @@ def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
 
     @functools.wraps(method)
     def open_or_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        return (closed if "torch._dynamo" in sys.modules else method)(*args, **kwargs)
+        # The first is a constant to the compiler, which would take all modules for inputs of the function.
+        return (closed if is_dynamo_compiling() or "torch._dynamo" in sys.modules else method)(*args, **kwargs)
 
     def first_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         nonlocal closed

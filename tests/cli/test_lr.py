@@ -1,8 +1,8 @@
 """`surefoot lr plot`: the drawing, the picture, and what it says about mistakes."""
 
 import inspect
+import io
 import math
-import os
 import subprocess
 import sys
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from surefoot.cli import main
 from surefoot.cli.lr import app
 from surefoot.cli.lr import plot as plot_command
 from surefoot.lr_scheduler.plot import braille, default_steps
@@ -186,14 +187,15 @@ def test_a_file_type_that_is_none(tmp_path):
     assert "was not written: Format 'xyz' is not supported" in result.output
 
 
-@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-def test_a_terminal_of_ascii(variables):
+def test_a_terminal_of_ascii(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
     arguments = ["lr", "plot", "warmup(50, linear(1, 0, 50))", *SMALL, "--steps", "101"]
-    environment = os.environ | {"PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1"} | variables
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "surefoot", *arguments], capture_output=True, env=environment, check=True
-    )
-    lines = [line.rstrip() for line in done.stdout.decode("ascii").splitlines()]
+    monkeypatch.setattr(sys, "argv", ["surefoot", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    stdout.flush()
+    lines = [line.rstrip() for line in stdout.buffer.getvalue().decode("ascii").splitlines()]
     assert lines[:6] == [
         "         1 |           ..''..",
         "           |        ..''    ''..",

@@ -119,7 +119,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_what_it_says_fits_a_terminal_of_ascii(tmp_path, variables):
-    """Nor does a name in the file reach the terminal as a command."""
+    """Nor does a name in the file reach the terminal as a command, nor need anybody wait for torch."""
     lines = (tmp_path / "run.jsonl").open("w")
     with lines:
         lines.write('{"names":["w","h\\u00f6he\\ud800[/x]\\u001b[31m"],"format":1,"surefoot":"0.1"}\n')
@@ -129,7 +129,8 @@ def test_what_it_says_fits_a_terminal_of_ascii(tmp_path, variables):
                 '"update":[1,1],"max":[1,1],"nonfinite":{}}\n'
             )
     environment = os.environ | {"PYTHONCOERCECLOCALE": "0", "NO_COLOR": "1", "COLUMNS": "200"} | variables
-    command = [sys.executable, "-m", "surefoot", "report", str(tmp_path / "run.jsonl")]
+    code = "import sys; from surefoot.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "report", str(tmp_path / "run.jsonl")]
     done = subprocess.run(command, capture_output=True, env=environment, check=False)  # noqa: S603
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"* Which layer blew up first?" in done.stdout

@@ -14,8 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which sharded tensors import; imported here, once for all ranks, as is what follows
 from torch import distributed, nn
-from torch.distributed import checkpoint  # noqa: F401 (imported here, once for all ranks)
+from torch.distributed import checkpoint  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -1,5 +1,6 @@
 """The examples of several processes run, and both wrappers train alike."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,19 +12,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 
 
 @pytest.fixture(scope="module")
-def printed():
+def printed(tmp_path_factory):
     """What each example prints on two processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    running = {
-        path.stem: subprocess.Popen([*run, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
-        for path in sorted(EXAMPLES.glob("*.py"))
-    }
-    found = {}
-    for name, process in running.items():
-        output, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        found[name] = output
-    return found
+    script, folder = Path(__file__).with_name("forked_examples.py"), tmp_path_factory.mktemp("examples")
+    command = [sys.executable, script, folder, *sorted(EXAMPLES.glob("*.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_examples_learn(printed):

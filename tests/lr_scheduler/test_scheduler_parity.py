@@ -78,9 +78,10 @@ def pair(name, arguments, **of_optimizer):
     return getattr(ours, name)(mine, **arguments), getattr(torchs, name)(theirs, **arguments)
 
 
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ALL)
-def test_values_equal_torchs_bit_for_bit_over_1000_steps(name):
-    @quick
+def test_values_equal_torchs_bit_for_bit_over_1000_steps(name, examples):
+    @settings(quick, max_examples=examples)
     @given(ALL[name])
     def check(arguments):
         mine, theirs = pair(name, arguments)
@@ -122,7 +123,7 @@ def test_the_closed_form_equals_torchs(name):
     check()
 
 
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=20)
 @given(
     st.lists(
         st.sampled_from(sorted(CHAINED)).flatmap(lambda n: st.tuples(st.just(n), CHAINED[n])), min_size=1, max_size=4
@@ -140,7 +141,7 @@ def test_chained_values_equal_torchs(parts):
 LEAVES = st.sampled_from(sorted(set(ALL) - {"OneCycleLR", "CyclicLR"})).flatmap(lambda n: st.tuples(st.just(n), ALL[n]))
 
 
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=20)
 @given(st.lists(LEAVES, min_size=1, max_size=4), st.data())
 def test_sequential_values_and_positions_equal_torchs(parts, data):
     milestones = data.draw(
@@ -155,7 +156,7 @@ def test_sequential_values_and_positions_equal_torchs(parts, data):
     assert seen[0] == seen[1]
 
 
-@settings(quick, max_examples=60)
+@settings(quick, max_examples=20)
 @given(
     options(
         mode=st.sampled_from(["min", "max"]),
@@ -194,7 +195,7 @@ def test_swalr_equals_torchs(arguments):
 
 @pytest.mark.parametrize("name", ALL)
 def test_state_dicts_of_both_libraries_load_into_the_other_and_go_on(name):
-    @settings(quick, max_examples=6)
+    @settings(quick, max_examples=4)
     @given(ALL[name], st.integers(0, 300))
     def check(arguments, saved_at):
         whole, _ = pair(name, arguments)

@@ -202,11 +202,11 @@ class Wrapper(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return func(*[arg.inner if isinstance(arg, Wrapper) else arg for arg in args], **(kwargs or {}))
 
-params = [torch.nn.Parameter(torch.zeros(8, 3)) for _ in range(3000)]
+params = [torch.nn.Parameter(torch.zeros(8, 3)) for _ in range(COUNT)]
 for param in params:
     param.grad = torch.ones(8, 3)
 optimizer = surefoot.SGD(params, lr=1.0, momentum=0.0)
-for position in (0, 5, 1500, 2999):
+for position in (0, 5, COUNT // 2, COUNT - 1):
     optimizer.step()
     optimizer.step()
     params[position].grad = Wrapper(torch.ones(8, 3))
@@ -219,7 +219,7 @@ for kind in (torch.strided, torch.jagged):
     optimizer.step()
     optimizer.step()
     nested = torch.nested.nested_tensor([torch.ones(3)] * 8, layout=kind)
-    torch.utils.swap_tensors(optimizer.state[params[2999]]["momentum_buffer"], nested)
+    torch.utils.swap_tensors(optimizer.state[params[-1]]["momentum_buffer"], nested)
     try:
         optimizer.step()
     except RuntimeError:
@@ -227,32 +227,26 @@ for kind in (torch.strided, torch.jagged):
 """
 
 
-def test_a_look_of_several_threads_asks_nothing_that_python_answers():
-    command = [sys.executable, "-W", "ignore", "-c", OF_OTHER_KINDS]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)  # noqa: S603
-    assert result.stdout == "refused\n" * 2
-
-
 OF_ONE_STORAGE = """
-import torch, surefoot
-
-flat, grads = torch.zeros(3_000_000), torch.ones(3_000_000)
+flat, grads = torch.zeros(COUNT * 1000), torch.ones(COUNT * 1000)
 params = [torch.nn.Parameter(part) for part in flat.split(1000)]
 for param, grad in zip(params, grads.split(1000)):
     param.grad = grad
 optimizer = surefoot.SGD(params, lr=1.0)
 optimizer.step()
-for step in range(20):
+for step in range(8):
     clones = [torch._lazy_clone(flat), torch._lazy_clone(grads)]
     optimizer.step()
     assert (clones[0] == -1 - step).all() and (clones[1] == 1).all()
     assert all((param == -2 - step).all() for param in params)
-    flat = clones[0] = params[0].detach().as_strided((3_000_000,), (1,), 0)
+    flat = clones[0] = params[0].detach().as_strided((COUNT * 1000,), (1,), 0)
 """
 
 
-def test_a_look_of_several_threads_at_lazy_clones_of_one_storage():
-    subprocess.run([sys.executable, "-c", OF_ONE_STORAGE], check=True, timeout=300)  # noqa: S603
+def test_a_look_of_several_threads_asks_nothing_that_python_answers_and_takes_lazy_clones_of_one_storage():
+    command = [sys.executable, "-W", "ignore", "-c", f"COUNT = {2 * MANY}{OF_OTHER_KINDS}{OF_ONE_STORAGE}"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)  # noqa: S603
+    assert result.stdout == "refused\n" * 2
 
 
 def test_a_change_counts_that_is_seen_with_a_lazy_clone():

@@ -4,11 +4,11 @@ Nothing here may import torch: a command imports what it needs when it runs, so 
 """
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+import surefoot
 from surefoot.cli import ckpt, lr
 from surefoot.cli.bench import bench
 from surefoot.cli.cache import cache
@@ -46,18 +46,17 @@ app.add_typer(ckpt.app)
 app.add_typer(lr.app)
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def _print_version(wanted: bool) -> None:
-    if wanted:
-        torch, python = _version_of("torch"), platform.python_version()
-        typer.echo(f"surefoot {_version_of('surefoot')}, torch {torch}, Python {python}")
-        raise typer.Exit
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (nobody else waits for it)
+
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "(not installed)"
+    typer.echo(f"surefoot {surefoot.__version__}, torch {torch}, Python {platform.python_version()}")
+    raise typer.Exit
 
 
 @app.callback()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +40,9 @@ def prebuild(
 
     Of a script: surefoot prebuild --cpu skylake-avx512 -- train.py --epochs 1
     """
-    from surefoot.codegen import store  # noqa: PLC0415 (commands import when they run)
+    from tempfile import TemporaryDirectory  # noqa: PLC0415 (commands import when they run)
+
+    from surefoot.codegen import store  # noqa: PLC0415
 
     if bool(what) == bool(recorded):
         raise typer.BadParameter("must be optimizers, a script or --from FOLDER, and one of these")
@@ -53,7 +54,7 @@ def prebuild(
     if recorded is not None:
         _compile(recorded, cpu)
     elif cpu is not None:
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             kinds = [text for each in dtype or () for text in ("--dtype", each)]
             chosen = [text for each in option or () for text in ("-o", each)]
             _run(["run", *wanted] if script else ["prebuild", *kinds, *chosen, *wanted], folder, silent=not script)

@@ -4,8 +4,6 @@ import atexit
 import importlib.util
 import os
 import sys
-from dataclasses import replace
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from time import perf_counter
 from types import ModuleType
@@ -19,7 +17,7 @@ def install() -> None:
     started = perf_counter()
     settings = Settings.read(os.environ)
     if settings.main is None:
-        settings = replace(settings, main=os.getpid())
+        settings = settings._replace(main=os.getpid())
         os.environ[VARIABLE] = settings.environment()[VARIABLE]
     if "torch" in sys.modules:
         _begin(settings, started)
@@ -41,7 +39,7 @@ def _begin(settings: Settings, started: float) -> None:
     atexit.register(report.at_exit, settings, started)
     if parent_process() is not None:
         _report_as_child(settings, started)
-    util.register_after_fork(settings, _report_as_child)
+    util.register_after_fork(sys.modules[__name__], lambda _: _report_as_child(settings))
 
 
 def _report_as_child(settings: Settings, started: float | None = None) -> None:
@@ -60,7 +58,7 @@ def _say_that_torch_was_not_used(settings: Settings, started: float) -> None:
     report.without_torch(settings, started)
 
 
-class _TorchFinder(MetaPathFinder):
+class _TorchFinder:
     """Finds torch as Python would, and calls `_begin` as soon as it has been imported."""
 
     def __init__(self, settings: Settings, started: float) -> None:

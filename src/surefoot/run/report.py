@@ -3,15 +3,12 @@
 import contextlib
 import json
 import os
-import statistics
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from surefoot.files import write_whole
+import surefoot
 from surefoot.run.settings import Settings, suffix
 from surefoot.terminal import in_encoding
 
@@ -63,7 +60,6 @@ def run_facts(settings: Settings, seconds: float, found: list[Any], in_steps: fl
         in_steps: seconds in their steps.
     """
     return {
-        "surefoot": version("surefoot"),
         "script": settings.title,
         "process": os.getpid(),
         "rank": int(os.environ.get("RANK", "0")),
@@ -81,6 +77,8 @@ def _failed() -> bool:
 
 
 def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
+    from statistics import median  # noqa: PLC0415
+
     from surefoot.run.compare import compared  # noqa: PLC0415 (it needs torch)
 
     compare = settings.compare and not _failed()
@@ -98,7 +96,7 @@ def _optimizer(watched: Any, settings: Settings) -> dict[str, Any]:
         "steps": len(watched.seconds),
         "seconds": sum(watched.seconds),
         "first_step_seconds": watched.seconds[0],
-        "median_step_seconds": statistics.median(watched.seconds),
+        "median_step_seconds": median(watched.seconds),
         "telemetry": watched.telemetry,
         "no_telemetry": None if watched.telemetry else silent,
         "compared": compared(watched) if compare else None,
@@ -126,7 +124,11 @@ def _publish(settings: Settings, content: dict[str, Any]) -> None:
 
 def _write_json(settings: Settings, file: str, content: dict[str, Any]) -> str | None:
     """Write the report as JSON; say why it could not be written, which is no reason to keep back the other one."""
-    path = Path(file)
+    from pathlib import Path  # noqa: PLC0415 (most runs write none)
+
+    from surefoot.files import write_whole  # noqa: PLC0415
+
+    path, content = Path(file), {"surefoot": surefoot.__version__, **content}
     path = path.with_name(f"{path.stem}{suffix(settings)}{path.suffix}")
     try:
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -11,13 +11,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from surefoot.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
 COLUMNS = ("grad_square", "param_square", "update_square", "max_grad", "nonfinite")
 """The columns of `RawStep.sums`."""
@@ -50,14 +49,16 @@ class RawStep:
 
     step: int
     names: tuple[str, ...]
-    sums: Tensor
+    sums: "Tensor"
     lrs: tuple[float, ...]
-    clip: float | Tensor = 1.0
-    skipped: int | Tensor = 0
+    clip: "float | Tensor" = 1.0
+    skipped: "int | Tensor" = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read later, while it is known where it comes from."""
+        import torch  # noqa: PLC0415 (who makes one has it; who reads a file does without)
+
         count = len(self.names)
         if tuple(self.sums.shape) != (count, len(COLUMNS)) or self.sums.dtype != torch.float64:
             raise ValueError(
@@ -252,6 +253,8 @@ def fetch(records: Sequence[Record]) -> None:
         if "sums" not in record.__dict__ and sums.device.type != "cpu":
             waiting.setdefault((sums.device, sums.shape), []).append(record)
     for group in waiting.values():
+        import torch  # noqa: PLC0415
+
         arrays = torch.stack([record.raw.sums.detach() for record in group]).cpu().numpy()
         for record, array in zip(group, arrays, strict=True):
             record.__dict__["sums"] = array
