@@ -80,7 +80,7 @@ def _of_step(line: Line) -> tuple[float, ...]:
 
 
 def _number(value: Any) -> float:
-    """Return a number in five digits; what their rounding, or that of a mean, makes infinite as the largest there is."""
+    """Return a number in five digits; where their rounding, or a mean's, is infinite, the largest number there is."""
     return min(max(float(f"{value:.5g}"), -sys.float_info.max), sys.float_info.max)
 
 
