@@ -14,12 +14,12 @@ from torch import Tensor
 
 from surefoot.rule import Scalar
 
-_cuda_is_in_use: Callable[[], bool] = torch.cuda.is_initialized
+_cuda_is_initialized: Callable[[], bool] = torch.cuda.is_initialized
 
 
 def capturing() -> bool:
     """Return whether a graph is being captured on the current device."""
-    return _cuda_is_in_use() and torch.cuda.is_current_stream_capturing()
+    return _cuda_is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -28,7 +28,7 @@ def refuse_capture(name: str, groups: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RuntimeError: a group's `capturable` is not set.
     """
-    if _cuda_is_in_use() and capturing() and not all(group.get("capturable") for group in groups):
+    if capturing() and not all(group.get("capturable") for group in groups):
         raise RuntimeError(
             f"Attempting CUDA graph capture of step() for an instance of {name} but param_groups' "
             f"capturable is False. Set capturable=True before the steps that warm up"
