@@ -12,7 +12,7 @@ import surefoot
 from conformance import ROWS
 from helpers import Noted, assert_same, snapshot, train_whole
 from surefoot.tensors import links
-from test_release import Net, in_groups, loss_of
+from test_release import Net, OrNone, in_groups, loss_of
 
 STEPS = 6
 SMALL = 256
@@ -428,6 +428,23 @@ def test_it_may_begin_and_end_while_training():
 @pytest.mark.parametrize("passes", [2, 3])
 def test_gradients_accumulate(dtype, passes):
     same(lambda m: surefoot.AdamW(m.to(dtype).parameters(), lr=0.01, max_grad_norm=0.1), passes=passes)
+
+
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False), (True, False, True)], ids=str)
+def test_a_function_may_give_no_gradient(given):
+    weights = []
+    for offloaded in (False, True):
+        weight = nn.Parameter(torch.ones(2, 3))
+        optimizer = surefoot.SGD([weight], lr=0.1)
+        if offloaded:
+            optimizer.offload(nn.ParameterList([weight]))
+        for _ in range(2):
+            for each in given:
+                OrNone.apply(weight, each).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_gradients_are_those_that_have_not_been_dropped():
