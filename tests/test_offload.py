@@ -720,6 +720,33 @@ def test_two_optimizers_cannot_have_one_gradient():
     assert optimizers[1].state[model.tied.weight]["step"] == 1
 
 
+def test_what_is_interrupted_while_it_is_sent_is_sent_later(monkeypatch):
+    weights = []
+    for offloaded in (False, True):
+        model = nn.Linear(3, 2)
+        nn.init.ones_(model.weight)
+        optimizer = surefoot.SGD(model.parameters(), lr=0.1)
+        handle = optimizer.offload(model) if offloaded else None
+        for step in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+            if step == 1 and handle is not None:
+                with monkeypatch.context() as patch:
+                    patch.setattr(handle, "send", interrupt)
+                    with pytest.raises(KeyboardInterrupt):
+                        optimizer.step()
+                assert optimizer.param_groups[0]["params"][0] is model.weight
+                assert not handle.inside
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
 def test_it_may_end_in_a_closure():
     def run(*, offloaded):
         model = Net()

@@ -240,11 +240,19 @@ class OffloadedOptimizer:
         return self._mirrors.groups, self._state
 
     def leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
-        """Let the optimizer's groups and state be what those of the host have become, and send what was written."""
-        self.send(self._of_host)
-        for link in self._links.values():
-            link.join()
-        self._take_fingerprints()
+        """Let the optimizer's groups and state be what those of the host have become, and send what was written.
+
+        What is interrupted while it is sent is sent the next time.
+        """
+        try:
+            self.send(self._of_host)
+            for link in self._links.values():
+                link.join()
+            self._take_fingerprints()
+        finally:
+            self._leave(groups, state)
+
+    def _leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
         self._mirrors.give_options(groups)
         for key in [*self._state]:
             member = self._of_host.get(key)
