@@ -12,7 +12,7 @@ import surefoot
 from conformance import ROWS
 from helpers import Noted, assert_same, snapshot, train_whole
 from surefoot.tensors import links
-from test_release import Net, in_groups, loss_of
+from test_release import Net, OrNone, in_groups, loss_of
 
 STEPS = 6
 SMALL = 256
@@ -430,6 +430,23 @@ def test_gradients_accumulate(dtype, passes):
     same(lambda m: surefoot.AdamW(m.to(dtype).parameters(), lr=0.01, max_grad_norm=0.1), passes=passes)
 
 
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False), (True, False, True)], ids=str)
+def test_a_function_may_give_no_gradient(given):
+    weights = []
+    for offloaded in (False, True):
+        weight = nn.Parameter(torch.ones(2, 3))
+        optimizer = surefoot.SGD([weight], lr=0.1)
+        if offloaded:
+            optimizer.offload(nn.ParameterList([weight]))
+        for _ in range(2):
+            for each in given:
+                OrNone.apply(weight, each).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_gradients_are_those_that_have_not_been_dropped():
     def between(model, optimizer, step):
         loss_of(model, 3).backward()
@@ -701,6 +718,33 @@ def test_two_optimizers_cannot_have_one_gradient():
     loss_of(model, 0).backward()
     optimizers[1].step()
     assert optimizers[1].state[model.tied.weight]["step"] == 1
+
+
+def test_what_is_interrupted_while_it_is_sent_is_sent_later(monkeypatch):
+    weights = []
+    for offloaded in (False, True):
+        model = nn.Linear(3, 2)
+        nn.init.ones_(model.weight)
+        optimizer = surefoot.SGD(model.parameters(), lr=0.1)
+        handle = optimizer.offload(model) if offloaded else None
+        for step in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+            if step == 1 and handle is not None:
+                with monkeypatch.context() as patch:
+                    patch.setattr(handle, "send", interrupt)
+                    with pytest.raises(KeyboardInterrupt):
+                        optimizer.step()
+                assert optimizer.param_groups[0]["params"][0] is model.weight
+                assert not handle.inside
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
 
 
 def test_it_may_end_in_a_closure():

@@ -835,6 +835,35 @@ def test_graphs_of_gradients_are_refused():
     assert_same(snapshot(optimizer), before)
 
 
+class OrNone(torch.autograd.Function):
+    """A product with a weight, to which the backward gives a gradient or None."""
+
+    @staticmethod
+    def forward(ctx, weight, given):
+        ctx.given, ctx.shape = given, weight.shape
+        return weight * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * 2 if ctx.given else None), None
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_a_function_may_give_no_gradient(bucket_bytes):
+    weights = []
+    for released in (False, True):
+        model = nn.ParameterList([torch.ones(2, 3), torch.ones(3)])
+        optimizer = surefoot.AdamW(model.parameters(), lr=0.1)
+        if released:
+            optimizer.release_gradients(model, bucket_bytes=bucket_bytes)
+        for given in (False, True, True, False, True, False):
+            (OrNone.apply(model[0], given).sum() + model[1].square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([weight.detach() for weight in model])
+    assert all(map(torch.equal, *weights))
+
+
 def test_two_optimizers_of_one_parameter_are_refused():
     model, optimizer, _ = begun(bucket_bytes=1)
     other = surefoot.SGD(model.parameters())

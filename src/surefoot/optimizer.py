@@ -633,7 +633,7 @@ class Optimizer(torch.optim.Optimizer):
         Gradients are then never there all at once.  The training loop stays as it is: `step` closes the iteration, by
         which it counts, steps parameters that have a gradient still (those of no hook: outside of the model, or
         not yet trained when gradients came), and calls hooks; `zero_grad` has little to do.  What is computed is
-        the same, bit for bit.  See docs/release.md for what is refused, and why.
+        the same, bit for bit (with Muon to rounding).  See docs/release.md for what is refused, and why.
 
         Args:
             model: the module that the parameters belong to.

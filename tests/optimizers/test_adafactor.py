@@ -64,3 +64,18 @@ def test_a_parameter_that_stands_twice_is_stepped_twice():
         results.append([param.detach() for param in params])
     assert all(map(torch.allclose, *results))
     assert not torch.equal(*results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_moments_that_are_none_count_as_missing(dtype):
+    weights = []
+    for none in (True, False):
+        weight = torch.ones(4, 3, dtype=dtype, requires_grad=True)
+        optimizer = surefoot.Adafactor([weight])
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            if none:
+                optimizer.state[weight]["variance"] = None
+        weights.append(weight.detach())
+    assert torch.equal(*weights)

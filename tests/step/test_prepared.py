@@ -117,6 +117,23 @@ def test_what_is_kept_between_steps_holds_neither_gradients_nor_the_optimizer(na
 
 
 @ALGORITHMS
+def test_a_correction_counts_when_it_is_not_asked_for_any_more(name):
+    found = []
+    for keeps in (True, False):
+        weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        optimizer = getattr(surefoot, name)([weight], lr=1e-3, master_weight_bits=32)
+        for step in range(6):
+            if step == 2:
+                optimizer.param_groups[0]["master_weight_bits"] = None
+            if not keeps:
+                optimizer._stepping.validated = None
+            weight.grad = torch.arange(16, dtype=torch.bfloat16).view(4, 4) - step
+            optimizer.step()
+        found.append((weight.detach(), optimizer.state[weight]["weight_correction"]))
+    assert all(map(torch.equal, *found))
+
+
+@ALGORITHMS
 def test_missing_gradients_count(name):
     _, sides, give, step = started(name)
     give()

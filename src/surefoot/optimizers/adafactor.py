@@ -161,7 +161,7 @@ class _Batch:
 
     def __init__(self, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> None:
         self._places = [places[id(row)] for row in rows]
-        self._names = [name for name in _SECOND_MOMENTS if name in rows[0].state]
+        self._names = [name for name in _SECOND_MOMENTS if rows[0].state.get(name) is not None]
 
     def step(self, every: Sequence[PreparedParam]) -> None:
         """Step the parameters."""
@@ -417,8 +417,8 @@ def _batches(found: Sequence[PreparedParam]) -> Iterator[list[PreparedParam]]:
 
 
 def _kind(row: PreparedParam) -> Any:
-    plain = [row.param, *(row.state[name] for name in _SECOND_MOMENTS if name in row.state)]
     step, moments = readable(row.h, row.state["step"]), [row.state.get(name) for name in _SECOND_MOMENTS]
+    plain = [row.param, *(moment for moment in moments if moment is not None)]
     if not row.param.dim() or not all(map(is_plain, plain)) or not isinstance(step, int | float | Tensor):
         return None
     dtypes = (row.grad.dtype, *(moment if moment is None else moment.dtype for moment in moments))

@@ -73,6 +73,7 @@ class _Member:
         addend: the same for another that is to be added.
         has_addend: whether `addend` is still to be added to `grad`.
         accumulates: whether the next gradient is to be added to the one that is there, None before it is about to come.
+        comes: whether what is accumulated is a gradient; a function's backward may have given None.
         fetched: the last copy to the host.
         sent: the last copy to the device.
         param_version: version and address of the parameter when the two were last alike.
@@ -90,6 +91,7 @@ class _Member:
     addend: Tensor | None = None
     has_addend: bool = False
     accumulates: bool | None = None
+    comes: bool = True
     fetched: Any = None
     sent: Any = None
     param_version: tuple[int, int] | None = None
@@ -238,11 +240,19 @@ class OffloadedOptimizer:
         return self._mirrors.groups, self._state
 
     def leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
-        """Let the optimizer's groups and state be what those of the host have become, and send what was written."""
-        self.send(self._of_host)
-        for link in self._links.values():
-            link.join()
-        self._take_fingerprints()
+        """Let the optimizer's groups and state be what those of the host have become, and send what was written.
+
+        What is interrupted while it is sent is sent the next time.
+        """
+        try:
+            self.send(self._of_host)
+            for link in self._links.values():
+                link.join()
+            self._take_fingerprints()
+        finally:
+            self._leave(groups, state)
+
+    def _leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
         self._mirrors.give_options(groups)
         for key in [*self._state]:
             member = self._of_host.get(key)
@@ -331,10 +341,13 @@ class OffloadedOptimizer:
             member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         member.hooks[1:] = [member.node.register_prehook(before_accumulation)]
 
-    def _before_accumulation(self, param: Tensor) -> None:
+    def _before_accumulation(self, param: Tensor, grad: Tensor | None) -> None:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
         member = self._members.get(param)
         if member is not None:
+            member.comes = grad is not None
+            if grad is None:  # what is there stays as it is
+                return
             if not (member.fits() and self.active):
                 member.return_grad()
             member.accumulates = param.grad is member.placeholder
@@ -345,6 +358,9 @@ class OffloadedOptimizer:
         """Copy a gradient to the host and leave its placeholder."""
         member, grad = self._members.get(param), param.grad
         if member is None or grad is None or not member.fits():
+            return
+        if not member.comes:
+            member.comes = True
             return
         if member.accumulates is None:  # the parameter was of another dtype or device in between
             self._hook_node(member)
@@ -462,12 +478,12 @@ def _fingerprints(members: Sequence[_Member]) -> Tensor:
 
 @opaque
 def _before_accumulation(
-    handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", _: tuple[Any, ...]
+    handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", grads: tuple[Tensor | None, ...]
 ) -> None:
     """Tell a handle that a gradient is about to be accumulated; a hook, which keeps no optimizer alive."""
     offloaded, coming = handle(), param()
     if offloaded is not None and coming is not None:
-        offloaded._before_accumulation(coming)
+        offloaded._before_accumulation(coming, grads[0])
 
 
 @opaque

@@ -340,12 +340,14 @@ class _Validated:
             for h, part, entries in zip(self._options, self.slices, self.entries, strict=True)
             for param, entry in zip(part.params, entries, strict=True)
         ]
-        around = (*_OF_GRADIENTS, "ema", "master_weight_bits")
-        groups = [part.group for part in self.slices]
-        asked = any(group.get(name) for group in groups for name in around)
-        asked = asked or any(group.get("rounding") == "stochastic" for group in groups)
+        around = (*_OF_GRADIENTS, "ema")
+        asked = any(part.group.get(name) for part in self.slices for name in around)
+        # What the state has decides, whatever options say by now.
+        short = any(not param_format(vars(h), param, entry).is_plain for h, param, entry in rows)
         if (
             asked
+            or short
+            or any(ROUNDING_STEP.name in entry for *_, entry in rows)
             or step.stepping.options.requested()
             or step.needs_gradients()
             or self.repeated

@@ -103,13 +103,18 @@ class _Param:
         It runs once for each parameter, so that what is known of the bucket's first gradient is not asked again.
         """
         bucket = self.bucket
-        if bucket is not None and bucket.awaited and not self.arrived:
+        if bucket is not None and bucket.awaited and not self.arrived and self.param.grad is not None:
             self.arrived, waiting = True, bucket.waiting
             waiting.append(self)
             if len(waiting) == bucket.awaited and (released := self.handle()) is not None:
                 released._step_full(bucket)
         elif (released := self.handle()) is not None:
             released._arrive(self)
+
+    def got_none(self) -> bool:
+        """Return whether a function's backward has given None: there is no gradient, and no hook to have dropped it."""
+        hooks: Any = self.param._post_accumulate_grad_hooks
+        return self.param.grad is None and next(iter(hooks), None) == self.hook.id
 
 
 def _hook(member: _Param) -> Callable[[Tensor], None]:
@@ -268,7 +273,7 @@ class ReleasedGradients:
     def _arrive(self, member: _Param) -> None:
         """Take a gradient, and decide what is to become of it."""
         with self._lock:
-            if not self.active:
+            if not self.active or member.got_none():
                 return
             if not self._open:
                 self._begin()

@@ -85,6 +85,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         PrivateName(name, "tensors.backward", "stepping at the end of a backward pass", "step() steps what is left")
         for name in ("torch._C._current_graph_task_id", "torch.autograd.Variable._execution_engine")
     ),
+    PrivateName(
+        "Tensor._post_accumulate_grad_hooks",
+        "step.release",
+        "telling a gradient that is None from one that was dropped",
+        "releasing gradients raises AttributeError",
+    ),
     PrivateName("FlatParameter._fsdp_flattened", "distributed.divided", "knowing FSDP1", "norms are of one rank"),
     PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
     PrivateName("torch._utils._flatten_dense_tensors", "optimizers.lbfgs", "making a flat vector", "LBFGS raises"),
