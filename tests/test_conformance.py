@@ -120,6 +120,7 @@ def test_with_a_closure_it_goes_the_way_of_torch(row, options, record_property):
         def closure(params=params, optimizer=optimizer):
             optimizer.zero_grad()
             loss = sum(((1 - param) ** 2 + (param**2 - param.detach().mean()) ** 2).sum() for param in params.values())
+            loss = -loss if options.get("maximize") else loss  # it has a minimum only
             loss.backward()
             params["never"].grad = None
             return loss

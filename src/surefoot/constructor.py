@@ -121,7 +121,9 @@ def complete_constructor(cls: Any) -> None:
     if any(notes.values()) or len(parameters) > len(signature.parameters):
         constructor.__signature__ = signature.replace(parameters=parameters)
     if cls.__doc__ and _PLACE in cls.__doc__:
-        cls.__doc__ = cls.__doc__.replace(_PLACE, _documented(cls, notes, [p.name for p in parameters]))
+        # Python 3.13 strips docstrings' indentation, earlier ones keep it.
+        text = inspect.cleandoc(cls.__doc__)
+        cls.__doc__ = text.replace(_PLACE, _documented(cls, notes, [p.name for p in parameters]))
 
 
 _PLACE = "{arguments}"
@@ -182,7 +184,7 @@ def _line(cls: Any, name: str, notes: tuple[Any, ...]) -> str:
     ranges = [note.words for note in notes if isinstance(note, Interval | Each) and note.words]
     first, semicolon, rest = texts[0].removesuffix(".").partition(";")
     text = f"{name}: {', '.join([first, *ranges])}{semicolon}{rest}."
-    return fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return fill(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
 
 
 _PARAMS = "tensors, named tensors or groups; see `surefoot.Optimizer`."
@@ -195,7 +197,7 @@ def _around(cls: Any) -> str:
 
 def _errors(cls: Any) -> str:
     decayed = " with weight decay" if cls.sparse is Sparse.ROWS else ""
-    return f"""    Raises:
-        ValueError: a hyperparameter is out of range.
-        TypeError: a hyperparameter is not a number.
-        RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse{decayed}."""
+    return f"""Raises:
+    ValueError: a hyperparameter is out of range.
+    TypeError: a hyperparameter is not a number.
+    RuntimeError: engine options contradict one another, or, in `step`, a gradient is sparse{decayed}."""
