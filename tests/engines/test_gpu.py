@@ -196,6 +196,7 @@ def test_no_farther_from_float64_than_torch(row, options, large_blocks, record_p
     record_property("compared", "gpu, interpreted: no farther from float64 than torch's foreach (ASGD: for-loop)")
 
 
+@pytest.mark.in_turn("row", every=2)
 @variants(plain=None)
 def test_no_farther_with_numbers_of_the_device(row, options, large_blocks, record_property):
     ours, theirs = distance_to_float64(row, options, CAPTURABLE)
@@ -212,6 +213,7 @@ def test_float64_agrees_with_the_for_loop(row, options, record_property):
     record_property("compared", "gpu, interpreted: to rounding with the for-loop, float64")
 
 
+@pytest.mark.in_turn("row", every=2)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16], ids=str)
 @variants(plain=None)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(row, options, dtype, record_property):
@@ -325,6 +327,7 @@ class Unread(TorchDispatchMode):
 TENSORS = {"lr": 0.05, "weight_decay": 0.1, "momentum_decay": 0.01, "alpha": 0.8, "rho": 0.8, "eps": 1e-3, "lambd": 0.1}
 
 
+@pytest.mark.in_turn("row", every=2)
 @variants(plain=None)
 def test_a_capturable_step_reads_nothing(row, options, large_blocks):
     """With hyperparameters that are tensors, and they count."""

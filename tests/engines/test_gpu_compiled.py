@@ -215,6 +215,7 @@ def test_measuring_updates(dtype, architecture, found_inf):
     assert used["spills"] == 0
 
 
+@pytest.mark.in_turn("row", every=2)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.float64], ids=["float32", "float64"]
 )
