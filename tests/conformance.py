@@ -1074,10 +1074,10 @@ def _laid_out(name: str, grad: Tensor, step: int) -> Tensor:
     return grad.t().contiguous().t() if grad.dim() == 2 and step % 2 else grad
 
 
-def groups(params: Params) -> list[dict[str, Any]]:
-    """Divide parameters into two groups."""
-    tensors = list(params.values())
-    return [{"params": tensors[: len(tensors) // 2]}, {"params": tensors[len(tensors) // 2 :]}]
+def groups(params: Params, *, named: bool = False) -> list[dict[str, Any]]:
+    """Divide parameters, or pairs of names and parameters, into two groups."""
+    found: list[Any] = list(params.items() if named else params.values())
+    return [{"params": found[: len(found) // 2]}, {"params": found[len(found) // 2 :]}]
 
 
 def train(

@@ -8,6 +8,7 @@ from torch import nn
 
 import surefoot
 from helpers import assert_same
+from surefoot.dynamo import opaque
 
 ALGORITHMS = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
@@ -19,7 +20,7 @@ WHOLE = {"max_grad_norm": 0.1, "ema": 0.9, "telemetry": True, "nonfinite": "skip
 
 
 def ways():
-    """Give every algorithm with and without a closure, and options; all of them for one algorithm, others for long."""
+    """Yield every algorithm with and without a closure, and options; all of them for one algorithm, others for long."""
     for name, closure, options in itertools.product(ALGORITHMS, (False, True), ({}, WHOLE)):
         if name != "LBFGS" or (closure and not options):  # which needs one, and takes no options
             marks = [] if name == "AdamW" or (closure and not options) else [pytest.mark.long]
@@ -98,3 +99,23 @@ def test_an_optimizer_is_built_inside_a_compiled_function(name):
         assert optimizer.defaults["lr"] == 0.1
         found.append([model[0].weight.detach(), optimizer.param_groups[0]["lr"], optimizer.state_dict()["state"]])
     assert_same(*found)
+
+
+def test_hooks_work_without_dynamos_private_name(monkeypatch):
+    """They are then compiled for each shape, but not into the function."""
+    monkeypatch.delattr(torch._dynamo.eval_frame, "skip_code")
+    taken = []
+
+    @opaque
+    def take(value):
+        assert not torch.compiler.is_compiling()
+        taken.append(value.sum().item())
+
+    @torch.compile(backend="eager")
+    def step(value):
+        take(value)
+        return value + 1
+
+    assert step(torch.ones(3)).tolist() == [2.0] * 3
+    assert step(torch.ones(4)).tolist() == [2.0] * 4
+    assert taken == [3.0, 4.0]

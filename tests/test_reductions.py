@@ -413,7 +413,7 @@ def test_a_shared_number_that_follows_from_the_steps_of_a_parameter_is_refused()
     params[0].grad = torch.zeros(2)
     optimizer.step()
     params[1].grad = torch.ones(2)
-    with pytest.raises(RuleError, match="gives `norm`, which all parameters share, differently for some of them"):
+    with pytest.raises(RuleError, match="returns `norm`, which all parameters share, with different values for them"):
         optimizer.step()
     assert params[1].tolist() == [1.0, 1.0]
 

@@ -38,11 +38,9 @@ def test_a_step_measures_what_torch_does(row, engine, options):
     if engine not in row.engines([engine]) and engine != "eager":
         pytest.skip("a custom step has no engines")
     params = zoo(torch.float64, row.admits)
-    parts = groups(dict(params.items()))
-    named = list(params.items())
-    for part, half in zip(parts, (named[: len(named) // 2], named[len(named) // 2 :]), strict=True):
-        part["params"] = half
-    optimizer = row.build(parts, unclipped(row) | options | {"telemetry": Noted()}, row.engines([engine])[0])
+    optimizer = row.build(
+        groups(params, named=True), unclipped(row) | options | {"telemetry": Noted()}, row.engines([engine])[0]
+    )
     telemetry = optimizer.telemetry  # `build` copies its options
     for step in range(6):
         for name, grad in gradients(params, step, torch.float64).items():

@@ -70,9 +70,8 @@ def by_torchs_calls(row, params, dtype, options):
 
 
 def by_options(row, params, dtype, options, engine):
-    named = list(params.items())  # or names would be searched for in all objects of the process
-    halves = [{"params": named[: len(named) // 2]}, {"params": named[len(named) // 2 :]}]
-    optimizer = row.build(halves, unclipped(row) | options, engine)
+    # Without names these would be searched for in all objects of the process.
+    optimizer = row.build(groups(params, named=True), unclipped(row) | options, engine)
     for step in range(STEPS):
         for name, grad in gradients_of(params, step, dtype).items():
             params[name].grad = grad

@@ -25,7 +25,8 @@ def opaque(method: Callable[Given, Result]) -> Callable[Given, Result]:
     def first_closed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         nonlocal closed
         # Else it is compiled itself where torch calls it, once for every shape of a hook's tensor.
-        torch._dynamo.eval_frame.skip_code(open_or_closed.__code__)  # type: ignore[attr-defined]
+        if skip_code := getattr(torch._dynamo.eval_frame, "skip_code", None):
+            skip_code(open_or_closed.__code__)  # type: ignore[attr-defined]
         closed = _disable_dynamo(method)
         return method(*args, **kwargs)
 

@@ -78,12 +78,12 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Give every case once."""
+    """Return every case once."""
     return list({case.name: case for case in _cases()}.values())
 
 
 def _cases() -> Iterator[Case]:
-    """Give every optimizer with every combination of its flags and with every dtype, schedulers in turn.
+    """Yield every optimizer with every combination of its flags and with every dtype, schedulers in turn.
 
     Rare are combinations of some flags, and of the dtypes, which take turns, all but one.
     """

@@ -153,23 +153,23 @@ def test_moving_the_state_frees_what_was():
 
 
 def sparse_started(cls, *, tables=2, dtype=torch.float32):
-    """An optimizer of sparse tables that has taken the fast lane, torch's of copies, and what gives both gradients."""
+    """An optimizer of sparse tables that has taken the fast lane, torch's of copies, and what sets all gradients."""
     generator = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(40, 6, generator=generator).to(dtype)) for _ in range(tables)]
     theirs = [torch.nn.Parameter(table.detach().clone()) for table in ours]
     pair = [getattr(module, cls)(tables, lr=0.1) for module, tables in ((surefoot, ours), (torch.optim, theirs))]
 
-    def give(rows=(3, 39, 3, 0, 3), **options):
+    def set_grads(rows=(3, 39, 3, 0, 3), **options):
         index, values = torch.tensor([rows], dtype=torch.long), torch.randn(len(rows), 6, generator=generator).to(dtype)
         for table in (*ours, *theirs):
             table.grad = torch.sparse_coo_tensor(index, values.clone(), (40, 6), check_invariants=False, **options)
 
     for _ in range(3):
-        give()
+        set_grads()
         for optimizer in pair:
             optimizer.step()
-    give()
-    return pair, ours, theirs, give
+    set_grads()
+    return pair, ours, theirs, set_grads
 
 
 def plan_of(optimizer):
@@ -180,10 +180,10 @@ def plan_of(optimizer):
 
 @pytest.mark.parametrize("cls", ["SGD", "SparseAdam"])
 def test_sparse_gradients_like_the_last_ones_are_known_by_a_compiled_look(cls):
-    (optimizer, other), ours, theirs, give = sparse_started(cls)
+    (optimizer, other), ours, theirs, set_grads = sparse_started(cls)
     each = ((1, 2, 3, 4), (4, 3, 2, 1), (3, 3, 3, 3), (0, 39, 0, 0), (7, 7, 7, 7), (6, 7, 8, 9), (8, 8, 9, 9), (5, 6))
     for rows, alike in zip(each, (False, False, True, True, False, False, True, False), strict=True):
-        give(rows)
+        set_grads(rows)
         if rows[0] == 7:  # values that are not contiguous
             ours[0].grad = torch.sparse_coo_tensor([rows], torch.arange(24.0).view(6, 4).t(), (40, 6))
             theirs[0].grad = ours[0].grad.clone()
@@ -200,10 +200,10 @@ SPARSE = pytest.mark.parametrize("cls", ["SGD", "Adagrad", "SparseAdam"])
 @SPARSE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rows_of_sparse_gradients_take_it(cls, dtype):
-    (optimizer, other), ours, theirs, give = sparse_started(cls, dtype=dtype)
+    (optimizer, other), ours, theirs, set_grads = sparse_started(cls, dtype=dtype)
     rough = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     for rows in ((3, 39, 3, 0, 3), (), (7,), tuple(range(40)), (5,) * 9, (1, 2, 4)):
-        give(rows)
+        set_grads(rows)
         assert takes_fast_lane(optimizer)
         other.step()
         torch.testing.assert_close(ours, theirs, **rough)
@@ -214,8 +214,8 @@ def test_rows_of_sparse_gradients_take_it(cls, dtype):
 
 @SPARSE
 def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
-    (optimizer, other), ours, theirs, give = sparse_started(cls)
-    give((3, 3, 1), is_coalesced=True)
+    (optimizer, other), ours, theirs, set_grads = sparse_started(cls)
+    set_grads((3, 3, 1), is_coalesced=True)
     for table in theirs:
         table.grad = torch.sparse_coo_tensor(table.grad._indices(), table.grad._values(), (40, 6))
     assert takes_fast_lane(optimizer)
@@ -226,8 +226,8 @@ def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
 @SPARSE
 @pytest.mark.parametrize("rows", [(2, -1), (2, 40), (2, 1 << 40), (2, 3, 3, 40, 0)])
 def test_rows_outside_are_refused_and_nothing_has_changed(cls, rows):
-    (optimizer, _), ours, _, give = sparse_started(cls)
-    give((3, 4))
+    (optimizer, _), ours, _, set_grads = sparse_started(cls)
+    set_grads((3, 4))
     ours[1].grad = torch.sparse_coo_tensor([rows], torch.ones(len(rows), 6), (40, 6), check_invariants=False)
     before = [table.detach().clone() for table in ours]
     with pytest.raises(IndexError, match="has indices outside of it"):
@@ -262,10 +262,10 @@ def test_sparse_gradients_of_another_kind_do_not_take_it(cls, change):
 
 
 def test_values_of_a_sparse_gradient_that_are_the_parameter_are_read_before_it_is_written():
-    (optimizer, _), ours, _, give = sparse_started("SGD", tables=1)
+    (optimizer, _), ours, _, set_grads = sparse_started("SGD", tables=1)
     (table,) = ours
     for _ in range(3):
-        give(range(40))
+        set_grads(range(40))
         optimizer.step()
     assert plan_of(optimizer)._alike
     before = table.detach().clone()
@@ -276,11 +276,11 @@ def test_values_of_a_sparse_gradient_that_are_the_parameter_are_read_before_it_i
 
 
 def test_counts_of_sparse_steps_that_differ_count():
-    (optimizer, other), ours, theirs, give = sparse_started("SparseAdam")
+    (optimizer, other), ours, theirs, set_grads = sparse_started("SparseAdam")
     optimizer.state[ours[1]]["step"] += 4
     other.state[theirs[1]]["step"] += 4
     for _ in range(3):
-        give()
+        set_grads()
         optimizer.step()
         other.step()
         torch.testing.assert_close(ours, theirs)
@@ -310,19 +310,19 @@ def test_buckets_are_kept_where_momentum_makes_sparse_gradients_dense():
     options = {"lr": 0.1, "momentum": 0.9}
     optimizer, other = surefoot.SGD(ours, **options), torch.optim.SGD(theirs, **options)
 
-    def give(rows, *, dense=False):
+    def set_grads(rows, *, dense=False):
         for number, (own, other) in enumerate(zip(ours, theirs, strict=True)):
             values = torch.randn(len(rows), 6, generator=generator)
             own.grad = torch.sparse_coo_tensor([rows], values, (40, 6), check_invariants=False)
             other.grad = own.grad.to_dense()  # torch's step takes no sparse gradient after a dense one
             own.grad = other.grad.clone() if number == 2 or (dense and number) else own.grad
 
-    give([3, 39, 3])
+    set_grads([3, 39, 3])
     optimizer.step()
     other.step()
     runs = optimizer._step_cache.runs
     for dense in (False, True, False):
-        give([5, 0, 5, 7], dense=dense)
+        set_grads([5, 0, 5, 7], dense=dense)
         optimizer.step()
         other.step()
         assert optimizer._step_cache.runs is runs

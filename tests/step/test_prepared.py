@@ -22,14 +22,14 @@ def started(name, steps=3, **options):
     theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
     pair = [getattr(module, name)(own, lr=0.1, **options) for module, own in ((surefoot, ours), (torch.optim, theirs))]
 
-    def give():
+    def set_grads():
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn(one.shape, generator=generator).to(one.dtype)
             other.grad = one.grad.clone()
 
     def step(*, given=True):
         if given:
-            give()
+            set_grads()
         for optimizer in pair:
             optimizer.step()
         for one, other in zip(ours, theirs, strict=True):
@@ -38,7 +38,7 @@ def started(name, steps=3, **options):
     for _ in range(steps):
         step()
     assert pair[0]._stepping.validated.common, "nothing was kept"
-    return pair, (ours, theirs), give, step
+    return pair, (ours, theirs), set_grads, step
 
 
 def changed(change, optimizer, params):  # noqa: C901, PLR0912 (a list of changes)
@@ -105,13 +105,13 @@ def test_what_changes_between_steps_counts(name, change):
 
 @ALGORITHMS
 def test_what_is_kept_between_steps_holds_neither_gradients_nor_the_optimizer(name):
-    (optimizer, theirs), (params, _), give, step = started(name)
+    (optimizer, theirs), (params, _), set_grads, step = started(name)
     step()
     grads = [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
     assert not any(grad() for grad in grads)
     kept = weakref.ref(optimizer._stepping.validated.common._plan)
-    del optimizer, theirs, give, step
+    del optimizer, theirs, set_grads, step
     gc.collect()
     assert kept() is None
 
@@ -135,8 +135,8 @@ def test_a_correction_counts_when_it_is_not_asked_for_any_more(name):
 
 @ALGORITHMS
 def test_missing_gradients_count(name):
-    _, sides, give, step = started(name)
-    give()
+    _, sides, set_grads, step = started(name)
+    set_grads()
     for params in sides:
         params[0].grad = None
     step(given=False)
@@ -145,19 +145,19 @@ def test_missing_gradients_count(name):
 
 @ALGORITHMS
 def test_hooks_telemetry_and_options_that_come_later_count(name):
-    (optimizer, _), (params, _), give, step = started(name)
+    (optimizer, _), (params, _), set_grads, step = started(name)
     called = []
     handle = optimizer.register_step_post_hook(lambda *_: called.append(1))
     step()
     handle.remove()
     assert called == [1]
     optimizer.step_options.zero_grad_after_step = True
-    give()
+    set_grads()
     optimizer.step()
     assert all(param.grad is None for param in params)
     optimizer.step_options.zero_grad_after_step = False
     optimizer.step_options.nonfinite = "skip"
-    give()
+    set_grads()
     params[0].grad.fill_(torch.nan)
     before = [param.detach().clone() for param in params]
     with pytest.warns(RuntimeWarning, match="skipped"):
@@ -171,8 +171,8 @@ def test_hooks_telemetry_and_options_that_come_later_count(name):
 
 @ALGORITHMS
 def test_a_state_that_has_lost_its_memory_is_refused(name):
-    (optimizer, _), (params, _), give, _ = started(name)
-    give()
+    (optimizer, _), (params, _), set_grads, _ = started(name)
+    set_grads()
     slot = next(value for key, value in optimizer.state[params[0]].items() if key != "step")
     slot.untyped_storage().resize_(4)
     before = params[1].detach().clone()

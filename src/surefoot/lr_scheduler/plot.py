@@ -54,7 +54,7 @@ def load_pyplot() -> Any:
 
 
 def style(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Give axes the style that all of surefoot's figures share."""
+    """Set the style of axes that all of surefoot's figures share."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(visible=True, color="#e3e3e3", linewidth=0.8)

@@ -199,7 +199,7 @@ def _step_param(
 
 
 def _second_moment(grad: Tensor, state: dict[str, Tensor], weight: Any, eps1: float) -> Tensor:
-    """Average the squared gradient into the state and give its estimate, in the gradient's dtype."""
+    """Average the squared gradient into the state and return its estimate, in the gradient's dtype."""
     if "variance" in state:
         return _averaged(state["variance"], grad * grad, weight).clone()
     row = _averaged(state["row_var"], _mean_square(grad, -1), weight)

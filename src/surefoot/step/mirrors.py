@@ -40,17 +40,17 @@ class MirroredGroups:
             names, own = groups[number].get("param_names"), params[number]
             _hold(mirror, "params", [tensor for _, tensor in own])
             _hold(mirror, "param_names", None if names is None else [names[place] for place, _ in own])
-        self.take_options(groups)
+        self.copy_options_from(groups)
 
-    def take_options(self, groups: Groups) -> None:
-        """Take over the options of the optimizer's groups."""
+    def copy_options_from(self, groups: Groups) -> None:
+        """Copy the options of the optimizer's groups."""
         for mirror, number in zip(self.groups, self._numbers, strict=True):
-            _take_options(mirror, groups[number])
+            _copy_options(mirror, groups[number])
 
-    def give_options(self, groups: Groups) -> None:
-        """Let the optimizer's groups have the options that the mirrors have now."""
+    def copy_options_to(self, groups: Groups) -> None:
+        """Copy the options that the mirrors have now to the optimizer's groups."""
         for mirror, number in zip(self.groups, self._numbers, strict=True):
-            _take_options(groups[number], mirror)
+            _copy_options(groups[number], mirror)
 
 
 def _hold(group: dict[str, Any], name: str, found: list[Any] | None) -> None:
@@ -60,7 +60,7 @@ def _hold(group: dict[str, Any], name: str, found: list[Any] | None) -> None:
         group[name] = found
 
 
-def _take_options(mine: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+def _copy_options(mine: dict[str, Any], theirs: Mapping[str, Any]) -> None:
     for name in [name for name in mine if name not in theirs and name not in OF_PARAMS]:
         del mine[name]
     mine.update((name, value) for name, value in theirs.items() if name not in OF_PARAMS)

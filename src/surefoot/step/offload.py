@@ -253,7 +253,7 @@ class OffloadedOptimizer:
             self._leave(groups, state)
 
     def _leave(self, groups: Groups, state: defaultdict[Any, Any]) -> None:
-        self._mirrors.give_options(groups)
+        self._mirrors.copy_options_to(groups)
         for key in [*self._state]:
             member = self._of_host.get(key)
             _share(self._state, key, state, key if member is None else member.param)

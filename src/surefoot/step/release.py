@@ -113,7 +113,7 @@ class _Param:
 
     def got_none(self) -> bool:
         """Return whether a function's backward has given None: there is no gradient, and no hook to have dropped it."""
-        hooks: Any = self.param._post_accumulate_grad_hooks
+        hooks: Any = getattr(self.param, "_post_accumulate_grad_hooks", None) or ()
         return self.param.grad is None and next(iter(hooks), None) == self.hook.id
 
 
@@ -302,7 +302,7 @@ class ReleasedGradients:
         if not same_objects(self._group_options, options):
             self._group_options = options
             for mirrors in [bucket.mirrors for bucket in self._buckets if bucket.mirrors is not None]:
-                mirrors.take_options(step.groups)
+                mirrors.copy_options_from(step.groups)
 
     def _refuse_unusable(self, member: _Param) -> None:
         """Refuse a gradient that a parameter cannot be stepped by, before it changes anything."""

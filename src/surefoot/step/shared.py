@@ -67,8 +67,8 @@ def _one(run: BucketRun, scalar: GroupScalar, value: Any) -> Any:
         return value
     if value.is_cpu and not has_no_values(value) and not bool(((value == value[0]) | value.isnan()).all()):
         raise RuleError(
-            f"{run.spec.name}.update gives `{scalar.name}`, which all parameters share, differently for some of "
-            f"them than for others; it must not follow from their scalars, such as `step`"
+            f"{run.spec.name}.update returns `{scalar.name}`, which all parameters share, with different values for "
+            f"them; it must not follow from their scalars, such as `step`"
         )
     return value[0]
 

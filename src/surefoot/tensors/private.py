@@ -89,7 +89,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "Tensor._post_accumulate_grad_hooks",
         "step.release",
         "telling a gradient that is None from one that was dropped",
-        "releasing gradients raises AttributeError",
+        "a gradient that is None is refused as one that was dropped",
     ),
     PrivateName("FlatParameter._fsdp_flattened", "distributed.divided", "knowing FSDP1", "norms are of one rank"),
     PrivateName("torch._foreach_*", "engines.foreach", "operations over lists of tensors", "foreach engine raises"),
@@ -97,7 +97,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch._utils._unflatten_dense_tensors", "optimizers.lbfgs", "views of a flat vector", "LBFGS raises"),
     PrivateName("torch._compile._disable_dynamo", "dynamo", "a step inside a compiled function", "import fails"),
     PrivateName(
-        "torch._dynamo.eval_frame.skip_code", "dynamo", "hooks inside a compiled function", "compiled functions raise"
+        "torch._dynamo.eval_frame.skip_code",
+        "dynamo",
+        "hooks inside a compiled function",
+        "hooks are compiled for each shape",
     ),
     PrivateName("torch._C._autograd._profiler_enabled", "optimizer", "naming steps in profiles", "the step raises"),
     PrivateName(

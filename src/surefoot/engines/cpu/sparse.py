@@ -182,7 +182,7 @@ class RowsLaunch(Launch):
                 self.words[LAUNCH.index(name)] = start
 
     def release(self) -> None:
-        """Give working memory back."""
+        """Release working memory."""
         self._memory, self._capacity, self.is_large = self._memory[:0], (-1, -1, -1), False
 
     @property

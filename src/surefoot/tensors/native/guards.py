@@ -202,14 +202,14 @@ class TensorGuard:
         """
         if not self.is_over:
             self.release_grads()
-            self.give(given)
+            self.take_given(given)
             self._holds = self._held is not None
             self.is_over = self._launch.run(self._tensors)
             if self.is_over:
                 self.release_grads()
         return self.is_over
 
-    def give(self, given: Sequence[Tensor]) -> None:
+    def take_given(self, given: Sequence[Tensor]) -> None:
         """Take gradients that are not the first column's own, where they are given, for a launch."""
         if self._given is not None:
             self._given[:] = [*map(id, given)]
@@ -352,7 +352,7 @@ class AlikeGuard:
 
     def changed(self, given: Sequence[Tensor]) -> bool:
         """Return whether tensors, as many as before and of torch's own types, differ from those of the last time."""
-        self._guard.give(given)
+        self._guard.take_given(given)
         return self._look.run() != 0
 
 
