@@ -22,7 +22,7 @@ from surefoot.state.load import LoadReport, parts_of
 from surefoot.state.make import make_state
 from surefoot.step.clipping import listed
 from surefoot.step.options import GROUP_RANGES, StepOptions
-from surefoot.step.prepared import Plan, PreparedParam
+from surefoot.step.types import CustomStep, PreparedParam
 
 Selection = str | re.Pattern[str] | Callable[[str, Tensor], bool]
 """Which parameters are meant: a pattern as of file names, a regular expression to be found in the name, or a function
@@ -221,19 +221,19 @@ class Combined(Optimizer):
                 )
         super()._begin_step(args, kwargs)
 
-    def _plan(self, found: list[PreparedParam]) -> Plan:
+    def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         owned: defaultdict[str, list[int]] = defaultdict(list)
         for position, row in enumerate(found):
             owned[row.h.algorithm].append(position)
-        plans = [
-            (own, algorithm._plan([found[position] for position in own]))
+        steps = [
+            (own, algorithm._make_custom_step([found[position] for position in own]))
             for name, algorithm in self._algorithms.items()  # in the same order on all ranks
             if (own := owned.get(name))
         ]
 
         def step(rows: list[PreparedParam]) -> None:
-            for own, plan in plans:
-                plan([rows[position] for position in own])
+            for own, custom_step in steps:
+                custom_step([rows[position] for position in own])
 
         return step
 

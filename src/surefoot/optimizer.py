@@ -43,6 +43,7 @@ from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
 from surefoot.step.clipping import listed, warn_left_out
+from surefoot.step.custom_cache import custom_lane
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
@@ -61,10 +62,9 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, finish_part, run_step
-from surefoot.step.prepared import Plan, PreparedParam, unchanged_params
 from surefoot.step.ranks import due_exchange, failures_told
 from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
-from surefoot.step.types import ParamSlice
+from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
 from surefoot.tensors.modes import mode_is_active
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Optimizer(torch.optim.Optimizer):
     """Whether state exists from the constructor on, rather than from a parameter's first step."""
 
     prepares_params: ClassVar[bool] = False
-    """Whether a custom step is handed its parameters checked and prepared, see `surefoot.step.prepared`."""
+    """Whether a custom step is handed its parameters checked and prepared, see `surefoot.step.custom`."""
     whole_tensors: ClassVar[bool] = False
     """Whether a custom step needs to know more of a tensor than a shard of it: then ranks that hold shards of
     parameters tell one another, before anything changes, which of them have gradients and whether one has failed."""
@@ -471,7 +471,7 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._check_again(group, param)
-        return run_step(step, cache, self._step_prepared if custom else None)
+        return run_step(step, cache, self._custom_step if custom else None)
 
     def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
         """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
@@ -557,8 +557,8 @@ class Optimizer(torch.optim.Optimizer):
         if any(rules) and not fast:
             return False
         with stepping.context.lock:
-            known = unchanged_params(stepping, groups, self.state, step_input)
-            if known is None:
+            lane = custom_lane(stepping, groups, self.state, step_input)
+            if lane is None:
                 return False
             if not any(rules):
                 refuse_capture(spec.name, groups)
@@ -566,17 +566,17 @@ class Optimizer(torch.optim.Optimizer):
             elif not fast.run(groups, self.state, self.coefficients, step_input):
                 return False
             with torch.set_grad_enabled(False):
-                known.step(self._plan)
+                lane.step(self._make_custom_step)
         return True
 
-    def _step_prepared(self, found: list[PreparedParam]) -> None:
+    def _custom_step(self, found: list[PreparedParam]) -> None:
         """Step prepared parameters."""
-        self._plan(found)(found)
+        self._make_custom_step(found)(found)
 
-    def _plan(self, found: list[PreparedParam]) -> Plan:
+    def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         """Return what steps prepared parameters; what an algorithm with `prepares_params` defines.
 
-        A plan is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
+        It is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
         parameters of later steps; so it must hold neither gradients nor the optimizer.
         """
         raise NotImplementedError
@@ -1113,7 +1113,7 @@ class Optimizer(torch.optim.Optimizer):
             for (_, param), entry in zip(pairs, moved, strict=True):
                 self.state[param].update(entry)
         self.__dict__.pop("_step_cache", None)  # it holds the tensors that were
-        self._stepping.validated = None
+        self._stepping.custom_cache = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1125,7 +1125,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take what `__getstate__` gave, or a part of it."""
         self.__dict__.pop("_step_cache", None)  # it holds the state that was
         self.__dict__.update(state)
-        self.__dict__.setdefault("_stepping", Stepping()).validated = None
+        self.__dict__.setdefault("_stepping", Stepping()).custom_cache = None
         self._make_hooks()
 
     def __repr__(self) -> str:

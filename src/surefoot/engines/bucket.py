@@ -140,7 +140,8 @@ class Bucket:
         rule: the rule, its flags settled.
         params: the parameters.
         grads: their gradients, same shapes, any strides; never written.
-        gradient_addresses: the addresses of the gradients' memory, as the gate or a guard has found them.
+        gradient_addresses: the addresses of the gradients' memory, as the gate (when the plan is made) or a guard has
+            found them.
         slots: for each of `rule.slots`, the tensors that belong to the parameters.  While an engine is chosen these
             are what there is of them.
         coefficients: the numbers of an update, for each set of parameters that shares them.
@@ -209,7 +210,7 @@ class Bucket:
         return torch.promote_types(self.dtype, torch.float32)
 
     def arrays(self) -> Arrays:
-        """Return parameters, gradients and slots as a kernel takes them, and note where the gradients are.
+        """Return parameters, gradients and slots as a kernel takes them.
 
         Raises:
             RuntimeError: a tensor's memory is not what a kernel would take it for; see `tensors.gate.admit`.
@@ -221,7 +222,6 @@ class Bucket:
             columns.append(param.arrays[1])
             prefixes.append("the correction of ")
         arrays = admit(columns, prefixes, self.row_name)
-        self.gradient_addresses = arrays.addresses[1]
         for slot, column in zip(self.rule.slots, slots, strict=True):
             if column.kept.code:
                 prefix = f"the scale of state `{slot.name}` of "

@@ -38,7 +38,7 @@ def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRu
         keep: is told of the buckets of a rule when they have been stepped.
     """
     with step.stepping.context:
-        run_step(step, None, None if optimizer.is_rule() else optimizer._step_prepared, keep)
+        run_step(step, None, None if optimizer.is_rule() else optimizer._custom_step, keep)
 
 
 def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:

@@ -17,7 +17,7 @@ from surefoot.optimizers.common import add_scaled_, batches, in_turns, larger, l
 from surefoot.rule import Slot
 from surefoot.rule.hyperparameters import Each, Interval, Number
 from surefoot.rule.ops import BY_NAME
-from surefoot.step.prepared import Plan, PreparedParam
+from surefoot.step.types import CustomStep, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
@@ -131,7 +131,7 @@ class Adafactor(Optimizer):
     prepares_params = True
     whole_tensors = True
 
-    def _plan(self, found: list[PreparedParam]) -> Plan:
+    def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         places = {id(row): place for place, row in enumerate(found)}
         sharded = [place for place, row in enumerate(found) if is_sharded(row.param)]
         lists: defaultdict[Any, list[PreparedParam]] = defaultdict(list)

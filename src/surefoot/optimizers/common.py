@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec
 from surefoot.rule.spec import add_catalog
-from surefoot.step.prepared import PreparedParam
+from surefoot.step.types import PreparedParam
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import to_local
 

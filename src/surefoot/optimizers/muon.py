@@ -27,7 +27,7 @@ from surefoot.optimizers.orthogonal import (
 from surefoot.optimizers.workspace import WORKSPACE, Workspace
 from surefoot.rule import DIRECTED, Slot
 from surefoot.rule.hyperparameters import Interval, Number, at_least_zero, one_of
-from surefoot.step.prepared import Plan, PreparedParam
+from surefoot.step.types import CustomStep, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded
@@ -227,7 +227,7 @@ class Muon(Optimizer):
         for param in params:
             blocks_of(param.shape, group)
 
-    def _plan(self, found: list[PreparedParam]) -> Plan:
+    def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         places = {id(row): place for place, row in enumerate(found)}
         found = [row for row in found if row.param.numel()]
         every = [

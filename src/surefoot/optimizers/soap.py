@@ -17,7 +17,7 @@ from surefoot.optimizer import Optimizer, Params
 from surefoot.optimizers.common import batches, in_turns, local_row, readable
 from surefoot.rule import Scalar, Slot
 from surefoot.rule.hyperparameters import Betas, Eps, Interval, LearningRate, Shrinking
-from surefoot.step.prepared import Plan, PreparedParam
+from surefoot.step.types import CustomStep, PreparedParam
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import is_sharded
 
@@ -168,7 +168,7 @@ class SOAP(Optimizer):
                     f"pass merge_dims=True, or give such parameters to another optimizer"
                 )
 
-    def _plan(self, found: list[PreparedParam]) -> Plan:  # noqa: ARG002
+    def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:  # noqa: ARG002
         return _step_all
 
 

@@ -19,27 +19,24 @@ from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
 from surefoot.step.context import StepContext
+from surefoot.step.custom import CustomRun, validate_params
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import measured_sums, step_metrics
 from surefoot.step.partition import detach_state, partition
-from surefoot.step.prepared import PreparedParam, ValidatedParams, full_precision_rows, validate_params
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
 from surefoot.step.shared import store_shared_numbers
-from surefoot.step.types import BucketRun, ParamSlice
+from surefoot.step.types import BucketRun, CustomStep, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
-
-CustomSteps = Callable[[list[PreparedParam]], None]
-"""Steps the prepared parameters of algorithms that are not rules."""
 
 
 def run_step(
     step: StepInput,
     cache: StepCache | None,
-    custom_steps: CustomSteps | None = None,
+    custom_step: CustomStep | None = None,
     stepped: Callable[[Sequence[BucketRun]], None] | None = None,
 ) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
@@ -47,7 +44,7 @@ def run_step(
     Args:
         step: the step.
         cache: what the last step has returned.
-        custom_steps: where groups have algorithms that are not rules: steps the parameters of these.
+        custom_step: where groups have algorithms that are not rules: steps the parameters of these.
         stepped: is told of the buckets when they have been stepped.
 
     Returns:
@@ -62,7 +59,7 @@ def run_step(
         return cache
     with failures_told(step, exchange):
         _wait_for_gradients(step)
-        custom = None if custom_steps is None else validate_params(step)
+        custom = None if custom_step is None else validate_params(step)
         known, options, runs = _buckets(step, cache)
     try:
         made = _prepare(step, runs, exchange, custom)
@@ -75,8 +72,8 @@ def run_step(
                 compute_coefficients(made, run)
                 measure_tensors(made, [run], exchange)
             _update(run)
-        if custom is not None and custom_steps is not None:
-            _make_custom_steps(made, custom, custom_steps)
+        if custom is not None and custom_step is not None:
+            custom.update(made, custom_step)
         store_shared_numbers(made, context.shared, runs[0].bucket.found_inf if runs else None)
         if stepped is not None:
             stepped(runs)
@@ -135,11 +132,6 @@ def _in_order(step: StepInput, runs: Sequence[BucketRun]) -> Iterator[BucketRun]
         transfers.send(run.params)
 
 
-def _make_custom_steps(step: StepInput, custom: ValidatedParams, custom_steps: CustomSteps) -> None:
-    with full_precision_rows(step, custom.counted()) as rows:
-        custom_steps(rows)
-
-
 def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, ...]]]]:
     """Return the buckets of a step, each with what its rule gives for its parameters; no tensor is changed.
 
@@ -166,7 +158,7 @@ def _found_infinities(step: StepInput) -> bool:
 
 
 def _prepare(
-    step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None, custom: ValidatedParams | None
+    step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None, custom: CustomRun | None
 ) -> StepInput | None:
     """Prepare a step and return it, as all ranks know it; None if it is not to be made, and then no state is left."""
     made = None
@@ -188,7 +180,7 @@ def _prepare(
     return made
 
 
-def _measure(step: StepInput, runs: Sequence[BucketRun], custom: ValidatedParams | None) -> None:
+def _measure(step: StepInput, runs: Sequence[BucketRun], custom: CustomRun | None) -> None:
     """Let engines prepare, and measure the gradients where that is asked for."""
     context = step.stepping.context
     context.slices = [*(run.slice for run in runs), *(custom.slices if custom else ())]

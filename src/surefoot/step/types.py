@@ -1,10 +1,10 @@
 """The values that go through a step; each concept once."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +67,21 @@ class ParamSlice:
     def clip_of(self, position: int) -> Any:
         """Return what the gradient at a position is multiplied with."""
         return self.clip[position] if self.clips_each else self.clip
+
+
+class PreparedParam(NamedTuple):
+    """A parameter to be stepped by a custom step; its state is there, its step counted."""
+
+    h: SimpleNamespace
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    apart: bool = False
+    """Return whether its memory is another's too, so that it must be stepped by itself, in its turn."""
+
+
+CustomStep = Callable[[list[PreparedParam]], None]
+"""Steps prepared parameters."""
 
 
 @dataclass(eq=False)

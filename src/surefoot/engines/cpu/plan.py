@@ -212,6 +212,7 @@ class Plan:
 
     def __init__(self, bucket: Bucket) -> None:
         arrays = bucket.arrays()
+        bucket.gradient_addresses = arrays.addresses[1]
         param, *slots = bucket.kept
         self._compute, self._stored = bucket.compute_dtype, (param, format_of(arrays.dtypes[1]), *slots)
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()

@@ -71,6 +71,7 @@ class Plan:
 
     def __init__(self, bucket: Bucket) -> None:
         arrays, (param, *slots) = bucket.arrays(), bucket.kept
+        bucket.gradient_addresses = arrays.addresses[1]
         self.dtypes, sizes = arrays.dtypes, arrays.sizes
         self._stored = (param, format_of(self.dtypes[1]), *slots)
         self._device, self._compute = bucket.device, bucket.compute_dtype
