@@ -20,7 +20,7 @@ from surefoot.engines.cpu import plan
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
-from surefoot.step import coefficients, fast_lane
+from surefoot.step import coefficients
 from surefoot.storage import format_of
 from surefoot.tensors import guards
 from surefoot.tensors.native import guards as native
@@ -304,13 +304,25 @@ def test_a_plan_is_used_again_and_given_up():
 
 def test_scalars_that_a_plan_knows_are_not_asked_one_by_one(monkeypatch):
     optimizer, params = make(surefoot.Adam)
-    monkeypatch.setattr(fast_lane, "MOST_TENSORS", 0)
+    optimizer.step_options.max_grad_norm = 1.0  # not for the fast lane
     train(optimizer, params)
     monkeypatch.setattr(coefficients, "_is_shown", None)
     train(optimizer, params, steps=1)
-    optimizer.state[params[0]]["step"].requires_grad_()
-    with pytest.raises(TypeError):
-        train(optimizer, params, steps=1)
+    assert optimizer.state[params[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e9])
+def test_scalars_that_need_gradients_are_counted_as_torch_counts_them(max_grad_norm):
+    optimizer, params = make(surefoot.Adam, amsgrad=True)
+    theirs, copies = make(torch.optim.Adam, amsgrad=True)
+    optimizer.step_options.max_grad_norm = max_grad_norm
+    for _ in range(2):
+        for one, own in ((optimizer, params), (theirs, copies)):
+            train(one, own, steps=2)
+            one.state[own[0]]["step"].requires_grad_()
+    for ours, other in zip(params, copies, strict=True):
+        torch.testing.assert_close(ours, other)
+        assert optimizer.state[ours]["step"] == theirs.state[other]["step"] == 4
 
 
 @pytest.mark.skipif("+fma" not in host().features, reason="the processor cannot multiply and add at once")

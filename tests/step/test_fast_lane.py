@@ -1,5 +1,7 @@
 """The fast lane takes the steps in which nothing has changed, and no others."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,19 @@ import surefoot
 from helpers import set_grads, train
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def started(cls=surefoot.AdamW, sizes=(5, 3), count=5, **options):
     """An optimizer that has taken the fast lane already, with gradients for the next step."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
     optimizer = train(cls(params, **options), steps=count)
-    assert optimizer._step_cache.fast
+    assert optimizer._step_cache.fast or options.get("foreach")
     set_grads(optimizer, 77)
     return optimizer, params
 
@@ -34,6 +43,44 @@ def test_a_step_like_the_one_before_takes_it():
     optimizer.param_groups[0]["lr"] = 0.5  # as a scheduler does
     set_grads(optimizer, 78)
     assert takes_fast_lane(optimizer)
+
+
+def change_one(change, optimizer, params):
+    entry = optimizer.state[params[-1]]
+    match change:
+        case "rate":
+            optimizer.param_groups[0]["lr"] = 0.5
+        case "data":
+            params[-1].data = params[-1].data.clone()
+        case "gradient":
+            params[-1].grad = None
+        case "state":
+            entry["exp_avg"] = entry["exp_avg"] + 1
+        case "state lost":
+            optimizer.state.pop(params[-1])
+        case "count" | "counts":
+            for param in params[-1:] if change == "count" else params:
+                optimizer.state[param]["step"] += 3
+
+
+@pytest.mark.parametrize("change", ["nothing", "rate", "data", "gradient", "state", "state lost", "count", "counts"])
+def test_many_tensors_take_it_guarded_by_several_threads(change, two_threads):
+    pairs = [started(sizes=[100] * 700, **options) for options in ({}, {"foreach": True})]
+    (optimizer, params), (_, copies) = pairs
+    assert optimizer._step_cache.runs[0].guard.tensors.needs_threads
+    for pair in pairs:
+        change_one(change, *pair)
+    assert takes_fast_lane(optimizer) == (change in ("nothing", "rate", "counts"))
+    pairs[1][0].step()
+    for _ in range(3):
+        for one, _ in pairs:
+            set_grads(one, 80)
+            one.step()
+    torch.testing.assert_close(params, copies)
+    assert all(param.grad is not None for param in params)
+    held = weakref.ref(params[0].grad)
+    optimizer.zero_grad()
+    assert held() is None
 
 
 @pytest.mark.parametrize("edit", ["other parameter", "removed", "same again"])

@@ -189,7 +189,7 @@ def _fitting(number: Any, param: Tensor) -> Any:
 def _are_shown(run: BucketRun) -> bool:
     """Return whether a scalar must stay a tensor; of those that a guard reads only the need of a gradient is new."""
     if run.guard and run.guard.reads:
-        return any(map(_needs_grad, run.guard.scalars))
+        return torch.is_grad_enabled() and any(map(_needs_grad, run.guard.scalars))
     return any(_is_shown(entry[scalar.name]) for entry in run.entries for scalar in run.bucket.rule.scalars)
 
 

@@ -1,8 +1,9 @@
 """The fast lane: a step in which nothing has changed and nothing beside the update is asked for.
 
 It is the pipeline with the stages left out that are known to have nothing to do: one compiled call that guards all that
-may have changed and reads the scalars, the algorithm's `coefficients`, and one compiled call that runs the kernels,
-counts versions and writes the scalars.  What it cannot do it leaves to the pipeline, with nothing changed.
+may have changed and reads the scalars (many tensors are guarded by a call of their own, on several threads), the
+algorithm's `coefficients`, and one compiled call that runs the kernels, counts versions and writes the scalars.  What
+it cannot do it leaves to the pipeline, with nothing changed.
 """
 
 import weakref
@@ -25,9 +26,6 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
 from surefoot.step.types import BucketRun
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
-
-MOST_TENSORS = 2000
-"""Tensors for which the fast lane is there: where there are more, several threads guard them faster."""
 
 
 class _Lane:
@@ -90,8 +88,16 @@ class _Lane:
             values[number * count] = derived.get(name, value)
 
     def launches_before(self) -> list[Any]:
-        """Return what guards the bucket and reads its scalars."""
-        return [each for each in (self.guarding, self.reading) if each]
+        """Return what guards the bucket and reads its scalars, but for what threads guard."""
+        return [] if self.tensors.needs_threads else [each for each in (self.guarding, self.reading) if each]
+
+    def look_on_threads(self) -> Any:
+        """Guard the bucket and read its scalars where threads guard; return the launch that finds something, if any."""
+        if not self.tensors.needs_threads:
+            return None
+        if self.tensors.look():
+            return self.guarding
+        return self.reading if self.reading and self.reading.run() else None
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
@@ -166,7 +172,8 @@ class FastLane:
     def _guard_options(self) -> None:
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
-        self._guard = LaunchSequence([self._options.launch, lists, *self._guarded])
+        self._launches = [self._options.launch, lists, *self._guarded]
+        self._guard = LaunchSequence(self._launches)
 
     def run(
         self,
@@ -190,10 +197,10 @@ class FastLane:
             for lane in self._lanes:
                 if not lane.is_as_it_was():
                     return False
-            found = self._guard.run()
-            if found == 1 and self._options_decide_the_same(step()):
-                found = self._guard.run()
-            if found:
+            found = self._look()
+            if found is self._options.launch and self._options_decide_the_same(step()):
+                found = self._look()
+            if found is not None:
                 self._leave(found)
                 return False
             try:
@@ -205,6 +212,12 @@ class FastLane:
                 raise
             self._stepping.statistics.steps += 1
         return True
+
+    def _look(self) -> Any:
+        """Look at all that may have changed; return the launch that finds something, or None."""
+        if position := self._guard.run():
+            return self._launches[position - 1]
+        return next(filter(None, map(_Lane.look_on_threads, self._lanes)), None)
 
     def _options_decide_the_same(self, step: StepInput) -> bool:
         """Return whether options that were changed ask for the same step with other numbers."""
@@ -248,9 +261,9 @@ class FastLane:
             lane.finish()
         return True
 
-    def _leave(self, found: int) -> None:
+    def _leave(self, found: Any) -> None:
         """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
-        apart = found > 2 and self._guarded[found - 3] in [lane.reading for lane in self._lanes]  # noqa: PLR2004
+        apart = any(found is lane.reading for lane in self._lanes)
         if apart and (cache := self._cache()) is not None:
             cache.fast = False
         self._note(changed=not apart)
@@ -273,13 +286,7 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
     """Return the fast lane of a step cache that has just served a step, None where it must go the long way."""
     if not step.only_updates() or not cache.has_constant_options():
         return None
-    if type(cache.items) is not DictGuard or sum(map(_tensor_count, cache.runs)) > MOST_TENSORS:
-        return None
-    return FastLane(step, cache) if _is_fit(cache.runs) else None
-
-
-def _tensor_count(run: BucketRun) -> int:
-    return len(run.params) * (1 + len(run.bucket.columns()))
+    return FastLane(step, cache) if type(cache.items) is DictGuard and _is_fit(cache.runs) else None
 
 
 def _is_fit(runs: Sequence[BucketRun]) -> bool:

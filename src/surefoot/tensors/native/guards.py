@@ -209,6 +209,15 @@ class TensorGuard:
                 self.release_grads()
         return self.is_over
 
+    @property
+    def needs_threads(self) -> bool:
+        """Return whether it looks at so many tensors that threads may help."""
+        return self._tensors >= _FEW
+
+    def look(self) -> bool:
+        """Return whether something has changed, as its launch tells, on several threads; see `note`."""
+        return self._launch.run(self._tensors)
+
     def take_given(self, given: Sequence[Tensor]) -> None:
         """Take gradients that are not the first column's own, where they are given, for a launch."""
         if self._given is not None:
