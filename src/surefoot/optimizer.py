@@ -457,6 +457,9 @@ class Optimizer(torch.optim.Optimizer):
         if not (self.is_rule() or self.prepares_params):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
+        untried = not self._stepping.context.tried and self._releasing() is None and self._is_alone()
+        if untried and self._run_last_again():
+            return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             cache = self.__dict__.pop("_step_cache", None)
             self._step_cache = self._run_with_finite(self._step_input(), cache)
@@ -526,12 +529,18 @@ class Optimizer(torch.optim.Optimizer):
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
-        stepping, own = self._stepping, self.__dict__
-        if stepping.context.inside or self._is_observed():
-            return False
-        if own.get("_released") is not None and (released := self._releasing()) is not None:
+        if self.__dict__.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        return self._run_again(stepping, self.param_groups, own.get("_step_cache"), self._step_input)
+        stepping = self._stepping
+        if not self._run_last_again():
+            return False
+        with stepping.context.lock:
+            stepping.statistics.steps += 1
+        return True
+
+    def _run_last_again(self) -> bool:
+        """Run `_run_again` for all parameters."""
+        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
 
     def _run_again(
         self,
@@ -562,7 +571,6 @@ class Optimizer(torch.optim.Optimizer):
                 return False
             if not any(rules):
                 refuse_capture(spec.name, groups)
-                stepping.statistics.steps += 1
             elif not fast.run(groups, self.state, self.coefficients, step_input):
                 return False
             with torch.set_grad_enabled(False):
@@ -582,20 +590,21 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _is_observed(self) -> bool:
-        """Return whether hooks, a GradScaler, a profiler or a mode that must see operations have to do with a step.
-
-        The step of an offloaded optimizer counts as observed, too: it is made elsewhere.
-        """
+        """Return whether hooks or a profiler have to do with a step."""
         hooks = (
             torch_hooks._global_optimizer_pre_hooks
             or torch_hooks._global_optimizer_post_hooks
             or getattr(self, "_optimizer_step_pre_hooks", None)
             or getattr(self, "_optimizer_step_post_hooks", None)
         )
+        return bool(hooks or _is_profiled())
+
+    def _is_alone(self) -> bool:
+        """Return whether no GradScaler, placed parameters or mode that must see operations have to do with a step."""
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
         elsewhere = own.get("_offloaded") is not None
-        return bool(hooks or scaled or elsewhere or _is_profiled() or mode_is_active())
+        return not (scaled or elsewhere or mode_is_active())
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check options that were changed, count a step, and decide whether it is measured."""
@@ -830,11 +839,15 @@ class Optimizer(torch.optim.Optimizer):
         """Call the closure, if there is one, with gradients enabled; other ranks are told when it fails here."""
         if closure is None:
             return None
-        step = self._step_input()
-        with failures_told(step, due_exchange(step)), self._on_device(), torch.enable_grad():
-            loss = closure()
-            refuse_eval_mode(self.spec, self.param_groups)
-            return loss
+        try:
+            with self._on_device(), torch.enable_grad():
+                loss = closure()
+                refuse_eval_mode(self.spec, self.param_groups)
+        except Exception:
+            step = self._step_input()
+            with failures_told(step, due_exchange(step)):
+                raise
+        return loss
 
     @property
     def telemetry(self) -> "Telemetry":
@@ -1210,9 +1223,11 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if is_whole and not args and not kwargs and self._step_at_once():
-            return None
         context = self._stepping.context
+        plain = is_whole and not args and not kwargs and not context.inside
+        tried = plain and not self._is_observed() and self._is_alone()
+        if tried and self._step_at_once():
+            return None
         if context.inside:  # the hooks of a step that calls its base's have been run
             return step(self, *args, **kwargs)
         if not (self._stepping.constructed or is_whole):
@@ -1223,6 +1238,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             self._begin_step(positional[1:], kwargs)
+            context.tried = tried
             with context, self._on_host(wait=False):
                 result = step(*positional, **kwargs)
                 metrics = self._finish_step()

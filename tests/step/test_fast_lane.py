@@ -1,13 +1,16 @@
 """The fast lane takes the steps in which nothing has changed, and no others."""
 
+import contextlib
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd.profiler import profile
 
 import surefoot
 from helpers import set_grads, train
+from surefoot import optimizer as optimizer_module
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def started(cls=surefoot.AdamW, sizes=(5, 3), count=5, **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
     optimizer = train(cls(params, **options), steps=count)
-    assert optimizer._step_cache.fast or options.get("foreach")
+    assert options.get("foreach") or not optimizer.is_rule() or optimizer._step_cache.fast
     set_grads(optimizer, 77)
     return optimizer, params
 
@@ -42,6 +45,47 @@ def test_a_step_like_the_one_before_takes_it():
     assert takes_fast_lane(optimizer)
     optimizer.param_groups[0]["lr"] = 0.5  # as a scheduler does
     set_grads(optimizer, 78)
+    assert takes_fast_lane(optimizer)
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+@pytest.mark.parametrize("way", ["closure", "hooks", "profiler", "subclass"])
+def test_steps_with_closures_hooks_and_profilers_take_it(cls, way, monkeypatch):
+    class Subclass(cls):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    (optimizer, params), (plain, copies) = (
+        started(kind, sizes=[(3, 2)], lr=0.1) for kind in (Subclass if way == "subclass" else cls, cls)
+    )
+    seen, count = [], optimizer.step_statistics.steps
+    if way == "hooks":
+        optimizer.register_step_pre_hook(lambda one, *_: one.param_groups[0].update(lr=0.5))
+        optimizer.register_step_post_hook(lambda *_: seen.append(params[0].detach().clone()))
+        plain.param_groups[0]["lr"] = 0.5
+    set_grads(plain, 5)
+    plain.step()
+    with monkeypatch.context() as patched, profile() if way == "profiler" else contextlib.nullcontext():
+        patched.setattr(optimizer_module, "run_step", None)
+        set_grads(optimizer, 6 if way == "closure" else 5)
+        result = optimizer.step((lambda: set_grads(optimizer, 5) or 3.0) if way == "closure" else None)
+    assert result == (3.0 if way == "closure" else None)
+    assert torch.equal(params[0], copies[0])
+    assert optimizer.step_statistics.steps == count + 1
+    if way == "hooks":
+        assert torch.equal(seen[0], params[0])
+    optimizer.step_options.max_grad_norm = 1e-3
+    optimizer.step()
+    assert torch.norm(params[0] - copies[0]) > 0
+    assert optimizer.step_statistics.steps == count + 2
+
+
+def test_a_closure_that_fails_leaves_everything_as_it_was():
+    optimizer, params = started()
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert all(map(torch.equal, before, params))
     assert takes_fast_lane(optimizer)
 
 
@@ -147,6 +191,19 @@ def test_numbers_of_numpy_are_numbers(options):
         train(surefoot.SGD([param], lr=0.1, **{name: kind(value) for name, value in options.items()}), steps=5)
         results.append(param.detach())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+def test_rates_of_numpy_as_schedules_give_them_cost_nothing(cls, monkeypatch):
+    optimizer, _ = started(cls, sizes=[(3, 2)], lr=0.1)
+    schedule = surefoot.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(step / 9))
+    train(optimizer, steps=1)
+    monkeypatch.setattr(optimizer_module, "run_step", None)
+    for seed in range(3):
+        schedule.step()
+        assert isinstance(optimizer.param_groups[0]["lr"], np.floating)
+        set_grads(optimizer, seed)
+        optimizer.step()
 
 
 def test_state_is_left_as_it_was_when_making_it_fails(monkeypatch):

@@ -35,6 +35,7 @@ UNREAD = ("params", "param_names")
 """Keys of lists in groups that change in place without changing an option: the one is guarded apart, the other decides
 no bucket."""
 _CONSTANT = (int, float, bool, str, type(None), torch.dtype)
+_NUMPYS = (np.number, np.bool_)
 
 
 class BucketGuard:
@@ -240,7 +241,8 @@ def _options(step: StepInput) -> list[object]:
 
 def is_constant(value: object) -> bool:
     """Return whether an option can change by being replaced only."""
-    return type(value) in _CONSTANT or (type(value) is tuple and all(map(is_constant, value)))
+    simple = type(value) in _CONSTANT or isinstance(value, _NUMPYS)  # rates come from schedules written with NumPy
+    return simple or (type(value) is tuple and all(map(is_constant, value)))
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ class StepContext(threading.local):
     Attributes:
         lock: what they take turns by; an interrupted turn does not shut its own thread out.
         inside: whether the algorithm runs, so that a call of `step` is one of its base's.
+        tried: whether this step was tried to be made by what the last one has left.
         step: the step's number.
         slices: its parameters.
         wants_metrics: whether telemetry is to get something of it.
@@ -30,7 +31,7 @@ class StepContext(threading.local):
 
     def __init__(self, lock: Any) -> None:
         self.lock, self._holds = lock, False
-        self.inside = self.wants_metrics = self.skips = False
+        self.inside = self.tried = self.wants_metrics = self.skips = False
         self.slices: list[ParamSlice] = []
         self.left_out: list[Tensor] = []
         self.shared: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ from itertools import starmap
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -268,4 +269,5 @@ def _deciding_options(step: StepInput) -> list[Any]:
 
 
 def _is_discrete(value: object) -> bool:
-    return is_constant(value) and not any(type(each) is float for each in (value if type(value) is tuple else (value,)))
+    parts = value if type(value) is tuple else (value,)
+    return is_constant(value) and not any(isinstance(each, (float, np.floating)) for each in parts)

@@ -210,7 +210,6 @@ class FastLane:
             except BaseException:
                 self._release()
                 raise
-            self._stepping.statistics.steps += 1
         return True
 
     def _look(self) -> Any:
