@@ -536,6 +536,8 @@ class Optimizer(torch.optim.Optimizer):
             return False
         with stepping.context.lock:
             stepping.statistics.steps += 1
+        if stepping.options.zero_grad_after_step:
+            self.zero_grad()
         return True
 
     def _run_last_again(self) -> bool:

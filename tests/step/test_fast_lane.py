@@ -49,15 +49,16 @@ def test_a_step_like_the_one_before_takes_it():
 
 
 @pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
-@pytest.mark.parametrize("way", ["closure", "hooks", "profiler", "subclass"])
+@pytest.mark.parametrize("way", ["closure", "hooks", "profiler", "subclass", "zero_grad"])
 def test_steps_with_closures_hooks_and_profilers_take_it(cls, way, monkeypatch):
     class Subclass(cls):
         def step(self, closure=None):
             return super().step(closure)
 
-    (optimizer, params), (plain, copies) = (
-        started(kind, sizes=[(3, 2)], lr=0.1) for kind in (Subclass if way == "subclass" else cls, cls)
+    optimizer, params = started(
+        Subclass if way == "subclass" else cls, sizes=[(3, 2)], lr=0.1, zero_grad_after_step=way == "zero_grad"
     )
+    plain, copies = started(cls, sizes=[(3, 2)], lr=0.1)
     seen, count = [], optimizer.step_statistics.steps
     if way == "hooks":
         optimizer.register_step_pre_hook(lambda one, *_: one.param_groups[0].update(lr=0.5))
@@ -74,6 +75,8 @@ def test_steps_with_closures_hooks_and_profilers_take_it(cls, way, monkeypatch):
     assert optimizer.step_statistics.steps == count + 1
     if way == "hooks":
         assert torch.equal(seen[0], params[0])
+    assert (params[0].grad is None) == (way == "zero_grad")
+    set_grads(optimizer, 5)
     optimizer.step_options.max_grad_norm = 1e-3
     optimizer.step()
     assert torch.norm(params[0] - copies[0]) > 0

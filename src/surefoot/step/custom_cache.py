@@ -185,7 +185,7 @@ class CustomCache:
             for h, part, entries in zip(self._hyperparameters, self.slices, self.entries, strict=True)
             for param, entry in zip(part.params, entries, strict=True)
         ]
-        asks_more = step.stepping.options.requested() or step.needs_gradients() or self.repeated
+        asks_more = step.options_ask_more() or self.repeated
         around = (*GRADIENT_OPTIONS, "ema")
         if asks_more or any(part.group.get(name) for part in self.slices for name in around):
             return None

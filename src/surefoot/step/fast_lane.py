@@ -222,8 +222,7 @@ class FastLane:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
         cache = self._cache()
-        asks_more = step.stepping.options.requested() or step.needs_gradients()
-        if cache is None or asks_more or not cache.has_same_params(step):
+        if cache is None or step.options_ask_more() or not cache.has_same_params(step):
             return False
         if not cache.settle_options(step) or not cache.has_constant_options():
             return False

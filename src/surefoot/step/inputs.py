@@ -76,11 +76,14 @@ class StepInput(NamedTuple):
         guarded = self.stepping.options.nonfinite != "ignore"
         return guarded or any(map(self.is_clipped, self.groups))
 
+    def options_ask_more(self) -> bool:
+        """Return whether options ask for something beside the update, while parameters are stepped."""
+        return bool(self.stepping.options.requested() - {"zero_grad_after_step"}) or self.needs_gradients()
+
     def only_updates(self) -> bool:
         """Return whether nothing is asked for beside the update by the gradients as they are."""
         scaled = self.grad_scale is not None or self.found_inf is not None
-        elsewhere = self.transfers is not None
-        return not (scaled or elsewhere or self.stepping.options.requested() or self.needs_gradients())
+        return not (scaled or self.transfers is not None or self.options_ask_more())
 
     def flags(self, group: Mapping[str, Any]) -> Flags:
         """Return a group's flags, and those of the step.
