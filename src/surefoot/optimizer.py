@@ -586,8 +586,8 @@ class Optimizer(torch.optim.Optimizer):
     def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         """Return what steps prepared parameters; what an algorithm with `prepares_params` defines.
 
-        It is kept as long as all but values is as it was, the values of hyperparameters included, and used for the
-        parameters of later steps; so it must hold neither gradients nor the optimizer.
+        It is kept as long as all but values is as it was, and used for the parameters of later steps; so it must hold
+        neither gradients nor the optimizer, and read hyperparameters that are real numbers, which schedules change.
         """
         raise NotImplementedError
 

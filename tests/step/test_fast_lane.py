@@ -83,6 +83,27 @@ def test_steps_with_closures_hooks_and_profilers_take_it(cls, way, monkeypatch):
     assert optimizer.step_statistics.steps == count + 2
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon", "Adafactor"])
+def test_schedules_of_one_group_change_its_numbers_only_and_take_it(name, monkeypatch):
+    results = []
+    for module in (surefoot, torch.optim):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
+        optimizer = train(getattr(module, name)(groups, lr=0.1), steps=4)
+        for step in range(6):
+            optimizer.param_groups[1]["lr"] = 0.1 / (step + 2)
+            if name == "AdamW":
+                optimizer.param_groups[0]["betas"] = (0.9 - step / 10, 0.99)
+            set_grads(optimizer, step)
+            with monkeypatch.context() as patched:
+                patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["weight_decay"] = 0.0
+        train(optimizer, steps=2)
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
 def test_a_closure_that_fails_leaves_everything_as_it_was():
     optimizer, params = started()
     before = [param.detach().clone() for param in params]

@@ -344,11 +344,9 @@ class _List:
     """
 
     def __init__(self, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> None:
-        h, states = rows[0].h, [row.state for row in rows]
-        self._h, self._places = h, [places[id(row)] for row in rows]
-        self._lr, (eps1, self._eps2), self._d = readable(h, h.lr), [readable(h, eps) for eps in h.eps], readable(h, h.d)
+        states = [row.state for row in rows]
+        self._h, self._places = rows[0].h, [places[id(row)] for row in rows]
         self._params = [row.param for row in rows]
-        self._eps1 = torch.finfo(self._params[0].dtype).eps if eps1 is None else eps1
         self._roots = [math.sqrt(max(param.numel(), 1)) for param in self._params]
         self._vectors = [i for i, state in enumerate(states) if state.get("variance") is not None]
         self._matrices = [i for i, state in enumerate(states) if state.get("variance") is None]
@@ -364,27 +362,31 @@ class _List:
                 own = [row for row, taken in zip(found, steps, strict=True) if taken == count]
                 _List(own, {id(row): place for place, row in enumerate(own)}).step(own)
             return
-        params, roots, longest = self._params, self._roots, min(self._lr, steps[0] ** -0.5)
+        h, params, roots = self._h, self._params, self._roots
+        lr, (eps1, eps2), d = readable(h, h.lr), [readable(h, eps) for eps in h.eps], readable(h, h.d)
+        eps1 = torch.finfo(params[0].dtype).eps if eps1 is None else eps1
+        longest = min(lr, steps[0] ** -0.5)
         norms = [norm.item() for norm in torch._foreach_norm(params)]
-        sizes = [max(self._eps2, norm / root) * longest for norm, root in zip(norms, roots, strict=True)]
-        updates = self._directions([row.grad for row in found], steps[0] ** self._h.beta2_decay)
-        if self._h.weight_decay:
-            torch._foreach_mul_(params, 1 - self._lr * self._h.weight_decay)
+        sizes = [max(eps2, norm / root) * longest for norm, root in zip(norms, roots, strict=True)]
+        updates = self._directions([row.grad for row in found], steps[0] ** h.beta2_decay, eps1)
+        if h.weight_decay:
+            torch._foreach_mul_(params, 1 - lr * h.weight_decay)
         for param, update, norm, root, size in zip(
             params, updates, torch._foreach_norm(updates), roots, sizes, strict=True
         ):
-            param.add_(update, alpha=-size / max(1.0, norm.item() / root / self._d))
+            param.add_(update, alpha=-size / max(1.0, norm.item() / root / d))
 
-    def _directions(self, grads: list[Tensor], weight: float) -> list[Tensor]:
+    def _directions(self, grads: list[Tensor], weight: float, eps1: float) -> list[Tensor]:
         """Average squared gradients into the state and return gradients over the roots of the estimates."""
         found = list(torch._foreach_mul(grads, grads))
-        least = self._eps1 * self._eps1
+        least = eps1 * eps1
         if self._vectors:
             torch._foreach_lerp_(self._variances, [found[i] for i in self._vectors], weight)
             for i, bounded in zip(self._vectors, torch._foreach_clamp_min(self._variances, least), strict=True):
                 found[i] = bounded
         if self._matrices:
-            products = self._products([grads[i] for i in self._matrices], [found[i] for i in self._matrices], weight)
+            matrices, squares = ([each[i] for i in self._matrices] for each in (grads, found))
+            products = self._products(matrices, squares, weight, eps1)
             torch._foreach_clamp_min_(products, least)
             for i, product in zip(self._matrices, products, strict=True):
                 found[i] = product
@@ -392,7 +394,7 @@ class _List:
         torch._foreach_mul_(found, grads)
         return found
 
-    def _products(self, grads: list[Tensor], squares: list[Tensor], weight: float) -> list[Tensor]:
+    def _products(self, grads: list[Tensor], squares: list[Tensor], weight: float, eps1: float) -> list[Tensor]:
         """Average the squared gradients of matrices by row and column, and return the estimates."""
         of_rows = [torch.linalg.vector_norm(grad, dim=-1, keepdim=True) for grad in grads]
         torch._foreach_mul_(of_rows, of_rows)
@@ -400,7 +402,7 @@ class _List:
         torch._foreach_lerp_(self._rows, of_rows, weight)
         torch._foreach_lerp_(self._cols, [square.mean(-2, keepdim=True) for square in squares], weight)
         means = [average.mean(dim=-2, keepdim=True) for average in self._rows]
-        torch._foreach_clamp_min_(means, self._eps1)
+        torch._foreach_clamp_min_(means, eps1)
         products = [torch.matmul(*pair) for pair in zip(self._rows, self._cols, strict=True)]
         torch._foreach_div_(products, means)
         return products

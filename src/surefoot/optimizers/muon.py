@@ -316,16 +316,12 @@ class _Batch(NamedTuple):
         blocks: how each is divided into matrices.
         is_matrix: whether it is one parameter that is one matrix.
         apart: whether directions are normalised, masked or scaled by block before they are added.
-        shrink: what parameters are multiplied with before that.
-        factor: what directions are multiplied with.
     """
 
     places: tuple[int, ...]
     blocks: Blocks
     is_matrix: bool
     apart: bool
-    shrink: Any
-    factor: Any
 
     @classmethod
     def of(cls, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> "_Batch":
@@ -334,23 +330,25 @@ class _Batch(NamedTuple):
         blocks = blocks_of(rows[0].param.shape, h)
         found, single = tuple(places[id(row)] for row in rows), len(rows) == len(blocks.rows) == 1
         is_matrix, apart = single and rows[0].param.shape == blocks.shape, _is_finished_apart(h, blocks)
-        return cls(found, blocks, is_matrix, apart, 1 - h.lr * h.weight_decay, _factor(h, blocks))
+        return cls(found, blocks, is_matrix, apart)
 
     def apply(self, rows: Sequence[PreparedParam], directions: Sequence[Tensor]) -> None:
         """Step the parameters, of which the directions are known."""
         if self.apart:
             _finish_batch(rows, self.blocks, directions)
             return
+        h = rows[0].h
+        shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, self.blocks)
         if len(rows) == 1:
-            add_scaled_(rows[0].param.mul_(self.shrink), directions[0], self.factor)
+            add_scaled_(rows[0].param.mul_(shrink), directions[0], factor)
             return
         params = [row.param for row in rows]
-        torch._foreach_mul_(params, self.shrink)
-        if not isinstance(self.factor, Tensor):
-            torch._foreach_add_(params, list(directions), alpha=self.factor)
+        torch._foreach_mul_(params, shrink)
+        if not isinstance(factor, Tensor):
+            torch._foreach_add_(params, list(directions), alpha=factor)
             return
         for param, direction in zip(params, directions, strict=True):
-            add_scaled_(param, direction, self.factor)
+            add_scaled_(param, direction, factor)
 
 
 def _step_meshes(rows: Sequence[PreparedParam]) -> None:

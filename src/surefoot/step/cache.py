@@ -17,17 +17,18 @@ from torch import Tensor
 
 from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
-from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS
+from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec
 from surefoot.state.check import stepped_gradient
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.inputs import StepInput
+from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.modes import has_no_values
-from surefoot.tensors.native.guards import ScalarIO, TensorGuard, VersionCounters
+from surefoot.tensors.native.guards import DictGuard, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
@@ -36,6 +37,7 @@ UNREAD = ("params", "param_names")
 no bucket."""
 _CONSTANT = (int, float, bool, str, type(None), torch.dtype)
 _NUMPYS = (np.number, np.bool_)
+_REAL = (float, np.floating)
 
 
 class BucketGuard:
@@ -243,6 +245,33 @@ def is_constant(value: object) -> bool:
     """Return whether an option can change by being replaced only."""
     simple = type(value) in _CONSTANT or isinstance(value, _NUMPYS)  # rates come from schedules written with NumPy
     return simple or (type(value) is tuple and all(map(is_constant, value)))
+
+
+def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[str, Any]] | None:
+    """Return the real numbers that have been replaced among options, for each group; None if anything else has been.
+
+    Numbers decide nothing but the numbers of the update, as long as they are as true as before.  Schedules replace
+    some before every step.
+
+    Args:
+        guard: of the groups, and of the options of the optimizer.
+        specs: the algorithm of each group.
+    """
+    replaced, found = guard.replaced(), [dict[str, Any]() for _ in specs]
+    for number, name, before, value in replaced or ():
+        if number == len(specs) or name in ALL_STEP_OPTIONS or specs[number].flags_of is not None:
+            return None
+        if not _are_alike(before, value):
+            return None
+        found[number][name] = value
+    return None if replaced is None else found
+
+
+def _are_alike(before: object, value: object) -> bool:
+    """Return whether real numbers, or tuples of such, are as true as others."""
+    if type(before) is tuple and type(value) is tuple:
+        return len(before) == len(value) and all(map(_are_alike, before, value))
+    return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
 @dataclass(eq=False)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.rule import ROUNDING_STEP
+from surefoot.rule import ROUNDING_STEP, AlgorithmSpec
 from surefoot.state.check import hyperparameters, validated_gradient
 from surefoot.state.formats import CORRECTION, param_format
-from surefoot.step.cache import UNREAD, is_constant
+from surefoot.step.cache import UNREAD, is_constant, new_numbers
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
@@ -178,6 +178,18 @@ class CustomCache:
         self.lane = self._make_lane(step)
         return True
 
+    def _only_numbers(self, spec: AlgorithmSpec) -> bool:
+        """Take over options if those that were changed are numbers, as schedules change them; return whether."""
+        numbers = new_numbers(self._options, list(map(spec.of, self._groups)))
+        if numbers is None or not self._hyperparameters:
+            return False
+        spec.check_groups(self._groups)
+        for h, part in zip(self._hyperparameters, self.slices, strict=True):
+            new = next(new for group, new in zip(self._groups, numbers, strict=True) if group is part.group)
+            vars(h).update(new)
+        self._options.renew()
+        return True
+
     def _make_lane(self, step: StepInput) -> CustomLane | None:
         """Return the fast lane if a step only counts and takes gradients as they are."""
         rows = [
@@ -203,7 +215,7 @@ class CustomCache:
         if self._guard is None or step.groups is not self._list or step.state is not self._state:
             return self._revalidate_uncompiled(step)
         found = self._run_guard(self._guard)
-        if found == _OPTIONS_CHANGED and self._settle_options(step):
+        if found == _OPTIONS_CHANGED and (self._only_numbers(step.spec) or self._settle_options(step)):
             found = self._run_guard(self._guard)
         return self._revalidate_uncompiled(step) if found == _OPTIONS_CHANGED else not found
 
@@ -215,8 +227,11 @@ class CustomCache:
         if found == _OPTIONS_CHANGED:
             now = step()
             refuse_capture(now.spec.name, now.groups)
-            check_changed(now.stepping, now.spec, now.groups)
-            return self._settle_options(now) and self.lane is not None and not self._run_guard(self._guard)
+            if not self._only_numbers(now.spec):
+                check_changed(now.stepping, now.spec, now.groups)
+                if not self._settle_options(now) or self.lane is None:
+                    return False
+            found = self._run_guard(self._guard)
         return not found
 
     def _run_guard(self, guard: LaunchSequence) -> int:

@@ -7,7 +7,7 @@ it cannot do it leaves to the pipeline, with nothing changed.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,7 @@ from surefoot.rule import ROUNDING_STEP, STEP
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache
+from surefoot.step.cache import StepCache, new_numbers
 from surefoot.step.coefficients import count_step
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
@@ -63,6 +63,11 @@ class _Lane:
         self.constants: list[tuple[int, str, Any]] = [
             (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
         ]
+
+    def take_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """Take over numbers among the group's options, where these are settled."""
+        self.options.update(numbers)
+        self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
 
     def is_as_it_was(self) -> bool:
         """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
@@ -170,6 +175,7 @@ class FastLane:
         self._whole = LaunchSequence([*(lane.launch.finding for lane in self._of_rows), *whole])
 
     def _guard_options(self) -> None:
+        self._specs = list(map(self._spec.of, self._groups))
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
@@ -198,7 +204,7 @@ class FastLane:
                 if not lane.is_as_it_was():
                     return False
             found = self._look()
-            if found is self._options.launch and self._options_decide_the_same(step()):
+            if found is self._options.launch and (self._only_numbers() or self._options_decide_the_same(step())):
                 found = self._look()
             if found is not None:
                 self._leave(found)
@@ -217,6 +223,19 @@ class FastLane:
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._lanes)), None)
+
+    def _only_numbers(self) -> bool:
+        """Return whether options that were changed are numbers of the update, as schedules change them."""
+        numbers = new_numbers(self._options, self._specs)
+        if numbers is None:
+            return False
+        self._spec.check_groups(self._groups)
+        for lane in self._lanes:
+            lane.take_numbers(
+                next(new for group, new in zip(self._groups, numbers, strict=True) if group is lane.run.group)
+            )
+        self._options.renew()
+        return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:
         """Return whether options that were changed ask for the same step with other numbers."""

@@ -126,7 +126,7 @@ def _check_nonfinite(name: str, value: Any) -> None:
 
 
 _PER_GROUP = ("max_grad_value", "gradient_centralization", *DIRECTED, "ema")
-_ALL = tuple(StepOptions.__annotations__)
+ALL_STEP_OPTIONS = tuple(StepOptions.__annotations__)
 _OF_OPTIMIZER = ("max_grad_norm", "nonfinite", "zero_grad_after_step", "process_group", "telemetry")
 
 
@@ -272,7 +272,7 @@ def check_group_options(spec: AlgorithmSpec, group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option of the whole optimizer, or one that the algorithm does not take.
     """
-    given = {option for option in _ALL if group.get(option) is not None} - spec.own_options
+    given = {option for option in ALL_STEP_OPTIONS if group.get(option) is not None} - spec.own_options
     if misplaced := given - set(GROUP_RANGES):
         raise ValueError(
             f"`{min(misplaced)}` is an option of {spec.name}, not of a param group; give it to {spec.name}()"
@@ -317,7 +317,7 @@ def check_changed(stepping: Stepping, spec: AlgorithmSpec, groups: Sequence[Mapp
         RuntimeError: an algorithm with two modes is not in train mode, or groups do not go together.
     """
     spec.check_groups(groups)
-    now = [group.get(option) for group in groups for option in _ALL]
+    now = [group.get(option) for group in groups for option in ALL_STEP_OPTIONS]
     now += map(vars(stepping.options).__getitem__, _OF_OPTIMIZER)
     if spec.has_modes:
         now += [group.get("train_mode") for group in groups]

@@ -293,6 +293,28 @@ class DictGuard:
         """Return whether an item has come, gone or been replaced."""
         return self._launch.run()
 
+    def replaced(self) -> list[tuple[int, Any, Any, Any]] | None:
+        """Return what has been replaced: a dict's number, the key, the value that was and that is; None if keys have.
+
+        The values are to be looked at while they are there.
+        """
+        dicts, items, _ = self._kept
+        if any(list(own) != list(known) for own, known in zip(dicts, items, strict=True)):
+            return None
+        return [
+            (number, key, known[key], value)
+            for number, (own, known) in enumerate(zip(dicts, items, strict=True))
+            for key, value in own.items()
+            if value is not known[key]
+        ]
+
+    def renew(self) -> None:
+        """Compare with the values of now from now on; the keys must be those that were."""
+        dicts, items, _ = self._kept
+        for own, known in zip(dicts, items, strict=True):
+            known.update(own)
+        self._arrays[2][:] = _ids(part for each in items for pair in each.items() for part in pair)
+
     @property
     def launch(self) -> "_Launch":
         """What tells, for a `LaunchSequence`."""
