@@ -560,7 +560,7 @@ class Optimizer(torch.optim.Optimizer):
             step_input: return all that the step is about.
         """
         spec = self.spec
-        fast: Any = None if cache is None else cache.fast
+        fast: Any = None if cache is None else cache.of_now().fast
         specs = map(spec.of, groups) if spec.algorithms else (spec,)
         rules = [each.update is not None for each in specs]
         if all(rules):

@@ -11,6 +11,9 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
+from surefoot.step import pipeline
+from surefoot.step.partition import partition
+from surefoot.step.pipeline import run_step
 
 
 @pytest.fixture
@@ -102,6 +105,63 @@ def test_schedules_of_one_group_change_its_numbers_only_and_take_it(name, monkey
         train(optimizer, steps=2)
         results.append(params)
     torch.testing.assert_close(*results)
+
+
+WITHOUT = {
+    "two losses": lambda step: (0, 1) if step % 2 else (2, 3),
+    "one sometimes": lambda step: (0,) if step % 3 == 0 else (),
+    "frozen at first": lambda step: (0, 2) if step < 4 else (),
+    "more than are kept": lambda step: [i for i in range(4) if step * 7 >> i & 1],
+    "experts": lambda step: [step % 4],
+}
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "ASGD"])
+@pytest.mark.parametrize("which", list(WITHOUT))
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_gradients_that_come_and_go_are_stepped_as_by_torch(foreach, which, name):
+    results = []
+    for module in (surefoot, torch.optim):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(module, name)(params, lr=0.01, **options, foreach=foreach if module is surefoot else False)
+        for step in range(24):
+            set_grads(optimizer, step)
+            for absent in WITHOUT[which](step):
+                params[absent].grad = None
+            optimizer.step()
+        results.append([params, [dict(optimizer.state[param]) for param in params]])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("which", ["two losses", "one sometimes", "frozen at first", "experts"])
+@pytest.mark.parametrize("foreach", [None, True])
+def test_gradients_that_come_and_go_make_buckets_a_few_times(foreach, which, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    optimizer, made = surefoot.AdamW(params, foreach=foreach), []
+    monkeypatch.setattr(pipeline, "partition", lambda step: made.append(step) or partition(step))
+    monkeypatch.setattr(optimizer_module, "run_step", lambda *args: through.append(run_step(*args)) or through[-1])
+    for step in range(48):
+        set_grads(optimizer, step)
+        for absent in WITHOUT[which](step):
+            params[absent].grad = None
+        through = []
+        optimizer.step()
+    assert len(made) <= 10
+    assert through == [] or foreach
+
+
+def test_caches_of_gradients_that_come_and_go_are_dropped_when_these_stay():
+    optimizer, params = started()
+    for step in range(90):
+        set_grads(optimizer, step)
+        if step < 10 and step % 2:
+            params[0].grad = None
+        optimizer.step()
+        if step == 9:
+            assert len(optimizer._step_cache.patterns) == 2
+    assert optimizer._step_cache.patterns is None
+    assert optimizer._step_cache.fast
 
 
 def test_a_closure_that_fails_leaves_everything_as_it_was():

@@ -274,9 +274,26 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
+_MOST_PATTERNS, _ALIKE = 8, 64
+
+
 @dataclass(eq=False)
 class StepCache:
-    """The buckets of a step and what they were made from."""
+    """The buckets of a step and what they were made from.
+
+    Attributes:
+        options: guards the groups' options.
+        groups: the groups, and how many parameters each has.
+        params: all parameters.
+        idle: those without a gradient.
+        state: the optimizer's.
+        items: guards its items.
+        runs: the buckets.
+        fast: the fast lane, once it has been asked for: None before, False where there is none.
+        patterns: the caches of steps in which other parameters had gradients, by `pattern`, this one among them; None
+            as long as these have not changed.
+        alike: for how many steps in a row it has served since.
+    """
 
     options: OptionsGuard | None = None
     groups: list[tuple[dict[str, Any], int]] = field(default_factory=list)
@@ -286,10 +303,21 @@ class StepCache:
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
     fast: Any = None
+    patterns: "dict[bytes, StepCache] | None" = None
+    alike: int = 0
 
     @classmethod
-    def of(cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun]) -> "StepCache":
-        """Keep buckets, made from these options, if their engines can use all of them again."""
+    def of(
+        cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun], before: "StepCache | None"
+    ) -> "StepCache":
+        """Keep buckets, made from these options, if their engines can use all of them again.
+
+        Args:
+            step: the step.
+            options: what guards its options.
+            runs: its buckets.
+            before: what the step before has left.
+        """
         if not runs or type(step.state) not in _DICTS:
             return cls()
         for run in runs:
@@ -302,9 +330,40 @@ class StepCache:
         params = list(_params(step))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
-        return cls(
+        made = cls(
             options, groups, params, idle, step.state, make_dict_guard([cast("dict[Any, Any]", step.state)]), runs
         )
+        if before is not None:
+            made._join(before)
+        return made
+
+    def _join(self, before: "StepCache") -> None:
+        """Be one of several caches if other parameters have gradients than in the step before."""
+        on_host = all(run.device_scalars is None for run in (*self.runs, *before.runs))
+        if not on_host or not same_objects(self.params, before.params):
+            return
+        if before.patterns is None and set(map(id, before.idle)) == set(map(id, self.idle)):
+            return
+        self.patterns = before.patterns or {}
+        while len(self.patterns) >= _MOST_PATTERNS:
+            self.patterns.pop(next(iter(self.patterns)))
+        self.patterns[_pattern(self.params)] = self
+
+    def of_now(self) -> "StepCache":
+        """Return the cache for the parameters that have gradients now, an empty one if there is none.
+
+        Two losses of one model, layers that are frozen and thawed, experts: what has gradients may change at every
+        step, and come again.
+        """
+        if self.patterns is None:
+            return self
+        found = self.patterns.get(_pattern(self.params))
+        if found is None:
+            return StepCache(params=self.params, patterns=self.patterns)
+        self.alike = self.alike + 1 if found is self else 0
+        if self.alike > _ALIKE:
+            self.patterns = None
+        return found
 
     def revalidate(self, step: StepInput) -> list[BucketRun] | None:
         """Return the buckets with this step's gradients, or None if anything has changed."""
@@ -339,6 +398,11 @@ class StepCache:
         return self.options is not None and self.options.are_constant
 
 
+def _pattern(params: Sequence[Tensor]) -> bytes:
+    """Return which parameters have gradients."""
+    return bytes([param.grad is not None for param in params])
+
+
 def _same_groups(ours: list[tuple[dict[str, Any], int]], theirs: list[dict[str, Any]]) -> bool:
     """Return whether these are the groups, with as many parameters in each."""
     same = len(ours) == len(theirs)
@@ -365,7 +429,10 @@ def _bring_home(run: BucketRun) -> None:
 
 def _reusable(run: BucketRun) -> bool:
     engines = (run.engine, run.sampled.engine if run.sampled else run.engine)
-    if not all(engine in (cpu, gpu) for engine in engines) or not all(type(entry) is dict for entry in run.entries):
+    by_kernels = all(engine in (cpu, gpu) for engine in engines)
+    if not by_kernels and (run.sparse or run.sampled or run.group.get("differentiable") or not run.params[0].is_cpu):
+        return False
+    if not all(type(entry) is dict for entry in run.entries):
         return False
     if run.params[0].is_complex() and not _on_device(run):
         return False  # their real views, if kept, would keep them from being swapped

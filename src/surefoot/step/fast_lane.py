@@ -24,6 +24,7 @@ from surefoot.step.coefficients import count_step
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
+from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 
@@ -91,6 +92,12 @@ class _Lane:
             table[index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
+
+    def count_of_counts(self) -> int:
+        """Return how many different step counts have been read."""
+        names, values = self.scalar_names, self.values
+        own = names.index(STEP.name) * self.count if STEP.name in names else 0
+        return len(set(values[own : own + self.count])) if STEP.name in names else 0
 
     def launches_before(self) -> list[Any]:
         """Return what guards the bucket and reads its scalars, but for what threads guard."""
@@ -279,10 +286,15 @@ class FastLane:
         return True
 
     def _leave(self, found: Any) -> None:
-        """Leave this step to the pipeline, and all later ones if parameters do not share their scalars any more."""
-        apart = any(found is lane.reading for lane in self._lanes)
+        """Leave this step to the pipeline, and if parameters do not share their scalars any more all later ones.
+
+        Buckets of few step counts are made anew, so that each has one.
+        """
+        apart = [lane for lane in self._lanes if found is lane.reading]
         if apart and (cache := self._cache()) is not None:
             cache.fast = False
+            if all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
+                cache.runs = []
         self._note(changed=not apart)
         self._release_held()
 

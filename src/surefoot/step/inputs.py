@@ -96,17 +96,18 @@ class StepInput(NamedTuple):
 
     def stages(self) -> list[tuple[AlgorithmSpec, tuple[Stage, ...]]]:
         """Return for each group that measures tensors before an update, with gradients or not, for what and how."""
-        found = ((self.spec.of(group), self._stages_of(group)) for group in self.groups)
+        found = ((self.spec.of(group), self.stages_of(group)) for group in self.groups)
         return [(spec, stages) for spec, stages in found if stages]
 
-    def _stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
+    def stages_of(self, group: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """Return what a group measures of tensors before an update, and how."""
         spec = self.spec.of(group)
         return () if spec.update is None else bind(spec, self.flags(group)).stages
 
     def takes_whole_gradients(self) -> bool:
         """Return whether gradients are read before the first bucket is stepped, other than to be measured."""
         return any(
-            self.spec.of(group).update is None or group.get("gradient_centralization") or self._stages_of(group)
+            self.spec.of(group).update is None or group.get("gradient_centralization") or self.stages_of(group)
             for group in self.groups
         )
 
@@ -120,7 +121,7 @@ class StepInput(NamedTuple):
             group
             for group in self.groups
             if self.spec.of(group).whole_tensors
-            or any(not alone or len(stage.sums) > stage.totals for stage in self._stages_of(group))
+            or any(not alone or len(stage.sums) > stage.totals for stage in self.stages_of(group))
         )
         return [param for group in groups for param in group["params"]]
 

@@ -54,6 +54,7 @@ def run_step(
     refuse_capture(step.spec.name, step.groups)
     context = step.stepping.context
     context.acquire()
+    cache = None if cache is None else cache.of_now()
     exchange = due_exchange(step)
     if exchange is None and _skip(step):
         return cache
@@ -66,7 +67,7 @@ def run_step(
         if made is None:
             return cache if known is not None else None  # what was kept has been found not to hold
         if known is None:
-            cache = None if options is None else StepCache.of(step, options, runs)
+            cache = None if options is None else StepCache.of(step, options, runs, cache)
         for run in _in_order(step, runs):
             if run.repeats:
                 compute_coefficients(made, run)
