@@ -38,7 +38,10 @@ KNOWN_BUGS: dict[str, str] = {}
 if torch.__version__.startswith("2.9."):
     KNOWN_BUGS |= {
         r"test_added_group_is_stepped\[Adagrad\]": "torch's own Adagrad makes state in its constructor only",
-        r"_between_steps_counts\[.*-Adagrad-(cleared|removed|added|exchanged|other)": "the same",
+        r"_between_steps_counts\[.*-Adagrad-(cleared|removed_entry|added|exchanged|other)": "the same",
+        r"_are_those_of_torch\[.*(sf=3\), Shard.*[013]|sf=3\), Replicate.*[23]|sf=2\)\)-shape[234])\]": (
+            "torch cuts strided shards otherwise there, where sizes do not divide"
+        ),
         r"test_mistakes_with_swalr_are_named\[options0-anneal_strategy": "torch's own message says `must by`",
     }
 if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.9."):

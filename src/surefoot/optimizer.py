@@ -1209,8 +1209,9 @@ def _is_profiled() -> bool:
 
 
 def _profiled(name: str) -> AbstractContextManager[Any]:
-    """Return a range of the profiler, where there is one."""
-    return torch.autograd.profiler.record_function(name) if _is_profiled() else _NO_RANGE
+    """Return a range of the profiler, where there is one; compilers of some releases cannot ask for it."""
+    asked = not torch.compiler.is_compiling() and _is_profiled()
+    return torch.autograd.profiler.record_function(name) if asked else _NO_RANGE
 
 
 _NO_RANGE: AbstractContextManager[None] = nullcontext()

@@ -55,8 +55,9 @@ def parts(full, value):
     return part.to_local(), value.to_local()
 
 
+GATHER = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
 COLLECTIVES = {
-    distributed: ("all_reduce", "all_gather_single", "all_to_all_single", "all_gather", "broadcast", "all_to_all"),
+    distributed: ("all_reduce", GATHER, "all_to_all_single", "all_gather", "broadcast", "all_to_all"),
     functional: ("all_reduce", "all_gather_tensor", "all_to_all_single", "reduce_scatter_tensor", "broadcast"),
 }
 

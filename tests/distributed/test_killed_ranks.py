@@ -25,7 +25,8 @@ def test_kill_9_at_random_moments(tmp_path, attempts, world):
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = done.stdout.decode().splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]  # torch 2.9's gloo has lines of its own
     assert len(found) == attempts
     for number, one in enumerate(found):
         assert not one["hung"]

@@ -15,6 +15,7 @@ from helpers import train_sized as train
 from surefoot.codegen import compile as compiling
 from surefoot.codegen import threads
 from surefoot.codegen.processor import host
+from surefoot.engines import eager
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu import plan
 from surefoot.engines.cpu.source import Layout, print_kernel
@@ -518,7 +519,7 @@ def test_the_environment_overrides_the_engine(monkeypatch):
     monkeypatch.setenv("SUREFOOT_ENGINE", "eager")
     optimizer, params = make(fused=True)
     train(optimizer, params)
-    assert not optimizer._step_cache.runs
+    assert {run.engine for run in optimizer._step_cache.runs} == {eager}
     monkeypatch.setenv("SUREFOOT_ENGINE", "quick")
     with pytest.raises(ValueError, match="SUREFOOT_ENGINE must be one of eager, foreach, fused, but is 'quick'"):
         train(*make())
