@@ -134,7 +134,7 @@ def test_with_a_closure_it_goes_the_way_of_torch(row, options, record_property):
 # The other engines: no farther from float64 than torch's own
 
 
-@cases(ELEMENTWISE, engines=OTHERS)
+@cases(ELEMENTWISE, engines=OTHERS, in_turn=OTHERS)
 def test_an_engine_is_no_farther_from_float64_than_torch(engine, row, options, record_property):
     """The slack is for chance.
 
@@ -183,7 +183,7 @@ def flat(found):
     return torch.cat([value.detach().double().flatten() for _, value in sorted(found.items())])
 
 
-@cases([row for row in DENSE if row.engines(OTHERS) != ["default"]], engines=OTHERS, only_flags=True)
+@cases([row for row in DENSE if row.engines(OTHERS) != ["default"]], engines=OTHERS, only_flags=True, ends=True)
 def test_an_engine_agrees_with_the_for_loop_in_float64(engine, row, options, record_property):
     """And with a learning rate that is a tensor, which torch's foreach mostly does not take."""
     options = with_lr(row, options, "tensor")
@@ -240,7 +240,7 @@ def test_nan_inf_denormals_and_signed_zero(engine, row, options, dtype, record_p
 
 @pytest.mark.in_turn("dtype")
 @dtypes("float16", "bfloat16")
-@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, in_turn=LISTED)
+@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, ends=True, in_turn=LISTED)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row, options, dtype, record_property):
     # State starts at numbers that 16 bits hold.
     begins = {name: 0.125 for name in row.defaults if name.startswith("initial_accumulator")}
@@ -248,7 +248,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
     ours = zoo(dtype)
     wide = {name: param.detach().float().requires_grad_() for name, param in ours.items()}
     optimizer, oracle = row.build(groups(ours), options, engine), row.build_oracle(groups(wide), options)
-    for step in range(STEADY + 1):
+    for step in (1, 2, STEADY, STEADY + 1):
         train(optimizer, ours, dtype, steps=[step])
         train(oracle, wide, dtype, steps=[step])
         actual, computed = row.slots_of(results(optimizer, ours)), row.slots_of(results(oracle, wide))
@@ -276,7 +276,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
 
 @pytest.mark.in_turn("dtype")
 @dtypes("complex64", "complex128")
-@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, in_turn=LISTED)
+@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, ends=True, in_turn=LISTED)
 def test_complex_parameters(engine, row, options, dtype, record_property):
     ours = zoo(dtype)
     optimizer = row.build(groups(ours), options, engine)
@@ -341,7 +341,7 @@ def test_gradients_flow_through_steps(row, options, record_property):
     normal = normals(torch.float64, seed=2)
     inputs = [normal(3).requires_grad_() for _ in range(4)]
     options = options | unclipped(row)
-    assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs)
+    assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs, fast_mode=True)
     record_property("compared", "differentiable: gradcheck through three steps")
 
 
@@ -389,7 +389,8 @@ def test_gradients_flow_to_hyperparameters(row, name):
         value = tensors if isinstance(default, tuple) else tensors[0]
         return differentiable(row, {**options, name: value}, start.clone().requires_grad_(), *grads)["param"]
 
-    assert gradcheck(last, [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values])
+    inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values]
+    assert gradcheck(last, inputs, fast_mode=True)
 
 
 # Sparse gradients

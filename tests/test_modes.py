@@ -66,8 +66,9 @@ OPTIONS = {
 }
 
 
+@pytest.mark.in_turn("options", every=2)
 @each_algorithm
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=OPTIONS)
 def test_fake_tensors_are_stepped(cls, options):
     optimizer = fake_training(cls, **options)
     for entry in optimizer.state.values():
