@@ -37,8 +37,8 @@ from helpers import difference
 from surefoot.rule import DIRECTED, ENGINE_OPTIONS
 
 BEFORE = range(STEADY - 2, STEADY + 2)
-AFTER = range(STEADY + 2, STEADY + 5)
-"""Steps before and after what a test does; in the last ones before, and in all after, a plan may be used again."""
+AFTER = range(STEADY + 2, STEADY + 4)
+"""Steps before and after what a test does; in the last before, and in the last after, a plan may be used again."""
 SOME = ("odd", "matrix", "channels_last", "strided view", "transposed", "late")
 
 
@@ -592,7 +592,7 @@ def switched(row, engine, names):
         for group, value in zip(optimizer.param_groups, before, strict=True):
             group[name] = not value
         try:
-            train(optimizer, params, torch.float32, steps=AFTER[:2])
+            train(optimizer, params, torch.float32, steps=AFTER)
         except (ValueError, RuntimeError) as error:  # some do not go with others
             found[f"{name} is refused"] = str(error)
         else:
