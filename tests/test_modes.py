@@ -127,6 +127,7 @@ def test_a_default_device_is_no_reason_to_step_aside():
     assert not mode_is_active()
 
 
+@pytest.mark.in_turn("tracing")
 @pytest.mark.parametrize("cls", RULES, ids=name_of)
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
 def test_a_recorded_step_is_the_step(cls, tracing):
