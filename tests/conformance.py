@@ -82,7 +82,7 @@ class Row:
 
     def variants(self, *, few: bool = False) -> list[Options]:
         """Return every set of hyperparameters to compare, each once; if `few`, only some sets of flags."""
-        found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
+        found = ({}, *self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
         return list({self.completed(options): options for options in found}.values())
 
     def completed(self, options: Options) -> str:
@@ -961,20 +961,24 @@ def cases(
     """
     found, turns = [], list(in_turn)
     for number, row in enumerate(rows):
+        settings = [*row.flag_variants()]
         for engine in row.engines(engines) if engines else [None]:
             variants = row.variants(few=engine in COMPILED)
             if only_flags:
-                variants = [{}, row.all_flags()] if engine in COMPILED else [*row.flag_variants()]
+                variants = [{}, settings[-1]] if engine in COMPILED else settings
             every = not only_flags and engine in (None, "eager", "default")
             few = row.flag_variants(few=True) if only_flags else row.variants(few=True)
-            few = [row.all_flags()] if ends else variants if every else few
+            few = [settings[0], settings[-1]] if ends else variants if every else few
             short = {row.completed(options) for options in ({}, *few)}
-            for turn, options in enumerate(variants, start=number):
+            turn = number
+            for options in variants:
+                is_short = row.completed(options) in short
                 waits = engine in turns and turns[turn % len(turns)] != engine
-                marks = [pytest.mark.long] if waits or row.completed(options) not in short else []
                 asked = [engine] if engine else []
                 name = "-".join((*asked, row.name, label(options)))
+                marks = [pytest.mark.long] if waits or not is_short else []
                 found.append(pytest.param(*asked, row, options, id=name, marks=marks))
+                turn += is_short
     return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
 
 
