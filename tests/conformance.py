@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import surefoot
+from helpers import torchs_database
 from surefoot.rule import Sparse
 
 Params = dict[str, Tensor]
@@ -27,7 +28,7 @@ Options = dict[str, Any]
 ENGINES: dict[str, Options] = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "cpu": {"fused": True}}
 COMPILED = {"cpu"}
 """Engines that compile a kernel for each setting of the flags, in most of a second: they get fewer settings."""
-STEPS = 8
+STEPS = 6
 STEADY = 4
 """The step from which on every parameter has a gradient of the same layout, so that engines can keep their plans."""
 
@@ -81,7 +82,7 @@ class Row:
 
     def variants(self, *, few: bool = False) -> list[Options]:
         """Return every set of hyperparameters to compare, each once; if `few`, only some sets of flags."""
-        found = (*self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
+        found = ({}, *self.more, *torch_variants(self.oracle), *self.flag_variants(few=few))
         return list({self.completed(options): options for options in found}.values())
 
     def completed(self, options: Options) -> str:
@@ -934,9 +935,7 @@ def torch_variants(oracle: Callable[..., torch.optim.Optimizer]) -> list[Options
 
     Those for `capturable=True` are of use on CUDA only; here they are tried without it, for their other options.
     """
-    from torch.testing._internal.common_optimizers import optim_db  # noqa: PLC0415 (it takes seconds)
-
-    info = next((info for info in optim_db if info.optim_cls is oracle), None)
+    info = next((info for info in torchs_database().optim_db if info.optim_cls is oracle), None)
     inputs = info.optim_inputs_func(device="cuda", dtype=torch.float32) if info else []
     return [{name: value for name, value in one.kwargs.items() if name != "capturable"} for one in inputs]
 
@@ -946,30 +945,40 @@ def label(options: Mapping[str, Any]) -> str:
 
 
 def cases(
-    rows: Iterable[Row], *, engines: Iterable[str] = (), only_flags: bool = False, in_turn: Iterable[str] = ()
+    rows: Iterable[Row],
+    *,
+    engines: Iterable[str] = (),
+    only_flags: bool = False,
+    ends: bool = False,
+    in_turn: Iterable[str] = (),
 ) -> pytest.MarkDecorator:
     """Parametrize a test over rows and their variants, and over the engines that each row takes.
 
     With `only_flags` the variants are combinations of flags, for compiled engines none and all of them; combinations of
     some are for the long run, and so they are for other engines than eager, which has the bits of the oracle, where all
-    variants are asked for.  Of the engines that take turns (`in_turn`) each variant is tried with one, with the rest in
-    the long run.
+    variants are asked for.  With `ends` each flag by itself is for the long run too, which leaves none and all of them.
+    Of the engines that take turns (`in_turn`) each variant is tried with one, with the rest in the long run.
     """
     found, turns = [], list(in_turn)
     for number, row in enumerate(rows):
+        settings = [*row.flag_variants()]
         for engine in row.engines(engines) if engines else [None]:
             variants = row.variants(few=engine in COMPILED)
             if only_flags:
-                variants = [{}, row.all_flags()] if engine in COMPILED else [*row.flag_variants()]
+                variants = [{}, settings[-1]] if engine in COMPILED else settings
             every = not only_flags and engine in (None, "eager", "default")
-            few = variants if every else row.flag_variants(few=True) if only_flags else row.variants(few=True)
+            few = row.flag_variants(few=True) if only_flags else row.variants(few=True)
+            few = [settings[0], settings[-1]] if ends else variants if every else few
             short = {row.completed(options) for options in ({}, *few)}
-            for turn, options in enumerate(variants, start=number):
+            turn = number
+            for options in variants:
+                is_short = row.completed(options) in short
                 waits = engine in turns and turns[turn % len(turns)] != engine
-                marks = [pytest.mark.long] if waits or row.completed(options) not in short else []
                 asked = [engine] if engine else []
                 name = "-".join((*asked, row.name, label(options)))
+                marks = [pytest.mark.long] if waits or not is_short else []
                 found.append(pytest.param(*asked, row, options, id=name, marks=marks))
+                turn += is_short
     return pytest.mark.parametrize(("engine", "row", "options") if engines else ("row", "options"), found)
 
 

@@ -1,5 +1,6 @@
 """What holds for every test: threads, and the count of what was compared."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -9,6 +10,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+# Until tests are collected, which makes objects by the hundred thousand and drops few.
+gc.disable()
 # Before torch is imported: waiting threads of one worker would take the other's core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("SUREFOOT_CACHE_DIR", str(Path(__file__).parents[1] / ".kernels"))
@@ -54,29 +57,43 @@ def pytest_ignore_collect(collection_path, config):
     return True if config.option.markexpr == "gpu" and others else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+@pytest.hookimpl(trylast=True)  # after pytest's own, which parametrizes
+def pytest_generate_tests(metafunc):
+    """Mark what waits for its turn; make no tests of what is `long` where that is not asked for, which is the half."""
+    in_turn = [(marker.args[0], marker.kwargs.get("every")) for marker in metafunc.definition.iter_markers("in_turn")]
+    for call in metafunc._calls if in_turn else ():
+        if not all(_is_its_turn(metafunc.definition, call.params, *each) for each in in_turn):
+            call.marks.append(pytest.mark.long.mark)
+    if metafunc.config.option.markexpr == "not long":
+        short = [call for call in metafunc._calls if not any(mark.name == "long" for mark in call.marks)]
+        metafunc._calls = short or metafunc._calls[:1]  # without any it would be made without arguments
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         for pattern, reason in KNOWN_BUGS.items():
             if re.search(pattern, item.name):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True, run="segfault" not in reason))
-        in_turn = [(marker.args[0], marker.kwargs.get("every")) for marker in item.iter_markers("in_turn")]
-        if not all(_is_its_turn(item, *each) for each in in_turn):
-            item.add_marker(pytest.mark.long)
 
 
-def _is_its_turn(item, name, every):
+def pytest_collection_finish():
+    """Let whoever searches the objects of the process, as for names or for garbage, find those of tests only."""
+    gc.freeze()
+    gc.enable()
+
+
+def _is_its_turn(definition, params, name, every):
     """Return whether an argument has the one value, or one of those, with which a set of the others is tried.
 
     If it has no more values than any other, every value of each argument meets every value of each other.  Tests of the
     same arguments differ in which meet.
     """
-    own, count, others = 0, 1, zlib.crc32(item.originalname.encode())
-    for marker in item.iter_markers("parametrize"):
+    own, count, others = 0, 1, zlib.crc32(definition.name.encode())
+    for marker in definition.iter_markers("parametrize"):
         names, values = marker.args
         names = (names,) if isinstance(names, str) else names
         positions = POSITIONS.get(id(values)) or POSITIONS.setdefault(id(values), _positions(values, len(names)))
-        position = positions[tuple(id(item.callspec.params[each]) for each in names)]
+        position = positions[tuple(id(params[each]) for each in names)]
         if names[0] == name:
             own, count = position, len(values)
         else:

@@ -1,8 +1,11 @@
 """What tests of the contract share: every algorithm, its twin in torch, training that repeats, and exact comparison."""
 
+import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +38,21 @@ class Noted(Telemetry):
 def twin(cls):
     """Return torch's class of the same name."""
     return getattr(torch.optim, cls.__name__)
+
+
+def torchs_database() -> ModuleType:
+    """Return torch's module that has its database of optimizers.
+
+    It imports one name by way of the database of all of torch's functions, which takes seconds and is left out.
+    """
+    core = importlib.import_module("torch.testing._internal.opinfo.core")
+    functions = "torch.testing._internal.common_methods_invocations"
+    left_out = sys.modules.setdefault(functions, core) is core
+    try:
+        return importlib.import_module("torch.testing._internal.common_optimizers")
+    finally:
+        if left_out:
+            del sys.modules[functions]
 
 
 def name_of(value: Any) -> str:

@@ -21,6 +21,7 @@ from conformance import (
     SPARSE,
     STEADY,
     Options,
+    Params,
     Row,
     assert_close,
     assert_same,
@@ -61,6 +62,17 @@ def in_numbers(value):
     return value.item() if isinstance(value, Tensor) else value
 
 
+FEW = ("0-d", "matrix", "long", "channels_last", "offset view", "late")
+"""Parameters that what lies between no flags and all of them is tried with."""
+
+
+def zoo_for(row: Row, options: Options, dtype: torch.dtype) -> Params:
+    """Make parameters of every kind for the defaults and for all flags, of a few kinds for what lies between."""
+    params = zoo(dtype, row.admits)
+    whole = row.completed(options) in map(row.completed, ({}, row.all_flags()))
+    return {name: param for name, param in params.items() if whole or name in FEW}
+
+
 OWN_FLAGS = {"Muon": ("normuon",)}
 """Those that the oracle has not: the algorithm's own tests try them."""
 
@@ -92,8 +104,8 @@ def test_every_flag_of_a_class_is_tried(row):
 )
 @cases(DENSE)
 def test_eager_has_the_bits_of_the_for_loop(row, options, dtype, lr, record_property):
+    ours, theirs = (zoo_for(row, options, dtype) for _ in range(2))
     options = with_lr(row, options, lr)
-    ours, theirs = zoo(dtype, row.admits), zoo(dtype, row.admits)
     optimizer, oracle = (
         row.build(groups(ours), options, row.engines(["eager"])[0]),
         row.build_oracle(groups(theirs), options),
@@ -134,7 +146,7 @@ def test_with_a_closure_it_goes_the_way_of_torch(row, options, record_property):
 # The other engines: no farther from float64 than torch's own
 
 
-@cases(ELEMENTWISE, engines=OTHERS)
+@cases(ELEMENTWISE, engines=OTHERS, in_turn=OTHERS)
 def test_an_engine_is_no_farther_from_float64_than_torch(engine, row, options, record_property):
     """The slack is for chance.
 
@@ -142,7 +154,7 @@ def test_an_engine_is_no_farther_from_float64_than_torch(engine, row, options, r
     mean square of their distances; the maximum hangs on one element.
     """
     options = in_numbers(options)
-    ours = zoo(torch.float32)
+    ours = zoo_for(row, options, torch.float32)
     optimizer = row.build(groups(ours), options, engine)
     train(optimizer, ours, torch.float32)
     truth, allowed = once(truth_and_rival, row, options)
@@ -160,8 +172,9 @@ def test_an_engine_is_no_farther_from_float64_than_torch(engine, row, options, r
 
 def truth_and_rival(row, options):
     """Return what the for-loop makes in float64, as one vector, and how far from it torch's foreach is in float32."""
-    exact = {name: param.detach().double().requires_grad_() for name, param in zoo(torch.float32).items()}
-    theirs, oracle = zoo(torch.float32), row.build_oracle(groups(exact), options)
+    theirs = zoo_for(row, options, torch.float32)
+    exact = {name: param.detach().double().requires_grad_() for name, param in theirs.items()}
+    oracle = row.build_oracle(groups(exact), options)
     # torch's foreach ASGD keeps part of its state in the wrong precision, so its for-loop is the measure.
     rival = row.build_oracle(groups(theirs), options, foreach=row.oracle is not torch.optim.ASGD)
     train(rival, theirs, torch.float32, plain=True)
@@ -183,7 +196,10 @@ def flat(found):
     return torch.cat([value.detach().double().flatten() for _, value in sorted(found.items())])
 
 
-@cases([row for row in DENSE if row.engines(OTHERS) != ["default"]], engines=OTHERS, only_flags=True)
+WITH_OTHERS = [row for row in DENSE if row.engines(OTHERS) != ["default"]]
+
+
+@cases(WITH_OTHERS, engines=OTHERS, only_flags=True, ends=True, in_turn=OTHERS)
 def test_an_engine_agrees_with_the_for_loop_in_float64(engine, row, options, record_property):
     """And with a learning rate that is a tensor, which torch's foreach mostly does not take."""
     options = with_lr(row, options, "tensor")
@@ -240,7 +256,7 @@ def test_nan_inf_denormals_and_signed_zero(engine, row, options, dtype, record_p
 
 @pytest.mark.in_turn("dtype")
 @dtypes("float16", "bfloat16")
-@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, in_turn=LISTED)
+@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, ends=True, in_turn=LISTED)
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row, options, dtype, record_property):
     # State starts at numbers that 16 bits hold.
     begins = {name: 0.125 for name in row.defaults if name.startswith("initial_accumulator")}
@@ -248,7 +264,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
     ours = zoo(dtype)
     wide = {name: param.detach().float().requires_grad_() for name, param in ours.items()}
     optimizer, oracle = row.build(groups(ours), options, engine), row.build_oracle(groups(wide), options)
-    for step in range(STEADY + 1):
+    for step in (1, 2, STEADY, STEADY + 1):
         train(optimizer, ours, dtype, steps=[step])
         train(oracle, wide, dtype, steps=[step])
         actual, computed = row.slots_of(results(optimizer, ours)), row.slots_of(results(oracle, wide))
@@ -276,7 +292,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(engine, row,
 
 @pytest.mark.in_turn("dtype")
 @dtypes("complex64", "complex128")
-@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, in_turn=LISTED)
+@cases(ELEMENTWISE, engines=ENGINES, only_flags=True, ends=True, in_turn=LISTED)
 def test_complex_parameters(engine, row, options, dtype, record_property):
     ours = zoo(dtype)
     optimizer = row.build(groups(ours), options, engine)
@@ -330,6 +346,10 @@ def test_differentiable_has_the_same_bits(row, options, record_property):
     record_property("compared", "differentiable: same bits as eager")
 
 
+RANDOMLY = {"fast_mode": True, "check_undefined_grad": False}
+"""How to check gradients in random directions, not element by element."""
+
+
 def carried(found):
     """Return what gradients may flow to."""
     return tuple(value for value in found.values() if value.requires_grad)
@@ -341,7 +361,7 @@ def test_gradients_flow_through_steps(row, options, record_property):
     normal = normals(torch.float64, seed=2)
     inputs = [normal(3).requires_grad_() for _ in range(4)]
     options = options | unclipped(row)
-    assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs)
+    assert gradcheck(lambda *tensors: carried(differentiable(row, options, *tensors)), inputs, **RANDOMLY)
     record_property("compared", "differentiable: gradcheck through three steps")
 
 
@@ -389,7 +409,8 @@ def test_gradients_flow_to_hyperparameters(row, name):
         value = tensors if isinstance(default, tuple) else tensors[0]
         return differentiable(row, {**options, name: value}, start.clone().requires_grad_(), *grads)["param"]
 
-    assert gradcheck(last, [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values])
+    inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values]
+    assert gradcheck(last, inputs, **RANDOMLY)
 
 
 # Sparse gradients

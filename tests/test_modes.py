@@ -66,8 +66,9 @@ OPTIONS = {
 }
 
 
+@pytest.mark.in_turn("options", every=2)
 @each_algorithm
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", list(OPTIONS.values()), ids=OPTIONS)
 def test_fake_tensors_are_stepped(cls, options):
     optimizer = fake_training(cls, **options)
     for entry in optimizer.state.values():
@@ -126,6 +127,7 @@ def test_a_default_device_is_no_reason_to_step_aside():
     assert not mode_is_active()
 
 
+@pytest.mark.in_turn("tracing")
 @pytest.mark.parametrize("cls", RULES, ids=name_of)
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
 def test_a_recorded_step_is_the_step(cls, tracing):

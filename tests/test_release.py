@@ -18,7 +18,7 @@ from helpers import Noted, assert_same, params_of, snapshot, train_whole
 from surefoot import optimizer as optimizer_module
 from surefoot.errors import NonFiniteGradientError
 
-STEPS = 20
+STEPS = 10
 WIDTHS = (6, 8, 4)
 SMALL = 100
 """Bytes of a bucket that holds one or two of the test's parameters."""
@@ -140,7 +140,7 @@ def test_matrices_that_muon_stacks_are_released_to_rounding():
     make = all_params(surefoot.Muon, lr=0.01, max_grad_value=0.01)
     ours, theirs = trained(make, released={"bucket_bytes": 1})[0], trained(make)[0]
     for param, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(param, other, atol=0.005, rtol=0)  # half a step, after 20 of them
+        torch.testing.assert_close(param, other, atol=0.005, rtol=0)  # half a step, after 10 of them
 
 
 def in_parts(*parts):

@@ -11,10 +11,9 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._pytree import tree_map
 
-from helpers import assert_same, snapshot
+from helpers import assert_same, snapshot, torchs_database
 from surefoot.optimizers.lbfgs import LBFGS
 from surefoot.optimizers.line_search import StrongWolfe, Trial
 from surefoot.tensors.native.guards import available
@@ -22,7 +21,7 @@ from surefoot.tensors.native.guards import available
 Theirs = torch.optim.LBFGS
 Loss = Callable[[list[Tensor]], Tensor]
 WOLFE = {"line_search_fn": "strong_wolfe"}
-INFO = next(info for info in optim_db if info.optim_cls is Theirs)
+INFO = next(info for info in torchs_database().optim_db if info.optim_cls is Theirs)
 
 # With a budget that no search uses up: torch may evaluate once more than it allows.
 each_search = pytest.mark.parametrize("search", [{}, WOLFE | {"max_eval": 500}], ids=["fixed", "strong_wolfe"])
