@@ -67,7 +67,7 @@ param = torch.ones(2).requires_grad_()
 param.grad = torch.ones(2)
 optimizer = surefoot.AdamW([param])
 optimizer.step(), optimizer.zero_grad()
-print("of a step:", *{"torch._dynamo"} & sys.modules.keys())
+print("of a step:", *{"torch._dynamo", "triton"} & sys.modules.keys())
 """
 
 

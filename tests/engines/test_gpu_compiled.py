@@ -160,6 +160,7 @@ def test_float32(row, architecture, record_property):
     record_property("compared", f"gpu, compiled for sm_{architecture}: 128 bits, no spills, IEEE arithmetic")
 
 
+@pytest.mark.in_turn("row", every=6)
 @pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @rows
@@ -176,6 +177,7 @@ def test_narrower_state(state_dtype):
     assert used["spills"] == 0
 
 
+@pytest.mark.in_turn("dtype")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_wider_state_and_skipped_steps(dtype, architecture):
@@ -185,6 +187,7 @@ def test_wider_state_and_skipped_steps(dtype, architecture):
     assert f"cvt.rn.{'bf16' if dtype is torch.bfloat16 else 'f16'}" in ptx
 
 
+@pytest.mark.in_turn("architecture")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_are_read_in_wide_accesses(dtype, architecture):
@@ -215,7 +218,7 @@ def test_measuring_updates(dtype, architecture, found_inf):
     assert used["spills"] == 0
 
 
-@pytest.mark.in_turn("row", every=2)
+@pytest.mark.in_turn("row", every=3)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.float64], ids=["float32", "float64"]
 )
@@ -253,6 +256,12 @@ def test_short_formats(name):
     check_singles(ptx, accesses(ptx), stored)
     assert used["registers"] <= 2 * MOST_REGISTERS
     assert used["spills"] == 0
+
+
+@pytest.mark.in_turn("name")
+@pytest.mark.parametrize("name", SHORT)
+def test_wide_accesses_of_short_formats_leave_values_where_they_are(name):
+    source, stored = short_source(name)
     _, used = compiled(without_last_branch(source), stored, 90)
     assert used["registers"] <= 128
     assert used["shared"] == 32, "the scales of a block, on their way to memory, and no value"
@@ -295,7 +304,7 @@ class Transcendental(surefoot.Optimizer):
         return torch.atan2(grad, param)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 def test_functions_of_the_library_are_those_of_float64(architecture):
     """The float32 ones flush denormals, or are approximations."""
     ptx, used = compiled(*source_of(Transcendental, {}, torch.float32), architecture)

