@@ -1,5 +1,6 @@
 """The benchmark: what is measured, that contenders and bound are what they claim, and the arithmetic of ratios."""
 
+import csv
 import importlib.util
 import inspect
 import math
@@ -575,6 +576,21 @@ def test_a_difference_between_commits_is_one_that_all_pairs_of_processes_show():
     assert found == ["faster", "slower", *["no difference beyond the spread"] * 2]
     text = "old 1250 ms, new 1000 ms, old / new 2.000 (1.625 to 2.000; pairs 1.250 to 2.000): faster"
     assert str(of([faster, np.array([[1.25, 1.0]])])) == text
+
+
+def test_training_loops_are_compared_with_torchs(monkeypatch, capsys, tmp_path):
+    loops = script("training_loops")
+    monkeypatch.setattr(loops, "TABLE", tmp_path / "loops.csv")
+    monkeypatch.setattr(loops, "WARM_UP", 2)
+    monkeypatch.setattr(loops, "OPTIMIZERS", {"SGD": {}, "Muon": {}})
+    monkeypatch.setattr(sys, "argv", ["training_loops.py", "--rounds", "2"])
+    loops.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 * len(loops.LOOPS) - 2
+    with loops.TABLE.open(newline="") as file:
+        assert [(line["optimizer"], line["loop"]) for line in csv.DictReader(file)] == [
+            (line.split()[0], " ".join(line.split()[1:-4])) for line in printed
+        ]
 
 
 def test_a_commit_that_is_slower_is_found_and_one_without_the_optimizer_said(tmp_path, monkeypatch, capsys):
