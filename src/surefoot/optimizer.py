@@ -542,7 +542,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _run_last_again(self) -> bool:
         """Run `_run_again` for all parameters."""
-        return self._run_again(self._stepping, self.param_groups, self.__dict__.get("_step_cache"), self._step_input)
+        cache = self.__dict__.get("_step_cache")
+        if cache is not None and cache.patterns is not None:
+            self._step_cache = cache = cache.of_now()
+        return self._run_again(self._stepping, self.param_groups, cache, self._step_input)
 
     def _run_again(
         self,

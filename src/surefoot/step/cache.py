@@ -429,8 +429,7 @@ def _bring_home(run: BucketRun) -> None:
 
 def _reusable(run: BucketRun) -> bool:
     engines = (run.engine, run.sampled.engine if run.sampled else run.engine)
-    by_kernels = all(engine in (cpu, gpu) for engine in engines)
-    if not by_kernels and (run.sparse or run.sampled or run.group.get("differentiable") or not run.params[0].is_cpu):
+    if not all(engine in (cpu, gpu) for engine in engines) and not _is_simple(run):
         return False
     if not all(type(entry) is dict for entry in run.entries):
         return False
@@ -443,6 +442,12 @@ def _reusable(run: BucketRun) -> bool:
     grads = run.bucket.grads if sharded or run.derives_grads() else run.grads()
     stored = params if run.sparse else (*params, *grads)
     return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
+
+
+def _is_simple(run: BucketRun) -> bool:
+    """Return whether an engine that looks at every tensor itself need not do so again while a guard finds no change."""
+    unlike = run.sparse or run.sampled or run.group.get("differentiable") or not run.params[0].is_cpu
+    return not unlike and all(is_plain(tensor) for column in run.bucket.columns() for tensor in column)
 
 
 def _scalars(run: BucketRun) -> Iterable[Any]:
