@@ -22,7 +22,7 @@ import surefoot
 from surefoot.benchmark import Quartiles, circumstances, write_csv
 
 TABLE = Path(__file__).parent / "results" / "training-loops.csv"
-OPTIMIZERS = {"SGD": {"momentum": 0.9}, "AdamW": {}, "Muon": {}, "Adafactor": {}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {"SGD": {}, "AdamW": {}, "Muon": {}, "Adafactor": {}}
 FUSED = ("SGD", "AdamW")
 WARM_UP = 40
 

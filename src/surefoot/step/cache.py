@@ -28,7 +28,7 @@ from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.modes import has_no_values
-from surefoot.tensors.native.guards import DictGuard, ScalarIO, TensorGuard, VersionCounters
+from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
@@ -251,20 +251,25 @@ def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[s
     """Return the real numbers that have been replaced among options, for each group; None if anything else has been.
 
     Numbers decide nothing but the numbers of the update, as long as they are as true as before.  Schedules replace
-    some before every step.
+    some before every step.  The guard compares with the new ones from then on.
 
     Args:
         guard: of the groups, and of the options of the optimizer.
         specs: the algorithm of each group.
     """
-    replaced, found = guard.replaced(), [dict[str, Any]() for _ in specs]
-    for number, name, before, value in replaced or ():
-        if number == len(specs) or name in ALL_STEP_OPTIONS or specs[number].flags_of is not None:
-            return None
-        if not _are_alike(before, value):
-            return None
-        found[number][name] = value
-    return None if replaced is None else found
+    replaced = guard.replaced()
+    if replaced is None or not all(_is_number_of_update(each, specs) for each in replaced):
+        return None
+    guard.renew(replaced)
+    found = [dict[str, Any]() for _ in specs]
+    for each in replaced:
+        found[each.number][each.key] = each.value
+    return found
+
+
+def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
+    of_group = replaced.number < len(specs) and specs[replaced.number].flags_of is None
+    return of_group and replaced.key not in ALL_STEP_OPTIONS and _are_alike(replaced.before, replaced.value)
 
 
 def _are_alike(before: object, value: object) -> bool:

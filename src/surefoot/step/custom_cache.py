@@ -180,14 +180,15 @@ class CustomCache:
 
     def _only_numbers(self, spec: AlgorithmSpec) -> bool:
         """Take over options if those that were changed are numbers, as schedules change them; return whether."""
-        numbers = new_numbers(self._options, list(map(spec.of, self._groups)))
-        if numbers is None or not self._hyperparameters:
+        if not self._hyperparameters:
             return False
         spec.check_groups(self._groups)
+        numbers = new_numbers(self._options, list(map(spec.of, self._groups)))
+        if numbers is None:
+            return False
         for h, part in zip(self._hyperparameters, self.slices, strict=True):
             new = next(new for group, new in zip(self._groups, numbers, strict=True) if group is part.group)
             vars(h).update(new)
-        self._options.renew()
         return True
 
     def _make_lane(self, step: StepInput) -> CustomLane | None:

@@ -233,15 +233,14 @@ class FastLane:
 
     def _only_numbers(self) -> bool:
         """Return whether options that were changed are numbers of the update, as schedules change them."""
+        self._spec.check_groups(self._groups)
         numbers = new_numbers(self._options, self._specs)
         if numbers is None:
             return False
-        self._spec.check_groups(self._groups)
         for lane in self._lanes:
             lane.take_numbers(
                 next(new for group, new in zip(self._groups, numbers, strict=True) if group is lane.run.group)
             )
-        self._options.renew()
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -267,6 +267,23 @@ def _hash_table(keys: np.ndarray) -> tuple[np.ndarray, int]:
     return table, shift
 
 
+class Replaced(NamedTuple):
+    """A value that another has replaced in a dict of a `DictGuard`.
+
+    Attributes:
+        number: of the dict.
+        key: under which it stood.
+        before, value: it, and the other.
+        position: where the guard has its address.
+    """
+
+    number: int
+    key: Any
+    before: Any
+    value: Any
+    position: int
+
+
 class DictGuard:
     """Tells whether dicts still have the items they had: the same objects in the same order.
 
@@ -293,27 +310,28 @@ class DictGuard:
         """Return whether an item has come, gone or been replaced."""
         return self._launch.run()
 
-    def replaced(self) -> list[tuple[int, Any, Any, Any]] | None:
-        """Return what has been replaced: a dict's number, the key, the value that was and that is; None if keys have.
+    def replaced(self) -> "list[Replaced] | None":
+        """Return the values that have been replaced; None if keys have come, gone or changed their order.
 
-        The values are to be looked at while they are there.
+        The values that were must still be there.
         """
-        dicts, items, _ = self._kept
-        if any(list(own) != list(known) for own, known in zip(dicts, items, strict=True)):
-            return None
-        return [
-            (number, key, known[key], value)
-            for number, (own, known) in enumerate(zip(dicts, items, strict=True))
-            for key, value in own.items()
-            if value is not known[key]
-        ]
+        found, position = [], 1
+        for number, (items, known) in enumerate(zip(*self._kept[:2], strict=True)):
+            if len(items) != len(known):
+                return None
+            for (key, value), (own, before) in zip(items.items(), known.items(), strict=True):
+                if key is not own:
+                    return None
+                if value is not before:
+                    found.append(Replaced(number, key, before, value, position))
+                position += 2
+        return found
 
-    def renew(self) -> None:
-        """Compare with the values of now from now on; the keys must be those that were."""
-        dicts, items, _ = self._kept
-        for own, known in zip(dicts, items, strict=True):
-            known.update(own)
-        self._arrays[2][:] = _ids(part for each in items for pair in each.items() for part in pair)
+    def renew(self, replaced: "Iterable[Replaced]") -> None:
+        """Compare with the values that have replaced others from now on."""
+        for number, key, _, value, position in replaced:
+            self._kept[1][number][key] = value
+            self._arrays[2][position] = id(value)
 
     @property
     def launch(self) -> "_Launch":
