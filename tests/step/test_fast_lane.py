@@ -107,6 +107,32 @@ def test_schedules_of_one_group_change_its_numbers_only_and_take_it(name, monkey
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("own", [None, 0.01])
+def test_clipped_steps_take_it_with_the_bits_of_the_pipeline(own, name, monkeypatch):
+    results = []
+    for telemetry in (False, True):  # what is measured goes through the pipeline
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 70_000 if i == 3 else 6)) for i in range(1, 5)]
+        groups = [{"params": params[:2]}, {"params": params[2:], **({} if own is None else {"max_grad_norm": own})}]
+        optimizer = getattr(surefoot, name)(groups, lr=0.1, max_grad_norm=0.5, telemetry=telemetry)
+        train(optimizer, steps=3)
+        for step in range(8):
+            if step == 4:
+                optimizer.step_options.max_grad_norm = 0.3
+            set_grads(optimizer, step)
+            if step in (5, 6):
+                params[step - 5].grad *= torch.inf if step == 5 else 0
+            with monkeypatch.context() as patched:
+                if not telemetry:
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        optimizer.step_options.max_grad_norm = None
+        train(optimizer, steps=3)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
 WITHOUT = {
     "two losses": lambda step: (0, 1) if step % 2 else (2, 3),
     "one sometimes": lambda step: (0,) if step % 3 == 0 else (),

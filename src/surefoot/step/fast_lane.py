@@ -1,4 +1,4 @@
-"""The fast lane: a step in which nothing has changed and nothing beside the update is asked for.
+"""The fast lane: a step in which nothing has changed and nothing is asked for but the update, clipped perhaps.
 
 It is the pipeline with the stages left out that are known to have nothing to do: one compiled call that guards all that
 may have changed and reads the scalars (many tensors are guarded by a call of their own, on several threads), the
@@ -12,19 +12,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu
-from surefoot.rule import ROUNDING_STEP, STEP
+from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache, new_numbers
+from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
 from surefoot.step.partition import MOST_COUNTS
+from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 
@@ -49,6 +52,9 @@ class _Lane:
         self.values: Any = memoryview(values)
         self.coefficients = self.launch.coefficients
         self.table = memoryview(self.coefficients.reshape(-1))
+        self.measure: Any = None
+        if ("clipped", True) in run.bucket.rule.flags:
+            self.measure = plan.gradient_measure(gradient_rule())
         self.settle()
 
     def settle(self) -> None:
@@ -92,6 +98,8 @@ class _Lane:
             table[index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
+        if self.measure is not None:
+            table[self.run.bucket.rule.coefficients.index("step_clip")] = self.run.slice.clip
 
     def count_of_counts(self) -> int:
         """Return how many different step counts have been read."""
@@ -174,6 +182,7 @@ class FastLane:
         self._dense = [lane for lane in self._lanes if not lane.run.sparse]
         self._are_small = all(map(_Lane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
+        self._clipped = [lane for lane in self._lanes if lane.measure is not None]
         after, whole = (
             [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
             for with_kernel in (False, True)
@@ -217,6 +226,8 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
+                if self._clipped:
+                    self._clip(step())
                 if not (self._take() and self._update(coefficients)):
                     self._release()
                     return False
@@ -247,7 +258,7 @@ class FastLane:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
         cache = self._cache()
-        if cache is None or step.options_ask_more() or not cache.has_same_params(step):
+        if cache is None or not _serves(step) or not cache.has_same_params(step):
             return False
         if not cache.settle_options(step) or not cache.has_constant_options():
             return False
@@ -255,6 +266,12 @@ class FastLane:
             lane.settle()
         self._guard_options()
         return True
+
+    def _clip(self, step: StepInput) -> None:
+        """Measure the gradients, and decide what they are multiplied with."""
+        for lane in self._clipped:
+            lane.run.slice.gradients = torch.from_numpy(lane.measure(lane.tensors.gradients))
+        clip_or_skip(step, [lane.run.slice for lane in self._clipped])
 
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
@@ -312,14 +329,20 @@ class FastLane:
 
 def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
     """Return the fast lane of a step cache that has just served a step, None where it must go the long way."""
-    if not step.only_updates() or not cache.has_constant_options():
+    if not _serves(step) or not cache.has_constant_options():
         return None
     return FastLane(step, cache) if type(cache.items) is DictGuard and _is_fit(cache.runs) else None
+
+
+def _serves(step: StepInput) -> bool:
+    """Return whether nothing is asked for that only the pipeline can do."""
+    return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
 
 
 def _is_fit(runs: Sequence[BucketRun]) -> bool:
     return all(
         run.engine is cpu
+        and not (run.sparse and ("clipped", True) in run.bucket.rule.flags)
         and not run.repeats
         and run.guard.is_compiled()
         and (run.guard.reads or run.sparse)

@@ -80,6 +80,12 @@ class StepInput(NamedTuple):
         """Return whether options ask for something beside the update, while parameters are stepped."""
         return bool(self.stepping.options.requested() - {"zero_grad_after_step"}) or self.needs_gradients()
 
+    def only_clips(self) -> bool:
+        """Return whether nothing is asked for beside the update but that gradients are clipped by their norm."""
+        scaled = self.grad_scale is not None or self.found_inf is not None
+        more = self.stepping.options.requested() - {"zero_grad_after_step", "max_grad_norm"}
+        return not (scaled or more or self.transfers is not None or self.released is not None)
+
     def only_updates(self) -> bool:
         """Return whether nothing is asked for beside the update by the gradients as they are."""
         scaled = self.grad_scale is not None or self.found_inf is not None

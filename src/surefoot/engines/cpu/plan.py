@@ -3,7 +3,7 @@
 A plan is a cache: `step/cache.py` tells whether everything it was made from is still so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -216,7 +216,8 @@ class Plan:
         param, *slots = bucket.kept
         self._compute, self._stored = bucket.compute_dtype, (param, format_of(arrays.dtypes[1]), *slots)
         self.regular, self.irregular = np.flatnonzero(arrays.flat), np.flatnonzero(~arrays.flat).tolist()
-        self.launch = TensorLaunch(len(arrays.addresses), arrays.sizes[self.regular])
+        self._sizes = arrays.sizes[self.regular]
+        self.launch = TensorLaunch(len(arrays.addresses), self._sizes)
         self.launch.pointers[:] = arrays.addresses[:, self.regular]
         if bucket.is_rounded:
             known = [bucket.identities[index] for index in self.regular.tolist()]
@@ -262,6 +263,22 @@ class Plan:
         self.row, self.launch.rows[:] = None, self._regular(rows)
         self.prepare(rule)
         return self._run(rule, bucket, numbers_of(bucket, rule), rows)
+
+    def gradient_measure(self, rule: Rule) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what measures by a rule of gradients, when all tensors are flat memory.
+
+        Returns:
+            A function of the addresses of the gradients, which gives float64 of shape (tensors, reductions).
+        """
+        kernel, launch = self.kernel(rule), TensorLaunch(len(self.launch.pointers), self._sizes)
+        launch.pointers[:] = self.launch.pointers
+        nothing = np.zeros((1, 0))
+
+        def measure(gradients: np.ndarray) -> np.ndarray:
+            launch.pointers[1] = gradients
+            return launch.run(kernel, nothing, rule.reductions)
+
+        return measure
 
     def _run(self, rule: Rule, bucket: Bucket, numbers: np.ndarray, rows: np.ndarray) -> Tensor | None:
         kernel = self._kernels[rule]
