@@ -543,7 +543,7 @@ class Optimizer(torch.optim.Optimizer):
     def _run_last_again(self) -> bool:
         """Run `_run_again` for all parameters."""
         cache = self.__dict__.get("_step_cache")
-        if cache is not None and cache.patterns is not None:
+        if cache is not None and cache.others is not None:
             self._step_cache = cache = cache.of_now()
         return self._run_again(self._stepping, self.param_groups, cache, self._step_input)
 
@@ -563,7 +563,7 @@ class Optimizer(torch.optim.Optimizer):
             step_input: return all that the step is about.
         """
         spec = self.spec
-        fast: Any = None if cache is None else cache.of_now().fast
+        fast: Any = None if cache is None else cache.fast
         specs = map(spec.of, groups) if spec.algorithms else (spec,)
         rules = [each.update is not None for each in specs]
         if all(rules):
@@ -605,7 +605,7 @@ class Optimizer(torch.optim.Optimizer):
         return bool(hooks or _is_profiled())
 
     def _is_alone(self) -> bool:
-        """Return whether no GradScaler, placed parameters or mode that must see operations have to do with a step."""
+        """Return whether no GradScaler, offloaded parameter or mode that must see operations has to do with a step."""
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
         elsewhere = own.get("_offloaded") is not None
@@ -720,6 +720,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _make_part(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
         """Step the parameters of `step`, which are some of ours; see `PartialSteps`."""
+        cache = None if cache is None else cache.of_now()
         plain = step.grad_scale is None and not mode_is_active()
         if plain and self._run_again(step.stepping, step.groups, cache, lambda: step):
             return cache, []

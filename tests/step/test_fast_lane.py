@@ -1,6 +1,7 @@
 """The fast lane takes the steps in which nothing has changed, and no others."""
 
 import contextlib
+import gc
 import weakref
 
 import numpy as np
@@ -14,6 +15,7 @@ from surefoot import optimizer as optimizer_module
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
+from surefoot.telemetry import Telemetry
 
 
 @pytest.fixture
@@ -185,9 +187,55 @@ def test_caches_of_gradients_that_come_and_go_are_dropped_when_these_stay():
             params[0].grad = None
         optimizer.step()
         if step == 9:
-            assert len(optimizer._step_cache.patterns) == 2
-    assert optimizer._step_cache.patterns is None
+            assert len(optimizer._step_cache.others) == 1
+    assert optimizer._step_cache.others is None
     assert optimizer._step_cache.fast
+
+
+@pytest.mark.parametrize("away", ["nonfinite", "telemetry", "clip", "tensor", "decay", "hook"])
+def test_it_is_taken_again_when_what_was_asked_for_is_over(away, monkeypatch):
+    optimizer, _ = started(weight_decay=0.0)
+    group, options = optimizer.param_groups[0], optimizer.step_options
+    before = {"nonfinite": options.nonfinite, "lr": group["lr"], "weight_decay": 0.0}
+    if away == "nonfinite":
+        options.nonfinite = "skip"
+    elif away == "telemetry":
+        options.telemetry = Telemetry()
+    elif away == "clip":
+        options.max_grad_norm = 1.0
+    elif away == "tensor":
+        group["lr"] = torch.tensor(group["lr"])
+    elif away == "decay":
+        group["weight_decay"] = 0.5
+    else:
+        handle = optimizer.register_step_pre_hook(lambda one, *_: one.param_groups[0].update(maximize=True))
+    train(optimizer, steps=2)
+    options.nonfinite, options.telemetry, options.max_grad_norm = before["nonfinite"], None, None
+    group.update(lr=before["lr"], weight_decay=0.0, maximize=False)
+    if away == "hook":
+        handle.remove()
+    train(optimizer, steps=3)
+    monkeypatch.setattr(optimizer_module, "run_step", None)
+    set_grads(optimizer, 3)
+    optimizer.step()
+
+
+def test_caches_of_gradients_that_come_and_go_keep_nothing_alive():
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    optimizer = surefoot.AdamW(params)
+    for step in range(12):
+        set_grads(optimizer, step)
+        for absent in WITHOUT["two losses"](step):
+            params[absent].grad = None
+        optimizer.step()
+    assert optimizer._step_cache.others
+    held = [weakref.ref(param) for param in params]
+    gc.disable()
+    try:
+        del optimizer, params
+        assert [param() for param in held] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_a_closure_that_fails_leaves_everything_as_it_was():

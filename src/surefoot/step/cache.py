@@ -77,7 +77,7 @@ class BucketGuard:
         self._shape = (len(scalars), len(run.params))
 
     def revalidate(self, run: BucketRun) -> bool:
-        """Return the bucket this step's gradients; return whether all else is as it was."""
+        """Give the bucket this step's gradients; return whether all else is as it was."""
         if self._replaced and not _are_replaced(run):
             return False
         if run.sparse:
@@ -175,7 +175,7 @@ class _KeptNumbers:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "_KeptNumbers | None":
-        """Return what does for these tensors, None where they are not the host's own."""
+        """Return what reads and writes these tensors, None where they are not the host's own."""
         fit = are_on_host(tensors) and not any(map(is_between_processes, tensors))
         return cls(tensors) if fit else None
 
@@ -218,9 +218,11 @@ class OptionsGuard:
         return self._constant and same_objects(self._seen, _options(step))
 
     def decide_the_same(self, step: StepInput) -> bool:
-        """Return whether the buckets are the same; the options of now are the ones to compare with from then on."""
+        """Return whether the buckets are the same; if so, the options of now are those to compare with from then on."""
+        if self._signatures != [_signature(step, group) for group in step.groups]:
+            return False
         self._note(step)
-        return self._signatures == [_signature(step, group) for group in step.groups]
+        return True
 
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -279,7 +281,10 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-_MOST_PATTERNS, _ALIKE = 8, 64
+_MOST_PATTERNS = 8
+"""For how many sets of parameters with gradients a cache is kept."""
+_ALIKE = 64
+"""After how many steps with the same ones the caches of others are dropped."""
 
 
 @dataclass(eq=False)
@@ -294,10 +299,10 @@ class StepCache:
         state: the optimizer's.
         items: guards its items.
         runs: the buckets.
-        fast: the fast lane, once it has been asked for: None before, False where there is none.
-        patterns: the caches of steps in which other parameters had gradients, by `pattern`, this one among them; None
-            as long as these have not changed.
-        alike: for how many steps in a row it has served since.
+        fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
+        pattern: which parameters have gradients, see `_pattern`.
+        others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
+        alike: how often in a row it was the one that was asked for since.
     """
 
     options: OptionsGuard | None = None
@@ -308,7 +313,8 @@ class StepCache:
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
     fast: Any = None
-    patterns: "dict[bytes, StepCache] | None" = None
+    pattern: bytes = b""
+    others: "dict[bytes, StepCache] | None" = None
     alike: int = 0
 
     @classmethod
@@ -335,39 +341,41 @@ class StepCache:
         params = list(_params(step))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
-        made = cls(
-            options, groups, params, idle, step.state, make_dict_guard([cast("dict[Any, Any]", step.state)]), runs
-        )
+        items = make_dict_guard([cast("dict[Any, Any]", step.state)])
+        made = cls(options, groups, params, idle, step.state, items, runs, pattern=_pattern(params))
         if before is not None:
-            made._join(before)
+            made._succeed(before)
         return made
 
-    def _join(self, before: "StepCache") -> None:
-        """Be one of several caches if other parameters have gradients than in the step before."""
+    def _succeed(self, before: "StepCache") -> None:
+        """Take over the caches for other parameters with gradients, or begin to keep such."""
         on_host = all(run.device_scalars is None for run in (*self.runs, *before.runs))
         if not on_host or not same_objects(self.params, before.params):
             return
-        if before.patterns is None and set(map(id, before.idle)) == set(map(id, self.idle)):
-            return
-        self.patterns = before.patterns or {}
-        while len(self.patterns) >= _MOST_PATTERNS:
-            self.patterns.pop(next(iter(self.patterns)))
-        self.patterns[_pattern(self.params)] = self
+        if before.others is not None or before.pattern != self.pattern:
+            self.others = before.others or {}
+            while len(self.others) >= _MOST_PATTERNS:
+                self.others.pop(next(iter(self.others)))
 
     def of_now(self) -> "StepCache":
-        """Return the cache for the parameters that have gradients now, an empty one if there is none.
+        """Return the cache for the parameters that have gradients now, an empty one if there is none; keep that one.
 
         Two losses of one model, layers that are frozen and thawed, experts: what has gradients may change at every
         step, and come again.
         """
-        if self.patterns is None:
+        if self.others is None:
             return self
-        found = self.patterns.get(_pattern(self.params))
-        if found is None:
-            return StepCache(params=self.params, patterns=self.patterns)
-        self.alike = self.alike + 1 if found is self else 0
-        if self.alike > _ALIKE:
-            self.patterns = None
+        if (now := _pattern(self.params)) == self.pattern:
+            self.alike += 1
+            if self.alike > _ALIKE:
+                self.others = None
+            return self
+        # Only the one that is kept keeps the others: otherwise they would keep one another alive.
+        others, self.others, self.alike = self.others, None, 0
+        found = others.pop(now, None) or StepCache(params=self.params, pattern=now)
+        if self.runs:
+            others[self.pattern] = self
+        found.others = others
         return found
 
     def revalidate(self, step: StepInput) -> list[BucketRun] | None:

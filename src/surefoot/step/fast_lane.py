@@ -7,7 +7,7 @@ it cannot do it leaves to the pipeline, with nothing changed.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,10 +35,12 @@ from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuar
 class _Lane:
     """One bucket in the fast lane: the arrays in which its numbers stand, and the launches of it."""
 
+    table: Any
+    """Where the numbers of the update are put, in the order of the rule's coefficients."""
+
     def __init__(self, run: BucketRun) -> None:
-        guard, plan = run.guard, run.bucket.plan
-        self.run, self.plan, self.launch = run, plan, plan.launch
-        self.kernel = plan.kernel(run.bucket.rule)
+        guard = run.guard
+        self.run = run
         self.tensors: TensorGuard = guard.tensors
         self.guarding, self.releasing = self.tensors.launches()
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
@@ -50,11 +52,6 @@ class _Lane:
         if guard.reads:
             self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
         self.values: Any = memoryview(values)
-        self.coefficients = self.launch.coefficients
-        self.table = memoryview(self.coefficients.reshape(-1))
-        self.measure: Any = None
-        if ("clipped", True) in run.bucket.rule.flags:
-            self.measure = plan.gradient_measure(gradient_rule())
         self.settle()
 
     def settle(self) -> None:
@@ -62,7 +59,7 @@ class _Lane:
         run = self.run
         run.options = hyperparameters(run.group)
         options = vars(run.options)
-        around = {"fresh": 0.0, "step_clip": 1.0, "step_ema_weight": 1 - (run.group.get("ema") or 0.0)}
+        around = {"fresh": False, "step_clip": 1.0, "step_ema_weight": 1 - (run.group.get("ema") or 0.0)}
         names = run.bucket.rule.coefficients
         known = {name: options.get(name) for name in names} | around
         self.options = options
@@ -77,12 +74,11 @@ class _Lane:
         self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
 
     def is_as_it_was(self) -> bool:
-        """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
-        same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
-        return same and not self.tensors.is_over  # another thread may have seen a change
+        """Return whether what was made from the tensors may still be used; another thread may have seen a change."""
+        return not self.tensors.is_over
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
-        """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""
+        """Compute the numbers of the update and the new scalars, and put both where they are read."""
         values, count = self.values, self.count
         scalars = dict(zip(self.scalar_names, values[::count], strict=False)) if self.scalar_names else {}
         if self.rounds:
@@ -98,8 +94,6 @@ class _Lane:
             table[index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
-        if self.measure is not None:
-            table[self.run.bucket.rule.coefficients.index("step_clip")] = self.run.slice.clip
 
     def count_of_counts(self) -> int:
         """Return how many different step counts have been read."""
@@ -119,12 +113,44 @@ class _Lane:
             return self.guarding
         return self.reading if self.reading and self.reading.run() else None
 
+    def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there may be none)
+        """Return what is done when the numbers are there, or beside the kernel when it has been run."""
+        scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
+        return [each for each in (*scalars, self.releasing) if each]
+
+    def release_grads(self) -> None:
+        """Hold gradients no longer."""
+        self.tensors.release_grads()
+
+
+class _KernelLane(_Lane):
+    """A bucket that a kernel runs."""
+
+    def __init__(self, run: BucketRun) -> None:
+        self.plan = plan = run.bucket.plan
+        self.launch, self.kernel = plan.launch, plan.kernel(run.bucket.rule)
+        self.coefficients = self.launch.coefficients
+        self.table = memoryview(self.coefficients.reshape(-1))
+        self.measure: Any = plan.gradient_measure(gradient_rule()) if _is_clipped(run) else None
+        super().__init__(run)
+
+    def is_as_it_was(self) -> bool:
+        """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
+        same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
+        return same and super().is_as_it_was()
+
+    def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
+        """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""
+        super().compute(coefficients)
+        if self.measure is not None:
+            self.table[self.run.bucket.rule.coefficients.index("step_clip")] = self.run.slice.clip
+
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
         some = with_kernel and (self.run.sparse or self.launch.work_items)
         kernel = [(self.kernel.address, self.launch.address)] if some else []
-        scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
-        return [each for each in (*kernel, self.plan.versions.launch, *scalars, self.releasing) if each]
+        counting = [launch] if (launch := self.plan.versions.launch) else []
+        return [*kernel, *counting, *super().launches_after(with_kernel=with_kernel)]
 
     def is_small(self) -> bool:
         """Return whether one thread is enough."""
@@ -158,9 +184,28 @@ class _Lane:
 
     def release_grads(self) -> None:
         """Hold gradients no longer."""
-        self.tensors.release_grads()
+        super().release_grads()
         if self.run.sparse:
             self.plan.release()
+
+
+class _TorchLane(_Lane):
+    """A bucket that torch's operations run."""
+
+    def __init__(self, run: BucketRun) -> None:
+        self.table = [None] * len(run.bucket.rule.coefficients)
+        super().__init__(run)
+
+    def update(self) -> None:
+        """Update the bucket."""
+        run = self.run
+        bucket = run.bucket
+        bucket.coefficients = [dict(zip(bucket.rule.coefficients, self.table, strict=True))]
+        bucket.row, bucket.grads = run.shared_row, run.grads()  # type: ignore[assignment]
+        try:
+            run.engine.run(bucket)
+        finally:
+            bucket.grads = []
 
 
 class FastLane:
@@ -172,17 +217,18 @@ class FastLane:
     def __init__(self, step: StepInput, cache: StepCache) -> None:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
         self._cache = weakref.ref(cache)  # which keeps this
-        self._lanes = [_Lane(run) for run in cache.runs]
+        kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
+        self._by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
+        self._lanes: list[_Lane] = [*kernels, *self._by_torch]
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
         for lane in self._lanes:
             self._guarded += lane.launches_before()
         self._guard_options()
-        self._of_rows = [lane for lane in self._lanes if lane.run.sparse]
-        self._dense = [lane for lane in self._lanes if not lane.run.sparse]
-        self._are_small = all(map(_Lane.is_small, self._dense))
+        self._of_rows = [lane for lane in kernels if lane.run.sparse]
+        self._dense = [lane for lane in kernels if not lane.run.sparse]
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
-        self._clipped = [lane for lane in self._lanes if lane.measure is not None]
+        self._clipped = [lane for lane in kernels if lane.measure is not None]
         after, whole = (
             [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
             for with_kernel in (False, True)
@@ -218,6 +264,7 @@ class FastLane:
         with self._stepping.context.lock:
             for lane in self._lanes:
                 if not lane.is_as_it_was():
+                    self._end(fast=None)
                     return False
             found = self._look()
             if found is self._options.launch and (self._only_numbers() or self._options_decide_the_same(step())):
@@ -277,42 +324,60 @@ class FastLane:
         """Take the gradients; return whether they are such as before."""
         for lane in self._dense:
             lane.launch.pointers[1] = lane.tensors.gradients
-        return all(map(_Lane.take, self._of_rows))
+        return all(map(_KernelLane.take, self._of_rows))
 
     def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
-        """Update, in one compiled call where kernels need one thread; return False if gradients have unusual rows."""
+        """Update; return False, with nothing changed, if sparse gradients have unusual rows."""
         for lane in self._lanes:
             lane.compute(coefficients)
-        if self._adds_up and self._are_small and all(map(_Lane.is_small, self._of_rows)):
+        if not self._run_kernels():
+            return False
+        for of_rows in self._of_rows:
+            of_rows.finish()
+        if self._by_torch:
+            with torch.no_grad():
+                for by_torch in self._by_torch:
+                    by_torch.update()
+        return True
+
+    def _run_kernels(self) -> bool:
+        """Run them and write the scalars, in one compiled call where one thread is enough; see `_update`."""
+        kernels = (*self._dense, *self._of_rows)
+        if self._adds_up and all(map(_KernelLane.is_small, kernels)):
             found = self._whole.run()
             if found and any(lane.launch.status for lane in self._of_rows):
                 return False
         else:
             if not all(lane.plan.find_rows(lane.run.grads()) for lane in self._of_rows):
                 return False
-            for lane in self._lanes:
+            for lane in kernels:
                 threads = 1 if lane.is_small() else min(thread_count(), lane.launch.work_items)
                 lane.launch.start(lane.kernel, threads)
             found = self._after.run()
         if found:
-            for lane in self._lanes:
+            for lane in kernels:
                 lane.launch.raise_if_stopped(lane.kernel)
-        for lane in self._of_rows:
-            lane.finish()
         return True
 
     def _leave(self, found: Any) -> None:
-        """Leave this step to the pipeline, and if parameters do not share their scalars any more all later ones.
+        """Leave this step to the pipeline.
 
-        Buckets of few step counts are made anew, so that each has one.
+        If the parameters of a bucket do not share their step counts any more, this lane ends.  Where there are few
+        counts, buckets are divided anew, one for each.
         """
         apart = [lane for lane in self._lanes if found is lane.reading]
-        if apart and (cache := self._cache()) is not None:
-            cache.fast = False
-            if all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
+        if apart:
+            self._end(fast=False)
+            cache = self._cache()
+            if cache is not None and all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
                 cache.runs = []
-        self._note(changed=not apart)
+        self._note(changed=any(found is lane.guarding for lane in self._lanes))
         self._release_held()
+
+    def _end(self, *, fast: bool | None) -> None:
+        """Serve no more; `fast` says whether another lane may be made, as `StepCache.fast` does."""
+        if (cache := self._cache()) is not None:
+            cache.fast = fast
 
     def _note(self, *, changed: bool) -> None:
         for lane in self._lanes:
@@ -327,11 +392,14 @@ class FastLane:
         self._release_held()
 
 
-def fast_lane(step: StepInput, cache: StepCache) -> FastLane | None:
-    """Return the fast lane of a step cache that has just served a step, None where it must go the long way."""
+def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
+    """Return the fast lane of a step cache that has just served a step.
+
+    It is None where options ask for more, which may change, and False where there can be none.
+    """
     if not _serves(step) or not cache.has_constant_options():
         return None
-    return FastLane(step, cache) if type(cache.items) is DictGuard and _is_fit(cache.runs) else None
+    return type(cache.items) is DictGuard and all(map(_is_fit, cache.runs)) and FastLane(step, cache)
 
 
 def _serves(step: StepInput) -> bool:
@@ -339,17 +407,17 @@ def _serves(step: StepInput) -> bool:
     return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
 
 
-def _is_fit(runs: Sequence[BucketRun]) -> bool:
-    return all(
-        run.engine is cpu
-        and not (run.sparse and ("clipped", True) in run.bucket.rule.flags)
-        and not run.repeats
-        and run.guard.is_compiled()
-        and (run.guard.reads or run.sparse)
-        and run.slice.fresh is None
-        and run.bucket.plan.is_regular
-        and not (run.bucket.plan.checked or run.bucket.rule.reductions or run.bucket.rule.stages)
-        and run.bucket.plan.versions.launch is not None
-        and run.bucket.plan.row is run.shared_row
-        for run in runs
-    )
+def _is_fit(run: BucketRun) -> bool:
+    """Return whether the fast lane can step a bucket."""
+    rule, guard = run.bucket.rule, run.guard
+    plain = not (run.repeats or rule.reductions or rule.stages) and guard.is_compiled() and run.slice.fresh is None
+    if run.engine is not cpu:
+        alike = guard.reads and run.bucket.row is run.shared_row
+        return plain and alike and not (_is_clipped(run) or run.bucket.is_rounded)
+    plan = run.bucket.plan
+    own = plan.is_regular and not plan.checked and plan.versions.launch is not None and plan.row is run.shared_row
+    return plain and own and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
+
+
+def _is_clipped(run: BucketRun) -> bool:
+    return ("clipped", True) in run.bucket.rule.flags

@@ -1,6 +1,7 @@
 """A step, from top to bottom.
 
-Everything that can be refused is refused while buckets are made, before any state exists or changes.
+Everything that can be refused is refused before parameters or state change; state that was made for a step that is not
+made is taken away again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ def run_step(
         for run in runs:
             _release_grads(run)
     if known is not None and cache is not None and cache.fast is None:
-        cache.fast = fast_lane(step, cache) or False  # False: not again
+        cache.fast = fast_lane(step, cache)
     return cache
 
 
