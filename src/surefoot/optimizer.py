@@ -798,17 +798,17 @@ class Optimizer(torch.optim.Optimizer):
         offloaded = self._offloading()
         return param if offloaded is None else offloaded.host_param(param)
 
-    @contextmanager
-    def _on_host(self, *, wait: bool = True) -> Iterator[None]:
+    def _on_host(self, *, wait: bool = True) -> AbstractContextManager[None]:
         """Let groups and state be the host's inside of a `with` block, where the optimizer is offloaded.
 
         Args:
             wait: first wait for all gradients, and until weights may be written.
         """
         offloaded = self._offloading()
-        if offloaded is None or offloaded.inside:
-            yield
-            return
+        return _NO_CONTEXT if offloaded is None or offloaded.inside else self._inside(offloaded, wait)
+
+    @contextmanager
+    def _inside(self, offloaded: OffloadedOptimizer, wait: bool) -> Iterator[None]:
         self._enter_host(offloaded)
         try:
             if wait:
@@ -818,13 +818,13 @@ class Optimizer(torch.optim.Optimizer):
             if offloaded.inside:
                 self._leave_host(offloaded)
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def _on_device(self) -> AbstractContextManager[None]:
         """Undo `_on_host` inside of a `with` block, for what a user's closure does in a step."""
         offloaded = self._offloading()
-        if offloaded is None or not offloaded.inside:
-            yield
-            return
+        return _NO_CONTEXT if offloaded is None or not offloaded.inside else self._outside(offloaded)
+
+    @contextmanager
+    def _outside(self, offloaded: OffloadedOptimizer) -> Iterator[None]:
         self._leave_host(offloaded)
         try:
             yield
@@ -1215,10 +1215,10 @@ def _is_profiled() -> bool:
 def _profiled(name: str) -> AbstractContextManager[Any]:
     """Return a range of the profiler, where there is one; compilers of some releases cannot ask for it."""
     asked = not torch.compiler.is_compiling() and _is_profiled()
-    return torch.autograd.profiler.record_function(name) if asked else _NO_RANGE
+    return torch.autograd.profiler.record_function(name) if asked else _NO_CONTEXT
 
 
-_NO_RANGE: AbstractContextManager[None] = nullcontext()
+_NO_CONTEXT: AbstractContextManager[None] = nullcontext()
 
 
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
