@@ -688,7 +688,7 @@ class Optimizer(torch.optim.Optimizer):
         for name, value in (("micro_batches", micro_batches), ("bucket_bytes", bucket_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer >= 1, but is {value!r}")
-        self._refuse_custom_step("gradients can be released")
+        self._refuse_own_step("gradients can be released")
         self._refuse_elsewhere()
         options = ReleaseOptions(max_previous_grad_norm, max_param_grad_norm, nonfinite_params)
         parts = PartialSteps(self._step_input, self._make_part)
@@ -697,7 +697,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         return self._released
 
-    def _refuse_custom_step(self, what: str) -> None:
+    def _refuse_own_step(self, what: str) -> None:
         """Raise TypeError where it is not known that the pipeline takes a step's parameters from the groups."""
         in_parts = self.is_rule() or self.prepares_params
         if not (in_parts and getattr(type(self).step, "is_whole", False) and self._stepping.constructed):
@@ -774,7 +774,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not isinstance(bucket_bytes, int) or isinstance(bucket_bytes, bool) or bucket_bytes < 1:
             raise ValueError(f"`bucket_bytes` must be an integer >= 1, but is {bucket_bytes!r}")
-        self._refuse_custom_step("it can be offloaded")
+        self._refuse_own_step("it can be offloaded")
         self._refuse_elsewhere()
         self._offloaded = OffloadedOptimizer(model, self.param_groups, self._bring_back, bucket_bytes=bucket_bytes)
         try:

@@ -142,8 +142,8 @@ class Bucket:
         grads: their gradients, same shapes, any strides; never written.
         gradient_addresses: the addresses of the gradients' memory, as the gate (when the plan is made) or a guard has
             found them.
-        slots: for each of `rule.slots`, the tensors that belong to the parameters.  While an engine is chosen these
-            are what there is of them.
+        slots: for each of `rule.slots`, the tensors that belong to the parameters.  While an engine is chosen, for each
+            parameter those that it has already.
         coefficients: the numbers of an update, for each set of parameters that shares them.
         row: for each parameter the index of its numbers in `coefficients`.
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).

@@ -1,4 +1,4 @@
-"""Custom steps: the parameters of algorithms that are no rules, with everything done around an update."""
+"""Custom steps: the parameters of algorithms that are not rules, with everything done around an update."""
 
 import functools
 from collections.abc import Iterator, Sequence

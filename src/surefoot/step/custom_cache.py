@@ -123,7 +123,7 @@ class CustomCache:
     # Guards, made when all state is there
 
     def keep(self, step: StepInput) -> None:
-        """Let `revalidate` tell from now on, where the memory of all tensors is what they mean."""
+        """Guard all tensors from now on, where their memory is what they mean; `revalidate` asks these guards."""
         if self.guards is not None:
             return
         alike: defaultdict[Any, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
@@ -243,7 +243,7 @@ class CustomCache:
                 each.note(changed=found >= _FIRST_OF_TENSORS)
             self._release_grads()
         if found >= _FIRST_OF_TENSORS:
-            # For good: a guard that looks again compares with what it has seen now.
+            # For good: a guard that has found a change would find none the next time.
             self.guards, self._guard, self.lane = None, None, None
         return found
 

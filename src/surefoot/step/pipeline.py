@@ -42,6 +42,8 @@ def run_step(
 ) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
 
+    To be called inside of `with step.stepping.context`, which releases the lock that is taken here.
+
     Args:
         step: the step.
         cache: what the last step has returned.

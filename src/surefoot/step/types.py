@@ -70,14 +70,14 @@ class ParamSlice:
 
 
 class PreparedParam(NamedTuple):
-    """A parameter to be stepped by a custom step; its state is there, its step counted."""
+    """A parameter to be stepped by a custom step; its state is there, and its step counted when it is handed over."""
 
     h: SimpleNamespace
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
     apart: bool = False
-    """Return whether its memory is another's too, so that it must be stepped by itself, in its turn."""
+    """Whether its memory is another's too, so that it must be stepped by itself, in its turn."""
 
 
 CustomStep = Callable[[list[PreparedParam]], None]
