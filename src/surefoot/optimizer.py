@@ -1132,7 +1132,7 @@ class Optimizer(torch.optim.Optimizer):
             for (_, param), entry in zip(pairs, moved, strict=True):
                 self.state[param].update(entry)
         self.__dict__.pop("_step_cache", None)  # it holds the tensors that were
-        self._stepping.custom_cache = None
+        self._stepping.custom_caches = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1144,7 +1144,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take what `__getstate__` gave, or a part of it."""
         self.__dict__.pop("_step_cache", None)  # it holds the state that was
         self.__dict__.update(state)
-        self.__dict__.setdefault("_stepping", Stepping()).custom_cache = None
+        self.__dict__.setdefault("_stepping", Stepping()).custom_caches = {}
         self._make_hooks()
 
     def __repr__(self) -> str:

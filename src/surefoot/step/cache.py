@@ -281,7 +281,7 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-_MOST_PATTERNS = 8
+MOST_PATTERNS = 8
 """For how many sets of parameters with gradients a cache is kept."""
 _ALIKE = 64
 """After how many steps with the same ones the caches of others are dropped."""
@@ -300,7 +300,7 @@ class StepCache:
         items: guards its items.
         runs: the buckets.
         fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
-        pattern: which parameters have gradients, see `_pattern`.
+        pattern: which parameters have gradients, see `pattern_of`.
         others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
         alike: how often in a row it was the one that was asked for since.
     """
@@ -342,7 +342,7 @@ class StepCache:
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
         items = make_dict_guard([cast("dict[Any, Any]", step.state)])
-        made = cls(options, groups, params, idle, step.state, items, runs, pattern=_pattern(params))
+        made = cls(options, groups, params, idle, step.state, items, runs, pattern=pattern_of(params))
         if before is not None:
             made._succeed(before)
         return made
@@ -354,7 +354,7 @@ class StepCache:
             return
         if before.others is not None or before.pattern != self.pattern:
             self.others = before.others or {}
-            while len(self.others) >= _MOST_PATTERNS:
+            while len(self.others) >= MOST_PATTERNS:
                 self.others.pop(next(iter(self.others)))
 
     def of_now(self) -> "StepCache":
@@ -365,7 +365,7 @@ class StepCache:
         """
         if self.others is None:
             return self
-        if (now := _pattern(self.params)) == self.pattern:
+        if (now := pattern_of(self.params)) == self.pattern:
             self.alike += 1
             if self.alike > _ALIKE:
                 self.others = None
@@ -411,7 +411,7 @@ class StepCache:
         return self.options is not None and self.options.are_constant
 
 
-def _pattern(params: Sequence[Tensor]) -> bytes:
+def pattern_of(params: Iterable[Tensor]) -> bytes:
     """Return which parameters have gradients."""
     return bytes([param.grad is not None for param in params])
 

@@ -17,7 +17,7 @@ from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.clipping import measure_gradients
-from surefoot.step.custom_cache import GRADIENT_OPTIONS, CustomCache
+from surefoot.step.custom_cache import GRADIENT_OPTIONS, CustomCache, keep_cache, take_cache
 from surefoot.step.device import numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import refuse_irregular
@@ -65,9 +65,7 @@ class CustomRun(NamedTuple):
             for param, names in made:
                 discard_state(step.state, param, names)
             raise
-        if step.grads is None:
-            self.cache.keep(step)
-            step.stepping.custom_cache = self.cache
+        keep_cache(step, self.cache)
 
     def update(self, step: StepInput, custom_step: CustomStep) -> None:
         """Count the step of every parameter and make it."""
@@ -78,11 +76,9 @@ class CustomRun(NamedTuple):
 def validate_params(step: StepInput) -> CustomRun:
     """Return the parameters of custom steps that have a gradient, all of them checked; nothing is changed."""
     refuse_irregular(step)
-    cache, step.stepping.custom_cache = step.stepping.custom_cache, None
-    if cache is None or not cache.revalidate(step):
-        cache = CustomCache(step)
-        if not all(step.state.get(param) for part in cache.slices for param in part.params):
-            refuse_new_buckets(step.spec.name)
+    cache = take_cache(step)
+    if not cache.has_state and not all(step.state.get(param) for part in cache.slices for param in part.params):
+        refuse_new_buckets(step.spec.name)
     slices = [ParamSlice(part.group, part.params) for part in cache.slices]
     return CustomRun(cache, slices, cache.take_gradients(), [])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from surefoot.rule import ROUNDING_STEP, AlgorithmSpec
 from surefoot.state.check import hyperparameters, validated_gradient
 from surefoot.state.formats import CORRECTION, param_format
-from surefoot.step.cache import UNREAD, is_constant, new_numbers
+from surefoot.step.cache import MOST_PATTERNS, UNREAD, is_constant, new_numbers, pattern_of
 from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
@@ -53,7 +53,9 @@ class CustomLane:
         self._custom_step(found)
 
 
-def custom_lane(stepping: Stepping, groups: object, state: object, step: Callable[[], StepInput]) -> CustomLane | None:
+def custom_lane(
+    stepping: Stepping, groups: Sequence[Mapping[str, Any]], state: object, step: Callable[[], StepInput]
+) -> CustomLane | None:
     """Return the fast lane of custom steps if nothing has changed but values; else None, with nothing changed.
 
     To be called with the context's lock.
@@ -64,10 +66,35 @@ def custom_lane(stepping: Stepping, groups: object, state: object, step: Callabl
         state: the state of now.
         step: return all that the step is about.
     """
-    cache: CustomCache | None = stepping.custom_cache
+    cache: CustomCache | None = stepping.custom_caches.get(_pattern(groups))
     if cache is None or cache.lane is None or not cache.is_unchanged(groups, state, step):
         return None
     return cache.lane
+
+
+def take_cache(step: StepInput) -> "CustomCache":
+    """Return the cache of steps in which the same parameters have gradients, or a new one, to be put back when used."""
+    caches = step.stepping.custom_caches
+    cache: CustomCache | None = caches.pop(_pattern(step.groups), None) if step.grads is None else None
+    if cache is not None and cache.revalidate(step):
+        return cache
+    if cache is not None:
+        caches.clear()  # what has changed concerns all
+    return CustomCache(step)
+
+
+def keep_cache(step: StepInput, cache: "CustomCache") -> None:
+    """Keep a cache for the next step in which the same parameters have gradients."""
+    if step.grads is None:
+        cache.keep(step)
+        caches = step.stepping.custom_caches
+        while len(caches) >= MOST_PATTERNS:
+            caches.pop(next(iter(caches)))
+        caches[_pattern(step.groups)] = cache
+
+
+def _pattern(groups: Sequence[Mapping[str, Any]]) -> bytes:
+    return pattern_of(param for group in groups for param in group["params"])
 
 
 class CustomCache:
