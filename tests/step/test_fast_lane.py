@@ -220,6 +220,21 @@ def test_it_is_taken_again_when_what_was_asked_for_is_over(away, monkeypatch):
     optimizer.step()
 
 
+def test_parameters_that_share_memory_are_stepped_in_order_whatever_their_counts():
+    results = []
+    for module in (surefoot, torch.optim):
+        memory = torch.linspace(-1, 1, 8)
+        params = [torch.nn.Parameter(memory[start : start + 4]) for start in (0, 2, 4)]
+        optimizer = module.Adam(params, lr=0.1, foreach=False)
+        for step in range(4):
+            set_grads(optimizer, step)
+            if step < 2:
+                params[1].grad = None
+            optimizer.step()
+        results.append(memory)
+    torch.testing.assert_close(*results)
+
+
 def test_caches_of_gradients_that_come_and_go_keep_nothing_alive():
     params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
     optimizer = surefoot.AdamW(params)

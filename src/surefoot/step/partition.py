@@ -114,7 +114,11 @@ def _counts(step: StepInput, group: Mapping[str, Any]) -> dict[Tensor, float]:
     if not all(map(_can_be_read, found.values())):
         return {}
     counts = {param: float(count) for param, count in found.items()}
-    return counts if 1 < len(set(counts.values())) <= MOST_COUNTS else {}
+    if not 1 < len(set(counts.values())) <= MOST_COUNTS:
+        return {}
+    stored = [value for param in found for value in (param, *step.state.get(param, {}).values())]
+    stored = [value for value in stored if isinstance(value, Tensor) and has_address(value)]
+    return counts if shared_memory(stored) is None else {}  # or the order of steps would be another
 
 
 def _can_be_read(count: object) -> bool:
