@@ -225,7 +225,7 @@ def test_parameters_that_share_memory_are_stepped_in_order_whatever_their_counts
     for module in (surefoot, torch.optim):
         memory = torch.linspace(-1, 1, 8)
         params = [torch.nn.Parameter(memory[start : start + 4]) for start in (0, 2, 4)]
-        optimizer = module.Adam(params, lr=0.1, foreach=False)
+        optimizer = module.AdamW(params, lr=0.1, weight_decay=3.0, foreach=False)
         for step in range(4):
             set_grads(optimizer, step)
             if step < 2:
