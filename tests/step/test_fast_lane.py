@@ -220,6 +220,88 @@ def test_it_is_taken_again_when_what_was_asked_for_is_over(away, monkeypatch):
     optimizer.step()
 
 
+@pytest.mark.parametrize("away", ["scaler", "combined"])
+def test_numbers_that_come_back_count_in_the_pipeline_too(away):
+    first, second, moved = 0.1, 0.2, []
+    if away == "scaler":
+        params = [torch.nn.Parameter(torch.ones(1))]
+        optimizer = surefoot.SGD(params, lr=first)
+    else:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        optimizer = surefoot.muon_with(model, rest=surefoot.SGD, head="1.*")
+        params = [model[1].bias]
+    for step, rate in enumerate((*[first] * 5, second, first, first)):
+        set_grads(optimizer, step)
+        params[0].grad = torch.ones_like(params[0])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if step == 6:
+            if away == "scaler":
+                optimizer.found_inf = torch.zeros(())
+            else:
+                model[0].weight.grad = None
+        before = params[0].detach().clone()
+        optimizer.step()
+        optimizer.found_inf = None
+        moved.append((before - params[0].detach()).mean().item())
+    assert moved == pytest.approx([0.1] * 5 + [0.2, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon"])
+@pytest.mark.parametrize("change", ["removed", "inserted", "replaced"])
+def test_lists_of_groups_and_numbers_that_change_together_count(change, name):
+    results = []
+    for module in (surefoot, torch.optim):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 4)]
+        optimizer = train(getattr(module, name)([{"params": [param]} for param in params[:2]], lr=0.1), steps=4)
+        groups = optimizer.param_groups
+        old = groups[0]
+        if change == "removed":
+            groups.pop(0)
+        elif change == "inserted":
+            groups.insert(0, dict(groups[0], params=params[2:]))
+        else:
+            groups[0] = dict(old)
+        old["lr"] = groups[-1]["lr"] = 0.05
+        train(optimizer, steps=3)
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def test_keys_of_groups_that_are_no_names_are_left_alone():
+    optimizer, _ = started()
+    for value in (0.1, 0.2, 0.3, 0.3):
+        optimizer.param_groups[0][5] = value
+        train(optimizer, steps=1)
+        optimizer.step()
+    assert optimizer.param_groups[0][5] == 0.3
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+@pytest.mark.parametrize("change", ["cleared", "replaced"])
+def test_caches_of_gradients_that_come_and_go_drop_state_that_was(change, name):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(4)]
+    optimizer = getattr(surefoot, name)(params)
+    for step in range(12):
+        set_grads(optimizer, step)
+        for absent in WITHOUT["two losses"](step):
+            params[absent].grad = None
+        optimizer.step()
+    held = [
+        weakref.ref(optimizer.state[param][n])
+        for param in params
+        for n in ("exp_avg", "row_var")
+        if n in optimizer.state[param]
+    ]
+    if change == "cleared":
+        optimizer.state.clear()
+    else:
+        optimizer.state.update({param: {k: v.clone() for k, v in optimizer.state[param].items()} for param in params})
+    train(optimizer, steps=2)
+    gc.collect()
+    assert [each() for each in held] == [None] * 4
+
+
 def test_parameters_that_share_memory_are_stepped_in_order_whatever_their_counts():
     results = []
     for module in (surefoot, torch.optim):

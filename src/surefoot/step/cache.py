@@ -271,7 +271,8 @@ def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[s
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
     of_group = replaced.number < len(specs) and specs[replaced.number].flags_of is None
-    return of_group and replaced.key not in ALL_STEP_OPTIONS and _are_alike(replaced.before, replaced.value)
+    named = isinstance(replaced.key, str) and replaced.key not in ALL_STEP_OPTIONS
+    return of_group and named and _are_alike(replaced.before, replaced.value)
 
 
 def _are_alike(before: object, value: object) -> bool:
@@ -352,10 +353,24 @@ class StepCache:
         on_host = all(run.device_scalars is None for run in (*self.runs, *before.runs))
         if not on_host or not same_objects(self.params, before.params):
             return
+        if before.runs and before.pattern == self.pattern:
+            return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
-            self.others = before.others or {}
+            self.others = {key: other for key, other in (before.others or {}).items() if other.has_state()}
             while len(self.others) >= MOST_PATTERNS:
                 self.others.pop(next(iter(self.others)))
+
+    def has_state(self) -> bool:
+        """Return whether the state still has what was stepped."""
+        if self.items.changed():
+            return False
+        return all(
+            entry.get(slot.name) is tensor
+            for run in self.runs
+            if not is_sharded(run.params[0])
+            for slot, column in zip(run.bucket.rule.slots, run.bucket.slots, strict=True)
+            for entry, tensor in zip(run.entries, column, strict=True)
+        )
 
     def of_now(self) -> "StepCache":
         """Return the cache for the parameters that have gradients now, an empty one if there is none; keep that one.

@@ -80,6 +80,8 @@ def take_cache(step: StepInput) -> "CustomCache":
         return cache
     if cache is not None:
         caches.clear()  # what has changed concerns all
+    for pattern in [pattern for pattern, each in caches.items() if not each.has_entries(step)]:
+        del caches[pattern]
     return CustomCache(step)
 
 
@@ -136,6 +138,11 @@ class CustomCache:
             slots = step.spec.of(part.group).slots
             stored += [entry[slot.name] for entry in entries for slot in slots if entry.get(slot.name) is not None]
         return shared_memory([local for tensor in stored if has_address(local := to_local(tensor))]) is not None
+
+    def has_entries(self, step: StepInput) -> bool:
+        """Return whether the state has the entries that it had."""
+        pairs = zip(self.slices, self.entries, strict=True)
+        return all(step.state.get(p) is e for part, own in pairs for p, e in zip(part.params, own, strict=True))
 
     def take_gradients(self) -> list[list[Tensor]]:
         """Return the gradients of this step, and keep none."""
@@ -198,6 +205,7 @@ class CustomCache:
         if self._deciding != _deciding_options(step):
             return False
         self._hyperparameters = [hyperparameters(part.group) for part in self.slices]
+        self._guarded_groups = list(step.groups)
         self._options = DictGuard([*step.groups, vars(step.stepping.options)])
         self._guard = LaunchSequence([self._options.launch, *self._launches])
         if _is_capturable(step):
@@ -210,12 +218,12 @@ class CustomCache:
         if not self._hyperparameters:
             return False
         spec.check_groups(self._groups)
-        numbers = new_numbers(self._options, list(map(spec.of, self._groups)))
+        numbers = new_numbers(self._options, list(map(spec.of, self._guarded_groups)))
         if numbers is None:
             return False
         for h, part in zip(self._hyperparameters, self.slices, strict=True):
-            new = next(new for group, new in zip(self._groups, numbers, strict=True) if group is part.group)
-            vars(h).update(new)
+            own = zip(self._guarded_groups, numbers, strict=True)  # groups of now are compared later
+            vars(h).update(next(new for group, new in own if group is part.group))
         return True
 
     def _make_lane(self, step: StepInput) -> CustomLane | None:

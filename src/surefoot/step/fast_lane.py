@@ -57,8 +57,7 @@ class _Lane:
     def settle(self) -> None:
         """Take over the group's options."""
         run = self.run
-        run.options = hyperparameters(run.group)
-        options = vars(run.options)
+        options = vars(hyperparameters(run.group))
         around = {"fresh": False, "step_clip": 1.0, "step_ema_weight": 1 - (run.group.get("ema") or 0.0)}
         names = run.bucket.rule.coefficients
         known = {name: options.get(name) for name in names} | around
@@ -71,6 +70,7 @@ class _Lane:
     def take_numbers(self, numbers: Mapping[str, Any]) -> None:
         """Take over numbers among the group's options, where these are settled."""
         self.options.update(numbers)
+        self.run.options = None  # which the pipeline has kept
         self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
 
     def is_as_it_was(self) -> bool:
@@ -237,6 +237,7 @@ class FastLane:
         self._whole = LaunchSequence([*(lane.launch.finding for lane in self._of_rows), *whole])
 
     def _guard_options(self) -> None:
+        self._guarded_groups = list(self._groups)
         self._specs = list(map(self._spec.of, self._groups))
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
@@ -296,9 +297,8 @@ class FastLane:
         if numbers is None:
             return False
         for lane in self._lanes:
-            lane.take_numbers(
-                next(new for group, new in zip(self._groups, numbers, strict=True) if group is lane.run.group)
-            )
+            own = zip(self._guarded_groups, numbers, strict=True)  # groups of now are compared later
+            lane.take_numbers(next(new for group, new in own if group is lane.run.group))
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:
