@@ -45,6 +45,7 @@ if torch.__version__.startswith("2.9."):
         r"_are_those_of_torch\[.*(sf=3\), Shard.*[013]|sf=3\), Replicate.*[23]|sf=2\)\)-shape[234])\]": (
             "torch cuts strided shards otherwise there, where sizes do not divide"
         ),
+        r"test_collectives_do_not_grow_with_the_number_of_tensors\[2\]": "torch gathers more by itself there",
         r"test_mistakes_with_swalr_are_named\[options0-anneal_strategy": "torch's own message says `must by`",
     }
 if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.9."):

@@ -54,7 +54,8 @@ def test_five_minutes(monkeypatch):
 
 def test_a_diverging_run(monkeypatch):
     scope, texts = executed("diverging_run", monkeypatch)
-    assert same_shape([(now, kept) for now, kept in texts if "Which layer blew up first?" not in now])
+    other = ("Which layer blew up first?", "the first gradient that is not finite")  # when and where, numbers decide
+    assert same_shape([(now, kept) for now, kept in texts if not any(text in now for text in other)])
     assert 35 < scope["broken"] < 60
     (report,) = (now for now, _ in texts if "Which layer blew up first?" in now)
     good, bad = report.split("lr 3.0")

@@ -1,5 +1,6 @@
 """Whether gradients and state fit their parameter, and the form in which a step takes a gradient."""
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from types import SimpleNamespace
@@ -131,8 +132,10 @@ def centralized(grad: Tensor) -> Tensor:
     """
     if grad.dim() < 2:  # noqa: PLR2004 (a vector is no row of a matrix)
         return grad
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    return wide - wide.mean(tuple(range(1, grad.dim())), keepdim=True)
+    wide, dims = grad.to(torch.promote_types(grad.dtype, torch.float32)), tuple(range(1, grad.dim()))
+    if is_sharded(wide):  # of shards of unlike sizes torch 2.9 takes the mean of means
+        return wide - wide.sum(dims, keepdim=True) / max(1, math.prod(grad.shape[1:]))
+    return wide - wide.mean(dims, keepdim=True)
 
 
 def check_state(spec: AlgorithmSpec, group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> None:
