@@ -458,7 +458,7 @@ class Optimizer(torch.optim.Optimizer):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
         untried = not self._stepping.context.tried and self._releasing() is None and self._is_alone()
-        if untried and self._run_last_again():
+        if untried and self._run_again(self._stepping, self.param_groups, self._cache_of_now(), self._step_input):
             return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             cache = self.__dict__.pop("_step_cache", None)
@@ -531,21 +531,17 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self.__dict__.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        stepping = self._stepping
-        if not self._run_last_again():
-            return False
-        with stepping.context.lock:
-            stepping.statistics.steps += 1
-        if stepping.options.zero_grad_after_step:
+        made = self._run_again(self._stepping, self.param_groups, self._cache_of_now(), self._step_input)
+        if made and self._stepping.options.zero_grad_after_step:
             self.zero_grad()
-        return True
+        return made
 
-    def _run_last_again(self) -> bool:
-        """Run `_run_again` for all parameters."""
-        cache = self.__dict__.get("_step_cache")
+    def _cache_of_now(self) -> StepCache | None:
+        """Return what the last step has left, or an earlier one in which the same parameters had gradients."""
+        cache: StepCache | None = self.__dict__.get("_step_cache")
         if cache is not None and cache.others is not None:
             self._step_cache = cache = cache.of_now()
-        return self._run_again(self._stepping, self.param_groups, cache, self._step_input)
+        return cache
 
     def _run_again(
         self,
@@ -576,6 +572,7 @@ class Optimizer(torch.optim.Optimizer):
                 return False
             if not any(rules):
                 refuse_capture(spec.name, groups)
+                stepping.statistics.steps += not stepping.context.inside  # else it has been counted
             elif not fast.run(groups, self.state, self.coefficients, step_input):
                 return False
             with torch.set_grad_enabled(False):

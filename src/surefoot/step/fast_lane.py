@@ -52,6 +52,8 @@ class _Lane:
         if guard.reads:
             self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
         self.values: Any = memoryview(values)
+        names = run.bucket.rule.coefficients
+        self.clip_place = names.index("step_clip") if _is_clipped(run) else None
         self.settle()
 
     def settle(self) -> None:
@@ -94,6 +96,8 @@ class _Lane:
             table[index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
             values[number * count] = derived.get(name, value)
+        if self.clip_place is not None:
+            table[self.clip_place] = self.run.slice.clip
 
     def count_of_counts(self) -> int:
         """Return how many different step counts have been read."""
@@ -106,9 +110,7 @@ class _Lane:
         return [] if self.tensors.needs_threads else [each for each in (self.guarding, self.reading) if each]
 
     def look_on_threads(self) -> Any:
-        """Guard the bucket and read its scalars where threads guard; return the launch that finds something, if any."""
-        if not self.tensors.needs_threads:
-            return None
+        """Guard the bucket on several threads and read its scalars; return the launch that finds something, if any."""
         if self.tensors.look():
             return self.guarding
         return self.reading if self.reading and self.reading.run() else None
@@ -137,13 +139,7 @@ class _KernelLane(_Lane):
     def is_as_it_was(self) -> bool:
         """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
         same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
-        return same and super().is_as_it_was()
-
-    def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
-        """Compute the numbers of the update and the new scalars, and put both where compiled code finds them."""
-        super().compute(coefficients)
-        if self.measure is not None:
-            self.table[self.run.bucket.rule.coefficients.index("step_clip")] = self.run.slice.clip
+        return same and not self.tensors.is_over
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
@@ -224,9 +220,11 @@ class FastLane:
         self._guarded = [cache.items.launch, idle]
         for lane in self._lanes:
             self._guarded += lane.launches_before()
+        self._on_threads = [lane for lane in self._lanes if lane.tensors.needs_threads]
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
         self._dense = [lane for lane in kernels if not lane.run.sparse]
+        self._are_small = all(map(_KernelLane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         self._clipped = [lane for lane in kernels if lane.measure is not None]
         after, whole = (
@@ -268,7 +266,7 @@ class FastLane:
                     self._end(fast=None)
                     return False
             found = self._look()
-            if found is self._options.launch and (self._only_numbers() or self._options_decide_the_same(step())):
+            if found is not None and self._are_settled(found, step):
                 found = self._look()
             if found is not None:
                 self._leave(found)
@@ -282,13 +280,21 @@ class FastLane:
             except BaseException:
                 self._release()
                 raise
+            if not self._stepping.context.inside:  # else it has been counted
+                self._stepping.statistics.steps += 1
         return True
 
     def _look(self) -> Any:
         """Look at all that may have changed; return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
-        return next(filter(None, map(_Lane.look_on_threads, self._lanes)), None)
+        return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
+
+    def _are_settled(self, found: Any, step: Callable[[], StepInput]) -> bool:
+        """Return whether what was found are options that ask for the same step with other numbers, taken over now."""
+        if found is not self._options.launch:
+            return False
+        return self._only_numbers() or self._options_decide_the_same(step())
 
     def _only_numbers(self) -> bool:
         """Return whether options that were changed are numbers of the update, as schedules change them."""
@@ -343,7 +349,7 @@ class FastLane:
     def _run_kernels(self) -> bool:
         """Run them and write the scalars, in one compiled call where one thread is enough; see `_update`."""
         kernels = (*self._dense, *self._of_rows)
-        if self._adds_up and all(map(_KernelLane.is_small, kernels)):
+        if self._adds_up and self._are_small and all(map(_KernelLane.is_small, self._of_rows)):
             found = self._whole.run()
             if found and any(lane.launch.status for lane in self._of_rows):
                 return False
