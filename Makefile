@@ -40,9 +40,10 @@ dist: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/hatchling build -d dist
 
+# What is imported is compiled then; of most packages that is little.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -85,7 +85,7 @@ def cases() -> list[Case]:
 def _cases() -> Iterator[Case]:
     """Yield every optimizer with every combination of its flags and with every dtype, schedulers in turn.
 
-    Rare are combinations of some flags, and of the dtypes, which take turns, all but one.
+    Rare are combinations of some flags, and of dtypes and of further settings, which take turns, all but some.
     """
     schedulers = cycle(SCHEDULERS)
     for turn, row in enumerate(ROWS):
@@ -94,8 +94,9 @@ def _cases() -> Iterator[Case]:
         few = [*variants[:1], *row.flag_variants(few=True)]
         for options, engine in zip(variants, cycle(row.engines(["eager", "foreach"])), strict=False):
             yield Case(row, options, engine, next(schedulers), rare=options not in few)
-        for options in ({}, {"lr": torch.tensor(1e-3)}, *row.more):
-            yield Case(row, options, row.engines(["cpu"])[0], "StepLR")
+        for place, options in enumerate(({}, {"lr": torch.tensor(1e-3)}, *row.more)):
+            rare = place > 0 and place % 3 != turn % 3
+            yield Case(row, options, row.engines(["cpu"])[0], "StepLR", rare=rare)
         for place, kind in enumerate(("bfloat16", "complex64", "float64")):
             if row.elementwise:
                 options, engine = {**row.all_flags(), **KINDS[kind]}, "cpu" if row.name == "AdamW" else "eager"

@@ -144,6 +144,7 @@ WITHOUT = {
 }
 
 
+@pytest.mark.in_turn("foreach")
 @pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "ASGD"])
 @pytest.mark.parametrize("which", list(WITHOUT))
 @pytest.mark.parametrize("foreach", [None, True, False])
