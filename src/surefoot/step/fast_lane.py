@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from surefoot.codegen.threads import ONE_THREAD, thread_count
-from surefoot.engines import cpu
+from surefoot.engines import cpu, gpu
 from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
@@ -417,6 +417,8 @@ def _is_fit(run: BucketRun) -> bool:
     """Return whether the fast lane can step a bucket."""
     rule, guard = run.bucket.rule, run.guard
     plain = not (run.repeats or rule.reductions or rule.stages) and guard.is_compiled() and run.slice.fresh is None
+    if run.engine is gpu:
+        return False
     if run.engine is not cpu:
         alike = guard.reads and run.bucket.row is run.shared_row
         return plain and alike and not (_is_clipped(run) or run.bucket.is_rounded)
