@@ -68,8 +68,8 @@ class Loop:
         )
         self.params, self.steps = list(self.model.parameters()), 0
         self.limit = None if module is surefoot else options.pop("max_grad_norm", None)
-        ours_only = module is surefoot or name not in FUSED or "foreach" in options
-        self.optimizer = getattr(module, name)(self.params, **options, **({} if ours_only else {"fused": True}))
+        unfused = module is surefoot or name not in FUSED or "foreach" in options
+        self.optimizer = getattr(module, name)(self.params, **options, **({} if unfused else {"fused": True}))
         self.schedulers = module.lr_scheduler
 
     def backward(self) -> None:

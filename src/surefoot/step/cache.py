@@ -77,7 +77,7 @@ class BucketGuard:
         self._shape = (len(scalars), len(run.params))
 
     def revalidate(self, run: BucketRun) -> bool:
-        """Give the bucket this step's gradients; return whether all else is as it was."""
+        """Take over this step's gradients; return whether all else is as it was."""
         if self._replaced and not _are_replaced(run):
             return False
         if run.sparse:
@@ -356,11 +356,11 @@ class StepCache:
         if before.runs and before.pattern == self.pattern:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
-            self.others = {key: other for key, other in (before.others or {}).items() if other.has_state()}
+            self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
             while len(self.others) >= MOST_PATTERNS:
                 self.others.pop(next(iter(self.others)))
 
-    def has_state(self) -> bool:
+    def has_same_state(self) -> bool:
         """Return whether the state still has what was stepped."""
         if self.items.changed():
             return False

@@ -80,7 +80,7 @@ def take_cache(step: StepInput) -> "CustomCache":
         return cache
     if cache is not None:
         caches.clear()  # what has changed concerns all
-    for pattern in [pattern for pattern, each in caches.items() if not each.has_entries(step)]:
+    for pattern in [pattern for pattern, each in caches.items() if not each.has_same_entries(step)]:
         del caches[pattern]
     return CustomCache(step)
 
@@ -139,7 +139,7 @@ class CustomCache:
             stored += [entry[slot.name] for entry in entries for slot in slots if entry.get(slot.name) is not None]
         return shared_memory([local for tensor in stored if has_address(local := to_local(tensor))]) is not None
 
-    def has_entries(self, step: StepInput) -> bool:
+    def has_same_entries(self, step: StepInput) -> bool:
         """Return whether the state has the entries that it had."""
         pairs = zip(self.slices, self.entries, strict=True)
         return all(step.state.get(p) is e for part, own in pairs for p, e in zip(part.params, own, strict=True))
