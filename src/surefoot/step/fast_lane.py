@@ -6,6 +6,7 @@ algorithm's `coefficients`, and one compiled call that runs the kernels, counts 
 it cannot do it leaves to the pipeline, with nothing changed.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -23,13 +24,15 @@ from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache, new_numbers
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step
-from surefoot.step.device import refuse_capture
+from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
 from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
+
+_GRAD = operator.attrgetter("grad")
 
 
 class _Lane:
@@ -152,17 +155,11 @@ class _KernelLane(_Lane):
         """Return whether one thread is enough."""
         return bool(self.launch.size < ONE_THREAD)
 
-    def take(self) -> bool:
-        """Take what compiled code has not guarded: rows of sparse gradients, scalars that are Python's numbers.
+    def has_numbers(self) -> bool:
+        """Return whether its scalars are Python's numbers, which compiled code does not read."""
+        return bool(self.scalar_names) and not self.writing
 
-        Returns:
-            Whether they are such as before.
-        """
-        if self.scalar_names and not self.writing and not self._read_numbers():
-            return False
-        return bool(self.plan.take([param.grad for param in self.run.slice.params]))
-
-    def _read_numbers(self) -> bool:
+    def read_numbers(self) -> bool:
         """Read scalars that are Python's numbers; return whether all parameters share them."""
         entries = self.run.entries
         for number, name in enumerate(self.scalar_names):
@@ -172,11 +169,9 @@ class _KernelLane(_Lane):
             self.values[number * self.count] = found[0]
         return True
 
-    def finish(self) -> None:
-        """Write scalars that are Python's numbers, and hold sparse gradients no longer."""
-        if self.scalar_names and not self.writing:
-            write_scalars(self.run.entries, self.run.bucket.rule.scalars, np.asarray(self.values)[:: self.count, None])
-        self.plan.release()
+    def write_numbers(self) -> None:
+        """Write scalars that are Python's numbers."""
+        write_scalars(self.run.entries, self.run.bucket.rule.scalars, np.asarray(self.values)[:: self.count, None])
 
     def release_grads(self) -> None:
         """Hold gradients no longer."""
@@ -226,6 +221,7 @@ class FastLane:
         self._dense = [lane for lane in kernels if not lane.run.sparse]
         self._are_small = all(map(_KernelLane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
+        self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
         self._clipped = [lane for lane in kernels if lane.measure is not None]
         after, whole = (
             [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
@@ -259,12 +255,12 @@ class FastLane:
         """
         if groups is not self._groups or state is not self._state:
             return False
-        refuse_capture(self._spec.name, self._groups)
-        with self._stepping.context.lock:
-            for lane in self._lanes:
-                if not lane.is_as_it_was():
-                    self._end(fast=None)
-                    return False
+        if capturing():
+            refuse_capture(self._spec.name, self._groups)
+        with self._stepping.context.lock.now:
+            if not all(lane.is_as_it_was() for lane in self._lanes):
+                self._end(fast=None)
+                return False
             found = self._look()
             if found is not None and self._are_settled(found, step):
                 found = self._look()
@@ -330,7 +326,9 @@ class FastLane:
         """Take the gradients; return whether they are such as before."""
         for lane in self._dense:
             lane.launch.pointers[1] = lane.tensors.gradients
-        return all(map(_KernelLane.take, self._of_rows))
+        if not all(map(_KernelLane.read_numbers, self._of_numbers)):
+            return False
+        return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
 
     def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
         """Update; return False, with nothing changed, if sparse gradients have unusual rows."""
@@ -338,8 +336,10 @@ class FastLane:
             lane.compute(coefficients)
         if not self._run_kernels():
             return False
+        for of_numbers in self._of_numbers:
+            of_numbers.write_numbers()
         for of_rows in self._of_rows:
-            of_rows.finish()
+            of_rows.plan.release()
         if self._by_torch:
             with torch.no_grad():
                 for by_torch in self._by_torch:
@@ -349,7 +349,10 @@ class FastLane:
     def _run_kernels(self) -> bool:
         """Run them and write the scalars, in one compiled call where one thread is enough; see `_update`."""
         kernels = (*self._dense, *self._of_rows)
-        if self._adds_up and self._are_small and all(map(_KernelLane.is_small, self._of_rows)):
+        in_one = self._are_small and self._adds_up
+        for lane in self._of_rows:
+            in_one = in_one and lane.launch.size < ONE_THREAD
+        if in_one:
             found = self._whole.run()
             if found and any(lane.launch.status for lane in self._of_rows):
                 return False

@@ -8,7 +8,7 @@ tables of a launch: where in each array each row stands, and how rows are cut in
 # Places in bytes: in what the kernel is handed, in what it is told of each table, in the launch that it writes.
 (
     O_STATUS, O_COUNT, O_LAUNCH, O_TABLES, O_TABLE_SIZE, O_ARRAYS, O_DIMENSIONS, O_SCRATCH, O_COUNTS, O_SUMS,
-    O_KIND, O_OWNER, O_SIZE,
+    O_KIND, O_OWNER,
 ) = OURS  # fmt: skip
 (
     T_NUMBER, T_COEFFICIENT_ROW, T_COUNT, T_DIMENSIONS, T_INDICES, T_VALUES, T_ELEMENTS, T_BYTES, T_KEYS,
@@ -204,5 +204,4 @@ def kernel(ours):
         store(ours + O_STATUS, -2)
         return
     store(launch + L_TENSORS, rows)
-    store(ours + O_SIZE, total)
     write_tables(ours, launch, total)

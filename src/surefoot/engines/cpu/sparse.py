@@ -28,12 +28,12 @@ from surefoot.tensors.native.guards import AlikeGuard, VersionCounters, alike_gu
 
 # What the rows kernel is handed, what it is told of each table, and what it writes of a launch: words of 8 bytes.
 _OURS = ("", "status", "count", "launch", "tables", "table_size", "arrays", "dimensions", "scratch", "counts",
-         "sums", "kind", "owner", "size")  # fmt: skip
+         "sums", "kind", "owner")  # fmt: skip
 _TABLE = ("number", "coefficient_row", "count", "dimensions", "indices", "values", "elements", "bytes", "keys",
           "places", "sizes")  # fmt: skip
 _WRITTEN = ("work_items", "first_segment", "segment_tensor", "segment_start", "segment_size", "pointers",
             "coefficient_row", "tensors", "segments")  # fmt: skip
-_SCRATCH, _SUMS, _OWNER, _SIZE = map(_OURS.index, ("scratch", "sums", "owner", "size"))
+_SCRATCH, _SUMS, _OWNER = map(_OURS.index, ("scratch", "sums", "owner"))
 _COEFFICIENT_ROW, _COUNT, _INDICES, _VALUES = map(_TABLE.index, ("coefficient_row", "count", "indices", "values"))
 _WORK_ITEMS, _SEGMENTS, _TENSORS = map(LAUNCH.index, ("work_items", "segments", "tensors"))
 _KINDS = {torch.float32: 1, torch.float64: 2}
@@ -63,7 +63,8 @@ class RowsLaunch(Launch):
     Attributes:
         finding: the address of the rows kernel and that of its own launch.
         adds_up: whether it adds up the values of a row that is there several times.
-        is_large: whether it has more working memory than is kept between steps.
+        size: elements of all rows, a row counted as often as it is given.
+        is_large: whether they take more working memory than is kept between steps.
 
     Args:
         arrays: addresses of the arrays of each table, the gradient left out: of shape (arrays, tables).
@@ -116,26 +117,22 @@ class RowsLaunch(Launch):
         self._tables[_COEFFICIENT_ROW :: self._table_size] = array("q", rows.tolist())
 
     def take(self, counts: Sequence[int], addresses: Sequence[int]) -> None:
-        """Take how many rows each table is given, and where its contiguous indices and values are, one after the other.
-
-        `size` then is that of all rows, repeated ones included.
-        """
+        """Take how many rows each table is given, and where its contiguous indices and values are, by turns."""
         self._addresses[:] = array("q", addresses)
         self._tables[_COUNT :: self._table_size] = array("q", counts)
         self._point(self._addresses.buffer_info()[0], 8)
-        size = sum(map(operator.mul, counts, self._elements))
+        self.size = sum(map(operator.mul, counts, self._elements))
         segments = sum(count * -(-elements // CHUNK) for count, elements in zip(counts, self._elements, strict=True))
-        self._needed = size, (sum(counts), segments, size * self._itemsize // 8 + 1)
-        self.take_again()
+        self._needed = sum(counts), segments, self.size * self._itemsize // 8 + 1
+        self._reserve(*self._needed)
 
     def take_from(self, addresses: np.ndarray) -> None:
         """Find from now on in an array, which must outlive this, where indices and values are."""
         self._point(addresses.ctypes.data, addresses.strides[0])
 
     def take_again(self) -> None:
-        """Take as many rows as the last time."""
-        self.size, needed = self._needed
-        self._reserve(*needed)
+        """Take as many rows as the last time, after `release`."""
+        self._reserve(*self._needed)
 
     def _point(self, first: int, stride: int) -> None:
         places = array("q", range(first, first + 2 * len(self._elements) * stride, stride))
@@ -149,7 +146,7 @@ class RowsLaunch(Launch):
         kernel, address = self.finding
         locked_function(kernel)(address)
         if not (status := self.status):
-            self.size, self.work_items = self._ours[_SIZE], int(self.words[_WORK_ITEMS])
+            self.work_items = int(self.words[_WORK_ITEMS])
         return status
 
     @property
@@ -183,7 +180,7 @@ class RowsLaunch(Launch):
 
     def release(self) -> None:
         """Release working memory."""
-        self._memory, self._capacity, self.is_large = self._memory[:0], (-1, -1, -1), False
+        self._memory, self._capacity = self._memory[:0], (-1, -1, -1)
 
     @property
     def owner(self) -> np.ndarray:
@@ -249,9 +246,10 @@ class RowsPlan:
         ]
         param, grad, *slots = (tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.slots))
         self._dtype, self._kept = grad, format_of(grad).dtype
-        self._kinds = [
-            (each.shape, dimensions, list(param.shape[dimensions:]))
-            for each, param, dimensions in zip(bucket.grads, bucket.params, leading, strict=True)
+        self._shapes = [each.shape for each in bucket.grads]
+        self._rows = [
+            (dimensions, list(param.shape[dimensions:]))
+            for param, dimensions in zip(bucket.params, leading, strict=True)
         ]
         self.launch = RowsLaunch(arrays.addresses, strides, [param.shape for param in bucket.params], self._kept)
         self._layout = Layout(bucket.compute_dtype, tuple(map(format_of, (param, grad, *slots))))
@@ -278,23 +276,23 @@ class RowsPlan:
         return self.dense
 
     def take(self, grads: Sequence[Any]) -> bool:
-        """Take gradients, held until `release`; return False if one is not such as the plan is for."""
-        return self._take_alike(grads) or self._take_any(grads)
+        """Take gradients, held until `release`; return False if one is not such as the plan is for.
 
-    def _take_alike(self, grads: Sequence[Any]) -> bool:
-        """Take gradients if they are known to be like the last ones but for values, and for where these are."""
+        Those that are known to be like the last ones, but for values and for where these are, are not looked at.
+        """
         if self._alike is None:
-            return False
+            return self._take_any(grads)
         held: list[Tensor] = []
-        for grad, (shape, _, _) in zip(grads, self._kinds, strict=True):
+        for grad, shape in zip(grads, self._shapes, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.shape != shape:
-                return False
+                return self._take_any(grads)
             held += (grad._indices(), grad._values())
         if self._alike.changed(held):
-            self._alike, self._counts = None, []
-            return False
+            self._counts = []
+            return self._take_any(grads)
         self._held = held
-        self.launch.take_again()
+        if self.launch.is_large:
+            self.launch.take_again()
         return True
 
     def _take_any(self, grads: Sequence[Any]) -> bool:
@@ -303,7 +301,7 @@ class RowsPlan:
         counts: list[int] = []
         addresses: list[int] = []
         alike = self._dtype is self._kept
-        for grad, (shape, dimensions, dense) in zip(grads, self._kinds, strict=True):
+        for grad, shape, (dimensions, dense) in zip(grads, self._shapes, self._rows, strict=True):
             if type(grad) not in PLAIN or not grad.is_sparse or grad.dtype is not self._dtype or not grad.is_cpu:
                 return False
             given = grad._indices(), grad._values()

@@ -149,6 +149,7 @@ class TensorGuard:
 
     Attributes:
         gradients: addresses of the gradients' memory when last looked at: int64 of shape (length,).
+        given: the `id` of each gradient that is given.
         is_over: whether a change was seen, so that what was made from the tensors must not be used again.
         sound: whether the guard sees what Python sees; do not use it otherwise.
 
@@ -165,7 +166,8 @@ class TensorGuard:
         given: Sequence[Tensor] | None = None,
         threads: bool = False,
     ) -> None:
-        self._given: np.ndarray | None = None if given is None else _ids(given)
+        ids = array("q", map(id, given or ()))
+        self.given = memoryview(ids)  # whose length cannot change
         self._held: np.ndarray | None = None
         self._holds = False
         self._kept = (columns, states, names)  # what the kernel knows by its id must live
@@ -180,8 +182,8 @@ class TensorGuard:
         self.gradients = self._records[:, 1, 0]
         self._tensors, self.is_over = count * (1 + len(columns)) * threads, False
         self._holds = gradients
-        if self._given is not None:
-            self._launch.slots[_GIVEN] = self._given.ctypes.data
+        if self.given:
+            self._launch.slots[_GIVEN] = ids.buffer_info()[0]
         grads = [param.grad for param in columns[0]] if gradients else given or [torch.empty(0)] * count
         rows = list(zip(columns[0], grads, *columns[1:], strict=True))
         self._records[:, :, _SPANNED] = [list(map(bytes_spanned, row)) for row in rows]
@@ -202,7 +204,8 @@ class TensorGuard:
         """
         if not self.is_over:
             self.release_grads()
-            self.take_given(given)
+            if self.given:
+                self.given[:] = array("q", map(id, given))
             self._holds = self._held is not None
             self.is_over = self._launch.run(self._tensors)
             if self.is_over:
@@ -217,11 +220,6 @@ class TensorGuard:
     def look(self) -> bool:
         """Return whether something has changed, as its launch tells, on several threads; see `note`."""
         return self._launch.run(self._tensors)
-
-    def take_given(self, given: Sequence[Tensor]) -> None:
-        """Take gradients that are not the first column's own, where they are given, for a launch."""
-        if self._given is not None:
-            self._given[:] = [*map(id, given)]
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
         """Return the launches that look, and that release the gradients if it has some; see `note`."""
@@ -394,14 +392,13 @@ class AlikeGuard:
     """
 
     def __init__(self, given: Sequence[Tensor], written: Sequence[Sequence[Tensor]]) -> None:
-        self._guard = TensorGuard(written, given=given)
-        self._look = LaunchSequence(self._guard.launches()[:1])
-        self.addresses = self._guard.gradients
-        self.sound = self._guard.sound
+        self._guard = guard = TensorGuard(written, given=given)
+        self._given, self._look = guard.given, LaunchSequence(guard.launches()[:1])
+        self.addresses, self.sound = guard.gradients, guard.sound
 
     def changed(self, given: Sequence[Tensor]) -> bool:
         """Return whether tensors, as many as before and of torch's own types, differ from those of the last time."""
-        self._guard.take_given(given)
+        self._given[:] = array("q", map(id, given))
         return self._look.run() != 0
 
 
