@@ -214,5 +214,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)', text)
     }
     assert loaded == set()  # nothing is asked of the network
+    powers = r"\w<strong>[^<]*</strong>|<strong>[^<]*</strong>\w"  # 2**k, taken for emphasis
+    assert [found for text in pages.values() for found in re.findall(powers, text)] == []
     assert "weight_decay" in pages[tmp_path / "reference/optimizer.html"] + pages[tmp_path / "optimizers/adamw.html"]
     assert not any("{arguments}" in text for path, text in pages.items() if path.parent.name == "reference")

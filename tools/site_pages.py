@@ -295,11 +295,16 @@ def messages_page() -> str:
     parts = [MESSAGES]
     for path, found in messages_of_package().items():
         told = [(kind, " ".join(text.split())) for kind, text in found if len(re.findall("[a-z]{2,}", text)) >= TELLING]
-        rows = [(f"`{kind}`", escape(text, quote=False)) for kind, text in told]
+        rows = [(f"`{kind}`", _without_emphasis(escape(text, quote=False))) for kind, text in told]
         if rows:
             name = path.relative_to(ROOT / "src").with_suffix("").as_posix().replace("/", ".")
             parts.append(f"## {name.removesuffix('.__init__')}\n\n{table('raised | message', rows)}")
     return joined(parts)
+
+
+def _without_emphasis(text: str) -> str:
+    """Return text whose asterisks are shown, in code and outside of it."""
+    return re.sub(r"`[^`]*`|\*", lambda found: "\\*" if found[0] == "*" else found[0], text)
 
 
 @cache

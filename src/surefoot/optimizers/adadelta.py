@@ -42,7 +42,7 @@ class Adadelta(Optimizer):
         lr: Annotated[Number, LR, "factor of the step, a number or a tensor of one element"] = 1.0,
         rho: Annotated[float, Interval("Invalid rho value: ", high=1.0), "decay of both averages"] = 0.9,
         eps: Annotated[
-            float, EPS, "added under both roots, in the units of g**2 and of param**2; it starts the motion"
+            float, EPS, "added under both roots, in the units of `g**2` and of `param**2`; it starts the motion"
         ] = 1e-6,
         weight_decay: L2Penalty = 0,
         foreach: bool | None = None,
