@@ -74,7 +74,8 @@ def test_every_argument_is_documented_once_and_in_order(cls):
 def test_a_range_stands_in_the_docstring_as_it_is_checked():
     text = inspect.getdoc(surefoot.Adadelta)
     assert "rho: decay of both averages, in [0, 1].\n" in text
-    assert "eps: added under both roots, in the units of `g**2` and of `param**2`, >= 0; it starts the motion.\n" in text
+    units = "the units of `g**2` and of `param**2`"
+    assert f"eps: added under both roots, in {units}, >= 0; it starts the motion.\n" in text
     assert "betas: (beta1, beta2), decay of the averages of g and of g**2, each in [0, 1).\n" in surefoot.NAdam.__doc__
     assert "lr: learning rate, a number or a tensor of one element, > 0.\n" in surefoot.SparseAdam.__doc__
 
