@@ -109,6 +109,29 @@ def test_schedules_of_one_group_change_its_numbers_only_and_take_it(name, monkey
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Lion"])
+def test_numbers_in_tensors_take_it_with_the_bits_of_the_pipeline(name, monkeypatch):
+    results = []
+    for telemetry in (False, True):  # what is measured goes through the pipeline
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        decay = torch.tensor(0.1, dtype=torch.float64)
+        groups = [{"params": params[:2], "weight_decay": decay}, {"params": params[2:], "lr": torch.tensor(0.2)}]
+        optimizer = train(getattr(surefoot, name)(groups, lr=torch.tensor(0.1), telemetry=telemetry), steps=3)
+        for step in range(6):
+            optimizer.param_groups[step % 2]["lr"].fill_(0.0 if step == 3 else 0.1 / (step + 2))
+            decay.data = torch.tensor(0.1 / (step + 1), dtype=torch.float64)
+            set_grads(optimizer, step)
+            with monkeypatch.context() as patched:
+                if not telemetry:
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        decay.zero_()  # which is another update
+        train(optimizer, steps=3)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
 @pytest.mark.parametrize("own", [None, 0.01])
 def test_clipped_steps_take_it_with_the_bits_of_the_pipeline(own, name, monkeypatch):

@@ -26,7 +26,7 @@ from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
-from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.memory import PLAIN, has_memory, is_plain
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
@@ -208,10 +208,15 @@ class OptionsGuard:
         lists = [group.get(name) for group in step.groups for name in UNREAD]
         self._constant = all(is_constant(each) or any(each is held for held in lists) for each in self._seen)
 
-    @property
-    def are_constant(self) -> bool:
-        """Return whether options can change by being replaced only."""
-        return self._constant
+    def are_numbers(self, step: StepInput) -> bool:
+        """Return whether options that can change in place are numbers of the update, in tensors of the host."""
+        if self._constant or not is_constant(step.stepping.options.max_grad_norm):
+            return self._constant
+        return all(
+            is_constant(value) or name in UNREAD or (_is_of_update(name, step.spec.of(group)) and _is_on_host(value))
+            for group in step.groups
+            for name, value in group.items()
+        )
 
     def same(self, step: StepInput) -> bool:
         """Return whether nothing can have changed: the same objects, none of which can change its value."""
@@ -249,6 +254,15 @@ def is_constant(value: object) -> bool:
     return simple or (type(value) is tuple and all(map(is_constant, value)))
 
 
+def _is_on_host(value: object) -> bool:
+    """Return whether an option is a number in a 0-d tensor of the host, or such numbers and constants."""
+    if type(value) is tuple:
+        return all(is_constant(each) or _is_on_host(each) for each in value)
+    if not (isinstance(value, Tensor) and is_plain(value) and value.is_floating_point()):
+        return False
+    return value.is_cpu and not value.dim() and has_memory(value)
+
+
 def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[str, Any]] | None:
     """Return the real numbers that have been replaced among options, for each group; None if anything else has been.
 
@@ -270,9 +284,13 @@ def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[s
 
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
-    of_group = replaced.number < len(specs) and specs[replaced.number].flags_of is None
-    named = isinstance(replaced.key, str) and replaced.key not in ALL_STEP_OPTIONS
-    return of_group and named and _are_alike(replaced.before, replaced.value)
+    of_group = replaced.number < len(specs) and _is_of_update(replaced.key, specs[replaced.number])
+    return of_group and _are_alike(replaced.before, replaced.value)
+
+
+def _is_of_update(name: object, spec: AlgorithmSpec) -> bool:
+    """Return whether a real number of this name decides nothing but the numbers of the update, while it is as true."""
+    return isinstance(name, str) and name not in ALL_STEP_OPTIONS and spec.flags_of is None
 
 
 def _are_alike(before: object, value: object) -> bool:
@@ -421,9 +439,9 @@ class StepCache:
             run.options = None
         return self.options is not None and self.options.decide_the_same(step)
 
-    def has_constant_options(self) -> bool:
-        """Return whether options can change by being replaced only."""
-        return self.options is not None and self.options.are_constant
+    def has_numbers_only(self, step: StepInput) -> bool:
+        """Return whether options that can change in place are numbers of the update, which the host can read."""
+        return self.options is not None and self.options.are_numbers(step)
 
 
 def pattern_of(params: Iterable[Tensor]) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu, gpu
@@ -21,9 +22,9 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, new_numbers
+from surefoot.step.cache import StepCache, is_constant, new_numbers
 from surefoot.step.clipping import clip_or_skip
-from surefoot.step.coefficients import count_step
+from surefoot.step.coefficients import count_step, number_of
 from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
@@ -71,6 +72,9 @@ class _Lane:
         self.constants: list[tuple[int, str, Any]] = [
             (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
         ]
+        self.read_at_once = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
+        self.reads = not all(map(is_constant, options.values()))
+        self.reads = not all(map(is_constant, options.values()))
 
     def take_numbers(self, numbers: Mapping[str, Any]) -> None:
         """Take over numbers among the group's options, where these are settled."""
@@ -94,6 +98,8 @@ class _Lane:
             if STEP.name in scalars:
                 scalars[STEP.name] += 1
             derived = coefficients(SimpleNamespace(**self.options), **scalars)
+        if self.reads:
+            derived = {name: number_of(value) for name, value in {**self.read_at_once, **derived}.items()}
         table = self.table
         for index, name, constant in self.constants:
             table[index] = derived.get(name, constant)
@@ -237,6 +243,10 @@ class FastLane:
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
         self._guard = LaunchSequence(self._launches)
+        self._reads = any(lane.reads for lane in self._lanes)
+        pairs = zip(self._specs, self._guarded_groups, strict=True)
+        changing = ((spec, group) for spec, group in pairs if spec.has_flags_in_tensors(group))
+        self._flags = [(spec, group, spec.settle_flags(group)) for spec, group in changing]
 
     def run(
         self,
@@ -268,9 +278,7 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
-                if self._clipped:
-                    self._clip(step())
-                if not (self._take() and self._update(coefficients)):
+                if not self._step(coefficients, step):
                     self._release()
                     return False
             except BaseException:
@@ -279,6 +287,19 @@ class FastLane:
             if not self._stepping.context.inside:  # else it has been counted
                 self._stepping.statistics.steps += 1
         return True
+
+    def _step(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
+        """Make a step in which nothing was found; return False, with nothing changed, if numbers or rows differ."""
+        if self._reads and not self._tensors_decide_the_same():
+            return False
+        if self._clipped:
+            self._clip(step())
+        return self._take() and self._update(coefficients)
+
+    def _tensors_decide_the_same(self) -> bool:
+        """Return whether numbers in tensors, which may have changed in place, ask for the same update."""
+        self._spec.check_groups(self._groups)
+        return all(spec.settle_flags(group) == flags for spec, group, flags in self._flags)
 
     def _look(self) -> Any:
         """Look at all that may have changed; return the launch that finds something, or None."""
@@ -309,7 +330,7 @@ class FastLane:
         cache = self._cache()
         if cache is None or not _serves(step) or not cache.has_same_params(step):
             return False
-        if not cache.settle_options(step) or not cache.has_constant_options():
+        if not cache.settle_options(step) or not cache.has_numbers_only(step):
             return False
         for lane in self._lanes:
             lane.settle()
@@ -406,7 +427,7 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
     It is None where options ask for more, which may change, and False where there can be none.
     """
-    if not _serves(step) or not cache.has_constant_options():
+    if not _serves(step) or not cache.has_numbers_only(step):
         return None
     return type(cache.items) is DictGuard and all(map(_is_fit, cache.runs)) and FastLane(step, cache)
 
