@@ -393,7 +393,7 @@ def test_many_tensors_take_it_guarded_by_several_threads(change, two_threads):
     assert optimizer._step_cache.runs[0].guard.tensors.needs_threads
     for pair in pairs:
         change_one(change, *pair)
-    assert takes_fast_lane(optimizer) == (change in ("nothing", "rate", "counts"))
+    assert takes_fast_lane(optimizer) == (change in ("nothing", "rate", "counts", "data"))
     pairs[1][0].step()
     for one, _ in pairs:
         train(one, first=80, steps=2)
@@ -450,6 +450,122 @@ def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(look
     param.grad = flat[2:6]
     with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("looking", ["compiled", "plain"])
+def test_a_gradient_that_moves_to_the_parameter_of_another_bucket_is_refused(looking, monkeypatch):
+    if looking == "plain":
+        monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = train(surefoot.SGD([{"params": params[:1]}, {"params": params[1:], "maximize": True}]), steps=4)
+    set_grads(optimizer, 5)
+    params[0].grad = params[1].data
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
+        optimizer.step()
+
+
+MOVES = {
+    "each": lambda params, _: [setattr(param, "data", param.data.clone()) for param in params],
+    "one": lambda params, _: setattr(params[2], "data", params[2].data.clone()),
+    "a vector": lambda params, _: torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(params).detach().clone(), params
+    ),
+    "backwards": lambda params, _: [
+        setattr(param, "data", part.view_as(param).copy_(param.detach()))
+        for param, part in zip(reversed(params), torch.zeros(24).split(6), strict=True)
+    ],
+    "storage": lambda params, _: params[1].data.set_(params[1].data.clone()),
+    "slots": lambda _, state: [
+        setattr(entry[name], "data", entry[name].clone())
+        for entry in state.values()
+        for name in entry
+        if name != "step"
+    ],
+    "counts": lambda _, state: [
+        setattr(entry["step"], "data", entry["step"].clone()) for entry in state.values() if "step" in entry
+    ],
+    "over one another": lambda params, _: params[3].data.set_(params[0].data),
+    "over one another in part": lambda params, _: params[3].data.set_(
+        torch.cat([params[0].detach().ravel(), torch.ones(3)])[3:].view(2, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("move", list(MOVES))
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"max_grad_norm": 0.3}, {"state_dtype": "float8"}])
+@pytest.mark.in_turn("name")
+def test_tensors_that_move_are_stepped_where_they_are(options, move, name):
+    results = []
+    for moves in (MOVES[move], None):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        groups = [{"params": params[:2], "weight_decay": 0.5}, {"params": params[2:]}]
+        own = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = train(getattr(surefoot, name)(groups, lr=0.1, **own, **options), steps=4)
+        kept = [params[3].data]
+        for step in range(5):
+            if step < 3 and (moves or "over" in move):
+                MOVES[move](params, optimizer.state)
+            kept += [param.data for param in params]  # whose memory must not be given to gradients before it is moved
+            if moves is None:
+                optimizer._step_cache = None
+            train(optimizer, first=step, steps=1)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.3}])
+@pytest.mark.parametrize("move", ["each", "one", "a vector", "backwards", "storage", "slots"])
+def test_tensors_that_have_moved_take_it(move, options, name, monkeypatch):
+    params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+    groups = [{"params": params[:2], "weight_decay": 0.5}, {"params": params[2:]}]
+    optimizer = train(getattr(surefoot, name)(groups, lr=0.1, **options), steps=4)
+    monkeypatch.setattr(optimizer_module, "run_step", None)
+    for step in range(4):
+        MOVES[move](params, optimizer.state)
+        train(optimizer, first=step, steps=1 + step % 2)
+
+
+def test_a_parameter_that_moves_to_its_gradient_is_refused():
+    optimizer, params = started()
+    params[0].data = params[0].grad
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(5,\) shares memory"):
+        optimizer.step()
+
+
+def test_a_parameter_that_moves_to_less_memory_is_refused():
+    optimizer, params = started()
+    params[0].data = params[0].data.clone()
+    params[0].untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match="has lost memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"telemetry": True}])
+def test_a_step_without_gradients_leaves_buckets_as_they_are(options, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}]
+    optimizer, made = surefoot.AdamW(groups, **options), []
+    monkeypatch.setattr(pipeline, "partition", lambda step: made.append(step) or partition(step))
+    for step in range(12):
+        set_grads(optimizer, step)
+        if step % 3 == 0:
+            optimizer.zero_grad()
+        elif step > 6:
+            params[step % 2].grad = None
+        optimizer.step()
+    assert len(made) == 3
+    assert optimizer.step_statistics.steps == 12
+    assert [optimizer.state[param]["step"].item() for param in params] == [6, 6, 8]
+    before = [param.detach().clone() for param in params]
+    optimizer.zero_grad()
+    params[2].data = params[2].data.clone()
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    train(optimizer, steps=2)
+    assert not torch.equal(params[2], before[2])
 
 
 def test_buckets_of_all_sizes_are_stepped_in_their_order():

@@ -388,7 +388,7 @@ class _Guard:
         if self._looks is not None and not self._guard.is_over:
             found = self._looks.run()
             if found:
-                self._guard.note(changed=True)
+                self._guard.release_grads()
             return not found
         holds = not self._guard.changed()
         self._guard.release_grads()

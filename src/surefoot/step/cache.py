@@ -25,8 +25,15 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
-from surefoot.tensors.memory import PLAIN, has_memory, is_plain
+from surefoot.tensors.guards import (
+    are_on_host,
+    make_dict_guard,
+    make_guard,
+    make_scalar_io,
+    same_objects,
+    share_written,
+)
+from surefoot.tensors.memory import PLAIN, has_memory, is_plain, spans_are_apart
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
@@ -52,7 +59,7 @@ class BucketGuard:
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
         sampled = run.bucket.rule.sampled
         others = (*run.bucket.rule.number_slots, *(sampled.slots if sampled else ()))
-        names = [*held, *slots, *(slot.name for slot in others)]
+        names = [*slots, *held, *(slot.name for slot in others)]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         self._shards: ShardGuard | None = None
         busy = run.engine is cpu and needs_threads(run.bucket.params)
@@ -67,6 +74,11 @@ class BucketGuard:
             gradients = not run.sparse and given is None
             self.tensors = make_guard(columns, run.entries, names, gradients=gradients, given=given, threads=busy)
         self._derived = run.derives_grads()
+        on_host = run.engine is not gpu and run.params[0].is_cpu
+        own = on_host and not (run.sparse or self._derived or self._shards is not None)
+        self._can_move = own and type(self.tensors) is TensorGuard
+        self._arrays = 2 + len(slots)
+        self._fixed = self._can_move and self.tensors.places[0][self._arrays :].tobytes()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
@@ -123,6 +135,26 @@ class BucketGuard:
             names = [functools.partial(run.bucket.row_name, row) for row in range(len(grads))]
             run.bucket.grads = list(map(admit_rows, grads, names))
         return same
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether a change was seen that may be one of memory."""
+        return self._can_move and bool(self.tensors.is_over)
+
+    def has_moved(self) -> bool:
+        """Look; return whether all is as it was but for the memory of parameters and slots."""
+        return self._can_move and (not self.tensors.changed() or self.tensors.has_moved)
+
+    def readmit(self, run: BucketRun) -> bool:
+        """Take over where parameters and slots are now; return False if other tensors of state have moved."""
+        addresses = self.tensors.places[0]
+        if addresses[self._arrays :].tobytes() != self._fixed:
+            self.tensors.end()
+            return False
+        if run.bucket.plan is not None:
+            run.bucket.plan.move(addresses[: self._arrays])
+        self.tensors.readmit()
+        return True
 
     def count_versions(self) -> None:
         """Tell autograd that sharded tensors have been written; the engine tells it of their shards."""
@@ -318,6 +350,7 @@ class StepCache:
         state: the optimizer's.
         items: guards its items.
         runs: the buckets.
+        written: where they write, if native guards see it.
         fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
         pattern: which parameters have gradients, see `pattern_of`.
         others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
@@ -331,6 +364,7 @@ class StepCache:
     state: Any = None
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
+    written: Any = None
     fast: Any = None
     pattern: bytes = b""
     others: "dict[bytes, StepCache] | None" = None
@@ -362,6 +396,7 @@ class StepCache:
         groups = [(group, len(group["params"])) for group in step.groups]
         items = make_dict_guard([cast("dict[Any, Any]", step.state)])
         made = cls(options, groups, params, idle, step.state, items, runs, pattern=pattern_of(params))
+        made.written = share_written([run.guard.tensors for run in runs])
         if before is not None:
             made._succeed(before)
         return made
@@ -398,7 +433,7 @@ class StepCache:
         """
         if self.others is None:
             return self
-        if (now := pattern_of(self.params)) == self.pattern:
+        if (now := pattern_of(self.params)) == self.pattern or not any(now):
             self.alike += 1
             if self.alike > _ALIKE:
                 self.others = None
@@ -412,8 +447,12 @@ class StepCache:
         return found
 
     def revalidate(self, step: StepInput) -> list[BucketRun] | None:
-        """Return the buckets with this step's gradients, or None if anything has changed."""
-        holds = (
+        """Return the buckets with this step's gradients, or None if anything has changed but where tensors are."""
+        return self.runs if self._holds(step) or (self.readmit() and self._holds(step)) else None
+
+    def _holds(self, step: StepInput) -> bool:
+        """Take over this step's gradients; return whether all else is as it was."""
+        return bool(
             self.runs
             and self._same_options(step)
             and self.has_same_params(step)
@@ -422,7 +461,20 @@ class StepCache:
             and not self.items.changed()
             and all(run.guard.revalidate(run) for run in self.runs)
         )
-        return self.runs if holds else None
+
+    def readmit(self) -> bool:
+        """Take over where the tensors of all buckets are now; return whether that is all that has changed of them.
+
+        What was made from the tensors depends on their memory by its addresses only, as long as they are apart.
+        """
+        guards = [run.guard for run in self.runs]
+        if not any(guard.is_over for guard in guards) or not all(guard.has_moved() for guard in guards):
+            return False
+        if not (self.written.settle() or _are_apart([guard.tensors for guard in guards])):
+            for guard in guards:
+                guard.tensors.end()
+            return False
+        return all(run.guard.readmit(run) for run in self.runs)
 
     def has_same_params(self, step: StepInput) -> bool:
         """Return whether the groups are the same, with the same parameters."""
@@ -442,6 +494,13 @@ class StepCache:
     def has_numbers_only(self, step: StepInput) -> bool:
         """Return whether options that can change in place are numbers of the update, which the host can read."""
         return self.options is not None and self.options.are_numbers(step)
+
+
+def _are_apart(guards: Sequence[TensorGuard]) -> bool:
+    """Return whether the tensors of guards were apart when last looked at."""
+    places = [guard.places for guard in guards]
+    start, size = (np.concatenate([each[part].ravel() for each in places]) for part in (0, 1))
+    return spans_are_apart(start, size)
 
 
 def pattern_of(params: Iterable[Tensor]) -> bytes:

@@ -274,8 +274,6 @@ class CustomCache:
         """Return the number of what has changed, from 1, or 0; gradients are held no longer."""
         found = guard.run()
         if found:
-            for each in (self.guards or ())[1:]:
-                each.note(changed=found >= _FIRST_OF_TENSORS)
             self._release_grads()
         if found >= _FIRST_OF_TENSORS:
             # For good: a guard that has found a change would find none the next time.

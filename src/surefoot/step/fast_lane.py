@@ -272,13 +272,15 @@ class FastLane:
                 self._end(fast=None)
                 return False
             found = self._look()
-            if found is not None and self._are_settled(found, step):
+            while found is not None and self._are_settled(found, step):
                 found = self._look()
-            if found is not None:
+            if found is not None and not self._lacks_all_gradients(found):
                 self._leave(found)
                 return False
             try:
-                if not self._step(coefficients, step):
+                if found is not None:
+                    self._release()
+                elif not self._step(coefficients, step):
                     self._release()
                     return False
             except BaseException:
@@ -308,10 +310,17 @@ class FastLane:
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
 
     def _are_settled(self, found: Any, step: Callable[[], StepInput]) -> bool:
-        """Return whether what was found are options that ask for the same step with other numbers, taken over now."""
-        if found is not self._options.launch:
+        """Return whether what was found asks for the same step with other numbers or elsewhere, taken over now."""
+        if found is self._options.launch:
+            return self._only_numbers() or self._options_decide_the_same(step())
+        moved = any(found is lane.guarding and lane.tensors.has_moved for lane in self._lanes)
+        return moved and (cache := self._cache()) is not None and cache.readmit()
+
+    def _lacks_all_gradients(self, found: Any) -> bool:
+        """Return whether what was found is only that no parameter has a gradient, so that nothing is stepped."""
+        if not any(found is lane.guarding and not lane.tensors.is_over for lane in self._lanes):
             return False
-        return self._only_numbers() or self._options_decide_the_same(step())
+        return all(param.grad is None for lane in self._lanes for param in lane.run.slice.params)
 
     def _only_numbers(self) -> bool:
         """Return whether options that were changed are numbers of the update, as schedules change them."""
@@ -401,25 +410,16 @@ class FastLane:
             cache = self._cache()
             if cache is not None and all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
                 cache.runs = []
-        self._note(changed=any(found is lane.guarding for lane in self._lanes))
-        self._release_held()
+        self._release()
 
     def _end(self, *, fast: bool | None) -> None:
         """Serve no more; `fast` says whether another lane may be made, as `StepCache.fast` does."""
         if (cache := self._cache()) is not None:
             cache.fast = fast
 
-    def _note(self, *, changed: bool) -> None:
-        for lane in self._lanes:
-            lane.tensors.note(changed=changed)
-
-    def _release_held(self) -> None:
+    def _release(self) -> None:
         for lane in self._lanes:
             lane.release_grads()
-
-    def _release(self) -> None:
-        self._note(changed=False)
-        self._release_held()
 
 
 def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:

@@ -85,7 +85,7 @@ def run_step(
         context.shared = []
         for run in runs:
             _release_grads(run)
-    if known is not None and cache is not None and cache.fast is None:
+    if known and cache is not None and cache.fast is None:
         cache.fast = fast_lane(step, cache)
     return cache
 
@@ -94,6 +94,8 @@ def _buckets(
     step: StepInput, cache: StepCache | None
 ) -> tuple[list[BucketRun] | None, OptionsGuard | None, list[BucketRun]]:
     """Return the buckets of the last step if they hold, or what guards the options of new ones; and this step's."""
+    if step.has_no_gradients():
+        return [], None, []  # and what the last step has left still holds, or the next one sees that it does not
     watched = mode_is_active() or step.grads is not None
     known = None if cache is None or watched else cache.revalidate(step)
     if known is not None:

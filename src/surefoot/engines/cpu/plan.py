@@ -222,6 +222,7 @@ class Plan:
         if bucket.is_rounded:
             known = [bucket.identities[index] for index in self.regular.tolist()]
             self.launch.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
+        self._launches = [self.launch]
         self._kernels: dict[Rule, Kernel] = {}
         self.row: np.ndarray | None = None
         self.checked = checked()
@@ -239,6 +240,11 @@ class Plan:
 
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
+
+    def move(self, addresses: np.ndarray) -> None:
+        """Go over to other memory for the same tensors, proved to be at these addresses: of shape (arrays, tensors)."""
+        for launch in self._launches:
+            launch.pointers[:] = addresses[:, self.regular] if self.irregular else addresses
 
     def prepare(self, rule: Rule) -> None:
         """Compile the kernel of a rule."""
@@ -272,6 +278,7 @@ class Plan:
         """
         kernel, launch = self.kernel(rule), TensorLaunch(len(self.launch.pointers), self._sizes)
         launch.pointers[:] = self.launch.pointers
+        self._launches.append(launch)
         nothing = np.zeros((1, 0))
 
         def measure(gradients: np.ndarray) -> np.ndarray:
