@@ -12,6 +12,7 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
+from surefoot.engines.cpu import plan
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
@@ -526,6 +527,66 @@ def test_tensors_that_have_moved_take_it(move, options, name, monkeypatch):
     for step in range(4):
         MOVES[move](params, optimizer.state)
         train(optimizer, first=step, steps=1 + step % 2)
+
+
+LAID_OUT = {
+    "transposed": lambda grad: grad.mT.contiguous().mT,
+    "expanded": lambda grad: grad[..., :1].expand(grad.shape),
+    "in a wider one": lambda grad: torch.nn.functional.pad(grad, (1, 2))[..., 1:-2],
+}
+
+
+NO_MEMORY = [("parameter", "expanded"), ("slots", "expanded")]
+
+
+def lay_out(of, change, optimizer, params):
+    """Lay out parameters, slots or gradients otherwise, of all parameters but the first."""
+    for param in params[1:]:
+        if of == "gradient":
+            param.grad = change(param.grad)
+        elif of == "parameter":
+            param.data = change(param.data)
+        else:
+            entry = optimizer.state[param]
+            entry |= {key: change(value) for key, value in entry.items() if value.dim()}
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "AdamW", "Lion"])
+@pytest.mark.parametrize(
+    ("of", "laid_out"),
+    [(of, kind) for of in ("gradient", "parameter", "slots") for kind in LAID_OUT if (of, kind) not in NO_MEMORY],
+)
+def test_tensors_that_are_laid_out_otherwise_take_it(of, laid_out, name, monkeypatch):
+    monkeypatch.setattr(plan, "TILE", 30)
+    results = []
+    for change in (LAID_OUT[laid_out], lambda tensor: LAID_OUT[laid_out](tensor).contiguous()):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6 * i).view(2, 3, i)) for i in range(1, 5)]
+        optimizer = train(getattr(surefoot, name)(params, lr=0.1), steps=3)
+        for step in range(5):
+            set_grads(optimizer, step)
+            params[0].grad.requires_grad_()
+            if of == "gradient" or step == 0:
+                lay_out(of, change, optimizer, params)
+            if step == 4:
+                params[1].data = params[1].data.clone(memory_format=torch.preserve_format)
+            with monkeypatch.context() as patched:
+                if step > 1 and (step < 4 or laid_out == "transposed"):
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().contiguous().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
+def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
+    param = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer, storages = surefoot.SGD([param], lr=0.1), []
+    for _ in range(4):
+        param.grad = torch.ones(3, 2).t()
+        storages.append(weakref.ref(param.grad.untyped_storage()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [storage() for storage in storages] == [None] * 4
 
 
 def test_a_parameter_that_moves_to_its_gradient_is_refused():

@@ -31,6 +31,7 @@ from surefoot.step.options import check_changed
 from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
+from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 
 _GRAD = operator.attrgetter("grad")
@@ -185,6 +186,10 @@ class _KernelLane(_Lane):
         if self.run.sparse:
             self.plan.release()
 
+    def update(self) -> None:
+        """Update those tensors that are copied to where the kernel runs."""
+        self.plan.run_copied(self.run.bucket, self.run.grads(), self.coefficients)
+
 
 class _TorchLane(_Lane):
     """A bucket that torch's operations run."""
@@ -215,8 +220,8 @@ class FastLane:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
         self._cache = weakref.ref(cache)  # which keeps this
         kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
-        self._by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
-        self._lanes: list[_Lane] = [*kernels, *self._by_torch]
+        by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
+        self._lanes: list[_Lane] = [*kernels, *by_torch]
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
         for lane in self._lanes:
@@ -225,6 +230,8 @@ class FastLane:
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
         self._dense = [lane for lane in kernels if not lane.run.sparse]
+        self._copying = [lane for lane in self._dense if not lane.plan.is_regular]
+        self._updating: list[_KernelLane | _TorchLane] = [*self._copying, *by_torch]
         self._are_small = all(map(_KernelLane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
@@ -355,7 +362,9 @@ class FastLane:
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
         for lane in self._dense:
-            lane.launch.pointers[1] = lane.tensors.gradients
+            lane.plan.take_gradients(lane.tensors.gradients)
+        if not all(type(grad) in PLAIN for lane in self._copying for grad in lane.run.grads()):
+            return False
         if not all(map(_KernelLane.read_numbers, self._of_numbers)):
             return False
         return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
@@ -370,10 +379,10 @@ class FastLane:
             of_numbers.write_numbers()
         for of_rows in self._of_rows:
             of_rows.plan.release()
-        if self._by_torch:
+        if self._updating:
             with torch.no_grad():
-                for by_torch in self._by_torch:
-                    by_torch.update()
+                for updating in self._updating:
+                    updating.update()
         return True
 
     def _run_kernels(self) -> bool:
@@ -447,8 +456,9 @@ def _is_fit(run: BucketRun) -> bool:
         alike = guard.reads and run.bucket.row is run.shared_row
         return plain and alike and not (_is_clipped(run) or run.bucket.is_rounded)
     plan = run.bucket.plan
-    own = plan.is_regular and not plan.checked and plan.versions.launch is not None and plan.row is run.shared_row
-    return plain and own and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
+    own = not plan.checked and plan.versions.launch is not None and plan.row is run.shared_row
+    whole = plan.is_regular or not (run.sparse or _is_clipped(run) or not run.bucket.is_plain)
+    return plain and own and whole and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
 
 
 def _is_clipped(run: BucketRun) -> bool:

@@ -5,6 +5,7 @@ A plan is a cache: `step/cache.py` tells whether everything it was made from is 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Reduction, Rule
 from surefoot.storage import BLOCK, format_of
 from surefoot.tensors.gate import admit, admit_scales
+from surefoot.tensors.memory import is_dense, same_dense_layout
 from surefoot.tensors.native.guards import VersionCounters
 
 CHUNK = 16384
 """Elements of one tensor that a kernel works on at a time."""
 LARGEST_ITEM, FEWEST_ITEMS = 262144, 64
-TILE = 32768
-"""Elements of an irregular tensor that are copied at a time."""
+TILE = 131072
+"""Elements of irregular tensors that are copied at a time."""
 _NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS, _SEED, _PARAMETER, _FIRST = map(
     LAUNCH.index,
     (
@@ -222,7 +224,7 @@ class Plan:
         if bucket.is_rounded:
             known = [bucket.identities[index] for index in self.regular.tolist()]
             self.launch.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
-        self._launches = [self.launch]
+        self._launches, self._copied = [self.launch], list[CopyLaunch]()
         self._kernels: dict[Rule, Kernel] = {}
         self.row: np.ndarray | None = None
         self.checked = checked()
@@ -238,6 +240,10 @@ class Plan:
         """Whether all tensors are flat memory."""
         return not self.irregular
 
+    def take_gradients(self, addresses: np.ndarray) -> None:
+        """Let gradients be at these addresses, of all tensors, that a guard has seen."""
+        self.launch.pointers[1] = self._regular(addresses)
+
     def _regular(self, values: np.ndarray) -> np.ndarray:
         return values[self.regular] if self.irregular else values
 
@@ -245,6 +251,7 @@ class Plan:
         """Go over to other memory for the same tensors, proved to be at these addresses: of shape (arrays, tensors)."""
         for launch in self._launches:
             launch.pointers[:] = addresses[:, self.regular] if self.irregular else addresses
+        self._copied = []
 
     def prepare(self, rule: Rule) -> None:
         """Compile the kernel of a rule."""
@@ -291,55 +298,165 @@ class Plan:
         kernel = self._kernels[rule]
         if bucket.gradient_addresses is None:
             raise InternalError("a kernel was run on gradients that no guard has seen")
-        self.launch.pointers[1] = self._regular(bucket.gradient_addresses)
+        self.take_gradients(bucket.gradient_addresses)
         if kernel.checked:
             now = bucket.arrays()
             self.launch.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
         measured = self.launch.run(kernel, numbers, rule.reductions)
         if self.irregular:
-            regular, measured = measured, np.zeros((len(bucket.params), len(rule.reductions)))
+            regular, measured = measured, self._run_copied(rule, bucket, bucket.grads, numbers, rows)
             measured[self.regular] = regular
-        columns = (bucket.params, bucket.grads, *bucket.slots, *bucket.parts)
-        own = rule.written
-        written = (own[0], False, *own[1:], *(new for kept, new in zip(bucket.kept, own, strict=False) if kept.part))
-        for index in self.irregular:
-            tensors = [tensors[index] for tensors in columns][: len(kernel.arrays)]
-            row, who = int(rows[index]), None
-            cut = list(tiles(tensors, TILE)) if bucket.is_plain else [tensors]
-            if bucket.is_rounded:
-                who = bucket.seed, [bucket.identities[index].number], [bucket.identities[index].first or 0]
-            parts = [_run_tile(kernel, views, written, numbers[row : row + 1], rule.reductions, who) for views in cut]
-            if parts:
-                measured[index] = combined(rule.reductions, np.stack(parts), np.zeros(len(parts), dtype=np.int64), 1)
         return torch.from_numpy(measured) if rule.reductions else None
 
+    def run_copied(self, bucket: Bucket, grads: Sequence[Tensor], numbers: np.ndarray) -> None:
+        """Update the tensors that are not flat memory, of which all have the same numbers."""
+        self._run_copied(bucket.rule, bucket, grads, numbers, np.zeros(len(bucket.params), dtype=np.int64))
 
-def _run_tile(
-    kernel: Kernel,
-    views: Sequence[Tensor],
-    written: Sequence[bool],
-    numbers: np.ndarray,
-    reductions: Sequence[Reduction],
-    random: tuple[int, list[int], list[int]] | None,
-) -> np.ndarray:
-    """Run on contiguous copies of some views, and copy back those that are written."""
-    copies = [view.contiguous() for view in views]
-    shaped = [copy for copy in copies if copy.shape == copies[0].shape]
-    arrays = admit([[copy] for copy in shaped], [""] * len(shaped), "a copy".format)
-    for scale in copies[len(shaped) :]:
-        arrays = admit_scales(arrays, [scale], BLOCK, "", "a copy".format)
-    launch = TensorLaunch(len(copies), arrays.sizes)
-    launch.pointers[:] = arrays.addresses
-    if random is not None:
-        launch.set_random(*random)
-    if kernel.checked:
-        launch.set_limits(arrays.addresses, arrays.available)
-    measured = launch.run(kernel, numbers, reductions)
-    for view, copy, new in zip(views, copies, written, strict=False):
-        if new and copy.data_ptr() != view.data_ptr():
-            view.copy_(copy)
-    row: np.ndarray = measured[0]
-    return row
+    def _run_copied(
+        self, rule: Rule, bucket: Bucket, grads: Sequence[Tensor], numbers: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Run on the tensors that are not flat memory; return what is measured: of shape (tensors, reductions)."""
+        launches, kernel = self._copied or self._copying(bucket, grads), self._kernels[rule]
+        if bucket.is_plain:  # others are as large as the largest tensor
+            self._copied = launches
+        parts = [launch.run_copied(rule, kernel, grads, numbers, rows) for launch in launches]
+        if not (parts and rule.reductions):
+            return np.zeros((len(rows), len(rule.reductions)))
+        owners = [launch.owners for launch in launches]
+        return combined(rule.reductions, np.concatenate(parts), np.concatenate(owners), len(rows))
+
+    def _copying(self, bucket: Bucket, grads: Sequence[Tensor]) -> list["CopyLaunch"]:
+        """Return the launches of the tensors that are not flat memory, each of as many as come to `TILE` elements."""
+        columns, together = (bucket.params, grads, *bucket.slots, *bucket.parts), list[list[_Piece]]()
+        for row in self.irregular:
+            whole = [column[row].detach() for column in columns]
+            for views in tiles(whole, TILE) if bucket.is_plain else [whole]:
+                if not together or _size(together[-1]) + views[0].numel() > TILE:
+                    together.append([])
+                together[-1].append(_Piece.of(row, views, whole[_GRADIENT]))
+        most = max(map(_size, together), default=0)
+        rooms = [torch.empty(most, dtype=column[0].dtype) for column in columns]
+        return [CopyLaunch(bucket, pieces, rooms) for pieces in together]
+
+
+_GRADIENT = 1
+
+
+class _Piece(NamedTuple):
+    """A tensor that is not flat memory, or a piece of one.
+
+    Attributes:
+        row: the position of the tensor in its bucket.
+        views: of the parameter, the gradient, each slot, and what stands beside them; None for the gradient, which is
+            another at every step.
+        gradient: shape and strides of its view of the gradient, and how far behind the first element that begins.
+    """
+
+    row: int
+    views: Sequence[Tensor | None]
+    gradient: tuple[torch.Size, Sequence[int], int]
+
+    @classmethod
+    def of(cls, row: int, views: Sequence[Tensor], grad: Tensor) -> "_Piece":
+        """Return a piece, given its views; `grad` is all of the gradient."""
+        own = views[_GRADIENT]
+        kept = [None if column == _GRADIENT else view for column, view in enumerate(views)]
+        return cls(row, kept, (own.shape, own.stride(), int(own.storage_offset() - grad.storage_offset())))
+
+    def gradient_of(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return its view of a gradient that is laid out like the one that it was made from."""
+        grad, (shape, strides, offset) = grads[self.row], self.gradient
+        return grad if grad.shape == shape else grad.as_strided(shape, strides, int(grad.storage_offset()) + offset)
+
+    def flat(self, rooms: Sequence[Tensor], start: int, *, in_order: bool) -> list[Tensor]:
+        """Return where it is stepped: its views where these are flat memory together, and room for copies otherwise.
+
+        Args:
+            rooms: memory for the copies of each column.
+            start: where its own begins in that.
+            in_order: whether elements must be in C order.
+        """
+        shape, first = self.gradient[0], self.views[0]
+        dense = first is not None and is_dense(first) and not in_order
+        strides = first.stride() if dense and first is not None else torch.empty(shape, device="meta").stride()
+        found = []
+        for view, room in zip(self.views, rooms, strict=True):
+            if view is None or view.shape == shape:
+                copy = room.as_strided(shape, strides, start)
+            else:  # a scale for each block
+                copy = room[start : start + view.numel()].view(view.shape)
+            found.append(copy if view is None or not same_dense_layout([copy, view]) else view)
+        return found
+
+
+def _size(pieces: Sequence[_Piece]) -> int:
+    return sum(piece.gradient[0].numel() for piece in pieces)
+
+
+class CopyLaunch(TensorLaunch):
+    """A launch of tensors that are not flat memory, or of pieces of them: what is laid out otherwise is copied.
+
+    Attributes:
+        owners: for each piece the position of its tensor in the bucket.
+    """
+
+    def __init__(self, bucket: Bucket, pieces: Sequence[_Piece], rooms: Sequence[Tensor]) -> None:
+        sizes = np.array([_size([piece]) for piece in pieces], dtype=np.int64)
+        super().__init__(len(rooms), sizes)
+        self._pieces, self._kept = pieces, bucket.kept
+        self.owners = np.array([piece.row for piece in pieces], dtype=np.int64)
+        starts = (np.cumsum(sizes) - sizes).tolist()
+        ordered = not bucket.is_plain
+        rows = [piece.flat(rooms, at, in_order=ordered) for piece, at in zip(pieces, starts, strict=True)]
+        self._gradients = [row[_GRADIENT] for row in rows]
+        self._others = [
+            (column, view, copy)
+            for piece, row in zip(pieces, rows, strict=True)
+            for column, (view, copy) in enumerate(zip(piece.views, row, strict=True))
+            if view is not None and view is not copy
+        ]
+        self._admit(list(map(list, zip(*rows, strict=True))), len(bucket.slots))
+        if bucket.is_rounded:
+            known = [bucket.identities[piece.row] for piece in pieces]
+            self.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
+
+    def _admit(self, columns: Sequence[Sequence[Tensor]], slots: int) -> None:
+        """Let the tensors of all columns pass the gate."""
+        shaped = 2 + slots + (self._kept[0].correction is not None)
+        arrays = admit(columns[:shaped], [""] * shaped, "a copy".format)
+        for scales in columns[shaped:]:
+            arrays = admit_scales(arrays, scales, BLOCK, "", "a copy".format)
+        self.pointers[:] = arrays.addresses
+        self.set_limits(arrays.addresses, arrays.available)
+
+    def run_copied(
+        self, rule: Rule, kernel: Kernel, grads: Sequence[Tensor], numbers: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Run the kernel of a rule on copies, and copy back what that has written.
+
+        Args:
+            rule: the rule.
+            kernel: its kernel.
+            grads: the gradients of all tensors of the bucket.
+            numbers: the coefficients, see `numbers_of`.
+            rows: for each tensor of the bucket its row of these.
+
+        Returns:
+            What it measured of each piece.
+        """
+        self.rows[:] = rows[self.owners]
+        torch._foreach_copy_(self._gradients, [piece.gradient_of(grads) for piece in self._pieces])
+        for _, view, copy in self._others:
+            copy.copy_(view)
+        measured = self.run(kernel, numbers, rule.reductions)
+        if self._others:
+            own = rule.written
+            parts = (new for kept, new in zip(self._kept, own, strict=False) if kept.part)
+            written = dict(enumerate((own[0], False, *own[1:], *parts)))
+            for column, view, copy in self._others:
+                if written.get(column):
+                    view.copy_(copy)
+        return measured
 
 
 def numbers_of(bucket: Bucket, rule: Rule) -> np.ndarray:
