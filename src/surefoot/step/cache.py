@@ -332,8 +332,10 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-MOST_PATTERNS = 8
+MOST_PATTERNS = 128
 """For how many sets of parameters with gradients a cache is kept."""
+_MOST_PARAMS = 1 << 14
+"""Of how many parameters, all sets counted, beside the last one."""
 _ALIKE = 64
 """After how many steps with the same ones the caches of others are dropped."""
 
@@ -410,20 +412,16 @@ class StepCache:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
             self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
-            while len(self.others) >= MOST_PATTERNS:
+            while len(self.others) >= MOST_PATTERNS or sum(map(StepCache.size, self.others.values())) > _MOST_PARAMS:
                 self.others.pop(next(iter(self.others)))
+
+    def size(self) -> int:
+        """Return how many parameters are in its buckets."""
+        return sum(len(run.params) for run in self.runs)
 
     def has_same_state(self) -> bool:
         """Return whether the state still has what was stepped."""
-        if self.items.changed():
-            return False
-        return all(
-            entry.get(slot.name) is tensor
-            for run in self.runs
-            if not is_sharded(run.params[0])
-            for slot, column in zip(run.bucket.rule.slots, run.bucket.slots, strict=True)
-            for entry, tensor in zip(run.entries, column, strict=True)
-        )
+        return not self.items.changed() and all(run.guard.tensors.has_entries() for run in self.runs)
 
     def of_now(self) -> "StepCache":
         """Return the cache for the parameters that have gradients now, an empty one if there is none; keep that one.

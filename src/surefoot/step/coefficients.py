@@ -41,7 +41,7 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
         return
     scalars = run.bucket.rule.scalars
     values = run.guard.read_scalars() if run.guard else read_scalars(run.entries, scalars)
-    distinct, row = _distinct(values, fresh)
+    distinct, row = distinct_columns(values, fresh)
     if run.shared_row is None:
         run.shared_row = np.zeros(len(run.params), dtype=np.int64)
     numbers = [_on_host(step, run, column, fresh) for column, fresh in distinct]
@@ -66,7 +66,7 @@ def _fresh(run: BucketRun) -> list[Fresh]:
     return [(not slots.isdisjoint(names), EMA.name in names) for names in run.made]
 
 
-def _distinct(
+def distinct_columns(
     values: np.ndarray, fresh: list[Fresh]
 ) -> tuple[list[tuple[tuple[float, ...], Fresh]], np.ndarray | None]:
     """Return the distinct columns of scalars, told apart by `fresh`, and if there are several, which a parameter has.

@@ -24,15 +24,21 @@ from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache, is_constant, new_numbers
 from surefoot.step.clipping import clip_or_skip
-from surefoot.step.coefficients import count_step, number_of
+from surefoot.step.coefficients import count_step, distinct_columns, number_of
 from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
-from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
 from surefoot.tensors.memory import PLAIN
-from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
+from surefoot.tensors.native.guards import (
+    DictGuard,
+    LaunchSequence,
+    SharedNumbers,
+    TensorGuard,
+    gradients_launch,
+    lists_launch,
+)
 
 _GRAD = operator.attrgetter("grad")
 
@@ -51,12 +57,13 @@ class _Lane:
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
-        values: Any = np.zeros(len(self.scalar_names) * self.count)
-        self.reading: Any = None
-        self.writing: Any = None
-        if guard.reads:
-            self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
-        self.values: Any = memoryview(values)
+        self.numbers: SharedNumbers | None = guard.numbers.shared(self.count) if guard.reads else None
+        own = np.zeros(len(self.scalar_names) * self.count)
+        self.all_values: np.ndarray = self.numbers.values if self.numbers else own
+        self.values: Any = memoryview(self.all_values)  # type: ignore[arg-type]
+        self.divided = False
+        self.firsts: list[int] = [0]
+        self.rows: Any = run.shared_row
         names = run.bucket.rule.coefficients
         self.clip_place = names.index("step_clip") if _is_clipped(run) else None
         self.settle()
@@ -75,7 +82,6 @@ class _Lane:
         ]
         self.read_at_once = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
         self.reads = not all(map(is_constant, options.values()))
-        self.reads = not all(map(is_constant, options.values()))
 
     def take_numbers(self, numbers: Mapping[str, Any]) -> None:
         """Take over numbers among the group's options, where these are settled."""
@@ -83,14 +89,43 @@ class _Lane:
         self.run.options = None  # which the pipeline has kept
         self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
 
-    def is_as_it_was(self) -> bool:
-        """Return whether what was made from the tensors may still be used; another thread may have seen a change."""
-        return not self.tensors.is_over
-
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where they are read."""
+        differ = self.numbers is not None and self.numbers.differ()
+        if differ or self.divided:
+            self._divide(differ=differ)
+        if not self.has_room():
+            self.make_room()
+        for row, first in enumerate(self.firsts):
+            self._compute_row(coefficients, row, first)
+        if differ:
+            values = self.all_values.reshape(-1, self.count)
+            values[:] = values[:, self.firsts][:, self.rows]
+
+    def _divide(self, *, differ: bool) -> None:
+        """Find which parameters have the same scalars, and so share a row of numbers."""
+        if self.numbers is not None:
+            self.numbers.write_each(each=differ)
+        values, self.divided = self.all_values.reshape(-1, self.count), differ
+        if differ and (values[:, self.firsts][:, self.rows] == values).all():
+            return
+        _, rows = distinct_columns(values, [])
+        self.rows = self.run.shared_row if rows is None else rows
+        found = [0] if rows is None else rows.tolist()
+        self.firsts = [found.index(row) for row in range(max(found) + 1)]
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers, for which the pipeline has had it last perhaps."""
+        raise NotImplementedError
+
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        raise NotImplementedError
+
+    def _compute_row(self, coefficients: Callable[..., dict[str, Any]], row: int, first: int) -> None:
+        """Compute a row of numbers and the new scalars of those that share it, of which `first` is the first."""
         values, count = self.values, self.count
-        scalars = dict(zip(self.scalar_names, values[::count], strict=False)) if self.scalar_names else {}
+        scalars = dict(zip(self.scalar_names, values[first::count], strict=False)) if self.scalar_names else {}
         if self.rounds:
             own = count_step(scalars)
             counted = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
@@ -101,33 +136,27 @@ class _Lane:
             derived = coefficients(SimpleNamespace(**self.options), **scalars)
         if self.reads:
             derived = {name: number_of(value) for name, value in {**self.read_at_once, **derived}.items()}
-        table = self.table
+        table, start = self.table, row * len(self.constants)
         for index, name, constant in self.constants:
-            table[index] = derived.get(name, constant)
+            table[start + index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
-            values[number * count] = derived.get(name, value)
+            values[number * count + first] = derived.get(name, value)
         if self.clip_place is not None:
-            table[self.clip_place] = self.run.slice.clip
-
-    def count_of_counts(self) -> int:
-        """Return how many different step counts have been read."""
-        names, values = self.scalar_names, self.values
-        own = names.index(STEP.name) * self.count if STEP.name in names else 0
-        return len(set(values[own : own + self.count])) if STEP.name in names else 0
+            table[start + self.clip_place] = self.run.slice.clip
 
     def launches_before(self) -> list[Any]:
         """Return what guards the bucket and reads its scalars, but for what threads guard."""
-        return [] if self.tensors.needs_threads else [each for each in (self.guarding, self.reading) if each]
+        return [] if self.tensors.needs_threads else [self.guarding, *([self.numbers.reading] if self.numbers else [])]
 
     def look_on_threads(self) -> Any:
         """Guard the bucket on several threads and read its scalars; return the launch that finds something, if any."""
         if self.tensors.look():
             return self.guarding
-        return self.reading if self.reading and self.reading.run() else None
+        return self.numbers.reading.run() or None if self.numbers else None
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there may be none)
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
-        scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
+        scalars = [self.numbers.writing, self.run.guard.versions.launch] if self.numbers else []
         return [each for each in (*scalars, self.releasing) if each]
 
     def release_grads(self) -> None:
@@ -141,15 +170,20 @@ class _KernelLane(_Lane):
     def __init__(self, run: BucketRun) -> None:
         self.plan = plan = run.bucket.plan
         self.launch, self.kernel = plan.launch, plan.kernel(run.bucket.rule)
-        self.coefficients = self.launch.coefficients
-        self.table = memoryview(self.coefficients.reshape(-1))
+        self.coefficients: Any = None
         self.measure: Any = plan.gradient_measure(gradient_rule()) if _is_clipped(run) else None
         super().__init__(run)
 
-    def is_as_it_was(self) -> bool:
-        """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
-        same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
-        return same and not self.tensors.is_over
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        self.launch.make_room((len(self.firsts), len(self.constants)))
+        self.coefficients = self.launch.coefficients
+        self.table = memoryview(self.coefficients.reshape(-1))
+        self.plan.set_rows(self.rows)
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers, for which the pipeline has had it last perhaps."""
+        return self.plan.row is self.rows and self.launch.coefficients is self.coefficients
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
@@ -164,7 +198,7 @@ class _KernelLane(_Lane):
 
     def has_numbers(self) -> bool:
         """Return whether its scalars are Python's numbers, which compiled code does not read."""
-        return bool(self.scalar_names) and not self.writing
+        return bool(self.scalar_names) and not self.numbers
 
     def read_numbers(self) -> bool:
         """Read scalars that are Python's numbers; return whether all parameters share them."""
@@ -188,22 +222,32 @@ class _KernelLane(_Lane):
 
     def update(self) -> None:
         """Update those tensors that are copied to where the kernel runs."""
-        self.plan.run_copied(self.run.bucket, self.run.grads(), self.coefficients)
+        bucket = self.run.bucket
+        self.plan.run_copied(bucket.rule, bucket, self.run.grads(), self.coefficients, self.rows)
 
 
 class _TorchLane(_Lane):
     """A bucket that torch's operations run."""
 
     def __init__(self, run: BucketRun) -> None:
-        self.table = [None] * len(run.bucket.rule.coefficients)
+        self.table: list[Any] = []
         super().__init__(run)
+
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        self.table = [None] * (len(self.firsts) * len(self.constants))
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers."""
+        return len(self.table) == len(self.firsts) * len(self.constants)
 
     def update(self) -> None:
         """Update the bucket."""
         run = self.run
         bucket = run.bucket
-        bucket.coefficients = [dict(zip(bucket.rule.coefficients, self.table, strict=True))]
-        bucket.row, bucket.grads = run.shared_row, run.grads()  # type: ignore[assignment]
+        rows = zip(*[iter(self.table)] * len(self.constants), strict=True) if self.constants else [()]
+        bucket.coefficients = [dict(zip(bucket.rule.coefficients, row, strict=True)) for row in rows]
+        bucket.row, bucket.grads = self.rows, run.grads()
         try:
             run.engine.run(bucket)
         finally:
@@ -230,6 +274,7 @@ class FastLane:
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
         self._dense = [lane for lane in kernels if not lane.run.sparse]
+        self._flat = [lane for lane in self._dense if lane.plan.is_regular]
         self._copying = [lane for lane in self._dense if not lane.plan.is_regular]
         self._updating: list[_KernelLane | _TorchLane] = [*self._copying, *by_torch]
         self._are_small = all(map(_KernelLane.is_small, self._dense))
@@ -275,14 +320,13 @@ class FastLane:
         if capturing():
             refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock.now:
-            if not all(lane.is_as_it_was() for lane in self._lanes):
-                self._end(fast=None)
+            if any(lane.tensors.is_over for lane in self._lanes):  # another thread may have seen a change
                 return False
             found = self._look()
             while found is not None and self._are_settled(found, step):
                 found = self._look()
             if found is not None and not self._lacks_all_gradients(found):
-                self._leave(found)
+                self._release()
                 return False
             try:
                 if found is not None:
@@ -361,10 +405,12 @@ class FastLane:
 
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
-        for lane in self._dense:
+        for lane in self._flat:
+            lane.launch.pointers[1] = lane.tensors.gradients
+        for lane in self._copying:
             lane.plan.take_gradients(lane.tensors.gradients)
-        if not all(type(grad) in PLAIN for lane in self._copying for grad in lane.run.grads()):
-            return False
+            if not all(type(grad) in PLAIN for grad in lane.run.grads()):
+                return False
         if not all(map(_KernelLane.read_numbers, self._of_numbers)):
             return False
         return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
@@ -407,25 +453,6 @@ class FastLane:
                 lane.launch.raise_if_stopped(lane.kernel)
         return True
 
-    def _leave(self, found: Any) -> None:
-        """Leave this step to the pipeline.
-
-        If the parameters of a bucket do not share their step counts any more, this lane ends.  Where there are few
-        counts, buckets are divided anew, one for each.
-        """
-        apart = [lane for lane in self._lanes if found is lane.reading]
-        if apart:
-            self._end(fast=False)
-            cache = self._cache()
-            if cache is not None and all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
-                cache.runs = []
-        self._release()
-
-    def _end(self, *, fast: bool | None) -> None:
-        """Serve no more; `fast` says whether another lane may be made, as `StepCache.fast` does."""
-        if (cache := self._cache()) is not None:
-            cache.fast = fast
-
     def _release(self) -> None:
         for lane in self._lanes:
             lane.release_grads()
@@ -453,10 +480,9 @@ def _is_fit(run: BucketRun) -> bool:
     if run.engine is gpu:
         return False
     if run.engine is not cpu:
-        alike = guard.reads and run.bucket.row is run.shared_row
-        return plain and alike and not (_is_clipped(run) or run.bucket.is_rounded)
+        return plain and guard.reads and not (_is_clipped(run) or run.bucket.is_rounded)
     plan = run.bucket.plan
-    own = not plan.checked and plan.versions.launch is not None and plan.row is run.shared_row
+    own = not plan.checked and plan.versions.launch is not None
     whole = plan.is_regular or not (run.sparse or _is_clipped(run) or not run.bucket.is_plain)
     return plain and own and whole and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
 

@@ -113,12 +113,14 @@ class PlainTensorGuard:
 
     def changed(self, given: Sequence[Tensor] = ()) -> bool:
         """Return whether something has changed; once it has, for good."""
-        if self._seen:
-            entries_stay = all(state.get(name) is tensor for state, name, tensor in self._entries)
-            if not entries_stay or self._seen != self._see(given):
-                self._seen = []
-                self.release_grads()
+        if self._seen and (not self.has_entries() or self._seen != self._see(given)):
+            self._seen = []
+            self.release_grads()
         return not self._seen
+
+    def has_entries(self) -> bool:
+        """Return whether the tensors still stand in the dicts in which that is watched."""
+        return all(state.get(name) is tensor for state, name, tensor in self._entries)
 
     def release_grads(self) -> None:
         """Hold the gradients no longer."""

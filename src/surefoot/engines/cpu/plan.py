@@ -78,9 +78,7 @@ class Launch:
             KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
                 then nothing has been written.
         """
-        if self.coefficients.shape != coefficients.shape:
-            self.coefficients = np.zeros(coefficients.shape)
-            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, len(coefficients)
+        self.make_room(coefficients.shape)
         self.coefficients[:] = coefficients
         measured = np.zeros((len(self.segment_tensor), len(reductions)))
         if self.work_items:
@@ -90,6 +88,12 @@ class Launch:
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
             self.start(kernel, threads)
         return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))
+
+    def make_room(self, shape: tuple[int, ...]) -> None:
+        """Let there be room for coefficients: for so many sets, and of each so many."""
+        if self.coefficients.shape != shape:
+            self.coefficients = np.zeros(shape)
+            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, shape[0]
 
     def set_random(self, seed: int, parameters: Sequence[int], first: Sequence[int]) -> None:
         """Set what random bits begin from, and for each tensor who it is and the number of its first element."""
@@ -240,6 +244,11 @@ class Plan:
         """Whether all tensors are flat memory."""
         return not self.irregular
 
+    def set_rows(self, rows: np.ndarray) -> None:
+        """Set for each tensor its row of coefficients."""
+        if self.row is not rows:
+            self.row, self.launch.rows[:] = rows, self._regular(rows)
+
     def take_gradients(self, addresses: np.ndarray) -> None:
         """Let gradients be at these addresses, of all tensors, that a guard has seen."""
         self.launch.pointers[1] = self._regular(addresses)
@@ -265,8 +274,7 @@ class Plan:
     def run(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and slots, and measure what its rule measures."""
         numbers = numbers_of(bucket, bucket.rule)
-        if self.row is not bucket.row:
-            self.row, self.launch.rows[:] = bucket.row, self._regular(bucket.row)
+        self.set_rows(bucket.row)
         self.versions.count()  # before the kernel, which drives from the caches what was just looked at
         bucket.measured = self._run(bucket.rule, bucket, numbers, bucket.row)
 
@@ -304,15 +312,11 @@ class Plan:
             self.launch.set_limits(now.addresses[:, self.regular], now.available[:, self.regular])
         measured = self.launch.run(kernel, numbers, rule.reductions)
         if self.irregular:
-            regular, measured = measured, self._run_copied(rule, bucket, bucket.grads, numbers, rows)
+            regular, measured = measured, self.run_copied(rule, bucket, bucket.grads, numbers, rows)
             measured[self.regular] = regular
         return torch.from_numpy(measured) if rule.reductions else None
 
-    def run_copied(self, bucket: Bucket, grads: Sequence[Tensor], numbers: np.ndarray) -> None:
-        """Update the tensors that are not flat memory, of which all have the same numbers."""
-        self._run_copied(bucket.rule, bucket, grads, numbers, np.zeros(len(bucket.params), dtype=np.int64))
-
-    def _run_copied(
+    def run_copied(
         self, rule: Rule, bucket: Bucket, grads: Sequence[Tensor], numbers: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
         """Run on the tensors that are not flat memory; return what is measured: of shape (tensors, reductions)."""

@@ -307,13 +307,12 @@ def copy_numbers(launch, reading):
 
 
 def read_shared_numbers(launch):
-    """Read numbers; whether among as many in a row as the second slot says one is not like the first."""
+    """Read numbers, and note whether among as many in a row as the second slot says one is not like the first."""
     copy_numbers(launch, True)
-    values, shared = load(launch + NAMES), load(launch + SECOND)
+    values, shared, differ = load(launch + NAMES), load(launch + SECOND), False
     for index in range(load(launch + COUNT)):
-        if load(values + index * WORD) != load(values + index // shared * shared * WORD):
-            return 1
-    return 0
+        differ |= load(values + index * WORD) != load(values + index // shared * shared * WORD)
+    store(launch + OTHER, int64(differ))
 
 
 def write_shared_numbers(launch):
@@ -373,6 +372,17 @@ def release_grads(launch):
             call(int32, load(launch + ASSIGN), nothing, place)
 
 
+def perform_more(launch, task):
+    """Do what seldom has to be done."""
+    not_inlined()
+    if task == 12:
+        store(launch + RESULT, enter_written(launch))
+    elif task == 13:
+        store(launch + RESULT, gradients_meet_written(launch))
+    elif load(launch + NAMES):
+        store(launch + RESULT, int64(entries_replaced(launch)))
+
+
 def perform(launch):
     """Do what the first slot says, but for what does other tasks."""
     not_inlined()  # into the loop of a sequence: it takes LLVM half the time
@@ -386,7 +396,7 @@ def perform(launch):
     elif task == 6:
         release_grads(launch)
     elif task == 8:
-        store(launch + RESULT, read_shared_numbers(launch))
+        read_shared_numbers(launch)
     elif task == 9:
         write_shared_numbers(launch)
     elif task == 10:
@@ -394,7 +404,7 @@ def perform(launch):
     elif task == 11:
         store(launch + RESULT, has_gradient(launch))
     elif task >= 12:
-        store(launch + RESULT, enter_written(launch) if task == 12 else gradients_meet_written(launch))
+        perform_more(launch, task)
     else:
         copy_numbers(launch, task == 3)
 
@@ -403,9 +413,9 @@ def kernel(launch):
     """Do what the first slot says.
 
     1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 release gradients, 7 in sequence, 8 read
-    and 9 write shared numbers, 10 other lists, 11 has a gradient, 12 enter what is written, 13 gradients meet that.
-    Several threads may look for changes at once.  A sequence is tasks of this kernel and launches of others, one after
-    the other up to the first that finds something; the result is its number, from 1, or 0.
+    and 9 write shared numbers, 10 other lists, 11 has a gradient, 12 enter what is written, 13 gradients meet that,
+    14 entries replaced.  Several threads may look for changes at once.  A sequence is tasks of this kernel and launches
+    of others, one after the other up to the first that finds something; the result is its number, from 1, or 0.
     """
     several = load(launch) == 7
     entry, count = load(launch + OBJECTS), load(launch + COUNT) if several else 1

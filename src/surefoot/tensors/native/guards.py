@@ -28,7 +28,7 @@ _RECORD, _BASE, _SPANNED = 24, 4, 8
 _SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
 _WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM, _GIVEN, _OTHER, _MOVED = 23, 24, 25, 26, 27, 28, 29
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _RELEASE_GRADS, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
-_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT, _ENTER, _COMPARE = 8, 9, 10, 11, 12, 13
+_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT, _ENTER, _COMPARE, _OTHER_ENTRIES = 8, 9, 10, 11, 12, 13, 14
 _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
@@ -174,6 +174,7 @@ class TensorGuard:
         self._records, self._facts = np.zeros((2, count, 1 + len(columns), _RECORD), dtype=np.int64)
         self._launch = _Launch(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._facts)
         self._launch.slots[_NAMES] *= bool(names)
+        self._entries: _Launch | None = None
         if gradients:
             self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
             self._launch.slots[_HELD] = self._held.ctypes.data
@@ -230,6 +231,12 @@ class TensorGuard:
     def end(self) -> None:
         """Let a change be seen that is none of memory."""
         self._launch.slots[_OTHER] = 1
+
+    def has_entries(self) -> bool:
+        """Return whether the tensors still stand in the dicts in which that is watched."""
+        if self._entries is None:
+            self._entries = self._launch.copy(_OTHER_ENTRIES)
+        return not self._entries.run()
 
     def changed(self, given: Sequence[Tensor] = ()) -> bool:
         """Return whether something has changed, or cannot be known not to have.
@@ -506,13 +513,35 @@ class ScalarIO:
         self._values[:] = values
         self._run(_WRITE)
 
-    def shared_launches(self, shared: int) -> tuple["_Launch", "_Launch", np.ndarray]:
-        """Return the launches that read and write numbers of which `shared` in a row are the same, and their values."""
+    def shared(self, count: int) -> "SharedNumbers":
+        """Return what reads and writes the numbers where as many in a row are mostly the same, for launches."""
         reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
-        reading.slots[_SECOND] = writing.slots[_SECOND] = shared
-        return reading, writing, self._values
+        reading.slots[_SECOND] = writing.slots[_SECOND] = count
+        return SharedNumbers(reading, writing, self._values)
 
     def _run(self, task: int) -> np.ndarray:
         self._launch.slots[0] = task
         self._launch.run()
         return self._values
+
+
+class SharedNumbers(NamedTuple):
+    """Numbers of which many in a row are mostly the same, as the launches of a `LaunchSequence` read and write them.
+
+    Attributes:
+        reading: what reads them.
+        writing: what writes the first of many that are the same, or each.
+        values: where they stand between.
+    """
+
+    reading: _Launch
+    writing: _Launch
+    values: np.ndarray
+
+    def differ(self) -> bool:
+        """Return whether of those that were read last not all are the same that mostly are."""
+        return self.reading.slots[_OTHER] != 0
+
+    def write_each(self, *, each: bool) -> None:
+        """Let each be written, or all that mostly are the same like the first of them."""
+        self.writing.slots[0] = _WRITE if each else _WRITE_SHARED
