@@ -550,10 +550,16 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+BY_MOVES = [
+    *((name, options) for name in ("SGD", "AdamW") for options in ({}, {"foreach": True}, {"max_grad_norm": 0.3})),
+    ("AdamW", {"state_dtype": "float8"}),
+    ("Muon", {}),
+    ("Adafactor", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BY_MOVES)
 @pytest.mark.parametrize("move", list(MOVES))
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"max_grad_norm": 0.3}, {"state_dtype": "float8"}])
-@pytest.mark.in_turn("name")
 def test_tensors_that_move_are_stepped_where_they_are(options, move, name):
     results = []
     for moves in (MOVES[move], None):
@@ -568,14 +574,14 @@ def test_tensors_that_move_are_stepped_where_they_are(options, move, name):
             kept += [param.data for param in params]  # whose memory must not be given to gradients before it is moved
             if moves is None:
                 optimizer._step_cache = None
+                optimizer._stepping.custom_caches.clear()
             train(optimizer, first=step, steps=1)
         results.append(params)
     for one, other in zip(*results, strict=True):
         assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.3}])
+@pytest.mark.parametrize(("name", "options"), BY_MOVES)
 @pytest.mark.parametrize("move", ["each", "one", "a vector", "backwards", "storage", "slots"])
 def test_tensors_that_have_moved_take_it(move, options, name, monkeypatch):
     params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
@@ -659,6 +665,17 @@ def test_a_parameter_that_moves_to_less_memory_is_refused():
     params[0].data = params[0].data.clone()
     params[0].untyped_storage().resize_(8)
     with pytest.raises(RuntimeError, match="has lost memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_a_step_without_gradients_leaves_what_is_kept_of_custom_steps(name, monkeypatch):
+    optimizer, _ = started(getattr(surefoot, name), sizes=[(2, 3)])
+    for step in range(4):
+        with monkeypatch.context() as patched:
+            patched.setattr(optimizer_module, "run_step", None)
+            train(optimizer, first=step, steps=1)
+        optimizer.zero_grad()
         optimizer.step()
 
 

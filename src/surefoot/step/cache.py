@@ -33,7 +33,7 @@ from surefoot.tensors.guards import (
     same_objects,
     share_written,
 )
-from surefoot.tensors.memory import PLAIN, has_memory, is_plain, spans_are_apart
+from surefoot.tensors.memory import PLAIN, has_memory, is_plain
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
@@ -137,13 +137,9 @@ class BucketGuard:
         return same
 
     @property
-    def is_over(self) -> bool:
-        """Return whether a change was seen that may be one of memory."""
-        return self._can_move and bool(self.tensors.is_over)
-
-    def has_moved(self) -> bool:
-        """Look; return whether all is as it was but for the memory of parameters and slots."""
-        return self._can_move and (not self.tensors.changed() or self.tensors.has_moved)
+    def can_move(self) -> bool:
+        """Return whether its tensors may be readmitted elsewhere."""
+        return self._can_move
 
     def readmit(self, run: BucketRun) -> bool:
         """Take over where parameters and slots are now; return False if other tensors of state have moved."""
@@ -465,14 +461,8 @@ class StepCache:
 
         What was made from the tensors depends on their memory by its addresses only, as long as they are apart.
         """
-        guards = [run.guard for run in self.runs]
-        if not any(guard.is_over for guard in guards) or not all(guard.has_moved() for guard in guards):
-            return False
-        if not (self.written.settle() or _are_apart([guard.tensors for guard in guards])):
-            for guard in guards:
-                guard.tensors.end()
-            return False
-        return all(run.guard.readmit(run) for run in self.runs)
+        can_move = self.written is not None and all(run.guard.can_move for run in self.runs)
+        return can_move and self.written.admits_moves() and all(run.guard.readmit(run) for run in self.runs)
 
     def has_same_params(self, step: StepInput) -> bool:
         """Return whether the groups are the same, with the same parameters."""
@@ -492,13 +482,6 @@ class StepCache:
     def has_numbers_only(self, step: StepInput) -> bool:
         """Return whether options that can change in place are numbers of the update, which the host can read."""
         return self.options is not None and self.options.are_numbers(step)
-
-
-def _are_apart(guards: Sequence[TensorGuard]) -> bool:
-    """Return whether the tensors of guards were apart when last looked at."""
-    places = [guard.places for guard in guards]
-    start, size = (np.concatenate([each[part].ravel() for each in places]) for part in (0, 1))
-    return spans_are_apart(start, size)
 
 
 def pattern_of(params: Iterable[Tensor]) -> bytes:

@@ -18,7 +18,7 @@ from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import Stepping, check_changed
 from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
-from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects
+from surefoot.tensors.guards import make_dict_guard, make_guard, same_objects, share_written
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
 from surefoot.tensors.shards import to_local
@@ -51,6 +51,10 @@ class CustomLane:
         if self._custom_step is None:
             self._custom_step = make_step(found)
         self._custom_step(found)
+
+    def forget_step(self) -> None:
+        """Make the step anew the next time."""
+        self._custom_step = None
 
 
 def custom_lane(
@@ -87,7 +91,7 @@ def take_cache(step: StepInput) -> "CustomCache":
 
 def keep_cache(step: StepInput, cache: "CustomCache") -> None:
     """Keep a cache for the next step in which the same parameters have gradients."""
-    if step.grads is None:
+    if step.grads is None and cache.slices:
         cache.keep(step)
         caches = step.stepping.custom_caches
         while len(caches) >= MOST_PATTERNS:
@@ -178,6 +182,7 @@ class CustomCache:
             entries = [entry for _, entry in found]
             columns = ([param for param, _ in found], *([entry[name] for entry in entries] for name in names))
             self.guards.append(make_guard(columns, entries, names, gradients=True))
+        self._written = share_written(self.guards[1:])
         self._deciding = _deciding_options(step)
         self._params = [list(group["params"]) for group in step.groups]
         self._idle = [param for params in self._params for param in params if param.grad is None]
@@ -273,12 +278,24 @@ class CustomCache:
     def _run_guard(self, guard: LaunchSequence) -> int:
         """Return the number of what has changed, from 1, or 0; gradients are held no longer."""
         found = guard.run()
+        if found >= _FIRST_OF_TENSORS and self._readmit():
+            found = guard.run()
         if found:
             self._release_grads()
         if found >= _FIRST_OF_TENSORS:
             # For good: a guard that has found a change would find none the next time.
             self.guards, self._guard, self.lane = None, None, None
         return found
+
+    def _readmit(self) -> bool:
+        """Take over where tensors are now; return whether that is all that has changed of them."""
+        if self.overlap or self._written is None or not self._written.admits_moves():
+            return False
+        for guard in (self.guards or ())[1:]:
+            guard.readmit()
+        if self.lane is not None:
+            self.lane.forget_step()
+        return True
 
     def _revalidate_uncompiled(self, step: StepInput) -> bool:
         """Return what `revalidate` does, guard by guard, with options as they are now."""

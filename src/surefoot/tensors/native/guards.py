@@ -21,7 +21,7 @@ from surefoot.codegen.threads import locked_function, run_locked, thread_count, 
 from surefoot.environment import switch
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
-from surefoot.tensors.memory import bytes_spanned
+from surefoot.tensors.memory import bytes_spanned, spans_are_apart
 from surefoot.tensors.native.layout import WORD, tensor_layout
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
@@ -310,6 +310,23 @@ class WrittenMemory:
             for launch in self._entering:
                 launch.run()
         return apart
+
+    def admits_moves(self) -> bool:
+        """Return whether the tensors of the guards have moved, which is all that has changed, and are apart there."""
+        over = [guard.is_over for guard in self._guards]
+        if not any(over) or not all(not guard.changed() or guard.has_moved for guard in self._guards):
+            return False
+        apart = self.settle() or self._are_apart()
+        if not apart:
+            for guard in self._guards:
+                guard.end()
+        return apart
+
+    def _are_apart(self) -> bool:
+        """Return whether tensors were apart when last looked at, by all spans of memory."""
+        places = [guard.places for guard in self._guards]
+        start, size = (np.concatenate([each[part].ravel() for each in places]) for part in (0, 1))
+        return spans_are_apart(start, size)
 
 
 class Replaced(NamedTuple):
