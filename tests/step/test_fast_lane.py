@@ -12,7 +12,7 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
-from surefoot.engines.cpu import plan
+from surefoot.engines.cpu import copied
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
@@ -621,7 +621,7 @@ def lay_out(of, change, optimizer, params):
     [(of, kind) for of in ("gradient", "parameter", "slots") for kind in LAID_OUT if (of, kind) not in NO_MEMORY],
 )
 def test_tensors_that_are_laid_out_otherwise_take_it(of, laid_out, name, monkeypatch):
-    monkeypatch.setattr(plan, "TILE", 30)
+    monkeypatch.setattr(copied, "TILE", 30)
     results = []
     for change in (LAID_OUT[laid_out], lambda tensor: LAID_OUT[laid_out](tensor).contiguous()):
         params = [torch.nn.Parameter(torch.linspace(-1, i, 6 * i).view(2, 3, i)) for i in range(1, 5)]

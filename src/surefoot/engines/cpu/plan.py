@@ -3,214 +3,24 @@
 A plan is a cache: `step/cache.py` tells whether everything it was made from is still so.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.codegen.compile import STATUS, Kernel
-from surefoot.codegen.threads import ONE_THREAD, run_on_threads, thread_count
+from surefoot.codegen.compile import Kernel
 from surefoot.engines.bucket import Bucket, EachParameter
-from surefoot.engines.checked import VARIABLE, checked
-from surefoot.engines.cpu.checks import VIOLATION, explain_violation
+from surefoot.engines.checked import checked
 from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.source import LAUNCH, Layout
-from surefoot.errors import InternalError, KernelError
-from surefoot.rule import Reduction, Rule
-from surefoot.storage import BLOCK, format_of
-from surefoot.tensors.gate import admit, admit_scales
-from surefoot.tensors.memory import is_dense, same_dense_layout
+from surefoot.engines.cpu.copied import CopyLaunch, copying
+from surefoot.engines.cpu.launch import TensorLaunch, combined
+from surefoot.engines.cpu.source import Layout
+from surefoot.errors import InternalError
+from surefoot.rule import Rule
+from surefoot.storage import format_of
 from surefoot.tensors.native.guards import VersionCounters
-
-CHUNK = 16384
-"""Elements of one tensor that a kernel works on at a time."""
-LARGEST_ITEM, FEWEST_ITEMS = 262144, 64
-TILE = 131072
-"""Elements of irregular tensors that are copied at a time."""
-_NEXT_WORK_ITEM, _COEFFICIENTS, _MEASURED, _ROWS, _LIMITS, _ONLY_CHECKS, _SEED, _PARAMETER, _FIRST = map(
-    LAUNCH.index,
-    (
-        "next_work_item", "coefficients", "measured", "rows", "limits", "only_checks", "seed", "parameter",
-        "first_element",
-    ),
-)  # fmt: skip
-_VIOLATION = slice(LAUNCH.index(VIOLATION[0]), None)
-
-
-class Launch:
-    """Tables of tensors, cut into work items, as kernels take them.
-
-    Attributes:
-        words: the slots of `source.LAUNCH`.
-        pointers: addresses of the tensors' arrays: int64 of shape (arrays, tensors).
-        limits: for checked kernels the bytes of live storage behind each pointer, of the same shape.
-        rows: for each tensor its row of coefficients.
-        size: elements of all tensors.
-        work_items: how many there are.
-        segment_tensor: for each segment the number of its tensor.
-        uncut: whether each tensor is one segment.
-    """
-
-    pointers: np.ndarray
-    limits: np.ndarray
-    rows: np.ndarray
-    size: int
-    work_items: int
-    segment_tensor: np.ndarray
-    uncut: bool
-
-    def __init__(self) -> None:
-        self.words = np.zeros(len(LAUNCH), dtype=np.int64)
-        self.address = self.words.ctypes.data
-        self._status = memoryview(self.words)[STATUS : STATUS + 1]  # type: ignore[arg-type]
-        self.coefficients = np.zeros((0, 0))
-
-    def run(self, kernel: Kernel, coefficients: np.ndarray, reductions: Sequence[Reduction] = ()) -> np.ndarray:
-        """Run a kernel on all work items; `coefficients` has for each row its numbers.
-
-        Returns:
-            What it measured: float64 of shape (tensors, reductions).
-
-        Raises:
-            KernelError: an error has stopped the kernel, or a checked one has found that it would leave its arrays;
-                then nothing has been written.
-        """
-        self.make_room(coefficients.shape)
-        self.coefficients[:] = coefficients
-        measured = np.zeros((len(self.segment_tensor), len(reductions)))
-        if self.work_items:
-            self.words[_MEASURED] = measured.ctypes.data if reductions else 0
-            if kernel.checked:
-                self._check(kernel)
-            threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
-            self.start(kernel, threads)
-        return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))
-
-    def make_room(self, shape: tuple[int, ...]) -> None:
-        """Let there be room for coefficients: for so many sets, and of each so many."""
-        if self.coefficients.shape != shape:
-            self.coefficients = np.zeros(shape)
-            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, shape[0]
-
-    def set_random(self, seed: int, parameters: Sequence[int], first: Sequence[int]) -> None:
-        """Set what random bits begin from, and for each tensor who it is and the number of its first element."""
-        self._random = np.array(parameters, dtype=np.int64), np.array(first, dtype=np.int64)
-        self.words[_SEED] = np.array(seed, dtype=np.uint64).astype(np.int64)
-        self.words[_PARAMETER], self.words[_FIRST] = (part.ctypes.data for part in self._random)
-
-    def set_limits(self, addresses: np.ndarray, available: np.ndarray) -> None:
-        """Note the live storages behind the pointers: at `addresses` stand tensors with so many bytes from there on."""
-        offset = self.pointers - addresses
-        self.limits[:] = np.where(offset >= 0, available - offset, 0)
-
-    def _check(self, kernel: Kernel) -> None:
-        """Let a checked kernel verify all work items and compute none."""
-        self.words[_LIMITS], self.words[_ONLY_CHECKS] = self.limits.ctypes.data, 1
-        try:
-            self.start(kernel, 1)
-        finally:
-            self.words[_ONLY_CHECKS] = 0
-
-    def start(self, kernel: Kernel, threads: int) -> None:
-        """Run a kernel on all work items with the coefficients that are there.
-
-        Raises:
-            KernelError: an error has stopped it.
-        """
-        self.words[_NEXT_WORK_ITEM] = 0
-        run_on_threads(kernel.address, self.address, threads)
-        self.raise_if_stopped(kernel)
-
-    def raise_if_stopped(self, kernel: Kernel) -> None:
-        """Raise KernelError when an error has stopped a kernel."""
-        if self._status[0]:
-            raise self._error(kernel)
-
-    def _error(self, kernel: Kernel) -> KernelError:
-        """Return what to raise for a kernel that was stopped, and be ready for another."""
-        status, only_checked = self.words[STATUS], self.words[_ONLY_CHECKS]
-        violation = self.words[_VIOLATION].tolist()
-        reason = explain_violation(violation, LAUNCH, kernel.arrays) if violation[0] else f"an error (status {status})"
-        written = "none of its tensors is changed" if only_checked else "its tensors may be updated in part"
-        self.words[STATUS] = self.words[_VIOLATION] = 0
-        help_ = "" if kernel.checked else f"; with {VARIABLE}=1 kernels tell more"
-        return KernelError(
-            f"kernel {kernel.name} was stopped by {reason}; {written}, those that were updated before are, and those "
-            f"that were to come are not; this is a fault of surefoot{help_}"
-        )
-
-
-class TensorLaunch(Launch):
-    """A launch of tensors, with as many arrays each, of these sizes."""
-
-    def __init__(self, arrays: int, sizes: np.ndarray) -> None:
-        super().__init__()
-        self.pointers, self.limits = np.zeros((2, arrays, len(sizes)), dtype=np.int64)
-        self.rows = np.zeros(len(sizes), dtype=np.int64)
-        self.size = int(sizes.sum())
-        self.segment_tensor, start, size = _segments(sizes)
-        self.uncut = len(self.segment_tensor) == len(sizes) and bool((sizes > 0).all())
-        first = _work_items(size)
-        self.work_items = len(first) - 1
-        self._parts = (first, self.segment_tensor, start, size)
-        firsts, tensors, starts, lengths, pointers = (part.ctypes.data for part in (*self._parts, self.pointers))
-        given = {
-            "work_items": self.work_items,
-            "first_segment": firsts,
-            "segment_tensor": tensors,
-            "segment_start": starts,
-            "segment_size": lengths,
-            "pointers": pointers,
-            "coefficient_row": self.rows.ctypes.data,
-            "tensors": len(sizes),
-            "segments": len(self.segment_tensor),
-        }
-        self.words[:] = [given.get(slot, 0) for slot in LAUNCH]
-
-
-def combined(reductions: Sequence[Reduction], parts: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
-    """Put together what was measured of parts, in their order, whoever measured them.
-
-    Args:
-        reductions: what was measured.
-        parts: of shape (parts, reductions).
-        owner: for each part the number of what it belongs to, ascending.
-        count: how many owners there are.
-    """
-    result = np.zeros((count, len(reductions)))
-    if not parts.size:
-        return result
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    for column, reduction in enumerate(reductions):
-        combine = np.maximum if reduction.kind == "largest" else np.add
-        with np.errstate(invalid="ignore"):  # NaN is an answer here
-            result[owner[starts], column] = combine.reduceat(parts[:, column], starts)
-    return result
-
-
-def _segments(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut tensors into segments of at most CHUNK elements: index of the tensor, start, size."""
-    if len(sizes) and sizes.min() > 0 and sizes.max() <= CHUNK:
-        return np.arange(len(sizes)), np.zeros_like(sizes), sizes
-    counts = -(-sizes // CHUNK)
-    tensor = np.repeat(np.arange(len(sizes)), counts)
-    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)) * CHUNK
-    return tensor, start, np.minimum(CHUNK, sizes[tensor] - start)
-
-
-def _work_items(sizes: np.ndarray) -> np.ndarray:
-    """Group consecutive segments into work items, which a thread takes at a time: first segment of each, and the end.
-
-    Long items stream through memory better, many short ones leave no thread idle.
-    """
-    total = int(sizes.sum())
-    if total <= CHUNK:
-        return np.array([0, len(sizes)] if len(sizes) else [0], dtype=np.int64)
-    item = (np.cumsum(sizes) - sizes) // min(max(CHUNK, total // FEWEST_ITEMS), LARGEST_ITEM)
-    return np.concatenate([[0], np.flatnonzero(item[1:] != item[:-1]) + 1, [len(sizes)]])
 
 
 class Plan:
@@ -320,7 +130,7 @@ class Plan:
         self, rule: Rule, bucket: Bucket, grads: Sequence[Tensor], numbers: np.ndarray, rows: np.ndarray
     ) -> np.ndarray:
         """Run on the tensors that are not flat memory; return what is measured: of shape (tensors, reductions)."""
-        launches, kernel = self._copied or self._copying(bucket, grads), self._kernels[rule]
+        launches, kernel = self._copied or copying(bucket, grads, self.irregular), self._kernels[rule]
         if bucket.is_plain:  # others are as large as the largest tensor
             self._copied = launches
         parts = [launch.run_copied(rule, kernel, grads, numbers, rows) for launch in launches]
@@ -328,139 +138,6 @@ class Plan:
             return np.zeros((len(rows), len(rule.reductions)))
         owners = [launch.owners for launch in launches]
         return combined(rule.reductions, np.concatenate(parts), np.concatenate(owners), len(rows))
-
-    def _copying(self, bucket: Bucket, grads: Sequence[Tensor]) -> list["CopyLaunch"]:
-        """Return the launches of the tensors that are not flat memory, each of as many as come to `TILE` elements."""
-        columns, together = (bucket.params, grads, *bucket.slots, *bucket.parts), list[list[_Piece]]()
-        for row in self.irregular:
-            whole = [column[row].detach() for column in columns]
-            for views in tiles(whole, TILE) if bucket.is_plain else [whole]:
-                if not together or _size(together[-1]) + views[0].numel() > TILE:
-                    together.append([])
-                together[-1].append(_Piece.of(row, views, whole[_GRADIENT]))
-        most = max(map(_size, together), default=0)
-        rooms = [torch.empty(most, dtype=column[0].dtype) for column in columns]
-        return [CopyLaunch(bucket, pieces, rooms) for pieces in together]
-
-
-_GRADIENT = 1
-
-
-class _Piece(NamedTuple):
-    """A tensor that is not flat memory, or a piece of one.
-
-    Attributes:
-        row: the position of the tensor in its bucket.
-        views: of the parameter, the gradient, each slot, and what stands beside them; None for the gradient, which is
-            another at every step.
-        gradient: shape and strides of its view of the gradient, and how far behind the first element that begins.
-    """
-
-    row: int
-    views: Sequence[Tensor | None]
-    gradient: tuple[torch.Size, Sequence[int], int]
-
-    @classmethod
-    def of(cls, row: int, views: Sequence[Tensor], grad: Tensor) -> "_Piece":
-        """Return a piece, given its views; `grad` is all of the gradient."""
-        own = views[_GRADIENT]
-        kept = [None if column == _GRADIENT else view for column, view in enumerate(views)]
-        return cls(row, kept, (own.shape, own.stride(), int(own.storage_offset() - grad.storage_offset())))
-
-    def gradient_of(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return its view of a gradient that is laid out like the one that it was made from."""
-        grad, (shape, strides, offset) = grads[self.row], self.gradient
-        return grad if grad.shape == shape else grad.as_strided(shape, strides, int(grad.storage_offset()) + offset)
-
-    def flat(self, rooms: Sequence[Tensor], start: int, *, in_order: bool) -> list[Tensor]:
-        """Return where it is stepped: its views where these are flat memory together, and room for copies otherwise.
-
-        Args:
-            rooms: memory for the copies of each column.
-            start: where its own begins in that.
-            in_order: whether elements must be in C order.
-        """
-        shape, first = self.gradient[0], self.views[0]
-        dense = first is not None and is_dense(first) and not in_order
-        strides = first.stride() if dense and first is not None else torch.empty(shape, device="meta").stride()
-        found = []
-        for view, room in zip(self.views, rooms, strict=True):
-            if view is None or view.shape == shape:
-                copy = room.as_strided(shape, strides, start)
-            else:  # a scale for each block
-                copy = room[start : start + view.numel()].view(view.shape)
-            found.append(copy if view is None or not same_dense_layout([copy, view]) else view)
-        return found
-
-
-def _size(pieces: Sequence[_Piece]) -> int:
-    return sum(piece.gradient[0].numel() for piece in pieces)
-
-
-class CopyLaunch(TensorLaunch):
-    """A launch of tensors that are not flat memory, or of pieces of them: what is laid out otherwise is copied.
-
-    Attributes:
-        owners: for each piece the position of its tensor in the bucket.
-    """
-
-    def __init__(self, bucket: Bucket, pieces: Sequence[_Piece], rooms: Sequence[Tensor]) -> None:
-        sizes = np.array([_size([piece]) for piece in pieces], dtype=np.int64)
-        super().__init__(len(rooms), sizes)
-        self._pieces, self._kept = pieces, bucket.kept
-        self.owners = np.array([piece.row for piece in pieces], dtype=np.int64)
-        starts = (np.cumsum(sizes) - sizes).tolist()
-        ordered = not bucket.is_plain
-        rows = [piece.flat(rooms, at, in_order=ordered) for piece, at in zip(pieces, starts, strict=True)]
-        self._gradients = [row[_GRADIENT] for row in rows]
-        self._others = [
-            (column, view, copy)
-            for piece, row in zip(pieces, rows, strict=True)
-            for column, (view, copy) in enumerate(zip(piece.views, row, strict=True))
-            if view is not None and view is not copy
-        ]
-        self._admit(list(map(list, zip(*rows, strict=True))), len(bucket.slots))
-        if bucket.is_rounded:
-            known = [bucket.identities[piece.row] for piece in pieces]
-            self.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
-
-    def _admit(self, columns: Sequence[Sequence[Tensor]], slots: int) -> None:
-        """Let the tensors of all columns pass the gate."""
-        shaped = 2 + slots + (self._kept[0].correction is not None)
-        arrays = admit(columns[:shaped], [""] * shaped, "a copy".format)
-        for scales in columns[shaped:]:
-            arrays = admit_scales(arrays, scales, BLOCK, "", "a copy".format)
-        self.pointers[:] = arrays.addresses
-        self.set_limits(arrays.addresses, arrays.available)
-
-    def run_copied(
-        self, rule: Rule, kernel: Kernel, grads: Sequence[Tensor], numbers: np.ndarray, rows: np.ndarray
-    ) -> np.ndarray:
-        """Run the kernel of a rule on copies, and copy back what that has written.
-
-        Args:
-            rule: the rule.
-            kernel: its kernel.
-            grads: the gradients of all tensors of the bucket.
-            numbers: the coefficients, see `numbers_of`.
-            rows: for each tensor of the bucket its row of these.
-
-        Returns:
-            What it measured of each piece.
-        """
-        self.rows[:] = rows[self.owners]
-        torch._foreach_copy_(self._gradients, [piece.gradient_of(grads) for piece in self._pieces])
-        for _, view, copy in self._others:
-            copy.copy_(view)
-        measured = self.run(kernel, numbers, rule.reductions)
-        if self._others:
-            own = rule.written
-            parts = (new for kept, new in zip(self._kept, own, strict=False) if kept.part)
-            written = dict(enumerate((own[0], False, *own[1:], *parts)))
-            for column, view, copy in self._others:
-                if written.get(column):
-                    view.copy_(copy)
-        return measured
 
 
 def numbers_of(bucket: Bucket, rule: Rule) -> np.ndarray:
@@ -470,17 +147,3 @@ def numbers_of(bucket: Bucket, rule: Rule) -> np.ndarray:
         return bucket.coefficients.table(names)
     rows = bucket.coefficients if names else [{}]
     return np.array([[float(row[name]) for name in names] for row in rows]).reshape(len(rows), len(names))
-
-
-def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
-    """Cut tensors of one shape into views of at most `most` elements, along the first tensor's widest strides."""
-    first = tensors[0]
-    if first.numel() == 0:
-        return
-    if first.numel() <= most:
-        yield tensors
-        return
-    dimension = max((d for d in range(first.dim()) if first.size(d) > 1), key=first.stride)
-    half = first.size(dimension) // 2
-    for start, length in ((0, half), (half, first.size(dimension) - half)):
-        yield from tiles([tensor.narrow(dimension, start, length) for tensor in tensors], most)

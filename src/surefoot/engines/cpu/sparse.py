@@ -17,7 +17,8 @@ from surefoot.codegen.threads import locked_function
 from surefoot.engines.bucket import Bucket
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.plan import CHUNK, FEWEST_ITEMS, LARGEST_ITEM, Launch, combined, numbers_of
+from surefoot.engines.cpu.launch import CHUNK, FEWEST_ITEMS, LARGEST_ITEM, Launch, combined
+from surefoot.engines.cpu.plan import numbers_of
 from surefoot.engines.cpu.source import LAUNCH, Layout
 from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Rule
