@@ -168,6 +168,7 @@ class TensorGuard:
         ids = array("q", map(id, given or ()))
         self.given = memoryview(ids)  # whose length cannot change
         self._held: np.ndarray | None = None
+        self._holds = False
         self._kept = (columns, states, names)  # what the kernel knows by its id must live
         self._arrays = [_ids(chain.from_iterable(columns)), _ids(states), _ids(names)]
         count = len(columns[0])
@@ -249,6 +250,7 @@ class TensorGuard:
             self.release_grads()
             if self.given:
                 self.given[:] = array("q", map(id, given))
+            self._holds = self._held is not None
             if found := self._launch.run(self._tensors):
                 self.release_grads()
         return found
@@ -275,13 +277,14 @@ class TensorGuard:
     def release_grads(self) -> None:
         """Hold the gradients no longer."""
         if self._held is not None:
-            self._launch.slots[0] = _RELEASE_GRADS
+            self._launch.slots[0], self._holds = _RELEASE_GRADS, False
             self._launch.run()
             self._launch.slots[0] = _CHANGES
 
     def __del__(self) -> None:
-        """Hold nothing that nobody can release."""
-        self.release_grads()
+        """Hold nothing that nobody can release; who has let a `LaunchSequence` look has released what that held."""
+        if self._holds:
+            self.release_grads()
 
 
 class WrittenMemory:
@@ -295,7 +298,7 @@ class WrittenMemory:
 
     def __init__(self, guards: Sequence["TensorGuard"]) -> None:
         self._guards, count = guards, sum(map(TensorGuard.count_written, guards))
-        bits = max(1, int(4 * count).bit_length())
+        bits = max(1, int(2 * count).bit_length())
         self._table = np.zeros(((1 << bits) + count + 1, 3), dtype=np.int64)
         for guard in guards:
             guard.take_table(self._table, 64 - bits)
