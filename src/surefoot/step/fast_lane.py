@@ -61,6 +61,7 @@ class _Lane:
         own = np.zeros(len(self.scalar_names) * self.count)
         self.all_values: np.ndarray = self.numbers.values if self.numbers else own
         self.values: Any = memoryview(self.all_values)  # type: ignore[arg-type]
+        self.differ: Any = self.numbers.differ if self.numbers else (0,)
         self.divided = False
         self.firsts: list[int] = [0]
         self.rows: Any = run.shared_row
@@ -91,23 +92,25 @@ class _Lane:
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where they are read."""
-        differ = self.numbers is not None and self.numbers.differ()
-        if differ or self.divided:
-            self._divide(differ=differ)
+        if self.differ[0] or self.divided:
+            self._divide()
         if not self.has_room():
             self.make_room()
+        if not self.divided:
+            self._compute_row(coefficients, 0, 0)
+            return
         for row, first in enumerate(self.firsts):
             self._compute_row(coefficients, row, first)
-        if differ:
-            values = self.all_values.reshape(-1, self.count)
-            values[:] = values[:, self.firsts][:, self.rows]
+        values = self.all_values.reshape(-1, self.count)
+        values[:] = values[:, self.firsts][:, self.rows]
 
-    def _divide(self, *, differ: bool) -> None:
+    def _divide(self) -> None:
         """Find which parameters have the same scalars, and so share a row of numbers."""
+        self.divided = bool(self.differ[0])
         if self.numbers is not None:
-            self.numbers.write_each(each=differ)
-        values, self.divided = self.all_values.reshape(-1, self.count), differ
-        if differ and (values[:, self.firsts][:, self.rows] == values).all():
+            self.numbers.write_each(each=self.divided)
+        values = self.all_values.reshape(-1, self.count)
+        if self.divided and (values[:, self.firsts][:, self.rows] == values).all():
             return
         _, rows = distinct_columns(values, [])
         self.rows = self.run.shared_row if rows is None else rows
@@ -320,8 +323,6 @@ class FastLane:
         if capturing():
             refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock.now:
-            if any(lane.tensors.is_over for lane in self._lanes):  # another thread may have seen a change
-                return False
             found = self._look()
             while found is not None and self._are_settled(found, step):
                 found = self._look()

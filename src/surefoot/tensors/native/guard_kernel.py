@@ -253,8 +253,11 @@ def entries_replaced(launch):
 def look(launch):
     """Look for changes of everything; each thread takes the positions that no other has.
 
-    What only one thread may look at is left for a later look, of one.
+    What only one thread may look at is left for a later look, of one.  A change that was noted is found again.
     """
+    if load(launch + OTHER) or load(launch + MOVED):
+        store(launch + RESULT, 1)
+        return
     if (
         load(launch + NAMES)
         and (load(launch + THREAD) == 0 or call(int32, load(launch + THREAD)) == 0)

@@ -245,14 +245,12 @@ class TensorGuard:
         Once it has, for good, unless tensors have moved and are readmitted, or a gradient has not been there: what was
         made from the tensors as they were must not be used again, whatever they are like now.
         """
-        found = self.is_over
-        if not found:
+        self.release_grads()
+        if self.given:
+            self.given[:] = array("q", map(id, given))
+        self._holds = self._held is not None
+        if found := self._launch.run(self._tensors):
             self.release_grads()
-            if self.given:
-                self.given[:] = array("q", map(id, given))
-            self._holds = self._held is not None
-            if found := self._launch.run(self._tensors):
-                self.release_grads()
         return found
 
     @property
@@ -537,7 +535,7 @@ class ScalarIO:
         """Return what reads and writes the numbers where as many in a row are mostly the same, for launches."""
         reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
         reading.slots[_SECOND] = writing.slots[_SECOND] = count
-        return SharedNumbers(reading, writing, self._values)
+        return SharedNumbers(reading, writing, self._values, memoryview(reading.slots)[_OTHER : _OTHER + 1])
 
     def _run(self, task: int) -> np.ndarray:
         self._launch.slots[0] = task
@@ -552,15 +550,13 @@ class SharedNumbers(NamedTuple):
         reading: what reads them.
         writing: what writes the first of many that are the same, or each.
         values: where they stand between.
+        differ: whether of those that were read last not all are the same that mostly are: a number.
     """
 
     reading: _Launch
     writing: _Launch
     values: np.ndarray
-
-    def differ(self) -> bool:
-        """Return whether of those that were read last not all are the same that mostly are."""
-        return self.reading.slots[_OTHER] != 0
+    differ: memoryview
 
     def write_each(self, *, each: bool) -> None:
         """Let each be written, or all that mostly are the same like the first of them."""
