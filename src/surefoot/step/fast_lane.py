@@ -58,11 +58,11 @@ class _Lane:
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
         self.numbers: SharedNumbers | None = guard.numbers.shared(self.count) if guard.reads else None
-        own = np.zeros(len(self.scalar_names) * self.count)
-        self.all_values: np.ndarray = self.numbers.values if self.numbers else own
-        self.values: Any = memoryview(self.all_values)  # type: ignore[arg-type]
+        values: Any = np.zeros((len(self.scalar_names), self.count))
+        if self.numbers is not None:
+            values = self.numbers.values
+        self.values: Any = memoryview(values.reshape(-1))
         self.differ: Any = self.numbers.differ if self.numbers else (0,)
-        self.divided = False
         self.firsts: list[int] = [0]
         self.rows: Any = run.shared_row
         names = run.bucket.rule.coefficients
@@ -92,30 +92,22 @@ class _Lane:
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where they are read."""
-        if self.differ[0] or self.divided:
+        if self.differ[0]:
             self._divide()
         if not self.has_room():
             self.make_room()
-        if not self.divided:
-            self._compute_row(coefficients, 0, 0)
-            return
         for row, first in enumerate(self.firsts):
             self._compute_row(coefficients, row, first)
-        values = self.all_values.reshape(-1, self.count)
-        values[:] = values[:, self.firsts][:, self.rows]
 
     def _divide(self) -> None:
         """Find which parameters have the same scalars, and so share a row of numbers."""
-        self.divided = bool(self.differ[0])
-        if self.numbers is not None:
-            self.numbers.write_each(each=self.divided)
-        values = self.all_values.reshape(-1, self.count)
-        if self.divided and (values[:, self.firsts][:, self.rows] == values).all():
+        if self.numbers is None:
             return
-        _, rows = distinct_columns(values, [])
+        _, rows = distinct_columns(self.numbers.values, [])
         self.rows = self.run.shared_row if rows is None else rows
-        found = [0] if rows is None else rows.tolist()
+        found = self.rows.tolist()
         self.firsts = [found.index(row) for row in range(max(found) + 1)]
+        self.numbers.share(np.array(self.firsts)[self.rows])
 
     def has_room(self) -> bool:
         """Return whether there is room for the rows of numbers, for which the pipeline has had it last perhaps."""

@@ -310,19 +310,19 @@ def copy_numbers(launch, reading):
 
 
 def read_shared_numbers(launch):
-    """Read numbers, and note whether among as many in a row as the second slot says one is not like the first."""
+    """Read numbers, and note whether one is not like that which is to stand for it."""
     copy_numbers(launch, True)
-    values, shared, differ = load(launch + NAMES), load(launch + SECOND), False
-    for index in range(load(launch + COUNT)):
-        differ |= load(values + index * WORD) != load(values + index // shared * shared * WORD)
+    values, place, differ = load(launch + NAMES), load(launch + RECORDS), False
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        differ |= load(values + index) != load(values + load(place + index) * WORD)
     store(launch + OTHER, int64(differ))
 
 
 def write_shared_numbers(launch):
-    """Write numbers, the first of as many in a row as the second slot says to all of them."""
-    values, shared = load(launch + NAMES), load(launch + SECOND)
-    for index in range(load(launch + COUNT)):
-        store(values + index * WORD, load(values + index // shared * shared * WORD))
+    """Write numbers, each as that which stands for it."""
+    values, place = load(launch + NAMES), load(launch + RECORDS)
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        store(values + index, load(values + load(place + index) * WORD))
     copy_numbers(launch, False)
 
 

@@ -27,6 +27,7 @@ from surefoot.tensors.native.layout import WORD, tensor_layout
 _RECORD, _BASE, _SPANNED = 24, 4, 8
 _SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
 _WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM, _GIVEN, _OTHER, _MOVED = 23, 24, 25, 26, 27, 28, 29
+_PLACES = 7
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _RELEASE_GRADS, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
 _READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT, _ENTER, _COMPARE, _OTHER_ENTRIES = 8, 9, 10, 11, 12, 13, 14
 _FEW = 2000
@@ -532,10 +533,13 @@ class ScalarIO:
         self._run(_WRITE)
 
     def shared(self, count: int) -> "SharedNumbers":
-        """Return what reads and writes the numbers where as many in a row are mostly the same, for launches."""
+        """Return what reads and writes the numbers, rows of so many that are mostly the same, for launches."""
         reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
-        reading.slots[_SECOND] = writing.slots[_SECOND] = count
-        return SharedNumbers(reading, writing, self._values, memoryview(reading.slots)[_OTHER : _OTHER + 1])
+        values, differ = self._values.reshape(-1, count), memoryview(reading.slots)[_OTHER : _OTHER + 1]
+        found = SharedNumbers(reading, writing, values, np.zeros(values.shape, dtype=np.int64), differ)
+        reading.slots[_PLACES] = writing.slots[_PLACES] = found.places.ctypes.data
+        found.share(np.zeros(count, dtype=np.int64))
+        return found
 
     def _run(self, task: int) -> np.ndarray:
         self._launch.slots[0] = task
@@ -544,20 +548,23 @@ class ScalarIO:
 
 
 class SharedNumbers(NamedTuple):
-    """Numbers of which many in a row are mostly the same, as the launches of a `LaunchSequence` read and write them.
+    """Rows of numbers of which many are the same, as the launches of a `LaunchSequence` read and write them.
 
     Attributes:
         reading: what reads them.
-        writing: what writes the first of many that are the same, or each.
+        writing: what writes them, each as that which stands for it.
         values: where they stand between.
-        differ: whether of those that were read last not all are the same that mostly are: a number.
+        places: for each where that stands which does so for it: at first the first of its row.
+        differ: whether of those that were read last one is not like that: a number.
     """
 
     reading: _Launch
     writing: _Launch
     values: np.ndarray
+    places: np.ndarray
     differ: memoryview
 
-    def write_each(self, *, each: bool) -> None:
-        """Let each be written, or all that mostly are the same like the first of them."""
-        self.writing.slots[0] = _WRITE if each else _WRITE_SHARED
+    def share(self, columns: np.ndarray) -> None:
+        """Let in each row the numbers of these columns stand for those of all, in their order."""
+        rows, count = self.values.shape
+        self.places[:] = columns + np.arange(rows)[:, None] * count
