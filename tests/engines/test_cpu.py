@@ -274,7 +274,7 @@ def test_work_items_cover_every_element_once():
 
 def test_pieces_cover_every_element_once():
     base = torch.zeros(7, 2, 30, 3).transpose(0, 2)
-    for (piece,) in copied.tiles([base], 11):
+    for (piece,) in copied.cut([base], 11):
         assert piece.numel() <= 11
         piece.add_(1)
     assert (base == 1).all()

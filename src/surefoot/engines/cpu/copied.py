@@ -24,21 +24,21 @@ _GRADIENT = 1
 
 
 def copying(bucket: Bucket, grads: Sequence[Tensor], rows: Iterable[int]) -> list["CopyLaunch"]:
-    """Return launches of some tensors of a bucket, each of as many, or of such pieces, as come to `TILE` elements."""
-    columns, together = (bucket.params, grads, *bucket.slots, *bucket.parts), list[list[_Piece]]()
+    """Return launches of some tensors of a bucket, each of as many, or of such tiles, as come to `TILE` elements."""
+    columns, together = (bucket.params, grads, *bucket.slots, *bucket.parts), list[list[_Tile]]()
     for row in rows:
         whole = [column[row].detach() for column in columns]
-        for views in tiles(whole, TILE) if bucket.is_plain else [whole]:
+        for views in cut(whole, TILE) if bucket.is_plain else [whole]:
             if not together or _size(together[-1]) + views[0].numel() > TILE:
                 together.append([])
-            together[-1].append(_Piece.of(row, views, whole[_GRADIENT]))
+            together[-1].append(_Tile.of(row, views, whole[_GRADIENT]))
     most = max(map(_size, together), default=0)
     rooms = [torch.empty(most, dtype=column[0].dtype) for column in columns]
-    return [CopyLaunch(bucket, pieces, rooms) for pieces in together]
+    return [CopyLaunch(bucket, tiles, rooms) for tiles in together]
 
 
-class _Piece(NamedTuple):
-    """A tensor that is not flat memory, or a piece of one.
+class _Tile(NamedTuple):
+    """A tensor that is not flat memory, or a tile of one.
 
     Attributes:
         row: the position of the tensor in its bucket.
@@ -52,8 +52,8 @@ class _Piece(NamedTuple):
     gradient: tuple[torch.Size, Sequence[int], int]
 
     @classmethod
-    def of(cls, row: int, views: Sequence[Tensor], grad: Tensor) -> "_Piece":
-        """Return a piece, given its views; `grad` is all of the gradient."""
+    def of(cls, row: int, views: Sequence[Tensor], grad: Tensor) -> "_Tile":
+        """Return a tile, given its views; `grad` is all of the gradient."""
         own = views[_GRADIENT]
         kept = [None if column == _GRADIENT else view for column, view in enumerate(views)]
         return cls(row, kept, (own.shape, own.stride(), int(own.storage_offset() - grad.storage_offset())))
@@ -84,35 +84,35 @@ class _Piece(NamedTuple):
         return found
 
 
-def _size(pieces: Sequence[_Piece]) -> int:
-    return sum(piece.gradient[0].numel() for piece in pieces)
+def _size(tiles: Sequence[_Tile]) -> int:
+    return sum(tile.gradient[0].numel() for tile in tiles)
 
 
 class CopyLaunch(TensorLaunch):
-    """A launch of tensors that are not flat memory, or of pieces of them: what is laid out otherwise is copied.
+    """A launch of tensors that are not flat memory, or of tiles of them: what is laid out otherwise is copied.
 
     Attributes:
-        owners: for each piece the position of its tensor in the bucket.
+        owners: for each tile the position of its tensor in the bucket.
     """
 
-    def __init__(self, bucket: Bucket, pieces: Sequence[_Piece], rooms: Sequence[Tensor]) -> None:
-        sizes = np.array([_size([piece]) for piece in pieces], dtype=np.int64)
+    def __init__(self, bucket: Bucket, tiles: Sequence[_Tile], rooms: Sequence[Tensor]) -> None:
+        sizes = np.array([_size([tile]) for tile in tiles], dtype=np.int64)
         super().__init__(len(rooms), sizes)
-        self._pieces, self._kept = pieces, bucket.kept
-        self.owners = np.array([piece.row for piece in pieces], dtype=np.int64)
+        self._tiles, self._kept = tiles, bucket.kept
+        self.owners = np.array([tile.row for tile in tiles], dtype=np.int64)
         starts = (np.cumsum(sizes) - sizes).tolist()
         ordered = not bucket.is_plain
-        rows = [piece.flat(rooms, at, in_order=ordered) for piece, at in zip(pieces, starts, strict=True)]
+        rows = [tile.flat(rooms, at, in_order=ordered) for tile, at in zip(tiles, starts, strict=True)]
         self._gradients = [row[_GRADIENT] for row in rows]
         self._others = [
             (column, view, copy)
-            for piece, row in zip(pieces, rows, strict=True)
-            for column, (view, copy) in enumerate(zip(piece.views, row, strict=True))
+            for tile, row in zip(tiles, rows, strict=True)
+            for column, (view, copy) in enumerate(zip(tile.views, row, strict=True))
             if view is not None and view is not copy
         ]
         self._admit(list(map(list, zip(*rows, strict=True))), len(bucket.slots))
         if bucket.is_rounded:
-            known = [bucket.identities[piece.row] for piece in pieces]
+            known = [bucket.identities[tile.row] for tile in tiles]
             self.set_random(bucket.seed, [who.number for who in known], [who.first or 0 for who in known])
 
     def _admit(self, columns: Sequence[Sequence[Tensor]], slots: int) -> None:
@@ -137,10 +137,10 @@ class CopyLaunch(TensorLaunch):
             rows: for each tensor of the bucket its row of these.
 
         Returns:
-            What it measured of each piece.
+            What it measured of each tile.
         """
         self.rows[:] = rows[self.owners]
-        torch._foreach_copy_(self._gradients, [piece.gradient_of(grads) for piece in self._pieces])
+        torch._foreach_copy_(self._gradients, [tile.gradient_of(grads) for tile in self._tiles])
         for _, view, copy in self._others:
             copy.copy_(view)
         measured = self.run(kernel, numbers, rule.reductions)
@@ -154,7 +154,7 @@ class CopyLaunch(TensorLaunch):
         return measured
 
 
-def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
+def cut(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     """Cut tensors of one shape into views of at most `most` elements, along the first tensor's widest strides."""
     first = tensors[0]
     if first.numel() == 0:
@@ -165,4 +165,4 @@ def tiles(tensors: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
     dimension = max((d for d in range(first.dim()) if first.size(d) > 1), key=first.stride)
     half = first.size(dimension) // 2
     for start, length in ((0, half), (half, first.size(dimension) - half)):
-        yield from tiles([tensor.narrow(dimension, start, length) for tensor in tensors], most)
+        yield from cut([tensor.narrow(dimension, start, length) for tensor in tensors], most)
