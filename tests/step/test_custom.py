@@ -15,11 +15,6 @@ SHAPES = {
 ALGORITHMS = pytest.mark.parametrize("name", list(SHAPES))
 
 
-def cache_of(optimizer):
-    (cache,) = optimizer._stepping.custom_caches.values()
-    return cache
-
-
 def started(name, steps=3, **options):
     """Ours and torch's optimizer of copies of some parameters, and what steps both with equal gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +37,7 @@ def started(name, steps=3, **options):
 
     for _ in range(steps):
         step()
-    assert cache_of(pair[0]).lane, "nothing was kept"
+    assert pair[0]._step_cache.fast, "nothing was kept"
     return pair, (ours, theirs), set_grads, step
 
 
@@ -115,7 +110,7 @@ def test_what_is_kept_between_steps_holds_neither_gradients_nor_the_optimizer(na
     grads = [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
     assert not any(grad() for grad in grads)
-    kept = weakref.ref(cache_of(optimizer).lane._custom_step)
+    kept = weakref.ref(optimizer._step_cache.fast._custom._custom_step)
     del optimizer, theirs, set_grads, step
     gc.collect()
     assert kept() is None
@@ -131,7 +126,7 @@ def test_a_correction_counts_when_it_is_not_asked_for_any_more(name):
             if step == 2:
                 optimizer.param_groups[0]["master_weight_bits"] = None
             if not keeps:
-                optimizer._stepping.validated = None
+                optimizer.__dict__.pop("_step_cache", None)
             weight.grad = torch.arange(16, dtype=torch.bfloat16).view(4, 4) - step
             optimizer.step()
         found.append((weight.detach(), optimizer.state[weight]["weight_correction"]))

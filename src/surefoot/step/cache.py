@@ -1,4 +1,4 @@
-"""The step cache: buckets of kernel engines with their plans, as long as all they were made from holds.
+"""The step cache: buckets with their plans and parameters of custom steps, as long as all they were made from holds.
 
 Whatever a user may change counts at the next step, so everything is compared with what is there now: groups, options,
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
@@ -21,6 +21,7 @@ from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec
 from surefoot.state.check import stepped_gradient
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
+from surefoot.step.custom_params import CustomParams
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
@@ -197,7 +198,7 @@ def _kind(grad: Any) -> tuple[Any, ...]:
 
 
 class OptionsGuard:
-    """Guards the options of groups: whether they decide the same buckets as before."""
+    """Guards the options of groups: whether they decide the same buckets, and what custom steps take, as before."""
 
     def __init__(self, step: StepInput) -> None:
         self._signatures = [_signature(step, group) for group in step.groups]
@@ -218,7 +219,7 @@ class OptionsGuard:
         return self._constant and same_objects(self._seen, _options(step))
 
     def decide_the_same(self, step: StepInput) -> bool:
-        """Return whether the buckets are the same; if so, the options of now are those to compare with from then on."""
+        """Return whether they do; if so, the options of now are those to compare with from then on."""
         if self._signatures != [_signature(step, group) for group in step.groups]:
             return False
         self._note(step)
@@ -226,8 +227,10 @@ class OptionsGuard:
 
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what of a group decides its buckets, beside its tensors."""
+    """Return what of a group decides its buckets, beside its tensors; of a custom step all but real numbers may."""
     spec, options = step.spec.of(group), ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)
+    if spec.update is None:
+        return spec, spec.settle_flags(group), {name: value for name, value in group.items() if _is_discrete(value)}
     own = [spec.flags_of(group, param) for param in group["params"]] if spec.flags_of else None
     sampled = tuple(group.get(slot.sampled) for slot in spec.slots if slot.sampled)
     return (spec, step.flags(group), own, sampled, *map(group.get, options))
@@ -247,6 +250,11 @@ def is_constant(value: object) -> bool:
     """Return whether an option can change by being replaced only."""
     simple = type(value) in _CONSTANT or isinstance(value, _NUMPYS)  # rates come from schedules written with NumPy
     return simple or (type(value) is tuple and all(map(is_constant, value)))
+
+
+def _is_discrete(value: object) -> bool:
+    parts = value if type(value) is tuple else (value,)
+    return is_constant(value) and not any(isinstance(each, _REAL) for each in parts)
 
 
 def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[str, Any]] | None:
@@ -282,7 +290,7 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-MOST_PATTERNS = 8
+_MOST_PATTERNS = 8
 """For how many sets of parameters with gradients a cache is kept."""
 _ALIKE = 64
 """After how many steps with the same ones the caches of others are dropped."""
@@ -290,18 +298,19 @@ _ALIKE = 64
 
 @dataclass(eq=False)
 class StepCache:
-    """The buckets of a step and what they were made from.
+    """The buckets and custom parameters of a step, and what they were made from; nothing where nothing can be kept.
 
     Attributes:
-        options: guards the groups' options.
+        options: guards the groups' options; None if nothing is kept.
         groups: the groups, and how many parameters each has.
         params: all parameters.
         idle: those without a gradient.
         state: the optimizer's.
         items: guards its items.
-        runs: the buckets.
+        runs: the buckets; none if they cannot be used again.
+        custom: the parameters of custom steps; None if there are none, or if nothing can guard them.
         fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
-        pattern: which parameters have gradients, see `pattern_of`.
+        pattern: which parameters have gradients, see `_pattern_of`.
         others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
         alike: how often in a row it was the one that was asked for since.
     """
@@ -313,6 +322,7 @@ class StepCache:
     state: Any = None
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
+    custom: CustomParams | None = None
     fast: Any = None
     pattern: bytes = b""
     others: "dict[bytes, StepCache] | None" = None
@@ -320,30 +330,34 @@ class StepCache:
 
     @classmethod
     def of(
-        cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun], before: "StepCache | None"
+        cls,
+        step: StepInput,
+        options: OptionsGuard,
+        runs: list[BucketRun],
+        custom: CustomParams | None,
+        before: "StepCache | None",
     ) -> "StepCache":
-        """Keep buckets, made from these options, if their engines can use all of them again.
+        """Keep what was made from these options and can be used again: all buckets or none, custom parameters.
 
         Args:
             step: the step.
             options: what guards its options.
             runs: its buckets.
+            custom: its parameters of custom steps.
             before: what the step before has left.
         """
-        if not runs or type(step.state) not in _DICTS:
+        if type(step.state) not in _DICTS:
             return cls()
-        for run in runs:
-            if run.engine is gpu and not _on_device(run):
-                _bring_home(run)
-        if not all(map(_reusable, runs)):
+        kept_runs = runs if _guarded(runs) else []
+        kept_custom = custom if custom is not None and custom.guard(step) else None
+        if not kept_runs and kept_custom is None:
             return cls()
-        for run in runs:
-            run.guard = BucketGuard(run)
         params = list(_params(step))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
         items = make_dict_guard([cast("dict[Any, Any]", step.state)])
-        made = cls(options, groups, params, idle, step.state, items, runs, pattern=pattern_of(params))
+        pattern = _pattern_of(params)
+        made = cls(options, groups, params, idle, step.state, items, kept_runs, kept_custom, pattern=pattern)
         if before is not None:
             made._succeed(before)
         return made
@@ -353,11 +367,11 @@ class StepCache:
         on_host = all(run.device_scalars is None for run in (*self.runs, *before.runs))
         if not on_host or not same_objects(self.params, before.params):
             return
-        if before.runs and before.pattern == self.pattern:
+        if before.options is not None and before.pattern == self.pattern:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
             self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
-            while len(self.others) >= MOST_PATTERNS:
+            while len(self.others) >= _MOST_PATTERNS:
                 self.others.pop(next(iter(self.others)))
 
     def has_same_state(self) -> bool:
@@ -380,7 +394,7 @@ class StepCache:
         """
         if self.others is None:
             return self
-        if (now := pattern_of(self.params)) == self.pattern:
+        if (now := _pattern_of(self.params)) == self.pattern:
             self.alike += 1
             if self.alike > _ALIKE:
                 self.others = None
@@ -388,23 +402,22 @@ class StepCache:
         # Only the one that is kept keeps the others: otherwise they would keep one another alive.
         others, self.others, self.alike = self.others, None, 0
         found = others.pop(now, None) or StepCache(params=self.params, pattern=now)
-        if self.runs:
+        if self.options is not None:
             others[self.pattern] = self
         found.others = others
         return found
 
-    def revalidate(self, step: StepInput) -> list[BucketRun] | None:
-        """Return the buckets with this step's gradients, or None if anything has changed."""
-        holds = (
-            self.runs
-            and self._same_options(step)
+    def revalidate(self, step: StepInput) -> bool:
+        """Return whether all that it was made from holds; its buckets then have this step's gradients."""
+        return (
+            self._same_options(step)
             and self.has_same_params(step)
             and all(param.grad is None for param in self.idle)
             and self.state is step.state
             and not self.items.changed()
             and all(run.guard.revalidate(run) for run in self.runs)
+            and (self.custom is None or self.custom.revalidate())
         )
-        return self.runs if holds else None
 
     def has_same_params(self, step: StepInput) -> bool:
         """Return whether the groups are the same, with the same parameters."""
@@ -426,7 +439,7 @@ class StepCache:
         return self.options is not None and self.options.are_constant
 
 
-def pattern_of(params: Iterable[Tensor]) -> bytes:
+def _pattern_of(params: Iterable[Tensor]) -> bytes:
     """Return which parameters have gradients."""
     return bytes([param.grad is not None for param in params])
 
@@ -453,6 +466,18 @@ def _bring_home(run: BucketRun) -> None:
     for entry, scalar in product(run.entries, run.bucket.rule.scalars):
         if isinstance(value := entry[scalar.name], Tensor) and not value.is_cpu:
             entry[scalar.name] = value.cpu()
+
+
+def _guarded(runs: Sequence[BucketRun]) -> bool:
+    """Guard buckets from now on; return whether all can be used again."""
+    for run in runs:
+        if run.engine is gpu and not _on_device(run):
+            _bring_home(run)
+    if not all(map(_reusable, runs)):
+        return False
+    for run in runs:
+        run.guard = BucketGuard(run)
+    return True
 
 
 def _reusable(run: BucketRun) -> bool:

@@ -24,6 +24,7 @@ from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import StepCache, new_numbers
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step
+from surefoot.step.custom_lane import CustomLane, is_fit
 from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
@@ -45,7 +46,8 @@ class _Lane:
         guard = run.guard
         self.run = run
         self.tensors: TensorGuard = guard.tensors
-        self.guarding, self.releasing = self.tensors.launches()
+        guarding, self.releasing = self.tensors.launches()
+        self.guards, self.guarding = [self.tensors], [guarding]
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
@@ -72,11 +74,12 @@ class _Lane:
             (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
         ]
 
-    def take_numbers(self, numbers: Mapping[str, Any]) -> None:
-        """Take over numbers among the group's options, where these are settled."""
-        self.options.update(numbers)
+    def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
+        own = numbers[id(self.run.group)]
+        self.options.update(own)
         self.run.options = None  # which the pipeline has kept
-        self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
+        self.constants = [(i, name, own.get(name, constant)) for i, name, constant in self.constants]
 
     def is_as_it_was(self) -> bool:
         """Return whether what was made from the tensors may still be used; another thread may have seen a change."""
@@ -110,12 +113,12 @@ class _Lane:
 
     def launches_before(self) -> list[Any]:
         """Return what guards the bucket and reads its scalars, but for what threads guard."""
-        return [] if self.tensors.needs_threads else [each for each in (self.guarding, self.reading) if each]
+        return [] if self.tensors.needs_threads else [*self.guarding, *([self.reading] if self.reading else ())]
 
     def look_on_threads(self) -> Any:
         """Guard the bucket on several threads and read its scalars; return the launch that finds something, if any."""
         if self.tensors.look():
-            return self.guarding
+            return self.guarding[0]
         return self.reading if self.reading and self.reading.run() else None
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there may be none)
@@ -202,7 +205,7 @@ class _TorchLane(_Lane):
 class FastLane:
     """Steps of a step cache whose buckets all have plans of flat memory and scalars of the host.
 
-    Make one with `fast_lane`.
+    Custom steps come after the buckets, when nothing can be refused any more.  Make one with `fast_lane`.
     """
 
     def __init__(self, step: StepInput, cache: StepCache) -> None:
@@ -211,10 +214,12 @@ class FastLane:
         kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
         self._by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
         self._lanes: list[_Lane] = [*kernels, *self._by_torch]
+        self._custom = None if cache.custom is None else CustomLane(cache.custom)
+        self._parts = [*self._lanes, *([self._custom] if self._custom else ())]
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
-        for lane in self._lanes:
-            self._guarded += lane.launches_before()
+        for part in self._parts:
+            self._guarded += part.launches_before()
         self._on_threads = [lane for lane in self._lanes if lane.tensors.needs_threads]
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
@@ -224,7 +229,7 @@ class FastLane:
         self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
         self._clipped = [lane for lane in kernels if lane.measure is not None]
         after, whole = (
-            [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
+            [launch for part in self._parts for launch in part.launches_after(with_kernel=with_kernel)]
             for with_kernel in (False, True)
         )
         self._after = LaunchSequence(after)
@@ -258,7 +263,7 @@ class FastLane:
         if capturing():
             refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock.now:
-            if not all(lane.is_as_it_was() for lane in self._lanes):
+            if not all(part.is_as_it_was() for part in self._parts):
                 self._end(fast=None)
                 return False
             found = self._look()
@@ -270,7 +275,7 @@ class FastLane:
             try:
                 if self._clipped:
                     self._clip(step())
-                if not (self._take() and self._update(coefficients)):
+                if not (self._take() and self._update(coefficients, step)):
                     self._release()
                     return False
             except BaseException:
@@ -298,21 +303,21 @@ class FastLane:
         numbers = new_numbers(self._options, self._specs)
         if numbers is None:
             return False
-        for lane in self._lanes:
-            own = zip(self._guarded_groups, numbers, strict=True)  # groups of now are compared later
-            lane.take_numbers(next(new for group, new in own if group is lane.run.group))
+        of_group = dict(zip(map(id, self._guarded_groups), numbers, strict=True))  # groups of now are compared later
+        for part in self._parts:
+            part.take_numbers(of_group)
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
         cache = self._cache()
-        if cache is None or not _serves(step) or not cache.has_same_params(step):
+        if cache is None or not _serves(step, cache) or not cache.has_same_params(step):
             return False
         if not cache.settle_options(step) or not cache.has_constant_options():
             return False
-        for lane in self._lanes:
-            lane.settle()
+        for part in self._parts:
+            part.settle()
         self._guard_options()
         return True
 
@@ -330,7 +335,7 @@ class FastLane:
             return False
         return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
 
-    def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
+    def _update(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
         """Update; return False, with nothing changed, if sparse gradients have unusual rows."""
         for lane in self._lanes:
             lane.compute(coefficients)
@@ -340,10 +345,12 @@ class FastLane:
             of_numbers.write_numbers()
         for of_rows in self._of_rows:
             of_rows.plan.release()
-        if self._by_torch:
+        if self._by_torch or self._custom is not None:
             with torch.no_grad():
                 for by_torch in self._by_torch:
                     by_torch.update()
+                if self._custom is not None:
+                    self._custom.step(lambda: step().make_custom_step)
         return True
 
     def _run_kernels(self) -> bool:
@@ -379,8 +386,8 @@ class FastLane:
             self._end(fast=False)
             cache = self._cache()
             if cache is not None and all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
-                cache.runs = []
-        self._note(changed=any(found is lane.guarding for lane in self._lanes))
+                cache.options = None
+        self._note(changed=any(found is guarding for part in self._parts for guarding in part.guarding))
         self._release_held()
 
     def _end(self, *, fast: bool | None) -> None:
@@ -389,12 +396,12 @@ class FastLane:
             cache.fast = fast
 
     def _note(self, *, changed: bool) -> None:
-        for lane in self._lanes:
-            lane.tensors.note(changed=changed)
+        for guard in (guard for part in self._parts for guard in part.guards):
+            guard.note(changed=changed)
 
     def _release_held(self) -> None:
-        for lane in self._lanes:
-            lane.release_grads()
+        for part in self._parts:
+            part.release_grads()
 
     def _release(self) -> None:
         self._note(changed=False)
@@ -406,14 +413,17 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
     It is None where options ask for more, which may change, and False where there can be none.
     """
-    if not _serves(step) or not cache.has_constant_options():
+    if not _serves(step, cache) or not cache.has_constant_options():
         return None
-    return type(cache.items) is DictGuard and all(map(_is_fit, cache.runs)) and FastLane(step, cache)
+    fit = type(cache.items) is DictGuard and all(map(_is_fit, cache.runs))
+    fit = fit and (cache.custom is None or is_fit(cache.custom))
+    return fit and FastLane(step, cache)
 
 
-def _serves(step: StepInput) -> bool:
+def _serves(step: StepInput, cache: StepCache) -> bool:
     """Return whether nothing is asked for that only the pipeline can do."""
-    return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
+    clips = cache.custom is None and step.only_clips() and due_exchange(step) is None
+    return step.only_updates() or clips
 
 
 def _is_fit(run: BucketRun) -> bool:

@@ -1,0 +1,91 @@
+"""The parameters of custom steps in the fast lane, where a step only counts and takes gradients as they are."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.rule import ROUNDING_STEP
+from surefoot.state.check import hyperparameters
+from surefoot.state.formats import param_format
+from surefoot.step.custom_params import GRADIENT_OPTIONS, CustomParams
+from surefoot.step.types import CustomStep, PreparedParam
+from surefoot.tensors.native.guards import TensorGuard
+
+
+class CustomLane:
+    """Parameters of custom steps in the fast lane, such as `is_fit` takes.
+
+    Attributes:
+        guards: what guards their tensors.
+        guarding: the launches of that.
+    """
+
+    def __init__(self, params: CustomParams) -> None:
+        self._params = params
+        self.guards: list[TensorGuard] = params.guards or []
+        launches = [guard.launches() for guard in self.guards]
+        self.guarding, self._releasing = [one for one, _ in launches], [other for _, other in launches if other]
+        self._counts = [entry["step"] for own in params.entries for entry in own if "step" in entry]
+        self.settle()
+
+    def settle(self) -> None:
+        """Take over the groups' options."""
+        params = self._params
+        self._custom_step: CustomStep | None = None
+        self._hyperparameters = [hyperparameters(part.group) for part in params.slices]
+        self._rows = [
+            (h, param, entry)
+            for h, part, entries in zip(self._hyperparameters, params.slices, params.entries, strict=True)
+            for param, entry in zip(part.params, entries, strict=True)
+        ]
+
+    def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
+        for h, part in zip(self._hyperparameters, self._params.slices, strict=True):
+            vars(h).update(numbers[id(part.group)])
+
+    def is_as_it_was(self) -> bool:
+        """Return whether the guards may still be used; another thread may have seen a change."""
+        return not any(guard.is_over for guard in self.guards)
+
+    def launches_before(self) -> list[Any]:
+        """Return what guards the tensors."""
+        return self.guarding
+
+    def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there is none)
+        """Return what is done before the step, which holds the gradients itself."""
+        return self._releasing
+
+    def release_grads(self) -> None:
+        """Hold gradients no longer."""
+        self._params.release_grads()
+
+    def step(self, make_step: Callable[[], Callable[[list[PreparedParam]], CustomStep]]) -> None:
+        """Count the step of each parameter and make it; `make_step` is asked for the custom step at first only."""
+        apart = self._params.overlap
+        found = [PreparedParam(h, param, param.grad, entry, apart) for h, param, entry in self._rows]  # type: ignore[arg-type]
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)
+        if self._custom_step is None:
+            self._custom_step = make_step()(found)
+        self._custom_step(found)
+
+
+def is_fit(params: CustomParams) -> bool:
+    """Return whether a step only counts and takes gradients as they are, by compiled guards."""
+    around = (*GRADIENT_OPTIONS, "ema")
+    if params.repeated or any(part.group.get(name) for part in params.slices for name in around):
+        return False
+    pairs = zip(params.slices, params.entries, strict=True)
+    rows = ((part.group, *row) for part, entries in pairs for row in zip(part.params, entries, strict=True))
+    native = bool(params.guards) and all(type(guard) is TensorGuard for guard in params.guards or ())
+    return native and all(_only_counts(*row) for row in rows)
+
+
+def _only_counts(group: Mapping[str, Any], param: Tensor, entry: Mapping[str, Any]) -> bool:
+    """Return whether a step needs of a parameter's state no more than its count, on the host."""
+    # Whether it is kept in a short format is decided by the state, whatever options say by now.
+    plain = param.is_cpu and param_format(group, param, entry).is_plain and ROUNDING_STEP.name not in entry
+    return plain and ("step" not in entry or isinstance(entry["step"], Tensor))
