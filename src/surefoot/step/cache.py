@@ -230,7 +230,8 @@ def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what of a group decides its buckets, beside its tensors; of a custom step all but real numbers may."""
     spec, options = step.spec.of(group), ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)
     if spec.update is None:
-        return spec, spec.settle_flags(group), {name: value for name, value in group.items() if _is_discrete(value)}
+        discrete = {name: value for name, value in group.items() if _is_discrete(value)}
+        return spec, step.is_clipped(group), spec.settle_flags(group), discrete
     own = [spec.flags_of(group, param) for param in group["params"]] if spec.flags_of else None
     sampled = tuple(group.get(slot.sampled) for slot in spec.slots if slot.sampled)
     return (spec, step.flags(group), own, sampled, *map(group.get, options))

@@ -15,7 +15,6 @@ from surefoot.state.check import centralized, hyperparameters
 from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
-from surefoot.step.clipping import measure_gradients
 from surefoot.step.custom_params import GRADIENT_OPTIONS, CustomParams, custom_groups
 from surefoot.step.device import numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
@@ -45,8 +44,8 @@ class CustomRun(NamedTuple):
 
     def measure(self) -> None:
         """Measure the gradients."""
-        for part, own in zip(self.slices, self.grads, strict=True):
-            part.gradients = measure_gradients(own)
+        for part, measured in zip(self.slices, self.found.measure(self.grads), strict=True):
+            part.gradients = measured
 
     def prepare(self, step: StepInput) -> None:
         """Make what is missing of the state and prepare all parameters; whatever goes wrong, no new state is left."""

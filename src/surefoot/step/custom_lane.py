@@ -1,4 +1,4 @@
-"""The parameters of custom steps in the fast lane, where a step only counts and takes gradients as they are."""
+"""The parameters of custom steps in the fast lane: a step only counts, and takes gradients as they are or clipped."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,8 @@ from surefoot.rule import ROUNDING_STEP
 from surefoot.state.check import hyperparameters
 from surefoot.state.formats import param_format
 from surefoot.step.custom_params import GRADIENT_OPTIONS, CustomParams
-from surefoot.step.types import CustomStep, PreparedParam
+from surefoot.step.inputs import StepInput
+from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
 from surefoot.tensors.native.guards import TensorGuard
 
 
@@ -20,10 +21,14 @@ class CustomLane:
     Attributes:
         guards: what guards their tensors.
         guarding: the launches of that.
+        slices: the parameters of each group, and how their gradients are clipped.
+        measures: what measures these by their addresses, if they are to be clipped.
     """
 
-    def __init__(self, params: CustomParams) -> None:
+    def __init__(self, step: StepInput, params: CustomParams) -> None:
         self._params = params
+        self.slices = [ParamSlice(part.group, part.params) for part in params.slices]
+        self.measures = params.measures() if step.needs_gradients() else []
         self.guards: list[TensorGuard] = params.guards or []
         launches = [guard.launches() for guard in self.guards]
         self.guarding, self._releasing = [one for one, _ in launches], [other for _, other in launches if other]
@@ -32,18 +37,17 @@ class CustomLane:
 
     def settle(self) -> None:
         """Take over the groups' options."""
-        params = self._params
         self._custom_step: CustomStep | None = None
-        self._hyperparameters = [hyperparameters(part.group) for part in params.slices]
+        self._hyperparameters = [hyperparameters(part.group) for part in self.slices]
         self._rows = [
-            (h, param, entry)
-            for h, part, entries in zip(self._hyperparameters, params.slices, params.entries, strict=True)
+            (h, part, param, entry)
+            for h, part, entries in zip(self._hyperparameters, self.slices, self._params.entries, strict=True)
             for param, entry in zip(part.params, entries, strict=True)
         ]
 
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
-        for h, part in zip(self._hyperparameters, self._params.slices, strict=True):
+        for h, part in zip(self._hyperparameters, self.slices, strict=True):
             vars(h).update(numbers[id(part.group)])
 
     def is_as_it_was(self) -> bool:
@@ -62,10 +66,17 @@ class CustomLane:
         """Hold gradients no longer."""
         self._params.release_grads()
 
+    def measure(self) -> None:
+        """Measure the gradients."""
+        for part, measure, addresses in zip(self.slices, self.measures, self._params.addresses(), strict=True):
+            part.gradients = torch.from_numpy(measure(addresses))
+
     def step(self, make_step: Callable[[], Callable[[list[PreparedParam]], CustomStep]]) -> None:
         """Count the step of each parameter and make it; `make_step` is asked for the custom step at first only."""
         apart = self._params.overlap
-        found = [PreparedParam(h, param, param.grad, entry, apart) for h, param, entry in self._rows]  # type: ignore[arg-type]
+        found = [
+            PreparedParam(h, param, _clipped(param.grad, part), entry, apart) for h, part, param, entry in self._rows
+        ]
         if self._counts:
             torch._foreach_add_(self._counts, 1)
         if self._custom_step is None:
@@ -73,8 +84,15 @@ class CustomLane:
         self._custom_step(found)
 
 
-def is_fit(params: CustomParams) -> bool:
-    """Return whether a step only counts and takes gradients as they are, by compiled guards."""
+def _clipped(grad: Any, part: ParamSlice) -> Any:
+    """Return a gradient as it is handed over; one that is not clipped is the parameter's own."""
+    return grad if part.clip == 1.0 else grad * part.clip
+
+
+def is_fit(step: StepInput, params: CustomParams) -> bool:
+    """Return whether a step only counts and takes gradients as they are, or clipped, by compiled guards."""
+    if step.needs_gradients() and not params.measures():
+        return False
     around = (*GRADIENT_OPTIONS, "ema")
     if params.repeated or any(part.group.get(name) for part in params.slices for name in around):
         return False

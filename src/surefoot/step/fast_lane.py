@@ -214,7 +214,7 @@ class FastLane:
         kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
         self._by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
         self._lanes: list[_Lane] = [*kernels, *self._by_torch]
-        self._custom = None if cache.custom is None else CustomLane(cache.custom)
+        self._custom = None if cache.custom is None else CustomLane(step, cache.custom)
         self._parts = [*self._lanes, *([self._custom] if self._custom else ())]
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
@@ -228,6 +228,7 @@ class FastLane:
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
         self._clipped = [lane for lane in kernels if lane.measure is not None]
+        self._clips = step.needs_gradients()
         after, whole = (
             [launch for part in self._parts for launch in part.launches_after(with_kernel=with_kernel)]
             for with_kernel in (False, True)
@@ -273,7 +274,7 @@ class FastLane:
                 self._leave(found)
                 return False
             try:
-                if self._clipped:
+                if self._clips:
                     self._clip(step())
                 if not (self._take() and self._update(coefficients, step)):
                     self._release()
@@ -312,7 +313,7 @@ class FastLane:
         """Return whether options that were changed ask for the same step with other numbers."""
         check_changed(step.stepping, step.spec, step.groups)
         cache = self._cache()
-        if cache is None or not _serves(step, cache) or not cache.has_same_params(step):
+        if cache is None or not _serves(step) or not cache.has_same_params(step):
             return False
         if not cache.settle_options(step) or not cache.has_constant_options():
             return False
@@ -325,7 +326,11 @@ class FastLane:
         """Measure the gradients, and decide what they are multiplied with."""
         for lane in self._clipped:
             lane.run.slice.gradients = torch.from_numpy(lane.measure(lane.tensors.gradients))
-        clip_or_skip(step, [lane.run.slice for lane in self._clipped])
+        slices = [lane.run.slice for lane in self._clipped]
+        if self._custom is not None:
+            self._custom.measure()
+            slices += self._custom.slices
+        clip_or_skip(step, slices)
 
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
@@ -413,17 +418,16 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
     It is None where options ask for more, which may change, and False where there can be none.
     """
-    if not _serves(step, cache) or not cache.has_constant_options():
+    if not _serves(step) or not cache.has_constant_options():
         return None
     fit = type(cache.items) is DictGuard and all(map(_is_fit, cache.runs))
-    fit = fit and (cache.custom is None or is_fit(cache.custom))
+    fit = fit and (cache.custom is None or is_fit(step, cache.custom))
     return fit and FastLane(step, cache)
 
 
-def _serves(step: StepInput, cache: StepCache) -> bool:
+def _serves(step: StepInput) -> bool:
     """Return whether nothing is asked for that only the pipeline can do."""
-    clips = cache.custom is None and step.only_clips() and due_exchange(step) is None
-    return step.only_updates() or clips
+    return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
 
 
 def _is_fit(run: BucketRun) -> bool:

@@ -91,8 +91,7 @@ def _run(
             stepped(found.runs)
     finally:
         step.stepping.context.shared = []
-        for run in found.runs:
-            _release_grads(run)
+        _release_grads(found.runs, found.custom_params)
     if found.holds and cache is not None and cache.fast is None and found.custom_params is cache.custom:
         cache.fast = fast_lane(step, cache)
     return cache
@@ -129,9 +128,10 @@ def _found(step: StepInput, cache: StepCache | None) -> _Found:
             if run.sampled is not None:
                 run.sampled.renew(run)
         return _Found(known.runs, custom, holds=True)
-    for run in cache.runs if cache is not None else ():
-        forget_fresh(run)
-        _release_grads(run)
+    if cache is not None:
+        for run in cache.runs:
+            forget_fresh(run)
+        _release_grads(cache.runs, None if known is not None else cache.custom)
     runs = partition(step)
     if known is not None and not runs:
         return _Found(runs, custom, holds=True)
@@ -354,11 +354,14 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
             tensor[i] = part
 
 
-def _release_grads(run: BucketRun) -> None:
+def _release_grads(runs: Sequence[BucketRun], custom: CustomParams | None) -> None:
     """Hold this step's gradients no longer."""
-    run.bucket.grads, run.bucket.gradient_addresses = [], None
-    if run.guard:
-        run.guard.release_grads()
+    for run in runs:
+        run.bucket.grads, run.bucket.gradient_addresses = [], None
+        if run.guard:
+            run.guard.release_grads()
+    if custom is not None:
+        custom.release_grads()
 
 
 # After the update
