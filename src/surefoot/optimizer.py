@@ -467,14 +467,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_input(self) -> StepInput:
         """Return all that a step is about."""
-        scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
+        own = self.__dict__
         return StepInput(
             spec=self.spec,
             groups=self.param_groups,
             state=self.state,
             stepping=self._stepping,
-            grad_scale=scale,
-            found_inf=found_inf,
+            grad_scale=own.get("grad_scale"),
+            found_inf=own.get("found_inf"),
             coefficients=self.coefficients,
             make_custom_step=self._make_custom_step,
             check_param=self._check_again,

@@ -1,6 +1,6 @@
 """The parameters of custom steps in the fast lane: a step only counts, and takes gradients as they are or clipped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,6 @@ class CustomLane:
         """Take over the groups' options."""
         self._custom_step: CustomStep | None = None
         self._hyperparameters = [hyperparameters(part.group) for part in self.slices]
-        self._rows = [
-            (h, part, param, entry)
-            for h, part, entries in zip(self._hyperparameters, self.slices, self._params.entries, strict=True)
-            for param, entry in zip(part.params, entries, strict=True)
-        ]
 
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
@@ -75,7 +70,9 @@ class CustomLane:
         """Count the step of each parameter and make it; `make_step` is asked for the custom step at first only."""
         apart = self._params.overlap
         found = [
-            PreparedParam(h, param, _clipped(param.grad, part), entry, apart) for h, part, param, entry in self._rows
+            PreparedParam(h, param, grad, entry, apart)
+            for h, part, entries in zip(self._hyperparameters, self.slices, self._params.entries, strict=True)
+            for param, grad, entry in zip(part.params, _gradients(part), entries, strict=True)
         ]
         if self._counts:
             torch._foreach_add_(self._counts, 1)
@@ -84,9 +81,10 @@ class CustomLane:
         self._custom_step(found)
 
 
-def _clipped(grad: Any, part: ParamSlice) -> Any:
-    """Return a gradient as it is handed over; one that is not clipped is the parameter's own."""
-    return grad if part.clip == 1.0 else grad * part.clip
+def _gradients(part: ParamSlice) -> Sequence[Tensor]:
+    """Return gradients as they are handed over; those that are not clipped are the parameters' own."""
+    grads: list[Any] = [param.grad for param in part.params]
+    return grads if part.clip == 1.0 else torch._foreach_mul(grads, part.clip)
 
 
 def is_fit(step: StepInput, params: CustomParams) -> bool:

@@ -351,7 +351,7 @@ class FastLane:
         for of_rows in self._of_rows:
             of_rows.plan.release()
         if self._by_torch or self._custom is not None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(False):
                 for by_torch in self._by_torch:
                     by_torch.update()
                 if self._custom is not None:

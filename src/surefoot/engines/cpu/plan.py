@@ -80,11 +80,24 @@ class Launch:
             self.coefficients = np.zeros(coefficients.shape)
             self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, len(coefficients)
         self.coefficients[:] = coefficients
+        measured = self.measure_into(reductions)
+        if self.work_items and kernel.checked:
+            self._check(kernel)
+        return self.run_again(kernel, measured, reductions)
+
+    def measure_into(self, reductions: Sequence[Reduction]) -> np.ndarray:
+        """Return the array into which kernels write from now on what they measure of each segment."""
         measured = np.zeros((len(self.segment_tensor), len(reductions)))
+        self.words[_MEASURED] = measured.ctypes.data if reductions else 0
+        return measured
+
+    def run_again(self, kernel: Kernel, measured: np.ndarray, reductions: Sequence[Reduction]) -> np.ndarray:
+        """Run a kernel, found sound, with the coefficients that are there; see `run`.
+
+        Returns:
+            What it measured, which may be the array of `measure_into`.
+        """
         if self.work_items:
-            self.words[_MEASURED] = measured.ctypes.data if reductions else 0
-            if kernel.checked:
-                self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
             self.start(kernel, threads)
         return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))
@@ -268,15 +281,16 @@ class Plan:
         """Return what measures by a rule of gradients, when all tensors are flat memory.
 
         Returns:
-            A function of the addresses of the gradients, which gives float64 of shape (tensors, reductions).
+            A function of the addresses of the gradients, which gives float64 of shape (tensors, reductions) in an array
+            that its next call may overwrite.
         """
         kernel, launch = self.kernel(rule), TensorLaunch(len(self.launch.pointers), self._sizes)
         launch.pointers[:] = self.launch.pointers
-        nothing = np.zeros((1, 0))
+        measured = launch.measure_into(rule.reductions)
 
         def measure(gradients: np.ndarray) -> np.ndarray:
             launch.pointers[1] = gradients
-            return launch.run(kernel, nothing, rule.reductions)
+            return launch.run_again(kernel, measured, rule.reductions)
 
         return measure
 

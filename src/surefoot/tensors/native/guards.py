@@ -5,10 +5,12 @@ guard kernel where there is none.
 """
 
 import functools
+import itertools
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, compress
+from operator import is_, is_not
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,16 +315,14 @@ class DictGuard:
 
         The values that were must still be there.
         """
-        found, position = [], 1
+        found, first = [], 1
         for number, (items, known) in enumerate(zip(*self._kept[:2], strict=True)):
-            if len(items) != len(known):
+            if len(items) != len(known) or not all(map(is_, items, known)):
                 return None
-            for (key, value), (own, before) in zip(items.items(), known.items(), strict=True):
-                if key is not own:
-                    return None
-                if value is not before:
-                    found.append(Replaced(number, key, before, value, position))
-                position += 2
+            every = zip(itertools.count(first, 2), items.items(), known.values(), strict=False)
+            for position, (key, value), before in compress(every, map(is_not, items.values(), known.values())):
+                found.append(Replaced(number, key, before, value, position))
+            first += 2 * len(known)
         return found
 
     def renew(self, replaced: "Iterable[Replaced]") -> None:
