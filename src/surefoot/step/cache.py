@@ -39,6 +39,7 @@ no bucket."""
 _CONSTANT = (int, float, bool, str, type(None), torch.dtype)
 _NUMPYS = (np.number, np.bool_)
 _REAL = (float, np.floating)
+_STEP_OPTIONS = frozenset(ALL_STEP_OPTIONS)
 
 
 class BucketGuard:
@@ -280,7 +281,7 @@ def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[s
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
     of_group = replaced.number < len(specs) and specs[replaced.number].flags_of is None
-    named = isinstance(replaced.key, str) and replaced.key not in ALL_STEP_OPTIONS
+    named = isinstance(replaced.key, str) and replaced.key not in _STEP_OPTIONS
     return of_group and named and _are_alike(replaced.before, replaced.value)
 
 

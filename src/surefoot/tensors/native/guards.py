@@ -5,12 +5,10 @@ guard kernel where there is none.
 """
 
 import functools
-import itertools
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain, compress
-from operator import is_, is_not
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,27 +301,34 @@ class DictGuard:
             _ids(part for each in items for pair in each.items() for part in pair),
             _ids(part for place in places for part in place) if places else nobody,
             np.zeros(3, dtype=np.int64),
+            np.zeros(1 + sum(map(len, items)), dtype=np.int64),
         ]
+        self._noted = memoryview(self._arrays[-1])  # type: ignore[arg-type]
         self._launch = _Launch(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
 
     def changed(self) -> bool:
         """Return whether an item has come, gone or been replaced."""
         return self._launch.run()
 
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, Any]]:
+        """Of each item the number of its dict and its key."""
+        return [(number, key) for number, items in enumerate(self._kept[1]) for key in items]
+
     def replaced(self) -> "list[Replaced] | None":
-        """Return the values that have been replaced; None if keys have come, gone or changed their order.
+        """Return the values that its launch has found replaced; None if keys have come, gone or changed their order.
 
         The values that were must still be there.
         """
-        found, first = [], 1
-        for number, (items, known) in enumerate(zip(*self._kept[:2], strict=True)):
-            if len(items) != len(known) or not all(map(is_, items, known)):
-                return None
-            every = zip(itertools.count(first, 2), items.items(), known.values(), strict=False)
-            for position, (key, value), before in compress(every, map(is_not, items.values(), known.values())):
-                found.append(Replaced(number, key, before, value, position))
-            first += 2 * len(known)
-        return found
+        count = self._noted[0]
+        if count != self._launch.slots[_RESULT]:
+            return None
+        return list(map(self._replaced, self._noted[1 : 1 + count]))
+
+    def _replaced(self, offset: int) -> "Replaced":
+        (dicts, items, _), place = self._kept, offset // WORD
+        number, key = self._places[place // 2]
+        return Replaced(number, key, items[number][key], dicts[number].get(key), place + 1)
 
     def renew(self, replaced: "Iterable[Replaced]") -> None:
         """Compare with the values that have replaced others from now on."""
