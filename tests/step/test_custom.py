@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import surefoot
+from surefoot import optimizer as optimizer_module
 
 SHAPES = {
     "Adafactor": ((6, 4), (6, 4), (5,), (), (2, 3, 4), *((3, 3),) * 16),
@@ -141,6 +142,52 @@ def test_missing_gradients_count(name):
         params[0].grad = None
     step(given=False)
     step()
+
+
+@ALGORITHMS
+def test_gradients_that_come_and_go_find_what_steps_like_theirs_have_left(name, monkeypatch):
+    (optimizer, _), sides, set_grads, step = started(name)
+    for turn in range(16):
+        set_grads()
+        for params in sides:
+            params[turn % 2].grad = None
+        with monkeypatch.context() as patched:
+            if turn > 8:
+                patched.setattr(optimizer_module, "run_step", None)
+            step(given=False)
+    assert len(optimizer._step_cache.others) == 1
+
+
+@ALGORITHMS
+def test_options_for_which_gradients_are_measured_may_come_and_go(name):
+    (optimizer, other), (params, others), set_grads, _ = started(name)
+    for turn, limit in enumerate((None, 0.5, 0.5, 0.5, 0.1, 0.1, None, None, 0.5)):
+        optimizer.step_options.max_grad_norm = limit
+        optimizer.step_options.nonfinite = "skip" if turn == 4 else "ignore"
+        set_grads()
+        optimizer.step()
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(others, limit)
+        other.step()
+        for one, twin in zip(params, others, strict=True):
+            torch.testing.assert_close(one, twin, rtol=2e-2, atol=1e-3)
+
+
+def test_buckets_are_kept_beside_custom_parameters_that_nothing_can_guard():
+    model = torch.nn.Linear(4, 3)
+    parts = [surefoot.Part(surefoot.Muon, "weight"), surefoot.Part(surefoot.AdamW)]
+    optimizer = surefoot.Combined(model.named_parameters(), parts)
+    runs = []
+    for step in range(4):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, step + 1.0)
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        state["momentum_buffer"] = torch._neg_view(-state["momentum_buffer"])
+        runs.append(optimizer._step_cache.runs)
+    assert runs[1] is runs[2] is runs[3]
+    assert optimizer._step_cache.custom is None
+    assert not optimizer._step_cache.fast
 
 
 @ALGORITHMS

@@ -29,7 +29,7 @@ from surefoot.tensors.gate import admit_rows
 from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.modes import has_no_values
-from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
+from surefoot.tensors.native.guards import Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
@@ -259,24 +259,16 @@ def _is_discrete(value: object) -> bool:
     return is_constant(value) and not any(isinstance(each, _REAL) for each in parts)
 
 
-def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[str, Any]] | None:
-    """Return the real numbers that have been replaced among options, for each group; None if anything else has been.
+def are_numbers_of_update(replaced: Iterable[Replaced], specs: Sequence[AlgorithmSpec]) -> bool:
+    """Return whether values that have replaced others among options decide nothing but the numbers of the update.
 
-    Numbers decide nothing but the numbers of the update, as long as they are as true as before.  Schedules replace
-    some before every step.  The guard compares with the new ones from then on.
+    So do real numbers, as long as they are as true as before.
 
     Args:
-        guard: of the groups, and of the options of the optimizer.
+        replaced: the values, of groups and then of the optimizer.
         specs: the algorithm of each group.
     """
-    replaced = guard.replaced()
-    if replaced is None or not all(_is_number_of_update(each, specs) for each in replaced):
-        return None
-    guard.renew(replaced)
-    found = [dict[str, Any]() for _ in specs]
-    for each in replaced:
-        found[each.number][each.key] = each.value
-    return found
+    return all(_is_number_of_update(each, specs) for each in replaced)
 
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:

@@ -21,7 +21,7 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, new_numbers
+from surefoot.step.cache import StepCache, are_numbers_of_update
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step
 from surefoot.step.custom_lane import CustomLane, is_fit
@@ -31,7 +31,14 @@ from surefoot.step.options import check_changed
 from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
-from surefoot.tensors.native.guards import DictGuard, LaunchSequence, TensorGuard, gradients_launch, lists_launch
+from surefoot.tensors.native.guards import (
+    DictGuard,
+    LaunchSequence,
+    Replaced,
+    TensorGuard,
+    gradients_launch,
+    lists_launch,
+)
 
 _GRAD = operator.attrgetter("grad")
 
@@ -77,6 +84,8 @@ class _Lane:
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
         own = numbers[id(self.run.group)]
+        if not own:
+            return
         self.options.update(own)
         self.run.options = None  # which the pipeline has kept
         self.constants = [(i, name, own.get(name, constant)) for i, name, constant in self.constants]
@@ -240,6 +249,7 @@ class FastLane:
         self._guarded_groups = list(self._groups)
         self._specs = list(map(self._spec.of, self._groups))
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
+        self._scheduled: list[Replaced] = []
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
         self._guard = LaunchSequence(self._launches)
@@ -267,10 +277,9 @@ class FastLane:
             if not all(part.is_as_it_was() for part in self._parts):
                 self._end(fast=None)
                 return False
-            found = self._look()
-            if found is not None and self._are_settled(found, step):
-                found = self._look()
-            if found is not None:
+            if self._scheduled and (replaced := self._options.replaced_again(self._scheduled)):
+                self._take_numbers(replaced)
+            if (found := self._look(step)) is not None:
                 self._leave(found)
                 return False
             try:
@@ -286,8 +295,13 @@ class FastLane:
                 self._stepping.statistics.steps += 1
         return True
 
-    def _look(self) -> Any:
-        """Look at all that may have changed; return the launch that finds something, or None."""
+    def _look(self, step: Callable[[], StepInput]) -> Any:
+        """Look at all that may have changed; return the launch that finds something that is not settled, or None."""
+        found = self._find()
+        return self._find() if found is not None and self._are_settled(found, step) else found
+
+    def _find(self) -> Any:
+        """Return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
@@ -296,17 +310,26 @@ class FastLane:
         """Return whether what was found are options that ask for the same step with other numbers, taken over now."""
         if found is not self._options.launch:
             return False
-        return self._only_numbers() or self._options_decide_the_same(step())
+        replaced = self._options.replaced()
+        if replaced is None or not self._take_numbers(replaced):
+            return self._options_decide_the_same(step())
+        # What a schedule has replaced once it replaces before every step: the guard need not find it again.
+        known = {(each.number, each.key) for each in self._scheduled}
+        self._scheduled += [each for each in replaced if (each.number, each.key) not in known]
+        return True
 
-    def _only_numbers(self) -> bool:
-        """Return whether options that were changed are numbers of the update, as schedules change them."""
+    def _take_numbers(self, replaced: list[Replaced]) -> bool:
+        """Take over options that were replaced if all are numbers of the update; return whether they are."""
         self._spec.check_groups(self._groups)
-        numbers = new_numbers(self._options, self._specs)
-        if numbers is None:
+        if not are_numbers_of_update(replaced, self._specs):
             return False
-        of_group = dict(zip(map(id, self._guarded_groups), numbers, strict=True))  # groups of now are compared later
+        self._options.renew(replaced)
+        groups = self._guarded_groups  # those of now are compared later
+        numbers: dict[int, dict[str, Any]] = {id(group): {} for group in groups}
+        for each in replaced:
+            numbers[id(groups[each.number])][each.key] = each.value
         for part in self._parts:
-            part.take_numbers(of_group)
+            part.take_numbers(numbers)
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:

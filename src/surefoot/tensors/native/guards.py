@@ -330,6 +330,15 @@ class DictGuard:
         number, key = self._places[place // 2]
         return Replaced(number, key, items[number][key], dicts[number].get(key), place + 1)
 
+    def replaced_again(self, before: "Iterable[Replaced]") -> "list[Replaced]":
+        """Return those of values that have been replaced before that have been again."""
+        dicts, items, _ = self._kept
+        return [
+            Replaced(number, key, known, value, position)
+            for number, key, _, _, position in before
+            if (value := dicts[number].get(key)) is not (known := items[number][key])
+        ]
+
     def renew(self, replaced: "Iterable[Replaced]") -> None:
         """Compare with the values that have replaced others from now on."""
         for number, key, _, value, position in replaced:
