@@ -169,6 +169,30 @@ def test_clipped_steps_take_it_with_the_bits_of_the_pipeline(own, name, monkeypa
         assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
 
 
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_grad_value": 0.5}, {"gradient_centralization": True}, {"maximize": True}, {"max_grad_norm": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_custom_steps_with_other_gradients_take_it_with_the_bits_of_the_pipeline(dtype, options, name, monkeypatch):
+    if (name, *options) == ("Muon", "maximize"):
+        pytest.skip("Muon has no maximize")
+    results = []
+    for telemetry in (False, True):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 12).view(3, 4).to(dtype)) for i in range(1, 4)]
+        optimizer = getattr(surefoot, name)(params, lr=0.1, telemetry=telemetry, **options)
+        train(optimizer, steps=3)
+        with monkeypatch.context() as patched:
+            if not telemetry:
+                patched.setattr(optimizer_module, "run_step", None)
+            train(optimizer, first=3, steps=3)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int16).equal(other.detach().view(torch.int16))
+
+
 @pytest.mark.parametrize("name", ["SGD", "Muon"])
 def test_the_norm_of_enormous_gradients_is_infinite(name):
     params = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(2)]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from surefoot.engines.identity import identity_of
 from surefoot.rule import EMA, ROUNDING_STEP, STEP
-from surefoot.state.check import centralized, hyperparameters
+from surefoot.state.check import hyperparameters
 from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
-from surefoot.step.custom_params import GRADIENT_OPTIONS, CustomParams, custom_groups
+from surefoot.step.custom_params import CustomParams, are_transformed, custom_groups, transformed
 from surefoot.step.device import numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import refuse_irregular
@@ -120,7 +120,7 @@ def _prepared(
     group, plain = part.group, hyperparameters(part.group)
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
-    if step.grad_scale is not None or step.is_clipped(group) or any(map(group.get, GRADIENT_OPTIONS)):
+    if step.grad_scale is not None or step.is_clipped(group) or are_transformed(group):
         grads = [_transformed(step, group, grad, part.clip_of(position)) for position, grad in enumerate(grads)]
     rows = zip(part.params, grads, entries, strict=True)
     if not group.get("capturable") and all(param.is_cpu for param in part.params):
@@ -133,12 +133,7 @@ def _prepared(
 def _transformed(step: StepInput, group: dict[str, Any], grad: Tensor, clip: Any) -> Tensor:
     """Return a gradient as an algorithm is to see it, multiplied with `clip`."""
     grad = grad if step.grad_scale is None else grad / step.grad_scale
-    grad = grad * clip if step.is_clipped(group) else grad
-    if group.get("gradient_centralization"):
-        grad = centralized(grad)
-    if limit := group.get("max_grad_value"):
-        grad = grad.clamp(-limit, limit)
-    return -grad if group.get("maximize") else grad
+    return transformed(group, grad * clip if step.is_clipped(group) else grad)
 
 
 def _refuse_short(rows: Sequence[PreparedParam]) -> None:

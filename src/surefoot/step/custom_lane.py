@@ -1,4 +1,4 @@
-"""The parameters of custom steps in the fast lane: a step only counts, and takes gradients as they are or clipped."""
+"""The parameters of custom steps in the fast lane, where a step only counts and takes gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from surefoot.rule import ROUNDING_STEP
 from surefoot.state.check import hyperparameters
 from surefoot.state.formats import param_format
-from surefoot.step.custom_params import GRADIENT_OPTIONS, CustomParams
+from surefoot.step.custom_params import CustomParams, are_transformed, transformed
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
 from surefoot.tensors.native.guards import TensorGuard
@@ -82,17 +82,18 @@ class CustomLane:
 
 
 def _gradients(part: ParamSlice) -> Sequence[Tensor]:
-    """Return gradients as they are handed over; those that are not clipped are the parameters' own."""
-    grads: list[Any] = [param.grad for param in part.params]
-    return grads if part.clip == 1.0 else torch._foreach_mul(grads, part.clip)
+    """Return gradients as they are handed over: the parameters' own unless they are clipped or transformed."""
+    grads: Any = [param.grad for param in part.params]
+    if part.clip != 1.0:
+        grads = torch._foreach_mul(grads, part.clip)
+    return [transformed(part.group, grad) for grad in grads] if are_transformed(part.group) else grads
 
 
 def is_fit(step: StepInput, params: CustomParams) -> bool:
-    """Return whether a step only counts and takes gradients as they are, or clipped, by compiled guards."""
+    """Return whether a step only counts and takes gradients, and compiled code guards and measures these."""
     if step.needs_gradients() and not params.measures():
         return False
-    around = (*GRADIENT_OPTIONS, "ema")
-    if params.repeated or any(part.group.get(name) for part in params.slices for name in around):
+    if params.repeated or any(part.group.get("ema") for part in params.slices):
         return False
     pairs = zip(params.slices, params.entries, strict=True)
     rows = ((part.group, *row) for part, entries in pairs for row in zip(part.params, entries, strict=True))

@@ -1,7 +1,7 @@
 """Parameters of custom steps that were found fit for one, and what tells whether they still are."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surefoot.engines import Bucket, cpu
 from surefoot.rule import gradient_rule
-from surefoot.state.check import validated_gradient
+from surefoot.state.check import centralized, validated_gradient
 from surefoot.state.formats import CORRECTION
 from surefoot.step.clipping import measure_gradients
 from surefoot.step.inputs import StepInput
@@ -17,9 +17,6 @@ from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_guard
 from surefoot.tensors.memory import has_address, is_plain, shared_memory
 from surefoot.tensors.shards import to_local
-
-GRADIENT_OPTIONS = ("maximize", "max_grad_value", "gradient_centralization")
-"""Options of a group by which a custom step is handed other gradients than parameters hold."""
 
 
 class CustomParams:
@@ -146,6 +143,23 @@ def _measured(bucket: Bucket, grads: list[Tensor], addresses: np.ndarray | None)
         return cpu.measure(bucket, gradient_rule())
     finally:
         bucket.grads, bucket.gradient_addresses = [], None
+
+
+_GRADIENT_OPTIONS = ("maximize", "max_grad_value", "gradient_centralization")
+
+
+def are_transformed(group: Mapping[str, Any]) -> bool:
+    """Return whether options of a group ask for other gradients than parameters hold, beside clipping by norm."""
+    return any(map(group.get, _GRADIENT_OPTIONS))
+
+
+def transformed(group: Mapping[str, Any], grad: Tensor) -> Tensor:
+    """Return a gradient as options of its group let an algorithm see it."""
+    if group.get("gradient_centralization"):
+        grad = centralized(grad)
+    if limit := group.get("max_grad_value"):
+        grad = grad.clamp(-limit, limit)
+    return -grad if group.get("maximize") else grad
 
 
 def custom_groups(step: StepInput) -> list[dict[str, Any]]:
