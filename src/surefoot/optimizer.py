@@ -42,9 +42,7 @@ from surefoot.state.convert import plain_param
 from surefoot.state.load import LoadReport, LoadTarget, load
 from surefoot.state.make import make_state, relocated
 from surefoot.step.cache import StepCache
-from surefoot.step.clipping import listed, warn_left_out
-from surefoot.step.custom_cache import custom_lane
-from surefoot.step.device import refuse_capture
+from surefoot.step.clipping import listed
 from surefoot.step.inputs import StepInput
 from surefoot.step.offload import BUCKET_BYTES as OFFLOADED_BYTES
 from surefoot.step.offload import OffloadedOptimizer
@@ -61,10 +59,10 @@ from surefoot.step.options import (
     refuse_short,
     refuse_unsupported,
 )
-from surefoot.step.pipeline import finish, finish_part, run_step
+from surefoot.step.pipeline import finish, run_step
 from surefoot.step.ranks import due_exchange, failures_told
-from surefoot.step.release import BUCKET_BYTES, PartialSteps, ReleasedGradients, refuse_options
-from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
+from surefoot.step.release import BUCKET_BYTES, ReleasedGradients
+from surefoot.step.types import CustomStep, PreparedParam
 from surefoot.tensors.modes import mode_is_active
 
 if TYPE_CHECKING:
@@ -458,51 +456,28 @@ class Optimizer(torch.optim.Optimizer):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
         untried = not self._stepping.context.tried and self._releasing() is None and self._is_alone()
-        if untried and self._run_again(self._stepping, self.param_groups, self._cache_of_now(), self._step_input):
+        if untried and self._step_again():
             return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             cache = self.__dict__.pop("_step_cache", None)
-            self._step_cache = self._run_with_finite(self._step_input(), cache)
+            self._step_cache = run_step(self._step_input(), cache)
         return loss
 
     step.is_whole = True  # type: ignore[attr-defined]
 
-    def _run(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
-        """Step the parameters of `step` that have gradients; return what the next step of the same may use again."""
-        custom = [group for group in step.groups if self.spec.of(group).update is None]
-        for group in custom:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._check_again(group, param)
-        return run_step(step, cache, self._custom_step if custom else None)
-
-    def _run_with_finite(self, step: StepInput, cache: StepCache | None) -> StepCache | None:
-        """Step as `_run` does, but without parameters that `nonfinite_params` leaves out."""
-        cache, context = self._run(step, cache), step.stepping.context
-        if not context.left_out:
-            return cache
-        left_out, context.left_out = set(context.left_out), []
-        context.slices = []  # what was measured with them
-        params = [param for group in step.groups for param in group["params"]]
-        finite = {param: None if param in left_out else param.grad for param in params}
-        self._run(step._replace(grads=finite), None)
-        warn_left_out(self._step_input(), [param for param in params if param in left_out])
-        for group in step.groups:
-            if own := [param for param in group["params"] if param in left_out]:
-                step.slices.append(ParamSlice(group, own))
-        return None
-
     def _step_input(self) -> StepInput:
         """Return all that a step is about."""
-        scale, found_inf = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
+        own = self.__dict__
         return StepInput(
             spec=self.spec,
             groups=self.param_groups,
             state=self.state,
             stepping=self._stepping,
-            grad_scale=scale,
-            found_inf=found_inf,
+            grad_scale=own.get("grad_scale"),
+            found_inf=own.get("found_inf"),
             coefficients=self.coefficients,
+            make_custom_step=self._make_custom_step,
+            check_param=self._check_again,
             released=None if (released := self._releasing()) is None else released.options,
             transfers=self._offloading(),
         )
@@ -525,63 +500,29 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
     def _step_at_once(self) -> bool:
-        """Step by what the last step has left, if nothing is asked for beside the update; return whether it was done.
+        """Step if nothing has changed since the last step and nothing is asked for; return whether it was done.
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
         if self.__dict__.get("_released") is not None and (released := self._releasing()) is not None:
             return released.close_at_once()
-        made = self._run_again(self._stepping, self.param_groups, self._cache_of_now(), self._step_input)
+        made = self._step_again()
         if made and self._stepping.options.zero_grad_after_step:
             self.zero_grad()
         return made
 
-    def _cache_of_now(self) -> StepCache | None:
-        """Return what the last step has left, or an earlier one in which the same parameters had gradients."""
-        cache: StepCache | None = self.__dict__.get("_step_cache")
-        if cache is not None and cache.others is not None:
-            self._step_cache = cache = cache.of_now()
-        return cache
+    def _step_again(self) -> bool:
+        """Step by what the last step has left, or an earlier one in which the same parameters had gradients.
 
-    def _run_again(
-        self,
-        stepping: Stepping,
-        groups: list[dict[str, Any]],
-        cache: StepCache | None,
-        step_input: Callable[[], StepInput],
-    ) -> bool:
-        """Step if nothing has changed since the last step; return whether it was done, else nothing has changed.
-
-        Args:
-            stepping: options and context.
-            groups: the groups that are stepped.
-            cache: what their last step has left.
-            step_input: return all that the step is about.
+        Returns:
+            Whether nothing has changed since, so that it was done; else nothing is changed.
         """
-        spec = self.spec
-        fast: Any = None if cache is None else cache.fast
-        specs = map(spec.of, groups) if spec.algorithms else (spec,)
-        rules = [each.update is not None for each in specs]
-        if all(rules):
-            return bool(fast and fast.run(groups, self.state, self.coefficients, step_input))
-        if any(rules) and not fast:
+        cache: StepCache | None = self.__dict__.get("_step_cache")
+        if cache is None:
             return False
-        with stepping.context.lock:
-            lane = custom_lane(stepping, groups, self.state, step_input)
-            if lane is None:
-                return False
-            if not any(rules):
-                refuse_capture(spec.name, groups)
-                stepping.statistics.steps += not stepping.context.inside  # else it has been counted
-            elif not fast.run(groups, self.state, self.coefficients, step_input):
-                return False
-            with torch.set_grad_enabled(False):
-                lane.step(self._make_custom_step)
-        return True
-
-    def _custom_step(self, found: list[PreparedParam]) -> None:
-        """Step prepared parameters."""
-        self._make_custom_step(found)(found)
+        if cache.others is not None:
+            self._step_cache = cache = cache.of_now()
+        return bool(cache.fast and cache.fast.run(self.param_groups, self.state, self.coefficients, self._step_input))
 
     def _make_custom_step(self, found: list[PreparedParam]) -> CustomStep:
         """Return what steps prepared parameters; what an algorithm with `prepares_params` defines.
@@ -688,9 +629,8 @@ class Optimizer(torch.optim.Optimizer):
         self._refuse_own_step("gradients can be released")
         self._refuse_elsewhere()
         options = ReleaseOptions(max_previous_grad_norm, max_param_grad_norm, nonfinite_params)
-        parts = PartialSteps(self._step_input, self._make_part)
         self._released = ReleasedGradients(
-            model, parts, options, micro_batches=micro_batches, bucket_bytes=bucket_bytes
+            model, self._step_input, options, micro_batches=micro_batches, bucket_bytes=bucket_bytes
         )
         return self._released
 
@@ -714,21 +654,6 @@ class Optimizer(torch.optim.Optimizer):
         """Return the handle by which gradients are released, None if they are not."""
         released: ReleasedGradients | None = self.__dict__.get("_released")
         return released if released is not None and released.active else None
-
-    def _make_part(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
-        """Step the parameters of `step`, which are some of ours; see `PartialSteps`."""
-        cache = None if cache is None else cache.of_now()
-        plain = step.grad_scale is None and not mode_is_active()
-        if plain and self._run_again(step.stepping, step.groups, cache, lambda: step):
-            return cache, []
-        refuse_options(step)
-        check_changed(step.stepping, self.spec, step.groups)
-        context, measured = step.stepping.context, step.stepping.context.wants_metrics
-        context.begin()
-        context.wants_metrics = measured
-        with context:
-            cache = self._run_with_finite(step, cache)
-            return cache, finish_part(step)
 
     # The optimizer on the CPU, the model on a device
 
@@ -1129,7 +1054,6 @@ class Optimizer(torch.optim.Optimizer):
             for (_, param), entry in zip(pairs, moved, strict=True):
                 self.state[param].update(entry)
         self.__dict__.pop("_step_cache", None)  # it holds the tensors that were
-        self._stepping.custom_caches = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1141,7 +1065,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take what `__getstate__` gave, or a part of it."""
         self.__dict__.pop("_step_cache", None)  # it holds the state that was
         self.__dict__.update(state)
-        self.__dict__.setdefault("_stepping", Stepping()).custom_caches = {}
+        self.__dict__.setdefault("_stepping", Stepping())
         self._make_hooks()
 
     def __repr__(self) -> str:

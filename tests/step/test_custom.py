@@ -7,17 +7,13 @@ import pytest
 import torch
 
 import surefoot
+from surefoot import optimizer as optimizer_module
 
 SHAPES = {
     "Adafactor": ((6, 4), (6, 4), (5,), (), (2, 3, 4), *((3, 3),) * 16),
     "Muon": ((6, 4), (6, 4), (4, 6), (3, 3)),
 }
 ALGORITHMS = pytest.mark.parametrize("name", list(SHAPES))
-
-
-def cache_of(optimizer):
-    (cache,) = optimizer._stepping.custom_caches.values()
-    return cache
 
 
 def started(name, steps=3, **options):
@@ -42,7 +38,7 @@ def started(name, steps=3, **options):
 
     for _ in range(steps):
         step()
-    assert cache_of(pair[0]).lane, "nothing was kept"
+    assert pair[0]._step_cache.fast, "nothing was kept"
     return pair, (ours, theirs), set_grads, step
 
 
@@ -115,7 +111,7 @@ def test_what_is_kept_between_steps_holds_neither_gradients_nor_the_optimizer(na
     grads = [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
     assert not any(grad() for grad in grads)
-    kept = weakref.ref(cache_of(optimizer).lane._custom_step)
+    kept = weakref.ref(optimizer._step_cache.fast._custom._custom_step)
     del optimizer, theirs, set_grads, step
     gc.collect()
     assert kept() is None
@@ -131,7 +127,7 @@ def test_a_correction_counts_when_it_is_not_asked_for_any_more(name):
             if step == 2:
                 optimizer.param_groups[0]["master_weight_bits"] = None
             if not keeps:
-                optimizer._stepping.validated = None
+                optimizer.__dict__.pop("_step_cache", None)
             weight.grad = torch.arange(16, dtype=torch.bfloat16).view(4, 4) - step
             optimizer.step()
         found.append((weight.detach(), optimizer.state[weight]["weight_correction"]))
@@ -146,6 +142,52 @@ def test_missing_gradients_count(name):
         params[0].grad = None
     step(given=False)
     step()
+
+
+@ALGORITHMS
+def test_gradients_that_come_and_go_find_what_steps_like_theirs_have_left(name, monkeypatch):
+    (optimizer, _), sides, set_grads, step = started(name)
+    for turn in range(16):
+        set_grads()
+        for params in sides:
+            params[turn % 2].grad = None
+        with monkeypatch.context() as patched:
+            if turn > 8:
+                patched.setattr(optimizer_module, "run_step", None)
+            step(given=False)
+    assert len(optimizer._step_cache.others) == 1
+
+
+@ALGORITHMS
+def test_options_for_which_gradients_are_measured_may_come_and_go(name):
+    (optimizer, other), (params, others), set_grads, _ = started(name)
+    for turn, limit in enumerate((None, 0.5, 0.5, 0.5, 0.1, 0.1, None, None, 0.5)):
+        optimizer.step_options.max_grad_norm = limit
+        optimizer.step_options.nonfinite = "skip" if turn == 4 else "ignore"
+        set_grads()
+        optimizer.step()
+        if limit is not None:
+            torch.nn.utils.clip_grad_norm_(others, limit)
+        other.step()
+        for one, twin in zip(params, others, strict=True):
+            torch.testing.assert_close(one, twin, rtol=2e-2, atol=1e-3)
+
+
+def test_buckets_are_kept_beside_custom_parameters_that_nothing_can_guard():
+    model = torch.nn.Linear(4, 3)
+    parts = [surefoot.Part(surefoot.Muon, "weight"), surefoot.Part(surefoot.AdamW)]
+    optimizer = surefoot.Combined(model.named_parameters(), parts)
+    runs = []
+    for step in range(4):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, step + 1.0)
+        optimizer.step()
+        state = optimizer.state[model.weight]
+        state["momentum_buffer"] = torch._neg_view(-state["momentum_buffer"])
+        runs.append(optimizer._step_cache.runs)
+    assert runs[1] is runs[2] is runs[3]
+    assert optimizer._step_cache.custom is None
+    assert not optimizer._step_cache.fast
 
 
 @ALGORITHMS

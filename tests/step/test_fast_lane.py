@@ -133,14 +133,48 @@ def test_numbers_in_tensors_take_it_with_the_bits_of_the_pipeline(name, monkeypa
         assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon", "Adafactor"])
+def test_what_a_schedule_has_replaced_may_become_anything(name):
+    results = []
+    for module in (surefoot, torch.optim):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 3)]
+        optimizer = getattr(module, name)([{"params": [param]} for param in params], lr=0.1)
+        rates = (0.1, 0.1, 0.1, 0.2, 0.3, torch.tensor(0.05), 0.4, 0.3, 0.0, 0.1, 0.2, np.float64(0.1), 0.2, 0.2)
+        for step, rate in enumerate(rates):
+            optimizer.param_groups[1]["lr"] = rate
+            if step == 7:
+                optimizer.param_groups[1]["weight_decay"] = 0.3
+            if step == 10:
+                optimizer.param_groups[0] = optimizer.param_groups[1]
+            set_grads(optimizer, step)
+            optimizer.step()
+        del optimizer.param_groups[1]["lr"]
+        with pytest.raises((KeyError, AttributeError)):
+            optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+def clipped(name, params, own, **options):
+    """An optimizer of two groups, of which the second may have a limit of its own."""
+    options |= {"max_grad_norm": 0.5}
+    others = {} if own is None else {"max_grad_norm": own}
+    if name != "Combined":
+        groups = [{"params": params[:2]}, {"params": params[2:], **others}]
+        return getattr(surefoot, name)(groups, lr=0.1, **options)
+    named = [(str(number), param) for number, param in enumerate(params)]
+    parts = [surefoot.Part(surefoot.Muon, ["0", "1"], lr=0.1), surefoot.Part(surefoot.AdamW, lr=0.1, **others)]
+    return surefoot.Combined(named, parts, **options)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "Muon", "Adafactor", "Combined"])
 @pytest.mark.parametrize("own", [None, 0.01])
 def test_clipped_steps_take_it_with_the_bits_of_the_pipeline(own, name, monkeypatch):
     results = []
     for telemetry in (False, True):  # what is measured goes through the pipeline
-        params = [torch.nn.Parameter(torch.linspace(-1, i, 70_000 if i == 3 else 6)) for i in range(1, 5)]
-        groups = [{"params": params[:2]}, {"params": params[2:], **({} if own is None else {"max_grad_norm": own})}]
-        optimizer = getattr(surefoot, name)(groups, lr=0.1, max_grad_norm=0.5, telemetry=telemetry)
+        shapes = [(700, 100) if i == 3 else (3, i) for i in range(1, 5)]
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, a * b).view(a, b)) for a, b in shapes]
+        optimizer = clipped(name, params, own, telemetry=telemetry)
         train(optimizer, steps=3)
         for step in range(8):
             if step == 4:
@@ -157,6 +191,41 @@ def test_clipped_steps_take_it_with_the_bits_of_the_pipeline(own, name, monkeypa
         results.append(params)
     for one, other in zip(*results, strict=True):
         assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_grad_value": 0.5}, {"gradient_centralization": True}, {"maximize": True}, {"max_grad_norm": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_custom_steps_with_other_gradients_take_it_with_the_bits_of_the_pipeline(dtype, options, name, monkeypatch):
+    if (name, *options) == ("Muon", "maximize"):
+        pytest.skip("Muon has no maximize")
+    results = []
+    for telemetry in (False, True):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 12).view(3, 4).to(dtype)) for i in range(1, 4)]
+        optimizer = getattr(surefoot, name)(params, lr=0.1, telemetry=telemetry, **options)
+        train(optimizer, steps=3)
+        with monkeypatch.context() as patched:
+            if not telemetry:
+                patched.setattr(optimizer_module, "run_step", None)
+            train(optimizer, first=3, steps=3)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int16).equal(other.detach().view(torch.int16))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Muon"])
+def test_the_norm_of_enormous_gradients_is_infinite(name):
+    params = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(2)]
+    optimizer = getattr(surefoot, name)(params, lr=0.1, weight_decay=0.0, max_grad_norm=1.0)
+    for _ in range(4):
+        for param in params:
+            param.grad = torch.full_like(param, 6e153)  # their squares are less than the greatest number
+        optimizer.step()
+    assert all(torch.equal(param, torch.ones_like(param)) for param in params)
 
 
 WITHOUT = {
@@ -574,7 +643,6 @@ def test_tensors_that_move_are_stepped_where_they_are(options, move, name):
             kept += [param.data for param in params]  # whose memory must not be given to gradients before it is moved
             if moves is None:
                 optimizer._step_cache = None
-                optimizer._stepping.custom_caches.clear()
             train(optimizer, first=step, steps=1)
         results.append(params)
     for one, other in zip(*results, strict=True):

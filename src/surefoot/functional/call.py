@@ -26,19 +26,14 @@ def step_input(
     """Return a step of one group with gradients that are given, of which nothing is kept."""
     stepping = Stepping(options or OptimizerOptions(), StepStatistics(steps=1))
     by_param = dict(zip(group.get("params", ()), grads, strict=True))
-    return StepInput(optimizer.spec, [group], state, stepping, None, None, optimizer.coefficients, by_param)
+    algorithm = (optimizer.coefficients, optimizer._make_custom_step, optimizer._check_again)
+    return StepInput(optimizer.spec, [group], state, stepping, None, None, *algorithm, grads=by_param)
 
 
-def run(optimizer: Optimizer, step: StepInput, keep: Callable[[Sequence[BucketRun]], None] | None = None) -> None:
-    """Make a step in place; the optimizer lends its custom step, which keeps nothing in it.
-
-    Args:
-        optimizer: the optimizer.
-        step: the step.
-        keep: is told of the buckets of a rule when they have been stepped.
-    """
+def run(step: StepInput, keep: Callable[[Sequence[BucketRun]], None] | None = None) -> None:
+    """Make a step in place; `keep` is told of the buckets of a rule when they have been stepped."""
     with step.stepping.context:
-        run_step(step, None, None if optimizer.is_rule() else optimizer._custom_step, keep)
+        run_step(step, None, keep)
 
 
 def active(spec: AlgorithmSpec, group: Mapping[str, Any]) -> tuple[Stored, ...]:

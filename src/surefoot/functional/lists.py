@@ -279,7 +279,7 @@ class Arguments:
         inside = {**group, "params": params, "param_names": [f"params[{row}]" for row in rows]}
         step = step_input(self.optimizer, inside, grads, state)
         step = step._replace(grad_scale=scaling[0], found_inf=scaling[1])
-        run(self.optimizer, step, functools.partial(self.launches.keep, step, self._columns(given, stored)))
+        run(step, functools.partial(self.launches.keep, step, self._columns(given, stored)))
         for slot in (each for each in stored if isinstance(each, Slot)):
             for row, param in zip(rows, params, strict=True):
                 if given[self.lists[slot]][row] is None and slot.name in state[param]:

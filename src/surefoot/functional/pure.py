@@ -255,7 +255,7 @@ class _Rows(NamedTuple):
         columns[:0] = params, self.grads
         launches = _launches(self.optimizer.spec)
         if not launches.step(step, columns):
-            run(self.optimizer, step, functools.partial(launches.keep, step, columns))
+            run(step, functools.partial(launches.keep, step, columns))
 
     def evaluated(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Evaluate the rule by torch's operations."""

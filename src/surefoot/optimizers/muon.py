@@ -316,12 +316,14 @@ class _Batch(NamedTuple):
         blocks: how each is divided into matrices.
         is_matrix: whether it is one parameter that is one matrix.
         apart: whether directions are normalised, masked or scaled by block before they are added.
+        scale: how the learning rate follows their shape, if all blocks have one.
     """
 
     places: tuple[int, ...]
     blocks: Blocks
     is_matrix: bool
     apart: bool
+    scale: float
 
     @classmethod
     def of(cls, rows: Sequence[PreparedParam], places: Mapping[int, int]) -> "_Batch":
@@ -330,7 +332,7 @@ class _Batch(NamedTuple):
         blocks = blocks_of(rows[0].param.shape, h)
         found, single = tuple(places[id(row)] for row in rows), len(rows) == len(blocks.rows) == 1
         is_matrix, apart = single and rows[0].param.shape == blocks.shape, _is_finished_apart(h, blocks)
-        return cls(found, blocks, is_matrix, apart)
+        return cls(found, blocks, is_matrix, apart, _scale_of(h, blocks))
 
     def apply(self, rows: Sequence[PreparedParam], directions: Sequence[Tensor]) -> None:
         """Step the parameters, of which the directions are known."""
@@ -338,7 +340,7 @@ class _Batch(NamedTuple):
             _finish_batch(rows, self.blocks, directions)
             return
         h = rows[0].h
-        shrink, factor = 1 - h.lr * h.weight_decay, _factor(h, self.blocks)
+        shrink, factor = 1 - h.lr * h.weight_decay, readable(h, -h.lr * self.scale)
         if len(rows) == 1:
             add_scaled_(rows[0].param.mul_(shrink), directions[0], factor)
             return
@@ -395,8 +397,12 @@ def _of_one_group(rows: Sequence[PreparedParam], numbers: Iterable[int]) -> Iter
 
 def _factor(h: SimpleNamespace, blocks: Blocks) -> Any:
     """Return what a direction is multiplied with before it is added; the scales of unlike blocks are not in it."""
-    scale = 1.0 if blocks.shape is None else _scale(h, *blocks.shape)
-    return readable(h, -h.lr * scale)
+    return readable(h, -h.lr * _scale_of(h, blocks))
+
+
+def _scale_of(h: SimpleNamespace, blocks: Blocks) -> float:
+    """Return how the learning rate follows the shape of all blocks, 1 where they differ."""
+    return 1.0 if blocks.shape is None else _scale(h, *blocks.shape)
 
 
 def _scale(h: SimpleNamespace, rows: int, columns: int) -> float:

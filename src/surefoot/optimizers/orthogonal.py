@@ -188,7 +188,7 @@ def multiplies_bfloat16() -> bool:
 def polynomials(coefficients: Polynomials, steps: int) -> list[Coefficients]:
     """Return the coefficients of each iteration."""
     every: Any = SCHEDULES[coefficients] if isinstance(coefficients, str) else coefficients
-    every = every if isinstance(every[0], (tuple, Sequence)) else (every,)  # a tuple is told at once
+    every = (every,) if isinstance(every[0], (float, int)) or not isinstance(every[0], Sequence) else every
     return [*every[:steps], *[every[-1]] * (steps - len(every))]
 
 

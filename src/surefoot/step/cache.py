@@ -1,4 +1,4 @@
-"""The step cache: buckets of kernel engines with their plans, as long as all they were made from holds.
+"""The step cache: buckets with their plans and parameters of custom steps, as long as all they were made from holds.
 
 Whatever a user may change counts at the next step, so everything is compared with what is there now: groups, options,
 the dicts of state and their entries, and the memory, dtype, sizes and strides of every tensor.
@@ -21,6 +21,7 @@ from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec
 from surefoot.state.check import stepped_gradient
 from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
+from surefoot.step.custom_params import CustomParams
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
@@ -35,7 +36,7 @@ from surefoot.tensors.guards import (
 )
 from surefoot.tensors.memory import PLAIN, has_memory, is_plain
 from surefoot.tensors.modes import has_no_values
-from surefoot.tensors.native.guards import DictGuard, Replaced, ScalarIO, TensorGuard, VersionCounters
+from surefoot.tensors.native.guards import Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
 
 _DICTS = (dict, defaultdict)
@@ -45,6 +46,7 @@ no bucket."""
 _CONSTANT = (int, float, bool, str, type(None), torch.dtype)
 _NUMPYS = (np.number, np.bool_)
 _REAL = (float, np.floating)
+_STEP_OPTIONS = frozenset(ALL_STEP_OPTIONS)
 
 
 class BucketGuard:
@@ -225,7 +227,7 @@ def _kind(grad: Any) -> tuple[Any, ...]:
 
 
 class OptionsGuard:
-    """Guards the options of groups: whether they decide the same buckets as before."""
+    """Guards the options of groups: whether they decide the same buckets, and what custom steps take, as before."""
 
     def __init__(self, step: StepInput) -> None:
         self._signatures = [_signature(step, group) for group in step.groups]
@@ -241,7 +243,7 @@ class OptionsGuard:
         if self._constant or not is_constant(step.stepping.options.max_grad_norm):
             return self._constant
         return all(
-            is_constant(value) or name in UNREAD or (_is_of_update(name, step.spec.of(group)) and _is_on_host(value))
+            is_constant(value) or name in UNREAD or (_is_read(name, step.spec.of(group)) and _is_on_host(value))
             for group in step.groups
             for name, value in group.items()
         )
@@ -251,7 +253,7 @@ class OptionsGuard:
         return self._constant and same_objects(self._seen, _options(step))
 
     def decide_the_same(self, step: StepInput) -> bool:
-        """Return whether the buckets are the same; if so, the options of now are those to compare with from then on."""
+        """Return whether they do; if so, the options of now are those to compare with from then on."""
         if self._signatures != [_signature(step, group) for group in step.groups]:
             return False
         self._note(step)
@@ -259,8 +261,11 @@ class OptionsGuard:
 
 
 def _signature(step: StepInput, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what of a group decides its buckets, beside its tensors."""
+    """Return what of a group decides its buckets, beside its tensors; of a custom step all but real numbers may."""
     spec, options = step.spec.of(group), ("gradient_centralization", *ENGINE_OPTIONS, *STORAGE_OPTIONS)
+    if spec.update is None:
+        discrete = {name: value for name, value in group.items() if _is_discrete(value)}
+        return spec, step.is_clipped(group), spec.settle_flags(group), discrete
     own = [spec.flags_of(group, param) for param in group["params"]] if spec.flags_of else None
     sampled = tuple(group.get(slot.sampled) for slot in spec.slots if slot.sampled)
     return (spec, step.flags(group), own, sampled, *map(group.get, options))
@@ -291,24 +296,21 @@ def _is_on_host(value: object) -> bool:
     return value.is_cpu and not value.dim() and has_memory(value)
 
 
-def new_numbers(guard: DictGuard, specs: Sequence[AlgorithmSpec]) -> list[dict[str, Any]] | None:
-    """Return the real numbers that have been replaced among options, for each group; None if anything else has been.
+def _is_discrete(value: object) -> bool:
+    parts = value if type(value) is tuple else (value,)
+    return is_constant(value) and not any(isinstance(each, _REAL) for each in parts)
 
-    Numbers decide nothing but the numbers of the update, as long as they are as true as before.  Schedules replace
-    some before every step.  The guard compares with the new ones from then on.
+
+def are_numbers_of_update(replaced: Iterable[Replaced], specs: Sequence[AlgorithmSpec]) -> bool:
+    """Return whether values that have replaced others among options decide nothing but the numbers of the update.
+
+    So do real numbers, as long as they are as true as before.
 
     Args:
-        guard: of the groups, and of the options of the optimizer.
+        replaced: the values, of groups and then of the optimizer.
         specs: the algorithm of each group.
     """
-    replaced = guard.replaced()
-    if replaced is None or not all(_is_number_of_update(each, specs) for each in replaced):
-        return None
-    guard.renew(replaced)
-    found = [dict[str, Any]() for _ in specs]
-    for each in replaced:
-        found[each.number][each.key] = each.value
-    return found
+    return all(_is_number_of_update(each, specs) for each in replaced)
 
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
@@ -316,9 +318,14 @@ def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> 
     return of_group and _are_alike(replaced.before, replaced.value)
 
 
+def _is_read(name: object, spec: AlgorithmSpec) -> bool:
+    """Return whether a number of this name in a tensor is read at every step; custom steps may keep what it was."""
+    return spec.update is not None and _is_of_update(name, spec)
+
+
 def _is_of_update(name: object, spec: AlgorithmSpec) -> bool:
     """Return whether a real number of this name decides nothing but the numbers of the update, while it is as true."""
-    return isinstance(name, str) and name not in ALL_STEP_OPTIONS and spec.flags_of is None
+    return isinstance(name, str) and name not in _STEP_OPTIONS and spec.flags_of is None
 
 
 def _are_alike(before: object, value: object) -> bool:
@@ -328,7 +335,7 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-MOST_PATTERNS = 128
+_MOST_PATTERNS = 128
 """For how many sets of parameters with gradients a cache is kept."""
 _MOST_PARAMS = 1 << 14
 """Of how many parameters, all sets counted, beside the last one."""
@@ -338,19 +345,20 @@ _ALIKE = 64
 
 @dataclass(eq=False)
 class StepCache:
-    """The buckets of a step and what they were made from.
+    """The buckets and custom parameters of a step, and what they were made from; nothing where nothing can be kept.
 
     Attributes:
-        options: guards the groups' options.
+        options: guards the groups' options; None if nothing is kept.
         groups: the groups, and how many parameters each has.
         params: all parameters.
         idle: those without a gradient.
         state: the optimizer's.
         items: guards its items.
-        runs: the buckets.
+        runs: the buckets; none if they cannot be used again.
+        custom: the parameters of custom steps; None if there are none, or if nothing can guard them.
         written: where they write, if native guards see it.
         fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
-        pattern: which parameters have gradients, see `pattern_of`.
+        pattern: which parameters have gradients, see `_pattern_of`.
         others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
         alike: how often in a row it was the one that was asked for since.
     """
@@ -362,6 +370,7 @@ class StepCache:
     state: Any = None
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
+    custom: CustomParams | None = None
     written: Any = None
     fast: Any = None
     pattern: bytes = b""
@@ -370,31 +379,35 @@ class StepCache:
 
     @classmethod
     def of(
-        cls, step: StepInput, options: OptionsGuard, runs: list[BucketRun], before: "StepCache | None"
+        cls,
+        step: StepInput,
+        options: OptionsGuard,
+        runs: list[BucketRun],
+        custom: CustomParams | None,
+        before: "StepCache | None",
     ) -> "StepCache":
-        """Keep buckets, made from these options, if their engines can use all of them again.
+        """Keep what was made from these options and can be used again: all buckets or none, custom parameters.
 
         Args:
             step: the step.
             options: what guards its options.
             runs: its buckets.
+            custom: its parameters of custom steps.
             before: what the step before has left.
         """
-        if not runs or type(step.state) not in _DICTS:
+        if type(step.state) not in _DICTS:
             return cls()
-        for run in runs:
-            if run.engine is gpu and not _on_device(run):
-                _bring_home(run)
-        if not all(map(_reusable, runs)):
+        kept_runs = runs if _guarded(runs) else []
+        kept_custom = custom if custom is not None and custom.guard(step) else None
+        if not kept_runs and kept_custom is None:
             return cls()
-        for run in runs:
-            run.guard = BucketGuard(run)
         params = list(_params(step))
         idle = [param for param in params if param.grad is None]
         groups = [(group, len(group["params"])) for group in step.groups]
         items = make_dict_guard([cast("dict[Any, Any]", step.state)])
-        made = cls(options, groups, params, idle, step.state, items, runs, pattern=pattern_of(params))
-        made.written = share_written([run.guard.tensors for run in runs])
+        pattern = _pattern_of(params)
+        made = cls(options, groups, params, idle, step.state, items, kept_runs, kept_custom, pattern=pattern)
+        made.written = share_written(made.guards())
         if before is not None:
             made._succeed(before)
         return made
@@ -404,20 +417,21 @@ class StepCache:
         on_host = all(run.device_scalars is None for run in (*self.runs, *before.runs))
         if not on_host or not same_objects(self.params, before.params):
             return
-        if before.runs and before.pattern == self.pattern:
+        if before.options is not None and before.pattern == self.pattern:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
             self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
-            while len(self.others) >= MOST_PATTERNS or sum(map(StepCache.size, self.others.values())) > _MOST_PARAMS:
+            while len(self.others) >= _MOST_PATTERNS or sum(map(StepCache.size, self.others.values())) > _MOST_PARAMS:
                 self.others.pop(next(iter(self.others)))
 
     def size(self) -> int:
-        """Return how many parameters are in its buckets."""
-        return sum(len(run.params) for run in self.runs)
+        """Return how many parameters it is about."""
+        parts = [*(run.slice for run in self.runs), *(self.custom.slices if self.custom else ())]
+        return sum(len(part.params) for part in parts)
 
     def has_same_state(self) -> bool:
         """Return whether the state still has what was stepped."""
-        return not self.items.changed() and all(run.guard.tensors.has_entries() for run in self.runs)
+        return not self.items.changed() and all(guard.has_entries() for guard in self.guards())
 
     def of_now(self) -> "StepCache":
         """Return the cache for the parameters that have gradients now, an empty one if there is none; keep that one.
@@ -427,7 +441,7 @@ class StepCache:
         """
         if self.others is None:
             return self
-        if (now := pattern_of(self.params)) == self.pattern or not any(now):
+        if (now := _pattern_of(self.params)) == self.pattern or not any(now):
             self.alike += 1
             if self.alike > _ALIKE:
                 self.others = None
@@ -435,34 +449,43 @@ class StepCache:
         # Only the one that is kept keeps the others: otherwise they would keep one another alive.
         others, self.others, self.alike = self.others, None, 0
         found = others.pop(now, None) or StepCache(params=self.params, pattern=now)
-        if self.runs:
+        if self.options is not None:
             others[self.pattern] = self
         found.others = others
         return found
 
-    def revalidate(self, step: StepInput) -> list[BucketRun] | None:
-        """Return the buckets with this step's gradients, or None if anything has changed but where tensors are."""
-        return self.runs if self._holds(step) or (self.readmit() and self._holds(step)) else None
+    def revalidate(self, step: StepInput) -> bool:
+        """Return whether all that it was made from holds, wherever that is; buckets then have this step's gradients."""
+        return self._holds(step) or (self.readmit() and self._holds(step))
 
     def _holds(self, step: StepInput) -> bool:
         """Take over this step's gradients; return whether all else is as it was."""
-        return bool(
-            self.runs
-            and self._same_options(step)
+        return (
+            self._same_options(step)
             and self.has_same_params(step)
             and all(param.grad is None for param in self.idle)
             and self.state is step.state
             and not self.items.changed()
             and all(run.guard.revalidate(run) for run in self.runs)
+            and (self.custom is None or self.custom.revalidate())
         )
 
+    def guards(self) -> list[Any]:
+        """Return the guards of all tensors."""
+        return [*(run.guard.tensors for run in self.runs), *((self.custom.guards if self.custom else None) or ())]
+
     def readmit(self) -> bool:
-        """Take over where the tensors of all buckets are now; return whether that is all that has changed of them.
+        """Take over where all tensors are now; return whether that is all that has changed of them.
 
         What was made from the tensors depends on their memory by its addresses only, as long as they are apart.
         """
-        can_move = self.written is not None and all(run.guard.can_move for run in self.runs)
-        return can_move and self.written.admits_moves() and all(run.guard.readmit(run) for run in self.runs)
+        if self.written is None or not all(run.guard.can_move for run in self.runs):
+            return False
+        if (self.custom is not None and self.custom.overlap) or not self.written.admits_moves():
+            return False
+        if self.custom is not None:
+            self.custom.readmit()
+        return all(run.guard.readmit(run) for run in self.runs)
 
     def has_same_params(self, step: StepInput) -> bool:
         """Return whether the groups are the same, with the same parameters."""
@@ -484,7 +507,7 @@ class StepCache:
         return self.options is not None and self.options.are_numbers(step)
 
 
-def pattern_of(params: Iterable[Tensor]) -> bytes:
+def _pattern_of(params: Iterable[Tensor]) -> bytes:
     """Return which parameters have gradients."""
     return bytes([param.grad is not None for param in params])
 
@@ -511,6 +534,18 @@ def _bring_home(run: BucketRun) -> None:
     for entry, scalar in product(run.entries, run.bucket.rule.scalars):
         if isinstance(value := entry[scalar.name], Tensor) and not value.is_cpu:
             entry[scalar.name] = value.cpu()
+
+
+def _guarded(runs: Sequence[BucketRun]) -> bool:
+    """Guard buckets from now on; return whether all can be used again."""
+    for run in runs:
+        if run.engine is gpu and not _on_device(run):
+            _bring_home(run)
+    if not all(map(_reusable, runs)):
+        return False
+    for run in runs:
+        run.guard = BucketGuard(run)
+    return True
 
 
 def _reusable(run: BucketRun) -> bool:

@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -113,7 +114,7 @@ def _clip_or_leave_out(step: StepInput, options: ReleaseOptions, slices: Sequenc
     previous = step.groups[0].get(PREVIOUS_NORM)
     clip: Any = 1.0
     if options.max_previous_grad_norm is not None and previous is not None:
-        clip = _clip_coefficient(options.max_previous_grad_norm, torch.as_tensor(previous, dtype=torch.float64))
+        clip = _clip_coefficient(options.max_previous_grad_norm, previous)
     for part in slices:
         part.clip = clip
         if options.max_param_grad_norm is not None and part.gradients is not None:
@@ -187,13 +188,22 @@ def _scale(step: StepInput) -> Any:
     return 1.0 if step.grad_scale is None else step.grad_scale
 
 
-def _clip_coefficient(limit: float, norm: Tensor) -> Any:
+def _clip_coefficient(limit: Any, norm: Any) -> Any:
     """Return the factor that brings a norm to at most `limit`, NaN for a norm of NaN.
 
-    It is a number where the norm is on the host, and stays on the device otherwise.
+    It is a number where the host has both, and stays on the device otherwise.
     """
-    factor = (limit / (norm + _TINY)).clamp(max=1.0)
-    return factor.item() if factor.is_cpu and not has_no_values(factor) else factor
+    limit, norm = _on_host(limit), _on_host(norm)
+    factor = limit / ((norm.double() if isinstance(norm, Tensor) else norm) + _TINY)
+    if isinstance(factor, Tensor):
+        return factor.clamp(max=1.0)
+    return min(factor, 1.0)
+
+
+def _on_host(number: Any) -> Any:
+    """Return a number that may stand in a tensor, as that only where the host does not have it."""
+    is_read = isinstance(number, Tensor) and number.is_cpu and not has_no_values(number)
+    return number.item() if is_read else number
 
 
 _TINY = 1e-6
@@ -244,7 +254,17 @@ def _add(measured: _Measured, squares: Tensor, suspects: Tensor, params: Sequenc
 def _factor(limit: float, measured: Sequence[_Measured], scale: Any) -> Any:
     """Return what gradients are multiplied with so that their norm is at most `limit`."""
     squares = [each for one in measured for each in one.squares]
+    if all(each.is_cpu for each in squares) and not any(map(has_no_values, squares)):
+        return _clip_coefficient(limit, math.sqrt(_sum(squares)) / _on_host(scale))
     return _clip_coefficient(limit, torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt() / scale)
+
+
+def _sum(squares: Iterable[Tensor]) -> float:
+    """Return the sum of numbers of the host, rounded once, so that their order does not matter."""
+    try:
+        return math.fsum(chain.from_iterable(each.tolist() for each in squares))
+    except OverflowError:
+        return math.inf
 
 
 def _nonfinite(step: StepInput, measured: Sequence[_Measured]) -> Iterator[str]:

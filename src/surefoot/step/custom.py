@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +11,15 @@ from torch import Tensor
 
 from surefoot.engines.identity import identity_of
 from surefoot.rule import EMA, ROUNDING_STEP, STEP
-from surefoot.state.check import centralized, hyperparameters
+from surefoot.state.check import hyperparameters
 from surefoot.state.convert import plain_param
 from surefoot.state.formats import CORRECTION, param_format
 from surefoot.state.make import discard_state, ensure_state
-from surefoot.step.clipping import measure_gradients
-from surefoot.step.custom_cache import GRADIENT_OPTIONS, CustomCache, keep_cache, take_cache
+from surefoot.step.custom_params import CustomParams, are_transformed, custom_groups, transformed
 from surefoot.step.device import numbers_on, refuse_new_buckets
 from surefoot.step.inputs import StepInput
 from surefoot.step.ranks import refuse_irregular
-from surefoot.step.types import CustomStep, ParamSlice, PreparedParam
+from surefoot.step.types import ParamSlice, PreparedParam
 from surefoot.storage import Format, encode, random_bits
 from surefoot.tensors.memory import is_plain
 from surefoot.tensors.shards import to_local
@@ -31,56 +29,73 @@ class CustomRun(NamedTuple):
     """The parameters of custom steps in a step that is being made; `validate_params` gives it.
 
     Attributes:
-        cache: what was found fit, kept for the next step.
+        found: they, found fit.
+        known: whether the last step has found them fit, so that all state is there.
         slices: the parameters of each group that has some.
         grads: as many lists of their gradients.
         rows: the parameters, once they are prepared.
     """
 
-    cache: CustomCache
+    found: CustomParams
+    known: bool
     slices: list[ParamSlice]
     grads: list[list[Tensor]]
     rows: list[PreparedParam]
 
     def measure(self) -> None:
         """Measure the gradients."""
-        for part, own in zip(self.slices, self.grads, strict=True):
-            part.gradients = measure_gradients(own)
+        for part, measured in zip(self.slices, self.found.measure(self.grads), strict=True):
+            part.gradients = measured
 
     def prepare(self, step: StepInput) -> None:
         """Make what is missing of the state and prepare all parameters; whatever goes wrong, no new state is left."""
         made: list[tuple[Tensor, dict[str, bool]]] = []
         try:
-            for part in () if self.cache.has_state else self.slices:
+            for part in () if self.known else self.slices:
                 made += _make_state(step, part)
             if made:
-                self.cache.entries = [[step.state.get(param, {}) for param in part.params] for part in self.slices]
+                self.found.take_entries(step)
             new = {param for param, names in made if EMA.name in names}
-            cache, parts = self.cache, zip(self.slices, self.grads, strict=True)
-            for (part, grads), entries, h in zip(parts, cache.entries, cache.hyperparameters(), strict=True):
-                self.rows.extend(_prepared(step, part, grads, entries, h, new, apart=cache.overlap))
-            if cache.overlap:
+            for part, grads, entries in zip(self.slices, self.grads, self.found.entries, strict=True):
+                self.rows.extend(_prepared(step, part, grads, entries, new, apart=self.found.overlap))
+            if self.found.overlap:
                 _refuse_short(self.rows)
         except BaseException:
             for param, names in made:
                 discard_state(step.state, param, names)
             raise
-        keep_cache(step, self.cache)
 
-    def update(self, step: StepInput, custom_step: CustomStep) -> None:
+    def update(self, step: StepInput) -> None:
         """Count the step of every parameter and make it."""
-        with _full_precision(step, _counted(self.rows, self.cache.repeated)) as rows:
-            custom_step(rows)
+        with _full_precision(step, _counted(self.rows, self.found.repeated)) as rows:
+            step.make_custom_step(rows)(rows)
 
 
-def validate_params(step: StepInput) -> CustomRun:
-    """Return the parameters of custom steps that have a gradient, all of them checked; nothing is changed."""
+def validate_params(step: StepInput, known: CustomParams | None) -> CustomRun | None:
+    """Return the parameters of custom steps that have a gradient, all of them checked; nothing is changed.
+
+    Args:
+        step: the step.
+        known: those of the last step, if nothing of them has changed but values.
+
+    Returns:
+        They, None if there are none.
+    """
+    groups = custom_groups(step)
+    if not groups:
+        return None
     refuse_irregular(step)
-    cache = take_cache(step)
-    if not cache.has_state and not all(step.state.get(param) for part in cache.slices for param in part.params):
+    for group in groups:
+        for param in group["params"]:
+            if step.gradient(param) is not None:
+                step.check_param(group, param)
+    found = CustomParams(step) if known is None else known
+    if not found.slices:
+        return None
+    if known is None and not all(step.state.get(param) for part in found.slices for param in part.params):
         refuse_new_buckets(step.spec.name)
-    slices = [ParamSlice(part.group, part.params) for part in cache.slices]
-    return CustomRun(cache, slices, cache.take_gradients(), [])
+    slices = [ParamSlice(part.group, part.params) for part in found.slices]
+    return CustomRun(found, known is not None, slices, found.take_gradients(), [])
 
 
 def _make_state(step: StepInput, part: ParamSlice) -> Iterator[tuple[Tensor, dict[str, bool]]]:
@@ -97,21 +112,20 @@ def _prepared(
     part: ParamSlice,
     grads: Sequence[Tensor],
     entries: Sequence[dict[str, Any]],
-    plain: SimpleNamespace,
     new: set[Tensor],
     *,
     apart: bool,
 ) -> list[PreparedParam]:
     """Return the parameters of a group; `new` are those whose average is newly initialized."""
-    group = part.group
+    group, plain = part.group, hyperparameters(part.group)
     part.fresh = [param in new for param in part.params] if group.get("ema") else None
     part.before = [param.detach().clone() for param in part.params] if step.stepping.context.wants_metrics else None
-    if step.grad_scale is not None or step.is_clipped(group) or any(map(group.get, GRADIENT_OPTIONS)):
+    if step.grad_scale is not None or step.is_clipped(group) or are_transformed(group):
         grads = [_transformed(step, group, grad, part.clip_of(position)) for position, grad in enumerate(grads)]
     rows = zip(part.params, grads, entries, strict=True)
     if not group.get("capturable") and all(param.is_cpu for param in part.params):
         return [PreparedParam(plain, *row, apart) for row in rows]
-    moved = functools.cache(lambda place: numbers_on(place, hyperparameters(group)))
+    moved = functools.cache(lambda place: numbers_on(place, plain))
     on_host = not group.get("capturable")
     return [PreparedParam(plain if on_host and row[0].is_cpu else moved(row[0].device), *row, apart) for row in rows]
 
@@ -119,12 +133,7 @@ def _prepared(
 def _transformed(step: StepInput, group: dict[str, Any], grad: Tensor, clip: Any) -> Tensor:
     """Return a gradient as an algorithm is to see it, multiplied with `clip`."""
     grad = grad if step.grad_scale is None else grad / step.grad_scale
-    grad = grad * clip if step.is_clipped(group) else grad
-    if group.get("gradient_centralization"):
-        grad = centralized(grad)
-    if limit := group.get("max_grad_value"):
-        grad = grad.clamp(-limit, limit)
-    return -grad if group.get("maximize") else grad
+    return transformed(group, grad * clip if step.is_clipped(group) else grad)
 
 
 def _refuse_short(rows: Sequence[PreparedParam]) -> None:

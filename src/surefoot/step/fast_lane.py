@@ -22,9 +22,10 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, is_constant, new_numbers
+from surefoot.step.cache import StepCache, are_numbers_of_update, is_constant
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step, distinct_columns, number_of
+from surefoot.step.custom_lane import CustomLane, is_fit
 from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
@@ -34,6 +35,7 @@ from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.native.guards import (
     DictGuard,
     LaunchSequence,
+    Replaced,
     SharedNumbers,
     TensorGuard,
     gradients_launch,
@@ -53,7 +55,8 @@ class _Lane:
         guard = run.guard
         self.run = run
         self.tensors: TensorGuard = guard.tensors
-        self.guarding, self.releasing = self.tensors.launches()
+        guarding, self.releasing = self.tensors.launches()
+        self.guards, self.guarding = [self.tensors], [guarding]
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
@@ -84,11 +87,14 @@ class _Lane:
         self.read_at_once = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
         self.reads = not all(map(is_constant, options.values()))
 
-    def take_numbers(self, numbers: Mapping[str, Any]) -> None:
-        """Take over numbers among the group's options, where these are settled."""
-        self.options.update(numbers)
+    def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
+        own = numbers[id(self.run.group)]
+        if not own:
+            return
+        self.options.update(own)
         self.run.options = None  # which the pipeline has kept
-        self.constants = [(i, name, numbers.get(name, constant)) for i, name, constant in self.constants]
+        self.constants = [(i, name, own.get(name, constant)) for i, name, constant in self.constants]
 
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where they are read."""
@@ -141,12 +147,13 @@ class _Lane:
 
     def launches_before(self) -> list[Any]:
         """Return what guards the bucket and reads its scalars, but for what threads guard."""
-        return [] if self.tensors.needs_threads else [self.guarding, *([self.numbers.reading] if self.numbers else [])]
+        reading = [self.numbers.reading] if self.numbers else []
+        return [] if self.tensors.needs_threads else [*self.guarding, *reading]
 
     def look_on_threads(self) -> Any:
         """Guard the bucket on several threads and read its scalars; return the launch that finds something, if any."""
         if self.tensors.look():
-            return self.guarding
+            return self.guarding[0]
         return self.numbers.reading.run() or None if self.numbers else None
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there may be none)
@@ -252,7 +259,7 @@ class _TorchLane(_Lane):
 class FastLane:
     """Steps of a step cache whose buckets all have plans of flat memory and scalars of the host.
 
-    Make one with `fast_lane`.
+    Custom steps come after the buckets, when nothing can be refused any more.  Make one with `fast_lane`.
     """
 
     def __init__(self, step: StepInput, cache: StepCache) -> None:
@@ -261,10 +268,12 @@ class FastLane:
         kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
         by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
         self._lanes: list[_Lane] = [*kernels, *by_torch]
+        self._custom = None if cache.custom is None else CustomLane(step, cache.custom)
+        self._parts = [*self._lanes, *([self._custom] if self._custom else ())]
         idle, self._idle = gradients_launch(cache.idle)
         self._guarded = [cache.items.launch, idle]
-        for lane in self._lanes:
-            self._guarded += lane.launches_before()
+        for part in self._parts:
+            self._guarded += part.launches_before()
         self._on_threads = [lane for lane in self._lanes if lane.tensors.needs_threads]
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
@@ -276,8 +285,9 @@ class FastLane:
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
         self._clipped = [lane for lane in kernels if lane.measure is not None]
+        self._clips = step.needs_gradients()
         after, whole = (
-            [launch for lane in self._lanes for launch in lane.launches_after(with_kernel=with_kernel)]
+            [launch for part in self._parts for launch in part.launches_after(with_kernel=with_kernel)]
             for with_kernel in (False, True)
         )
         self._after = LaunchSequence(after)
@@ -287,6 +297,7 @@ class FastLane:
         self._guarded_groups = list(self._groups)
         self._specs = list(map(self._spec.of, self._groups))
         self._options = DictGuard([*self._groups, vars(self._stepping.options)])
+        self._scheduled: list[Replaced] = []
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
         self._guard = LaunchSequence(self._launches)
@@ -315,9 +326,9 @@ class FastLane:
         if capturing():
             refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock.now:
-            found = self._look()
-            while found is not None and self._are_settled(found, step):
-                found = self._look()
+            if self._scheduled and (replaced := self._options.replaced_again(self._scheduled)):
+                self._take_numbers(replaced)
+            found = self._look(step)
             if found is not None and not self._lacks_all_gradients(found):
                 self._release()
                 return False
@@ -338,17 +349,24 @@ class FastLane:
         """Make a step in which nothing was found; return False, with nothing changed, if numbers or rows differ."""
         if self._reads and not self._tensors_decide_the_same():
             return False
-        if self._clipped:
+        if self._clips:
             self._clip(step())
-        return self._take() and self._update(coefficients)
+        return self._take() and self._update(coefficients, step)
 
     def _tensors_decide_the_same(self) -> bool:
         """Return whether numbers in tensors, which may have changed in place, ask for the same update."""
         self._spec.check_groups(self._groups)
         return all(spec.settle_flags(group) == flags for spec, group, flags in self._flags)
 
-    def _look(self) -> Any:
-        """Look at all that may have changed; return the launch that finds something, or None."""
+    def _look(self, step: Callable[[], StepInput]) -> Any:
+        """Look at all that may have changed; return the launch that finds something that is not settled, or None."""
+        found = self._find()
+        while found is not None and self._are_settled(found, step):
+            found = self._find()
+        return found
+
+    def _find(self) -> Any:
+        """Return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
@@ -357,24 +375,38 @@ class FastLane:
         """Return whether what was found asks for the same step with other numbers or elsewhere, taken over now."""
         if found is self._options.launch:
             return self._only_numbers() or self._options_decide_the_same(step())
-        moved = any(found is lane.guarding and lane.tensors.has_moved for lane in self._lanes)
+        moved = any(guard.has_moved for part in self._parts for guard in part.guards)
         return moved and (cache := self._cache()) is not None and cache.readmit()
 
     def _lacks_all_gradients(self, found: Any) -> bool:
         """Return whether what was found is only that no parameter has a gradient, so that nothing is stepped."""
-        if not any(found is lane.guarding and not lane.tensors.is_over for lane in self._lanes):
-            return False
-        return all(param.grad is None for lane in self._lanes for param in lane.run.slice.params)
+        of_tensors = any(found is guarding for part in self._parts for guarding in part.guarding)
+        over = any(guard.is_over for part in self._parts for guard in part.guards)
+        cache = self._cache()
+        return of_tensors and not over and cache is not None and all(param.grad is None for param in cache.params)
 
     def _only_numbers(self) -> bool:
         """Return whether options that were changed are numbers of the update, as schedules change them."""
-        self._spec.check_groups(self._groups)
-        numbers = new_numbers(self._options, self._specs)
-        if numbers is None:
+        replaced = self._options.replaced()
+        if replaced is None or not self._take_numbers(replaced):
             return False
-        for lane in self._lanes:
-            own = zip(self._guarded_groups, numbers, strict=True)  # groups of now are compared later
-            lane.take_numbers(next(new for group, new in own if group is lane.run.group))
+        # What a schedule has replaced once it replaces before every step: the guard need not find it again.
+        known = {(each.number, each.key) for each in self._scheduled}
+        self._scheduled += [each for each in replaced if (each.number, each.key) not in known]
+        return True
+
+    def _take_numbers(self, replaced: list[Replaced]) -> bool:
+        """Take over options that were replaced if all are numbers of the update; return whether they are."""
+        self._spec.check_groups(self._groups)
+        if not are_numbers_of_update(replaced, self._specs):
+            return False
+        self._options.renew(replaced)
+        groups = self._guarded_groups  # those of now are compared later
+        numbers: dict[int, dict[str, Any]] = {id(group): {} for group in groups}
+        for each in replaced:
+            numbers[id(groups[each.number])][each.key] = each.value
+        for part in self._parts:
+            part.take_numbers(numbers)
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:
@@ -385,8 +417,8 @@ class FastLane:
             return False
         if not cache.settle_options(step) or not cache.has_numbers_only(step):
             return False
-        for lane in self._lanes:
-            lane.settle()
+        for part in self._parts:
+            part.settle()
         self._guard_options()
         return True
 
@@ -394,7 +426,11 @@ class FastLane:
         """Measure the gradients, and decide what they are multiplied with."""
         for lane in self._clipped:
             lane.run.slice.gradients = torch.from_numpy(lane.measure(lane.tensors.gradients))
-        clip_or_skip(step, [lane.run.slice for lane in self._clipped])
+        slices = [lane.run.slice for lane in self._clipped]
+        if self._custom is not None:
+            self._custom.measure()
+            slices += self._custom.slices
+        clip_or_skip(step, slices)
 
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
@@ -408,7 +444,7 @@ class FastLane:
             return False
         return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
 
-    def _update(self, coefficients: Callable[..., dict[str, Any]]) -> bool:
+    def _update(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
         """Update; return False, with nothing changed, if sparse gradients have unusual rows."""
         for lane in self._lanes:
             lane.compute(coefficients)
@@ -418,10 +454,12 @@ class FastLane:
             of_numbers.write_numbers()
         for of_rows in self._of_rows:
             of_rows.plan.release()
-        if self._updating:
-            with torch.no_grad():
+        if self._updating or self._custom is not None:
+            with torch.set_grad_enabled(False):
                 for updating in self._updating:
                     updating.update()
+                if self._custom is not None:
+                    self._custom.step(lambda: step().make_custom_step)
         return True
 
     def _run_kernels(self) -> bool:
@@ -447,8 +485,8 @@ class FastLane:
         return True
 
     def _release(self) -> None:
-        for lane in self._lanes:
-            lane.release_grads()
+        for part in self._parts:
+            part.release_grads()
 
 
 def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
@@ -458,7 +496,9 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
     """
     if not _serves(step) or not cache.has_numbers_only(step):
         return None
-    return type(cache.items) is DictGuard and all(map(_is_fit, cache.runs)) and FastLane(step, cache)
+    fit = type(cache.items) is DictGuard and all(map(_is_fit, cache.runs))
+    fit = fit and (cache.custom is None or is_fit(step, cache.custom))
+    return fit and FastLane(step, cache)
 
 
 def _serves(step: StepInput) -> bool:

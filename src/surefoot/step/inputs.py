@@ -1,13 +1,13 @@
 """StepInput: all that a step is about, as the optimizer hands it over."""
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from surefoot.rule import AlgorithmSpec, Flags, Stage, bind
 from surefoot.step.options import ReleaseOptions, Stepping
-from surefoot.step.types import ParamSlice, Transfers
+from surefoot.step.types import CustomStep, ParamSlice, PreparedParam, Transfers
 
 
 class StepInput(NamedTuple):
@@ -21,9 +21,12 @@ class StepInput(NamedTuple):
         grad_scale: what a GradScaler has multiplied the gradients with, if it leaves unscaling to the step.
         found_inf: whether it has found infinities, as a number on a device.
         coefficients: the algorithm's, of the optimizer where it needs one.
+        make_custom_step: the same; see `Optimizer._make_custom_step`.
+        check_param: `check_param(group, param)` raises RuntimeError when the algorithm of the group, which has a custom
+            step, cannot optimize the parameter any more.
         grads: the gradients, where they are not the parameters' own; nothing is then kept for another step.
-        whole: the groups of the whole optimizer, by which parameters are named and numbered, where `groups` are a part
-            of them.
+        whole: the step of the whole optimizer, by which parameters are named and numbered, where this one is about a
+            part of it.
         released: what is done to gradients where they are released while backward runs.
         transfers: what brings gradients and takes away parameters, where both are elsewhere.
     """
@@ -35,8 +38,10 @@ class StepInput(NamedTuple):
     grad_scale: Any
     found_inf: Any
     coefficients: Callable[..., dict[str, Any]]
+    make_custom_step: Callable[[list[PreparedParam]], CustomStep]
+    check_param: Callable[[Mapping[str, Any], Tensor], None]
     grads: Mapping[Tensor, Tensor | None] | None = None
-    whole: Sequence[Mapping[str, Any]] | None = None
+    whole: "StepInput | None" = None
     released: ReleaseOptions | None = None
     transfers: Transfers | None = None
 
@@ -134,7 +139,7 @@ class StepInput(NamedTuple):
     def keys(self) -> dict[Tensor, str | int]:
         """Return the name of every parameter, or else its number among all."""
         found: dict[Tensor, str | int] = {}
-        for group in self.whole or self.groups:
+        for group in (self.whole or self).groups:
             start, names = len(found), group.get("param_names") or ()
             numbers = range(start, start + len(group["params"]))
             found |= zip(group["params"], names if len(names) == len(numbers) else numbers, strict=True)
@@ -144,7 +149,7 @@ class StepInput(NamedTuple):
         """Return the name of every parameter."""
         from surefoot.telemetry.names import names_of_groups  # noqa: PLC0415 (on first use)
 
-        groups = self.whole or self.groups
+        groups = (self.whole or self).groups
         params = (param for group in groups for param in group["params"])
         return dict(zip(params, names_of_groups(groups, self.stepping), strict=True))
 

@@ -199,7 +199,6 @@ class Stepping:
         statistics: what the steps have come to.
         checked: the options, of groups too, that the last step has found allowed.
         metric_names: who is measured, once that was needed.
-        custom_caches: what custom steps keep for the next ones, by which parameters have gradients.
         exchange: what puts numbers of the parameters together over ranks.
         context: the step that is being made.
         constructed: whether the optimizer's own constructor has made this, so that its groups are its own.
@@ -209,7 +208,6 @@ class Stepping:
     statistics: StepStatistics = field(default_factory=StepStatistics)
     checked: list[Any] = field(default_factory=list, repr=False)
     metric_names: Any = field(default=None, repr=False)
-    custom_caches: dict[bytes, Any] = field(default_factory=dict, repr=False)
     exchange: Any = field(default=None, repr=False)
     context: StepContext = field(default_factory=new_context, repr=False)
     constructed: bool = field(default=True, repr=False)
@@ -234,7 +232,7 @@ class Stepping:
         return cls(options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"checked": [], "metric_names": None, "custom_caches": {}, "exchange": None}
+        return self.__dict__ | {"checked": [], "metric_names": None, "exchange": None}
 
 
 def _telemetry(wish: Any) -> "Telemetry | None":

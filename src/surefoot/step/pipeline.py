@@ -6,7 +6,7 @@ made is taken away again.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from surefoot.engines import Bucket, Engine, cpu, eager, gpu, proved
 from surefoot.rule import EMA, bind, gradient_rule
 from surefoot.state.make import is_on_device
 from surefoot.step.cache import OptionsGuard, StepCache
-from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable
+from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable, warn_left_out
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
 from surefoot.step.context import StepContext
 from surefoot.step.custom import CustomRun, validate_params
+from surefoot.step.custom_params import CustomParams
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
 from surefoot.step.inputs import StepInput
@@ -29,85 +30,141 @@ from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
 from surefoot.step.shared import store_shared_numbers
-from surefoot.step.types import BucketRun, CustomStep, ParamSlice
+from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
 
 def run_step(
-    step: StepInput,
-    cache: StepCache | None,
-    custom_step: CustomStep | None = None,
-    stepped: Callable[[Sequence[BucketRun]], None] | None = None,
+    step: StepInput, cache: StepCache | None, stepped: Callable[[Sequence[BucketRun]], None] | None = None
 ) -> StepCache | None:
     """Step every parameter that has a gradient; a GradScaler's `found_inf` leaves everything as it is.
 
-    To be called inside of `with step.stepping.context`, which releases the lock that is taken here.
+    Where `nonfinite_params` leaves out some, all others are stepped.  To be called inside of
+    `with step.stepping.context`, which releases the lock that is taken here.
 
     Args:
         step: the step.
         cache: what the last step has returned.
-        custom_step: where groups have algorithms that are not rules: steps the parameters of these.
         stepped: is told of the buckets when they have been stepped.
 
     Returns:
         What the next step may use again; nothing while a mode is active that must see the operations, or where
         gradients are not the parameters' own.
     """
+    cache, context = _run(step, cache, stepped), step.stepping.context
+    if not context.left_out:
+        return cache
+    left_out, context.left_out = set(context.left_out), []
+    context.slices = []  # what was measured with them
+    params = [param for group in step.groups for param in group["params"]]
+    finite = {param: None if param in left_out else param.grad for param in params}
+    _run(step._replace(grads=finite), None, stepped)
+    warn_left_out(step.whole or step, [param for param in params if param in left_out])
+    for group in step.groups:
+        if own := [param for param in group["params"] if param in left_out]:
+            step.slices.append(ParamSlice(group, own))
+    return None
+
+
+def _run(
+    step: StepInput, cache: StepCache | None, stepped: Callable[[Sequence[BucketRun]], None] | None
+) -> StepCache | None:
+    """Step every parameter that has a gradient, see `run_step`, or note those that are to be left out."""
     refuse_capture(step.spec.name, step.groups)
-    context = step.stepping.context
-    context.acquire()
+    step.stepping.context.acquire()
     cache = None if cache is None else cache.of_now()
     exchange = due_exchange(step)
     if exchange is None and _skip(step):
         return cache
     with failures_told(step, exchange):
         _wait_for_gradients(step)
-        custom = None if custom_step is None else validate_params(step)
-        known, options, runs = _buckets(step, cache)
+        found = _found(step, cache)
     try:
-        made = _prepare(step, runs, exchange, custom)
+        made = _prepare(step, found, exchange)
         if made is None:
-            return cache if known is not None else None  # what was kept has been found not to hold
-        if known is None:
-            cache = None if options is None else StepCache.of(step, options, runs, cache)
-        for run in _in_order(step, runs):
-            if run.repeats:
-                compute_coefficients(made, run)
-                measure_tensors(made, [run], exchange)
-            _update(run)
-        if custom is not None and custom_step is not None:
-            custom.update(made, custom_step)
-        store_shared_numbers(made, context.shared, runs[0].bucket.found_inf if runs else None)
+            return cache if found.holds else None  # what was kept has been found not to hold
+        if not found.holds:
+            cache = _kept(step, found, cache)
+        _update_all(made, found, exchange)
         if stepped is not None:
-            stepped(runs)
+            stepped(found.runs)
     finally:
-        context.shared = []
-        for run in runs:
-            _release_grads(run)
-    if known and cache is not None and cache.fast is None:
+        step.stepping.context.shared = []
+        _release_grads(found.runs, found.custom_params)
+    if (
+        found.holds
+        and cache is not None
+        and cache.fast is None
+        and (found.runs or found.custom)
+        and found.custom_params is cache.custom
+    ):
         cache.fast = fast_lane(step, cache)
     return cache
 
 
-def _buckets(
-    step: StepInput, cache: StepCache | None
-) -> tuple[list[BucketRun] | None, OptionsGuard | None, list[BucketRun]]:
-    """Return the buckets of the last step if they hold, or what guards the options of new ones; and this step's."""
-    if step.has_no_gradients():
-        return [], None, []  # and what the last step has left still holds, or the next one sees that it does not
+class _Found(NamedTuple):
+    """What a step has to do with.
+
+    Attributes:
+        runs: the buckets.
+        custom: the parameters of custom steps, None if there are none.
+        holds: whether they are those of the last step, as far as its cache has them.
+        options: otherwise what guards the options that they come from; None where nothing is to be kept.
+    """
+
+    runs: list[BucketRun]
+    custom: CustomRun | None
+    holds: bool = False
+    options: OptionsGuard | None = None
+
+    @property
+    def custom_params(self) -> CustomParams | None:
+        """The parameters of custom steps, as a cache keeps them."""
+        return None if self.custom is None else self.custom.found
+
+
+def _found(step: StepInput, cache: StepCache | None) -> _Found:
+    """Return the buckets and custom parameters of the last step as far as they hold, else of this one."""
+    if step.has_no_gradients():  # what the last step has left still holds, or the next one sees that it does not
+        return _Found([], validate_params(step, None), holds=True)
     watched = mode_is_active() or step.grads is not None
-    known = None if cache is None or watched else cache.revalidate(step)
-    if known is not None:
-        for run in known:
+    known = cache if cache is not None and not watched and cache.revalidate(step) else None
+    custom = validate_params(step, None if known is None else known.custom)
+    if known is not None and known.runs:
+        for run in known.runs:
             if run.sampled is not None:
                 run.sampled.renew(run)
-        return known, None, known
-    for run in cache.runs if cache is not None else ():
-        forget_fresh(run)
-        _release_grads(run)
+        return _Found(known.runs, custom, holds=True)
+    if cache is not None:
+        for run in cache.runs:
+            forget_fresh(run)
+        _release_grads(cache.runs, None if known is not None else cache.custom)
     runs = partition(step)
-    return None, OptionsGuard(step) if runs and not watched else None, runs
+    if known is not None and not runs:
+        return _Found(runs, custom, holds=True)
+    kept = not watched and (runs or custom is not None)
+    return _Found(runs, custom, options=OptionsGuard(step) if kept else None)
+
+
+def _kept(step: StepInput, found: _Found, before: StepCache | None) -> StepCache | None:
+    """Return what the next step may use again of what this one has to do with."""
+    if found.options is None:
+        return None
+    return StepCache.of(step, found.options, found.runs, found.custom_params, before)
+
+
+def _update_all(step: StepInput, found: _Found, exchange: Exchange | None) -> None:
+    """Update buckets and custom parameters, for which all is prepared."""
+    runs = found.runs
+    for run in _in_order(step, runs):
+        if run.repeats:
+            compute_coefficients(step, run)
+            measure_tensors(step, [run], exchange)
+        _update(run)
+    if found.custom is not None:
+        found.custom.update(step)
+    store_shared_numbers(step, step.stepping.context.shared, runs[0].bucket.found_inf if runs else None)
 
 
 def _skip(step: StepInput) -> bool:
@@ -149,7 +206,7 @@ def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, .
         raise RuntimeError(
             f"{step.spec.name} with state of every n-th element cannot be transformed by torch.func; let it keep all"
         )
-    made = _prepare(step, runs, None, None)
+    made = _prepare(step, _Found(runs, None), None)
     return [] if made is None else [(run, list(eager.evaluate_rows(run.bucket))) for run in runs]
 
 
@@ -163,11 +220,9 @@ def _found_infinities(step: StepInput) -> bool:
     return not on_device and bool(step.found_inf)
 
 
-def _prepare(
-    step: StepInput, runs: Sequence[BucketRun], exchange: Exchange | None, custom: CustomRun | None
-) -> StepInput | None:
+def _prepare(step: StepInput, found: _Found, exchange: Exchange | None) -> StepInput | None:
     """Prepare a step and return it, as all ranks know it; None if it is not to be made, and then no state is left."""
-    made = None
+    made, runs, custom = None, found.runs, found.custom
     try:
         with failures_told(step, exchange):
             _measure(step, runs, custom)
@@ -307,11 +362,14 @@ def _run_rows(engine: Engine, bucket: Bucket) -> None:
             tensor[i] = part
 
 
-def _release_grads(run: BucketRun) -> None:
+def _release_grads(runs: Sequence[BucketRun], custom: CustomParams | None) -> None:
     """Hold this step's gradients no longer."""
-    run.bucket.grads, run.bucket.gradient_addresses = [], None
-    if run.guard:
-        run.guard.release_grads()
+    for run in runs:
+        run.bucket.grads, run.bucket.gradient_addresses = [], None
+        if run.guard:
+            run.guard.release_grads()
+    if custom is not None:
+        custom.release_grads()
 
 
 # After the update

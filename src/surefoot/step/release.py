@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,53 +24,17 @@ from surefoot.step.clipping import forget_norm, keep_norm, listed
 from surefoot.step.context import StepContext
 from surefoot.step.inputs import StepInput
 from surefoot.step.mirrors import OF_PARAMS, Groups, MirroredGroups
-from surefoot.step.options import ReleaseOptions, Stepping
+from surefoot.step.options import ReleaseOptions, Stepping, check_changed
+from surefoot.step.pipeline import finish_part, run_step
 from surefoot.step.ranks import any_sharded
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.backward import OUTSIDE, backward_pass, call_at_end_of_backward
 from surefoot.tensors.guards import same_objects
+from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import to_local
 
 BUCKET_BYTES = 4 << 20
 """Bytes of gradients that are stepped together unless another size is asked for."""
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class PartialSteps:
-    """How some of an optimizer's parameters are stepped, by two of its methods; it does not keep the optimizer alive.
-
-    Args:
-        step_input: return all that a step of the optimizer is about.
-        make: `make(step, cache)` makes a step of the parameters in the groups of `step` that have a gradient; it
-            returns what the next step of the same may use again, and what telemetry is to get of them.
-    """
-
-    def __init__(
-        self,
-        step_input: Callable[[], StepInput],
-        make: Callable[[StepInput, StepCache | None], tuple[StepCache | None, list[ParamSlice]]],
-    ) -> None:
-        self._step_input, self._make = weakref.WeakMethod(step_input), weakref.WeakMethod(make)
-
-    @property
-    def possible(self) -> bool:
-        """Whether there is still an optimizer."""
-        return self._step_input() is not None
-
-    def step_input(self) -> StepInput:
-        """Return all that a step of the optimizer is about."""
-        return _living(self._step_input)()
-
-    def make(self, step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
-        """Make a step."""
-        return _living(self._make)(step, cache)
-
-
-def _living(method: "weakref.WeakMethod[Method]") -> Method:
-    found = method()
-    if found is None:
-        raise ReferenceError("the optimizer by which gradients were released is gone")
-    return found
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -200,14 +164,14 @@ class ReleasedGradients:
     def __init__(
         self,
         model: nn.Module,
-        partial_steps: PartialSteps,
+        step_input: Callable[[], StepInput],
         options: ReleaseOptions,
         *,
         micro_batches: int,
         bucket_bytes: int,
     ) -> None:
         self.micro_batches, self.bucket_bytes, self.options = micro_batches, bucket_bytes, options
-        self._model, self._partial_steps = model, partial_steps
+        self._model, self._find_step_input = model, weakref.WeakMethod(step_input)
         self._lock, self._members = Lock(), dict[Tensor, _Param]()
         self._active, self._accumulates = True, False
         self._params: list[Tensor] = []
@@ -215,7 +179,7 @@ class ReleasedGradients:
         self._group_options: list[Any] = []
         self._buckets: list[_Bucket] = []
         self._forget_iteration()
-        step = partial_steps.step_input()
+        step = step_input()
         refuse_release(step, model, options)
         self._follow(step)
         if not self._members:
@@ -224,6 +188,17 @@ class ReleasedGradients:
                 f"no parameter of {step.spec.name} that requires a gradient is one of the model's; pass the model that "
                 f"the optimizer trains"
             )
+
+    def _has_optimizer(self) -> bool:
+        """Return whether there is still an optimizer; it is not kept alive from here."""
+        return self._find_step_input() is not None
+
+    def _step_input(self) -> StepInput:
+        """Return all that a step of the optimizer is about."""
+        found = self._find_step_input()
+        if found is None:
+            raise ReferenceError("the optimizer by which gradients were released is gone")
+        return found()
 
     def _forget_iteration(self) -> None:
         self._open, self._backward, self._group_count = False, OUTSIDE, 0
@@ -236,7 +211,7 @@ class ReleasedGradients:
     @property
     def active(self) -> bool:
         """Whether gradients are released: until `remove` is called, or the optimizer is gone."""
-        return self._active and self._partial_steps.possible
+        return self._active and self._has_optimizer()
 
     def remove(self) -> None:
         """Release gradients no more; those that are there are left to `step`.  Calling it again does nothing."""
@@ -247,8 +222,8 @@ class ReleasedGradients:
             self._members.clear()
             self._buckets.clear()
             self._forget_iteration()
-            if self._partial_steps.possible:
-                forget_norm(self._partial_steps.step_input().groups)
+            if self._has_optimizer():
+                forget_norm(self._step_input().groups)
 
     def __enter__(self) -> Self:
         return self
@@ -296,7 +271,7 @@ class ReleasedGradients:
     def _begin(self) -> None:
         """Begin an iteration: take over what was changed of groups since the last one."""
         self._open = True
-        step = self._partial_steps.step_input()
+        step = self._step_input()
         self._follow(step)
         options, self._group_count = _options(step.groups), len(step.groups)
         if not same_objects(self._group_options, options):
@@ -354,7 +329,7 @@ class ReleasedGradients:
         for bucket in self._buckets:
             if bucket.filling and bucket.device == device:
                 return bucket
-        options = self._partial_steps.step_input().stepping.options
+        options = self._step_input().stepping.options
         self._buckets.append(_Bucket(Stepping(options), device))
         return self._buckets[-1]
 
@@ -378,11 +353,11 @@ class ReleasedGradients:
         if len(bucket.waiting) < len(bucket.members):
             for member in [each for each in bucket.members if not each.arrived and each.param.grad is not None]:
                 bucket.drop(member)  # it waits for more
-        whole = self._partial_steps.step_input()
-        step = whole._replace(groups=bucket.groups(whole.groups), stepping=bucket.stepping, whole=whole.groups)
+        whole = self._step_input()
+        step = whole._replace(groups=bucket.groups(whole.groups), stepping=bucket.stepping, whole=whole)
         step.stepping.context.wants_metrics = _is_measured(whole)
         cache, bucket.cache = bucket.cache, None
-        bucket.cache, slices = self._partial_steps.make(step, cache)
+        bucket.cache, slices = run_part(step, cache)
         self._slices += slices
         for member in bucket.waiting:
             member.param.grad = None
@@ -406,7 +381,7 @@ class ReleasedGradients:
                 "called again would step again; call backward before step(), or remove() the handle of "
                 "release_gradients"
             )
-        step = self._partial_steps.step_input()
+        step = self._step_input()
         if step.found_inf is not None:
             self.refuse_scaler()
         self._refuse_changed(step)
@@ -440,7 +415,7 @@ class ReleasedGradients:
         Raises:
             RuntimeError: see `before_step`.
         """
-        step = self._partial_steps.step_input()
+        step = self._step_input()
         stepping = step.stepping
         if not self._stepped or self.options.measures or stepping.options.requested() or not step.has_no_gradients():
             return False
@@ -459,7 +434,7 @@ class ReleasedGradients:
                 context.slices = sorted(slices, key=lambda part: rank.get(part.params[0], len(rank)))
                 context.start -= self._seconds
             if self.options.max_previous_grad_norm is not None:
-                keep_norm(self._partial_steps.step_input(), context.slices)
+                keep_norm(self._step_input(), context.slices)
             self.abandon()
 
     def before_zero_grad(self) -> None:
@@ -517,7 +492,31 @@ class ReleasedGradients:
         self._group_options, self._buckets = _options(step.groups), []
 
     def _name(self, member: _Param) -> str:
-        return listed([self._partial_steps.step_input().names()[member.param]])
+        return listed([self._step_input().names()[member.param]])
+
+
+def run_part(step: StepInput, cache: StepCache | None) -> tuple[StepCache | None, list[ParamSlice]]:
+    """Step the parameters in the groups of `step`, a part of an optimizer's, that have a gradient.
+
+    Args:
+        step: the step.
+        cache: what the last step of the same has left.
+
+    Returns:
+        What the next step of the same may use again, and what telemetry is to get of the parameters.
+    """
+    cache = None if cache is None else cache.of_now()
+    fast: Any = None if cache is None or step.grad_scale is not None or mode_is_active() else cache.fast
+    if fast and fast.run(step.groups, step.state, step.coefficients, lambda: step):
+        return cache, []
+    refuse_options(step)
+    check_changed(step.stepping, step.spec, step.groups)
+    context, measured = step.stepping.context, step.stepping.context.wants_metrics
+    context.begin()
+    context.wants_metrics = measured
+    with context:
+        cache = run_step(step, cache)
+        return cache, finish_part(step)
 
 
 def refuse_options(step: StepInput) -> None:

@@ -65,11 +65,24 @@ class Launch:
         """
         self.make_room(coefficients.shape)
         self.coefficients[:] = coefficients
+        measured = self.measure_into(reductions)
+        if self.work_items and kernel.checked:
+            self._check(kernel)
+        return self.run_again(kernel, measured, reductions)
+
+    def measure_into(self, reductions: Sequence[Reduction]) -> np.ndarray:
+        """Return the array into which kernels write from now on what they measure of each segment."""
         measured = np.zeros((len(self.segment_tensor), len(reductions)))
+        self.words[_MEASURED] = measured.ctypes.data if reductions else 0
+        return measured
+
+    def run_again(self, kernel: Kernel, measured: np.ndarray, reductions: Sequence[Reduction]) -> np.ndarray:
+        """Run a kernel, found sound, with the coefficients that are there; see `run`.
+
+        Returns:
+            What it measured, which may be the array of `measure_into`.
+        """
         if self.work_items:
-            self.words[_MEASURED] = measured.ctypes.data if reductions else 0
-            if kernel.checked:
-                self._check(kernel)
             threads = 1 if self.size < ONE_THREAD else min(thread_count(), self.work_items)
             self.start(kernel, threads)
         return measured if self.uncut else combined(reductions, measured, self.segment_tensor, len(self.rows))

@@ -273,8 +273,12 @@ def look(launch):
 
 
 def other_items(launch):
-    """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced."""
-    differing, pair, position = 0, load(launch + NAMES), load(launch + ANSWER)
+    """Count the items in which dicts differ from the pairs they had, in order, and the dicts that were replaced.
+
+    It notes how many values have been replaced, and of each where its pair stands.
+    """
+    differing, pair, position, noted = 0, load(launch + NAMES), load(launch + ANSWER), load(launch + HELD)
+    store(noted, 0)
     for index in range(0, load(launch + COUNT) * WORD, WORD):
         mapping, owner = load(load(launch + OBJECTS) + index), load(launch + RECORDS) + 2 * index
         if load(owner) and dict_lookup(load(launch + LOOKUP), load(owner), load(owner + WORD)) != mapping:
@@ -284,7 +288,10 @@ def other_items(launch):
         while call(int32, load(launch + WALK), mapping, position, position + WORD, position + 2 * WORD):
             if found < size:
                 differing += load(position + WORD) != load(pair + found * 2 * WORD)
-                differing += load(position + 2 * WORD) != load(pair + found * 2 * WORD + WORD)
+                if load(position + 2 * WORD) != load(pair + found * 2 * WORD + WORD):
+                    differing += 1
+                    store(noted, load(noted) + 1)
+                    store(noted + load(noted) * WORD, pair + found * 2 * WORD - load(launch + NAMES))
             found += 1
         differing += abs(found - size)
         pair += size * 2 * WORD

@@ -367,29 +367,43 @@ class DictGuard:
             _ids(part for each in items for pair in each.items() for part in pair),
             _ids(part for place in places for part in place) if places else nobody,
             np.zeros(3, dtype=np.int64),
+            np.zeros(1 + sum(map(len, items)), dtype=np.int64),
         ]
+        self._noted = memoryview(self._arrays[-1])  # type: ignore[arg-type]
         self._launch = _Launch(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
 
     def changed(self) -> bool:
         """Return whether an item has come, gone or been replaced."""
         return self._launch.run()
 
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, Any]]:
+        """Of each item the number of its dict and its key."""
+        return [(number, key) for number, items in enumerate(self._kept[1]) for key in items]
+
     def replaced(self) -> "list[Replaced] | None":
-        """Return the values that have been replaced; None if keys have come, gone or changed their order.
+        """Return the values that its launch has found replaced; None if keys have come, gone or changed their order.
 
         The values that were must still be there.
         """
-        found, position = [], 1
-        for number, (items, known) in enumerate(zip(*self._kept[:2], strict=True)):
-            if len(items) != len(known):
-                return None
-            for (key, value), (own, before) in zip(items.items(), known.items(), strict=True):
-                if key is not own:
-                    return None
-                if value is not before:
-                    found.append(Replaced(number, key, before, value, position))
-                position += 2
-        return found
+        count = self._noted[0]
+        if count != self._launch.slots[_RESULT]:
+            return None
+        return list(map(self._replaced, self._noted[1 : 1 + count]))
+
+    def _replaced(self, offset: int) -> "Replaced":
+        (dicts, items, _), place = self._kept, offset // WORD
+        number, key = self._places[place // 2]
+        return Replaced(number, key, items[number][key], dicts[number].get(key), place + 1)
+
+    def replaced_again(self, before: "Iterable[Replaced]") -> "list[Replaced]":
+        """Return those of values that have been replaced before that have been again."""
+        dicts, items, _ = self._kept
+        return [
+            Replaced(number, key, known, value, position)
+            for number, key, _, _, position in before
+            if (value := dicts[number].get(key)) is not (known := items[number][key])
+        ]
 
     def renew(self, replaced: "Iterable[Replaced]") -> None:
         """Compare with the values that have replaced others from now on."""
