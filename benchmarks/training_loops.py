@@ -190,18 +190,18 @@ class Nothing(Loop):
 
 
 class Experts(Loop):
-    """Sixteen layers of which each step uses two, drawn anew."""
+    """Eight layers of which each step uses two, drawn anew: 28 sets of parameters, which come again."""
 
     def __init__(self, module: Any, name: str, **options: Any) -> None:
         super().__init__(module, name, **options)
-        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=name != "Muon") for _ in range(16))
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=name != "Muon") for _ in range(8))
         self.optimizer.add_param_group({"params": list(self.experts.parameters())})
         self.generator = torch.Generator().manual_seed(0)
 
     def backward(self) -> None:
         """Make gradients of two."""
         self.optimizer.zero_grad()
-        first, second = torch.randperm(16, generator=self.generator)[:2].tolist()
+        first, second = torch.randperm(8, generator=self.generator)[:2].tolist()
         both = self.experts[first](torch.randn(16, 8)) + self.experts[second](torch.randn(16, 8))
         both.square().mean().backward()
 
