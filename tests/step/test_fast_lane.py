@@ -622,8 +622,7 @@ MOVES = {
 BY_MOVES = [
     *((name, options) for name in ("SGD", "AdamW") for options in ({}, {"foreach": True}, {"max_grad_norm": 0.3})),
     ("AdamW", {"state_dtype": "float8"}),
-    ("Muon", {}),
-    ("Adafactor", {}),
+    *((name, options) for name in ("Muon", "Adafactor") for options in ({}, {"max_grad_norm": 0.3})),
 ]
 
 
