@@ -420,7 +420,10 @@ class StepCache:
         if before.options is not None and before.pattern == self.pattern:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
-            self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
+            self.others = dict(before.others or {})
+            last = next(reversed(self.others.values()), None)
+            if last is not None and not last.has_same_state():
+                self.others = {key: other for key, other in self.others.items() if other.has_same_state()}
             while len(self.others) >= _MOST_PATTERNS or sum(map(StepCache.size, self.others.values())) > _MOST_PARAMS:
                 self.others.pop(next(iter(self.others)))
 
