@@ -279,7 +279,8 @@ class FastLane:
                 return False
             if self._scheduled and (replaced := self._options.replaced_again(self._scheduled)):
                 self._take_numbers(replaced)
-            if (found := self._look(step)) is not None:
+            found = self._look()
+            if found is not None and (found := self._look_again(found, step)) is not None:
                 self._leave(found)
                 return False
             try:
@@ -295,16 +296,15 @@ class FastLane:
                 self._stepping.statistics.steps += 1
         return True
 
-    def _look(self, step: Callable[[], StepInput]) -> Any:
-        """Look at all that may have changed; return the launch that finds something that is not settled, or None."""
-        found = self._find()
-        return self._find() if found is not None and self._are_settled(found, step) else found
-
-    def _find(self) -> Any:
-        """Return the launch that finds something, or None."""
+    def _look(self) -> Any:
+        """Look at all that may have changed; return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
+
+    def _look_again(self, found: Any, step: Callable[[], StepInput]) -> Any:
+        """Return what is found when options are settled, if it was these, else what was found."""
+        return self._look() if self._are_settled(found, step) else found
 
     def _are_settled(self, found: Any, step: Callable[[], StepInput]) -> bool:
         """Return whether what was found are options that ask for the same step with other numbers, taken over now."""
