@@ -155,6 +155,13 @@ CASES = {
     "gradient of a subclass where memory is not a plain line": after_a_step(
         "adamax", ("gradient of subclass", 0, 0, 0), kinds=(Kind(8, 4),)
     ),
+    "gradient of a subclass, measured for a custom step": Case(
+        "combined clipped",
+        "default",
+        (Kind(8, 4),),
+        (Round(), Round(moves=(("gradient of subclass", 7, 2, 48),))),
+        seed=1,
+    ),
     "gradient of a subclass after another has been stepped": after_a_step(
         "clamped", ("gradient of subclass", 1, 0, 0), kinds=(Kind(0, 0), Kind(2, 3))
     ),

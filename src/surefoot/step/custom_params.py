@@ -15,7 +15,7 @@ from surefoot.step.clipping import measure_gradients
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_guard
-from surefoot.tensors.memory import has_address, is_plain, shared_memory
+from surefoot.tensors.memory import PLAIN, has_address, is_plain, shared_memory
 from surefoot.tensors.shards import to_local
 
 
@@ -123,8 +123,7 @@ class CustomParams:
         if self._measuring is None:
             self._measuring = [_measuring(part.params, own) for part, own in zip(self.slices, grads, strict=True)]
         addresses = self.addresses() if self.guards is not None else [None] * len(grads)
-        every = zip(self._measuring, grads, addresses, strict=True)
-        return [measure_gradients(own) if bucket is None else _measured(bucket, own, at) for bucket, own, at in every]
+        return list(map(_measured, self._measuring, grads, addresses))
 
     def addresses(self) -> list[np.ndarray]:
         """Return where the gradients of each group are that the guards hold."""
@@ -148,8 +147,10 @@ def _measuring(params: list[Tensor], grads: list[Tensor]) -> Bucket | None:
     return bucket if cpu.supports(bucket) is None else None
 
 
-def _measured(bucket: Bucket, grads: list[Tensor], addresses: np.ndarray | None) -> Tensor:
-    """Return what a kernel measures of gradients, at these addresses if known, and hold none of them."""
+def _measured(bucket: Bucket | None, grads: list[Tensor], addresses: np.ndarray | None) -> Tensor:
+    """Return what is measured of gradients, by a kernel if it can, at these addresses if known; hold none of them."""
+    if bucket is None or not all(type(grad) in PLAIN for grad in grads):
+        return measure_gradients(grads)
     bucket.grads = grads
     if bucket.plan is not None:
         bucket.gradient_addresses = addresses

@@ -328,7 +328,9 @@ class FastLane:
         with self._stepping.context.lock.now:
             if self._scheduled and (replaced := self._options.replaced_again(self._scheduled)):
                 self._take_numbers(replaced)
-            found = self._look(step)
+            found = self._look()
+            while found is not None and self._are_settled(found, step):
+                found = self._look()
             if found is not None and not self._lacks_all_gradients(found):
                 self._release()
                 return False
@@ -358,15 +360,8 @@ class FastLane:
         self._spec.check_groups(self._groups)
         return all(spec.settle_flags(group) == flags for spec, group, flags in self._flags)
 
-    def _look(self, step: Callable[[], StepInput]) -> Any:
-        """Look at all that may have changed; return the launch that finds something that is not settled, or None."""
-        found = self._find()
-        while found is not None and self._are_settled(found, step):
-            found = self._find()
-        return found
-
-    def _find(self) -> Any:
-        """Return the launch that finds something, or None."""
+    def _look(self) -> Any:
+        """Look at all that may have changed; return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
