@@ -1,4 +1,4 @@
-"""Steps of a small model in the loops that people write: schedules, closures, hooks, gradients that come and go.
+"""Steps of a small model in the loops that people write: schedules, closures, hooks, gradients and memory that change.
 
     python benchmarks/training_loops.py                     # every loop with SGD, AdamW, Muon and Adafactor
     python benchmarks/training_loops.py --optimizer AdamW --loop schedule "two losses"
@@ -135,6 +135,77 @@ class Frozen(Loop):
             self.params[0].grad = None
 
 
+class RateInTensor(Loop):
+    """A rate that stands in a tensor, which is changed in place before every step."""
+
+    def __init__(self, module: Any, name: str, **options: Any) -> None:
+        super().__init__(module, name, **options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(1e-3)
+
+    def step(self) -> None:
+        """Make what is timed."""
+        self.optimizer.param_groups[0]["lr"].mul_(0.999)
+        self.optimizer.step()
+
+
+class OtherMemory(Loop):
+    """Parameters that are handed other memory before every step, as averaging and communication do."""
+
+    def backward(self) -> None:
+        """Make gradients."""
+        super().backward()
+        for param in self.params:
+            param.data = param.data.clone()
+
+
+class Vector(Loop):
+    """Parameters that are copied into a vector and read from it before every step."""
+
+    def backward(self) -> None:
+        """Make gradients."""
+        super().backward()
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(self.params).detach(), self.params)
+
+
+class Transposed(Loop):
+    """Gradients of matrices that are laid out by columns, as those are that are not made by a backward pass."""
+
+    def backward(self) -> None:
+        """Make gradients."""
+        super().backward()
+        for param in self.params:
+            if param.dim() > 1:
+                param.grad = param.grad.t().contiguous().t()
+
+
+class Nothing(Loop):
+    """A step without gradients before each that is timed."""
+
+    def backward(self) -> None:
+        """Make gradients."""
+        self.optimizer.zero_grad()
+        self.optimizer.step()
+        super().backward()
+
+
+class Experts(Loop):
+    """Eight layers of which each step uses two, drawn anew: 28 sets of parameters, which come again."""
+
+    def __init__(self, module: Any, name: str, **options: Any) -> None:
+        super().__init__(module, name, **options)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=name != "Muon") for _ in range(8))
+        self.optimizer.add_param_group({"params": list(self.experts.parameters())})
+        self.generator = torch.Generator().manual_seed(0)
+
+    def backward(self) -> None:
+        """Make gradients of two."""
+        self.optimizer.zero_grad()
+        first, second = torch.randperm(8, generator=self.generator)[:2].tolist()
+        both = self.experts[first](torch.randn(16, 8)) + self.experts[second](torch.randn(16, 8))
+        both.square().mean().backward()
+
+
 LOOPS: dict[str, tuple[Callable[..., Loop], dict[str, Any]]] = {
     "plain": (Loop, {}),
     "schedule": (Scheduled, {}),
@@ -144,6 +215,12 @@ LOOPS: dict[str, tuple[Callable[..., Loop], dict[str, Any]]] = {
     "frozen at first": (Frozen, {}),
     "foreach=True": (Loop, {"foreach": True}),
     "foreach=False": (Loop, {"foreach": False}),
+    "rate in a tensor": (RateInTensor, {}),
+    "other memory": (OtherMemory, {}),
+    "vector": (Vector, {}),
+    "transposed": (Transposed, {}),
+    "nothing between": (Nothing, {}),
+    "experts": (Experts, {}),
     "clipped": (Loop, {"max_grad_norm": 1.0}),
 }
 

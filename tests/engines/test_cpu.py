@@ -17,7 +17,7 @@ from surefoot.codegen import threads
 from surefoot.codegen.processor import host
 from surefoot.engines import eager
 from surefoot.engines.checked import checked
-from surefoot.engines.cpu import plan
+from surefoot.engines.cpu import copied, launch, plan
 from surefoot.engines.cpu.source import Layout, print_kernel
 from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
@@ -60,7 +60,7 @@ def raising():
 def test_an_error_in_a_kernel_raises(count, portable, monkeypatch):
     if portable:
         monkeypatch.setattr(threads, "_openmp", lambda: None)
-    monkeypatch.setattr(plan, "thread_count", lambda: count)
+    monkeypatch.setattr(launch, "thread_count", lambda: count)
     optimizer, params = make(surefoot.Adam)
     train(optimizer, params)
     optimizer._step_cache.fast = False
@@ -232,7 +232,7 @@ def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
         monkeypatch.setattr(threads, "_openmp", lambda: None)
     results = []
     for count in (1, 2, 3):
-        monkeypatch.setattr(plan, "thread_count", lambda count=count: count)
+        monkeypatch.setattr(launch, "thread_count", lambda count=count: count)
         results.append(train(*make(dtype=dtype)))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -243,7 +243,7 @@ def test_same_bits_for_any_number_of_threads(monkeypatch, dtype, portable):
 def test_same_bits_however_the_work_is_cut(monkeypatch, chunk):
     sizes = (1, 5, 1003, 4096)
     expected = train(*make(surefoot.NAdam, sizes))
-    monkeypatch.setattr(plan, "CHUNK", chunk)
+    monkeypatch.setattr(launch, "CHUNK", chunk)
     assert all(map(torch.equal, expected, train(*make(surefoot.NAdam, sizes))))
 
 
@@ -258,15 +258,15 @@ def test_a_forked_child_uses_one_thread(monkeypatch):
 
 
 def test_work_items_cover_every_element_once():
-    sizes = np.array([0, 1, plan.CHUNK, 0, 5 * plan.CHUNK + 3, 2, 2, 0])
-    tensor, start, size = plan._segments(sizes)
+    sizes = np.array([0, 1, launch.CHUNK, 0, 5 * launch.CHUNK + 3, 2, 2, 0])
+    tensor, start, size = launch._segments(sizes)
     covered = [set() for _ in sizes]
     for t, first, count in zip(tensor, start, size, strict=True):
         new = set(range(first, first + count))
         assert not covered[t] & new
         covered[t] |= new
     assert [len(elements) for elements in covered] == sizes.tolist()
-    first = plan._work_items(size)
+    first = launch._work_items(size)
     assert first[0] == 0
     assert first[-1] == len(size)
     assert (np.diff(first) > 0).all()
@@ -274,7 +274,7 @@ def test_work_items_cover_every_element_once():
 
 def test_pieces_cover_every_element_once():
     base = torch.zeros(7, 2, 30, 3).transpose(0, 2)
-    for (piece,) in plan.tiles([base], 11):
+    for (piece,) in copied.cut([base], 11):
         assert piece.numel() <= 11
         piece.add_(1)
     assert (base == 1).all()

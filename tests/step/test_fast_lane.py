@@ -12,6 +12,7 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
+from surefoot.engines.cpu import copied
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
@@ -107,6 +108,29 @@ def test_schedules_of_one_group_change_its_numbers_only_and_take_it(name, monkey
         train(optimizer, steps=2)
         results.append(params)
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Lion"])
+def test_numbers_in_tensors_take_it_with_the_bits_of_the_pipeline(name, monkeypatch):
+    results = []
+    for telemetry in (False, True):  # what is measured goes through the pipeline
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        decay = torch.tensor(0.1, dtype=torch.float64)
+        groups = [{"params": params[:2], "weight_decay": decay}, {"params": params[2:], "lr": torch.tensor(0.2)}]
+        optimizer = train(getattr(surefoot, name)(groups, lr=torch.tensor(0.1), telemetry=telemetry), steps=3)
+        for step in range(6):
+            optimizer.param_groups[step % 2]["lr"].fill_(0.0 if step == 3 else 0.1 / (step + 2))
+            decay.data = torch.tensor(0.1 / (step + 1), dtype=torch.float64)
+            set_grads(optimizer, step)
+            with monkeypatch.context() as patched:
+                if not telemetry:
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        decay.zero_()  # which is another update
+        train(optimizer, steps=3)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon", "Adafactor"])
@@ -247,6 +271,64 @@ def test_gradients_that_come_and_go_make_buckets_a_few_times(foreach, which, mon
         optimizer.step()
     assert len(made) <= 10
     assert through == [] or foreach
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "NAdam", "Lion"])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"max_grad_norm": 0.3}, {"rounding": "stochastic"}])
+def test_parameters_that_have_taken_unlike_steps_take_it_with_the_bits_of_the_pipeline(options, name, monkeypatch):
+    if options.get("foreach") and name == "Lion":
+        options = {"foreach": True, "weight_decay": 0.1}
+    results, dtype = [], torch.bfloat16 if "rounding" in options else torch.float32
+    for forget in (False, True):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).to(dtype)) for i in range(1, 7)]
+        groups = [{"params": params[:2], "lr": 0.2}, {"params": params[2:]}]
+        optimizer = getattr(surefoot, name)(groups, lr=0.1, **options)
+        for step in range(14):
+            set_grads(optimizer, step)
+            for position in range(5 - step):
+                params[position].grad = None
+            if step == 10 and name in ("AdamW", "NAdam"):  # counts become the same, and others
+                for entry in list(optimizer.state.values())[:3]:
+                    entry["step"].fill_(7)
+            with monkeypatch.context() as patched:
+                if forget:
+                    optimizer._step_cache = None
+                elif step > 6:
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        results.append((params, [dict(optimizer.state[param]) for param in params]))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert one.detach().view(torch.int16).equal(other.detach().view(torch.int16))
+    torch.testing.assert_close(*(state for _, state in results), rtol=0, atol=0)
+
+
+def test_a_hundred_sets_of_parameters_with_gradients_are_known_again(monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(16)]
+    optimizer, pairs = surefoot.AdamW(params), [(i, j) for i in range(15) for j in range(i + 1, min(i + 8, 16))]
+    for again in range(4):
+        if again == 3:
+            monkeypatch.setattr(optimizer_module, "run_step", None)
+        for pair in pairs:
+            optimizer.zero_grad()
+            for position in pair:
+                params[position].grad = torch.ones(3)
+            optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [
+        4 * sum(position in pair for pair in pairs) for position in range(16)
+    ]
+
+
+def test_no_more_caches_are_kept_than_come_to_so_many_parameters(monkeypatch):
+    monkeypatch.setattr("surefoot.step.cache._MOST_PARAMS", 6)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    optimizer = surefoot.AdamW(params)
+    for step in range(30):
+        set_grads(optimizer, step)
+        for position in range(4):
+            params[position].grad = None if step * 7 >> position & 1 else params[position].grad
+        optimizer.step()
+        kept = optimizer._step_cache.others or {}
+        assert sum(len(run.params) for cache in kept.values() for run in cache.runs) <= 6
 
 
 def test_caches_of_gradients_that_come_and_go_are_dropped_when_these_stay():
@@ -439,7 +521,7 @@ def test_many_tensors_take_it_guarded_by_several_threads(change, two_threads):
     assert optimizer._step_cache.runs[0].guard.tensors.needs_threads
     for pair in pairs:
         change_one(change, *pair)
-    assert takes_fast_lane(optimizer) == (change in ("nothing", "rate", "counts"))
+    assert takes_fast_lane(optimizer) == (change not in ("gradient", "state", "state lost"))
     pairs[1][0].step()
     for one, _ in pairs:
         train(one, first=80, steps=2)
@@ -496,6 +578,197 @@ def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(look
     param.grad = flat[2:6]
     with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("looking", ["compiled", "plain"])
+def test_a_gradient_that_moves_to_the_parameter_of_another_bucket_is_refused(looking, monkeypatch):
+    if looking == "plain":
+        monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = train(surefoot.SGD([{"params": params[:1]}, {"params": params[1:], "maximize": True}]), steps=4)
+    set_grads(optimizer, 5)
+    params[0].grad = params[1].data
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
+        optimizer.step()
+
+
+MOVES = {
+    "each": lambda params, _: [setattr(param, "data", param.data.clone()) for param in params],
+    "one": lambda params, _: setattr(params[2], "data", params[2].data.clone()),
+    "a vector": lambda params, _: torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(params).detach().clone(), params
+    ),
+    "backwards": lambda params, _: [
+        setattr(param, "data", part.view_as(param).copy_(param.detach()))
+        for param, part in zip(reversed(params), torch.zeros(24).split(6), strict=True)
+    ],
+    "storage": lambda params, _: params[1].data.set_(params[1].data.clone()),
+    "slots": lambda _, state: [
+        setattr(entry[name], "data", entry[name].clone())
+        for entry in state.values()
+        for name in entry
+        if name != "step"
+    ],
+    "counts": lambda _, state: [
+        setattr(entry["step"], "data", entry["step"].clone()) for entry in state.values() if "step" in entry
+    ],
+    "over one another": lambda params, _: params[3].data.set_(params[0].data),
+    "over one another in part": lambda params, _: params[3].data.set_(
+        torch.cat([params[0].detach().ravel(), torch.ones(3)])[3:].view(2, 3)
+    ),
+}
+
+
+BY_MOVES = [
+    *((name, options) for name in ("SGD", "AdamW") for options in ({}, {"foreach": True}, {"max_grad_norm": 0.3})),
+    ("AdamW", {"state_dtype": "float8"}),
+    *((name, options) for name in ("Muon", "Adafactor") for options in ({}, {"max_grad_norm": 0.3})),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BY_MOVES)
+@pytest.mark.parametrize("move", list(MOVES))
+def test_tensors_that_move_are_stepped_where_they_are(options, move, name):
+    results = []
+    for moves in (MOVES[move], None):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+        groups = [{"params": params[:2], "weight_decay": 0.5}, {"params": params[2:]}]
+        own = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = train(getattr(surefoot, name)(groups, lr=0.1, **own, **options), steps=4)
+        kept = [params[3].data]
+        for step in range(5):
+            if step < 3 and (moves or "over" in move):
+                MOVES[move](params, optimizer.state)
+            kept += [param.data for param in params]  # whose memory must not be given to gradients before it is moved
+            if moves is None:
+                optimizer._step_cache = None
+            train(optimizer, first=step, steps=1)
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
+@pytest.mark.parametrize(("name", "options"), BY_MOVES)
+@pytest.mark.parametrize("move", ["each", "one", "a vector", "backwards", "storage", "slots"])
+def test_tensors_that_have_moved_take_it(move, options, name, monkeypatch):
+    params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 5)]
+    groups = [{"params": params[:2], "weight_decay": 0.5}, {"params": params[2:]}]
+    optimizer = train(getattr(surefoot, name)(groups, lr=0.1, **options), steps=4)
+    monkeypatch.setattr(optimizer_module, "run_step", None)
+    for step in range(4):
+        MOVES[move](params, optimizer.state)
+        train(optimizer, first=step, steps=1 + step % 2)
+
+
+LAID_OUT = {
+    "transposed": lambda grad: grad.mT.contiguous().mT,
+    "expanded": lambda grad: grad[..., :1].expand(grad.shape),
+    "in a wider one": lambda grad: torch.nn.functional.pad(grad, (1, 2))[..., 1:-2],
+}
+
+
+NO_MEMORY = [("parameter", "expanded"), ("slots", "expanded")]
+
+
+def lay_out(of, change, optimizer, params):
+    """Lay out parameters, slots or gradients otherwise, of all parameters but the first."""
+    for param in params[1:]:
+        if of == "gradient":
+            param.grad = change(param.grad)
+        elif of == "parameter":
+            param.data = change(param.data)
+        else:
+            entry = optimizer.state[param]
+            entry |= {key: change(value) for key, value in entry.items() if value.dim()}
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "AdamW", "Lion"])
+@pytest.mark.parametrize(
+    ("of", "laid_out"),
+    [(of, kind) for of in ("gradient", "parameter", "slots") for kind in LAID_OUT if (of, kind) not in NO_MEMORY],
+)
+def test_tensors_that_are_laid_out_otherwise_take_it(of, laid_out, name, monkeypatch):
+    monkeypatch.setattr(copied, "TILE", 30)
+    results = []
+    for change in (LAID_OUT[laid_out], lambda tensor: LAID_OUT[laid_out](tensor).contiguous()):
+        params = [torch.nn.Parameter(torch.linspace(-1, i, 6 * i).view(2, 3, i)) for i in range(1, 5)]
+        optimizer = train(getattr(surefoot, name)(params, lr=0.1), steps=3)
+        for step in range(5):
+            set_grads(optimizer, step)
+            params[0].grad.requires_grad_()
+            if of == "gradient" or step == 0:
+                lay_out(of, change, optimizer, params)
+            if step == 4:
+                params[1].data = params[1].data.clone(memory_format=torch.preserve_format)
+            with monkeypatch.context() as patched:
+                if step > 1 and (step < 4 or laid_out == "transposed"):
+                    patched.setattr(optimizer_module, "run_step", None)
+                optimizer.step()
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert one.detach().contiguous().view(torch.int32).equal(other.detach().view(torch.int32))
+
+
+def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
+    param = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer, storages = surefoot.SGD([param], lr=0.1), []
+    for _ in range(4):
+        param.grad = torch.ones(3, 2).t()
+        storages.append(weakref.ref(param.grad.untyped_storage()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [storage() for storage in storages] == [None] * 4
+
+
+def test_a_parameter_that_moves_to_its_gradient_is_refused():
+    optimizer, params = started()
+    params[0].data = params[0].grad
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(5,\) shares memory"):
+        optimizer.step()
+
+
+def test_a_parameter_that_moves_to_less_memory_is_refused():
+    optimizer, params = started()
+    params[0].data = params[0].data.clone()
+    params[0].untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match="has lost memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_a_step_without_gradients_leaves_what_is_kept_of_custom_steps(name, monkeypatch):
+    optimizer, _ = started(getattr(surefoot, name), sizes=[(2, 3)])
+    for step in range(4):
+        with monkeypatch.context() as patched:
+            patched.setattr(optimizer_module, "run_step", None)
+            train(optimizer, first=step, steps=1)
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"telemetry": True}])
+def test_a_step_without_gradients_leaves_buckets_as_they_are(options, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}]
+    optimizer, made = surefoot.AdamW(groups, **options), []
+    monkeypatch.setattr(pipeline, "partition", lambda step: made.append(step) or partition(step))
+    for step in range(12):
+        set_grads(optimizer, step)
+        if step % 3 == 0:
+            optimizer.zero_grad()
+        elif step > 6:
+            params[step % 2].grad = None
+        optimizer.step()
+    assert len(made) == 3
+    assert optimizer.step_statistics.steps == 12
+    assert [optimizer.state[param]["step"].item() for param in params] == [6, 6, 8]
+    before = [param.detach().clone() for param in params]
+    optimizer.zero_grad()
+    params[2].data = params[2].data.clone()
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+    train(optimizer, steps=2)
+    assert not torch.equal(params[2], before[2])
 
 
 def test_buckets_of_all_sizes_are_stepped_in_their_order():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surefoot
-from surefoot.engines.cpu import plan
+from surefoot.engines.cpu import launch
 
 BF16, F16 = torch.bfloat16, torch.float16
 ELEMENTWISE = {
@@ -128,9 +128,9 @@ def test_every_rule_takes_short_numbers(cls):
 def test_threads_and_chunks_change_no_bit(dtype, options, monkeypatch):
     shapes, results = ((300, 128), (211, 101)), []
     for count, chunk in ((1, 16384), (2, 1024)):
-        monkeypatch.setattr(plan, "CHUNK", chunk)
-        monkeypatch.setattr(plan, "ONE_THREAD", 0)
-        monkeypatch.setattr(plan, "thread_count", lambda count=count: count)
+        monkeypatch.setattr(launch, "CHUNK", chunk)
+        monkeypatch.setattr(launch, "ONE_THREAD", 0)
+        monkeypatch.setattr(launch, "thread_count", lambda count=count: count)
         params, optimizer = make("AdamW", dtype, shapes, **options)
         train(params, optimizer)
         results.append(everything(params, optimizer))

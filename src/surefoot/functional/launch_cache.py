@@ -21,7 +21,7 @@ from surefoot.step.device import refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.guards import are_on_host
-from surefoot.tensors.memory import PLAIN, bytes_spanned
+from surefoot.tensors.memory import PLAIN, bytes_spanned, spans_are_apart
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.native import guards as native
 
@@ -124,10 +124,7 @@ class ListLaunch:
         """Return whether no two tensors share memory; if so, take over their addresses."""
         if np.array_equal(addresses, self._apart):
             return True
-        order = np.argsort(addresses)
-        start = addresses[order]
-        end = start + self._spans[order]
-        apart = bool((start[1:] >= np.maximum.accumulate(end)[:-1]).all())
+        apart = spans_are_apart(addresses, self._spans)
         self._apart = addresses.copy() if apart else np.zeros(0, dtype=np.int64)
         return apart
 

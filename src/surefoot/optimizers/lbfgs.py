@@ -385,10 +385,10 @@ class _Guard:
         """Return whether these are the parameters, and they and their gradients are as they were."""
         if not same_objects(self._params, params):
             return False
-        if self._looks is not None and not self._guard.is_over:
+        if self._looks is not None:
             found = self._looks.run()
             if found:
-                self._guard.note(changed=True)
+                self._guard.release_grads()
             return not found
         holds = not self._guard.changed()
         self._guard.release_grads()

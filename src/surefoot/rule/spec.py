@@ -120,6 +120,10 @@ class AlgorithmSpec:
         sampled = [slot.is_sampled(group) for slot in self.slots if slot.sampled]
         return (*found, (SAMPLED, any(sampled))) if sampled else found
 
+    def has_flags_in_tensors(self, group: Mapping[str, Any]) -> bool:
+        """Return whether flags of a group may change while its options stay the same objects."""
+        return any(isinstance(group.get(name), Tensor) for name in (*COMMON_FLAGS, *self.flags))
+
 
 def _truth(group: Mapping[str, Any], value: Any) -> bool:
     """Return whether a flag is on; a tensor that cannot be read, or only by waiting for a device, counts as on."""

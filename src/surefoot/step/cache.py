@@ -26,8 +26,15 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
-from surefoot.tensors.memory import PLAIN, is_plain
+from surefoot.tensors.guards import (
+    are_on_host,
+    make_dict_guard,
+    make_guard,
+    make_scalar_io,
+    same_objects,
+    share_written,
+)
+from surefoot.tensors.memory import PLAIN, has_memory, is_plain
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
@@ -54,7 +61,7 @@ class BucketGuard:
         held = [] if _are_replaced(run) else [scalar.name for scalar in scalars]
         sampled = run.bucket.rule.sampled
         others = (*run.bucket.rule.number_slots, *(sampled.slots if sampled else ()))
-        names = [*held, *slots, *(slot.name for slot in others)]
+        names = [*slots, *held, *(slot.name for slot in others)]
         entries = {name: [entry[name] for entry in run.entries] for name in names}
         self._shards: ShardGuard | None = None
         busy = run.engine is cpu and needs_threads(run.bucket.params)
@@ -69,6 +76,11 @@ class BucketGuard:
             gradients = not run.sparse and given is None
             self.tensors = make_guard(columns, run.entries, names, gradients=gradients, given=given, threads=busy)
         self._derived = run.derives_grads()
+        on_host = run.engine is not gpu and run.params[0].is_cpu
+        own = on_host and not (run.sparse or self._derived or self._shards is not None)
+        self._can_move = own and type(self.tensors) is TensorGuard
+        self._arrays = 2 + len(slots)
+        self._fixed = self._can_move and self.tensors.places[0][self._arrays :].tobytes()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
         self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
@@ -125,6 +137,22 @@ class BucketGuard:
             names = [functools.partial(run.bucket.row_name, row) for row in range(len(grads))]
             run.bucket.grads = list(map(admit_rows, grads, names))
         return same
+
+    @property
+    def can_move(self) -> bool:
+        """Return whether its tensors may be readmitted elsewhere."""
+        return self._can_move
+
+    def readmit(self, run: BucketRun) -> bool:
+        """Take over where parameters and slots are now; return False if other tensors of state have moved."""
+        addresses = self.tensors.places[0]
+        if addresses[self._arrays :].tobytes() != self._fixed:
+            self.tensors.end()
+            return False
+        if run.bucket.plan is not None:
+            run.bucket.plan.move(addresses[: self._arrays])
+        self.tensors.readmit()
+        return True
 
     def count_versions(self) -> None:
         """Tell autograd that sharded tensors have been written; the engine tells it of their shards."""
@@ -210,10 +238,15 @@ class OptionsGuard:
         lists = [group.get(name) for group in step.groups for name in UNREAD]
         self._constant = all(is_constant(each) or any(each is held for held in lists) for each in self._seen)
 
-    @property
-    def are_constant(self) -> bool:
-        """Return whether options can change by being replaced only."""
-        return self._constant
+    def are_numbers(self, step: StepInput) -> bool:
+        """Return whether options that can change in place are numbers of the update, in tensors of the host."""
+        if self._constant or not is_constant(step.stepping.options.max_grad_norm):
+            return self._constant
+        return all(
+            is_constant(value) or name in UNREAD or (_is_read(name, step.spec.of(group)) and _is_on_host(value))
+            for group in step.groups
+            for name, value in group.items()
+        )
 
     def same(self, step: StepInput) -> bool:
         """Return whether nothing can have changed: the same objects, none of which can change its value."""
@@ -254,6 +287,15 @@ def is_constant(value: object) -> bool:
     return simple or (type(value) is tuple and all(map(is_constant, value)))
 
 
+def _is_on_host(value: object) -> bool:
+    """Return whether an option is a number in a 0-d tensor of the host, or such numbers and constants."""
+    if type(value) is tuple:
+        return all(is_constant(each) or _is_on_host(each) for each in value)
+    if not (isinstance(value, Tensor) and is_plain(value) and value.is_floating_point()):
+        return False
+    return value.is_cpu and not value.dim() and has_memory(value)
+
+
 def _is_discrete(value: object) -> bool:
     parts = value if type(value) is tuple else (value,)
     return is_constant(value) and not any(isinstance(each, _REAL) for each in parts)
@@ -272,9 +314,18 @@ def are_numbers_of_update(replaced: Iterable[Replaced], specs: Sequence[Algorith
 
 
 def _is_number_of_update(replaced: Replaced, specs: Sequence[AlgorithmSpec]) -> bool:
-    of_group = replaced.number < len(specs) and specs[replaced.number].flags_of is None
-    named = isinstance(replaced.key, str) and replaced.key not in _STEP_OPTIONS
-    return of_group and named and _are_alike(replaced.before, replaced.value)
+    of_group = replaced.number < len(specs) and _is_of_update(replaced.key, specs[replaced.number])
+    return of_group and _are_alike(replaced.before, replaced.value)
+
+
+def _is_read(name: object, spec: AlgorithmSpec) -> bool:
+    """Return whether a number of this name in a tensor is read at every step; custom steps may keep what it was."""
+    return spec.update is not None and _is_of_update(name, spec)
+
+
+def _is_of_update(name: object, spec: AlgorithmSpec) -> bool:
+    """Return whether a real number of this name decides nothing but the numbers of the update, while it is as true."""
+    return isinstance(name, str) and name not in _STEP_OPTIONS and spec.flags_of is None
 
 
 def _are_alike(before: object, value: object) -> bool:
@@ -284,8 +335,10 @@ def _are_alike(before: object, value: object) -> bool:
     return isinstance(before, _REAL) and isinstance(value, _REAL) and bool(before) == bool(value)
 
 
-_MOST_PATTERNS = 8
+_MOST_PATTERNS = 128
 """For how many sets of parameters with gradients a cache is kept."""
+_MOST_PARAMS = 1 << 14
+"""Of how many parameters, all sets counted, beside the last one."""
 _ALIKE = 64
 """After how many steps with the same ones the caches of others are dropped."""
 
@@ -303,6 +356,7 @@ class StepCache:
         items: guards its items.
         runs: the buckets; none if they cannot be used again.
         custom: the parameters of custom steps; None if there are none, or if nothing can guard them.
+        written: where they write, if native guards see it.
         fast: the fast lane; None as long as none was asked for that could serve, False where there can be none.
         pattern: which parameters have gradients, see `_pattern_of`.
         others: the caches of steps in which others had some, by their patterns; None as long as that has not changed.
@@ -317,6 +371,7 @@ class StepCache:
     items: Any = None
     runs: list[BucketRun] = field(default_factory=list)
     custom: CustomParams | None = None
+    written: Any = None
     fast: Any = None
     pattern: bytes = b""
     others: "dict[bytes, StepCache] | None" = None
@@ -352,6 +407,7 @@ class StepCache:
         items = make_dict_guard([cast("dict[Any, Any]", step.state)])
         pattern = _pattern_of(params)
         made = cls(options, groups, params, idle, step.state, items, kept_runs, kept_custom, pattern=pattern)
+        made.written = share_written(made.guards())
         if before is not None:
             made._succeed(before)
         return made
@@ -364,21 +420,21 @@ class StepCache:
         if before.options is not None and before.pattern == self.pattern:
             return  # what has changed concerns all
         if before.others is not None or before.pattern != self.pattern:
-            self.others = {key: other for key, other in (before.others or {}).items() if other.has_same_state()}
-            while len(self.others) >= _MOST_PATTERNS:
+            self.others = dict(before.others or {})
+            last = next(reversed(self.others.values()), None)
+            if last is not None and not last.has_same_state():
+                self.others = {key: other for key, other in self.others.items() if other.has_same_state()}
+            while len(self.others) >= _MOST_PATTERNS or sum(map(StepCache.size, self.others.values())) > _MOST_PARAMS:
                 self.others.pop(next(iter(self.others)))
+
+    def size(self) -> int:
+        """Return how many parameters it is about."""
+        parts = [*(run.slice for run in self.runs), *(self.custom.slices if self.custom else ())]
+        return sum(len(part.params) for part in parts)
 
     def has_same_state(self) -> bool:
         """Return whether the state still has what was stepped."""
-        if self.items.changed():
-            return False
-        return all(
-            entry.get(slot.name) is tensor
-            for run in self.runs
-            if not is_sharded(run.params[0])
-            for slot, column in zip(run.bucket.rule.slots, run.bucket.slots, strict=True)
-            for entry, tensor in zip(run.entries, column, strict=True)
-        )
+        return not self.items.changed() and all(guard.has_entries() for guard in self.guards())
 
     def of_now(self) -> "StepCache":
         """Return the cache for the parameters that have gradients now, an empty one if there is none; keep that one.
@@ -388,7 +444,7 @@ class StepCache:
         """
         if self.others is None:
             return self
-        if (now := _pattern_of(self.params)) == self.pattern:
+        if (now := _pattern_of(self.params)) == self.pattern or not any(now):
             self.alike += 1
             if self.alike > _ALIKE:
                 self.others = None
@@ -402,7 +458,11 @@ class StepCache:
         return found
 
     def revalidate(self, step: StepInput) -> bool:
-        """Return whether all that it was made from holds; its buckets then have this step's gradients."""
+        """Return whether all that it was made from holds, wherever that is; buckets then have this step's gradients."""
+        return self._holds(step) or (self.readmit() and self._holds(step))
+
+    def _holds(self, step: StepInput) -> bool:
+        """Take over this step's gradients; return whether all else is as it was."""
         return (
             self._same_options(step)
             and self.has_same_params(step)
@@ -412,6 +472,23 @@ class StepCache:
             and all(run.guard.revalidate(run) for run in self.runs)
             and (self.custom is None or self.custom.revalidate())
         )
+
+    def guards(self) -> list[Any]:
+        """Return the guards of all tensors."""
+        return [*(run.guard.tensors for run in self.runs), *((self.custom.guards if self.custom else None) or ())]
+
+    def readmit(self) -> bool:
+        """Take over where all tensors are now; return whether that is all that has changed of them.
+
+        What was made from the tensors depends on their memory by its addresses only, as long as they are apart.
+        """
+        if self.written is None or not all(run.guard.can_move for run in self.runs):
+            return False
+        if (self.custom is not None and self.custom.overlap) or not self.written.admits_moves():
+            return False
+        if self.custom is not None:
+            self.custom.readmit()
+        return all(run.guard.readmit(run) for run in self.runs)
 
     def has_same_params(self, step: StepInput) -> bool:
         """Return whether the groups are the same, with the same parameters."""
@@ -428,9 +505,9 @@ class StepCache:
             run.options = None
         return self.options is not None and self.options.decide_the_same(step)
 
-    def has_constant_options(self) -> bool:
-        """Return whether options can change by being replaced only."""
-        return self.options is not None and self.options.are_constant
+    def has_numbers_only(self, step: StepInput) -> bool:
+        """Return whether options that can change in place are numbers of the update, which the host can read."""
+        return self.options is not None and self.options.are_numbers(step)
 
 
 def _pattern_of(params: Iterable[Tensor]) -> bytes:

@@ -41,7 +41,7 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
         return
     scalars = run.bucket.rule.scalars
     values = run.guard.read_scalars() if run.guard else read_scalars(run.entries, scalars)
-    distinct, row = _distinct(values, fresh)
+    distinct, row = distinct_columns(values, fresh)
     if run.shared_row is None:
         run.shared_row = np.zeros(len(run.params), dtype=np.int64)
     numbers = [_on_host(step, run, column, fresh) for column, fresh in distinct]
@@ -66,7 +66,7 @@ def _fresh(run: BucketRun) -> list[Fresh]:
     return [(not slots.isdisjoint(names), EMA.name in names) for names in run.made]
 
 
-def _distinct(
+def distinct_columns(
     values: np.ndarray, fresh: list[Fresh]
 ) -> tuple[list[tuple[tuple[float, ...], Fresh]], np.ndarray | None]:
     """Return the distinct columns of scalars, told apart by `fresh`, and if there are several, which a parameter has.
@@ -93,9 +93,9 @@ def _on_host(
     kept = ("step_clip",) * (run.engine is gpu)
     on_device = bool(run.bucket.rule.group_scalars) and run.is_unread
     names = run.bucket.rule.given
-    coefficients = {name: _number(numbers[name], keep_tensors=on_device or name in kept) for name in names}
+    coefficients = {name: number_of(numbers[name], keep_tensors=on_device or name in kept) for name in names}
     _check_numbers(run, coefficients)
-    return coefficients, [float(_number(value, keep_tensors=False)) for value in new]
+    return coefficients, [float(number_of(value)) for value in new]
 
 
 def _with_shared(step: StepInput, run: BucketRun, h: SimpleNamespace) -> SimpleNamespace:
@@ -156,7 +156,8 @@ def _weight_of_average(group: Mapping[str, Any], fresh: Any) -> Any:
     return torch.where(fresh, 1.0, weight) if isinstance(fresh, Tensor) else 1.0 if fresh else weight
 
 
-def _number(value: Any, *, keep_tensors: bool) -> Any:
+def number_of(value: Any, *, keep_tensors: bool = False) -> Any:
+    """Return a number that may stand in a tensor, as that if wished."""
     return value.detach().item() if isinstance(value, Tensor) and not keep_tensors else value
 
 
@@ -202,7 +203,7 @@ def _operand(value: Any) -> Any:
     """Return a scalar for arithmetic: a copy in float64 where it must stay a tensor, else a number."""
     if _is_shown(value) or (isinstance(value, Tensor) and mode_is_active()):
         return value.to(torch.float64, copy=True)
-    return float(_number(value, keep_tensors=False))
+    return float(number_of(value))
 
 
 def _store_each(run: BucketRun) -> None:
@@ -211,7 +212,7 @@ def _store_each(run: BucketRun) -> None:
             if isinstance(value, Tensor) and isinstance(old := entry[scalar.name], Tensor):
                 old.copy_(value)
             else:
-                write_scalars([entry], [scalar], np.full((1, 1), float(_number(value, keep_tensors=False))))
+                write_scalars([entry], [scalar], np.full((1, 1), float(number_of(value))))
 
 
 # On the device

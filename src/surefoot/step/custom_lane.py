@@ -38,16 +38,13 @@ class CustomLane:
     def settle(self) -> None:
         """Take over the groups' options."""
         self._custom_step: CustomStep | None = None
+        self._moves = self._params.moves
         self._hyperparameters = [hyperparameters(part.group) for part in self.slices]
 
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
         for h, part in zip(self._hyperparameters, self.slices, strict=True):
             vars(h).update(numbers[id(part.group)])
-
-    def is_as_it_was(self) -> bool:
-        """Return whether the guards may still be used; another thread may have seen a change."""
-        return not any(guard.is_over for guard in self.guards)
 
     def launches_before(self) -> list[Any]:
         """Return what guards the tensors."""
@@ -76,8 +73,8 @@ class CustomLane:
         ]
         if self._counts:
             torch._foreach_add_(self._counts, 1)
-        if self._custom_step is None:
-            self._custom_step = make_step()(found)
+        if self._custom_step is None or self._moves != self._params.moves:
+            self._custom_step, self._moves = make_step()(found), self._params.moves
         self._custom_step(found)
 
 

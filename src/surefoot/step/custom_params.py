@@ -28,6 +28,7 @@ class CustomParams:
         repeated: parameters that are there twice.
         overlap: whether parameters or their state share memory.
         guards: what tells whether their tensors are as they were; None as long as nothing does.
+        moves: how often they have been taken over elsewhere.
     """
 
     def __init__(self, step: StepInput) -> None:
@@ -41,6 +42,7 @@ class CustomParams:
                     [validated_gradient(spec, group, param, grad, step.state.get(param, {})) for param, grad in found]
                 )
         self.guards: list[Any] | None = None
+        self.moves = 0
         self._measuring: list[Bucket | None] | None = None
         self.take_entries(step)
         met = Counter(param for part in self.slices for param in part.params)
@@ -96,6 +98,18 @@ class CustomParams:
     def revalidate(self) -> bool:
         """Return whether all guarded tensors are as they were; gradients may have moved, and are held."""
         return self.guards is not None and not any(guard.changed() for guard in self.guards)
+
+    def readmit(self) -> None:
+        """Take the tensors for what they were where they are now, which somebody has found fit."""
+        self.moves += 1
+        places = [np.zeros((2, 0), dtype=np.int64)]
+        for guard in self.guards or ():
+            guard.readmit()
+            places.append(guard.places[0][:2])
+        addresses = np.concatenate(places, axis=1)
+        for bucket, order in zip(self._measuring or (), self._order, strict=False):
+            if bucket is not None and bucket.plan is not None:
+                bucket.plan.move(addresses[:, order])
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surefoot.codegen.threads import ONE_THREAD, thread_count
 from surefoot.engines import cpu, gpu
@@ -21,20 +22,21 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, are_numbers_of_update
+from surefoot.step.cache import StepCache, are_numbers_of_update, is_constant
 from surefoot.step.clipping import clip_or_skip
-from surefoot.step.coefficients import count_step
+from surefoot.step.coefficients import count_step, distinct_columns, number_of
 from surefoot.step.custom_lane import CustomLane, is_fit
 from surefoot.step.device import capturing, refuse_capture
 from surefoot.step.inputs import StepInput
 from surefoot.step.options import check_changed
-from surefoot.step.partition import MOST_COUNTS
 from surefoot.step.ranks import due_exchange
 from surefoot.step.types import BucketRun
+from surefoot.tensors.memory import PLAIN
 from surefoot.tensors.native.guards import (
     DictGuard,
     LaunchSequence,
     Replaced,
+    SharedNumbers,
     TensorGuard,
     gradients_launch,
     lists_launch,
@@ -58,12 +60,14 @@ class _Lane:
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
-        values: Any = np.zeros(len(self.scalar_names) * self.count)
-        self.reading: Any = None
-        self.writing: Any = None
-        if guard.reads:
-            self.reading, self.writing, values = guard.numbers.shared_launches(self.count)
-        self.values: Any = memoryview(values)
+        self.numbers: SharedNumbers | None = guard.numbers.shared(self.count) if guard.reads else None
+        values: Any = np.zeros((len(self.scalar_names), self.count))
+        if self.numbers is not None:
+            values = self.numbers.values
+        self.values: Any = memoryview(values.reshape(-1))
+        self.differ: Any = self.numbers.differ if self.numbers else (0,)
+        self.firsts: list[int] = [0]
+        self.rows: Any = run.shared_row
         names = run.bucket.rule.coefficients
         self.clip_place = names.index("step_clip") if _is_clipped(run) else None
         self.settle()
@@ -80,6 +84,8 @@ class _Lane:
         self.constants: list[tuple[int, str, Any]] = [
             (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
         ]
+        self.read_at_once = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
+        self.reads = not all(map(is_constant, options.values()))
 
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
@@ -90,14 +96,37 @@ class _Lane:
         self.run.options = None  # which the pipeline has kept
         self.constants = [(i, name, own.get(name, constant)) for i, name, constant in self.constants]
 
-    def is_as_it_was(self) -> bool:
-        """Return whether what was made from the tensors may still be used; another thread may have seen a change."""
-        return not self.tensors.is_over
-
     def compute(self, coefficients: Callable[..., dict[str, Any]]) -> None:
         """Compute the numbers of the update and the new scalars, and put both where they are read."""
+        if self.differ[0]:
+            self._divide()
+        if not self.has_room():
+            self.make_room()
+        for row, first in enumerate(self.firsts):
+            self._compute_row(coefficients, row, first)
+
+    def _divide(self) -> None:
+        """Find which parameters have the same scalars, and so share a row of numbers."""
+        if self.numbers is None:
+            return
+        _, rows = distinct_columns(self.numbers.values, [])
+        self.rows = self.run.shared_row if rows is None else rows
+        found = self.rows.tolist()
+        self.firsts = [found.index(row) for row in range(max(found) + 1)]
+        self.numbers.share(np.array(self.firsts)[self.rows])
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers, for which the pipeline has had it last perhaps."""
+        raise NotImplementedError
+
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        raise NotImplementedError
+
+    def _compute_row(self, coefficients: Callable[..., dict[str, Any]], row: int, first: int) -> None:
+        """Compute a row of numbers and the new scalars of those that share it, of which `first` is the first."""
         values, count = self.values, self.count
-        scalars = dict(zip(self.scalar_names, values[::count], strict=False)) if self.scalar_names else {}
+        scalars = dict(zip(self.scalar_names, values[first::count], strict=False)) if self.scalar_names else {}
         if self.rounds:
             own = count_step(scalars)
             counted = scalars.get(ROUNDING_STEP.name, scalars.get(STEP.name))
@@ -106,33 +135,30 @@ class _Lane:
             if STEP.name in scalars:
                 scalars[STEP.name] += 1
             derived = coefficients(SimpleNamespace(**self.options), **scalars)
-        table = self.table
+        if self.reads:
+            derived = {name: number_of(value) for name, value in {**self.read_at_once, **derived}.items()}
+        table, start = self.table, row * len(self.constants)
         for index, name, constant in self.constants:
-            table[index] = derived.get(name, constant)
+            table[start + index] = derived.get(name, constant)
         for number, (name, value) in enumerate(scalars.items()):
-            values[number * count] = derived.get(name, value)
+            values[number * count + first] = derived.get(name, value)
         if self.clip_place is not None:
-            table[self.clip_place] = self.run.slice.clip
-
-    def count_of_counts(self) -> int:
-        """Return how many different step counts have been read."""
-        names, values = self.scalar_names, self.values
-        own = names.index(STEP.name) * self.count if STEP.name in names else 0
-        return len(set(values[own : own + self.count])) if STEP.name in names else 0
+            table[start + self.clip_place] = self.run.slice.clip
 
     def launches_before(self) -> list[Any]:
         """Return what guards the bucket and reads its scalars, but for what threads guard."""
-        return [] if self.tensors.needs_threads else [*self.guarding, *([self.reading] if self.reading else ())]
+        reading = [self.numbers.reading] if self.numbers else []
+        return [] if self.tensors.needs_threads else [*self.guarding, *reading]
 
     def look_on_threads(self) -> Any:
         """Guard the bucket on several threads and read its scalars; return the launch that finds something, if any."""
         if self.tensors.look():
             return self.guarding[0]
-        return self.reading if self.reading and self.reading.run() else None
+        return self.numbers.reading.run() or None if self.numbers else None
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:  # noqa: ARG002 (there may be none)
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
-        scalars = [self.writing, self.run.guard.versions.launch] if self.writing else []
+        scalars = [self.numbers.writing, self.run.guard.versions.launch] if self.numbers else []
         return [each for each in (*scalars, self.releasing) if each]
 
     def release_grads(self) -> None:
@@ -146,15 +172,20 @@ class _KernelLane(_Lane):
     def __init__(self, run: BucketRun) -> None:
         self.plan = plan = run.bucket.plan
         self.launch, self.kernel = plan.launch, plan.kernel(run.bucket.rule)
-        self.coefficients = self.launch.coefficients
-        self.table = memoryview(self.coefficients.reshape(-1))
+        self.coefficients: Any = None
         self.measure: Any = plan.gradient_measure(gradient_rule()) if _is_clipped(run) else None
         super().__init__(run)
 
-    def is_as_it_was(self) -> bool:
-        """Return whether the arrays are still those of the plan, and all parameters share their numbers."""
-        same = self.launch.coefficients is self.coefficients and self.plan.row is self.run.shared_row
-        return same and not self.tensors.is_over
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        self.launch.make_room((len(self.firsts), len(self.constants)))
+        self.coefficients = self.launch.coefficients
+        self.table = memoryview(self.coefficients.reshape(-1))
+        self.plan.set_rows(self.rows)
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers, for which the pipeline has had it last perhaps."""
+        return self.plan.row is self.rows and self.launch.coefficients is self.coefficients
 
     def launches_after(self, *, with_kernel: bool) -> list[Any]:
         """Return what is done when the numbers are there, or beside the kernel when it has been run."""
@@ -169,7 +200,7 @@ class _KernelLane(_Lane):
 
     def has_numbers(self) -> bool:
         """Return whether its scalars are Python's numbers, which compiled code does not read."""
-        return bool(self.scalar_names) and not self.writing
+        return bool(self.scalar_names) and not self.numbers
 
     def read_numbers(self) -> bool:
         """Read scalars that are Python's numbers; return whether all parameters share them."""
@@ -191,20 +222,34 @@ class _KernelLane(_Lane):
         if self.run.sparse:
             self.plan.release()
 
+    def update(self) -> None:
+        """Update those tensors that are copied to where the kernel runs."""
+        bucket = self.run.bucket
+        self.plan.run_copied(bucket.rule, bucket, self.run.grads(), self.coefficients, self.rows)
+
 
 class _TorchLane(_Lane):
     """A bucket that torch's operations run."""
 
     def __init__(self, run: BucketRun) -> None:
-        self.table = [None] * len(run.bucket.rule.coefficients)
+        self.table: list[Any] = []
         super().__init__(run)
+
+    def make_room(self) -> None:
+        """Let there be room for the rows of numbers."""
+        self.table = [None] * (len(self.firsts) * len(self.constants))
+
+    def has_room(self) -> bool:
+        """Return whether there is room for the rows of numbers."""
+        return len(self.table) == len(self.firsts) * len(self.constants)
 
     def update(self) -> None:
         """Update the bucket."""
         run = self.run
         bucket = run.bucket
-        bucket.coefficients = [dict(zip(bucket.rule.coefficients, self.table, strict=True))]
-        bucket.row, bucket.grads = run.shared_row, run.grads()  # type: ignore[assignment]
+        rows = zip(*[iter(self.table)] * len(self.constants), strict=True) if self.constants else [()]
+        bucket.coefficients = [dict(zip(bucket.rule.coefficients, row, strict=True)) for row in rows]
+        bucket.row, bucket.grads = self.rows, run.grads()
         try:
             run.engine.run(bucket)
         finally:
@@ -221,8 +266,8 @@ class FastLane:
         self._groups, self._state, self._stepping, self._spec = step.groups, step.state, step.stepping, step.spec
         self._cache = weakref.ref(cache)  # which keeps this
         kernels = [_KernelLane(run) for run in cache.runs if run.engine is cpu]
-        self._by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
-        self._lanes: list[_Lane] = [*kernels, *self._by_torch]
+        by_torch = [_TorchLane(run) for run in cache.runs if run.engine is not cpu]
+        self._lanes: list[_Lane] = [*kernels, *by_torch]
         self._custom = None if cache.custom is None else CustomLane(step, cache.custom)
         self._parts = [*self._lanes, *([self._custom] if self._custom else ())]
         idle, self._idle = gradients_launch(cache.idle)
@@ -233,6 +278,9 @@ class FastLane:
         self._guard_options()
         self._of_rows = [lane for lane in kernels if lane.run.sparse]
         self._dense = [lane for lane in kernels if not lane.run.sparse]
+        self._flat = [lane for lane in self._dense if lane.plan.is_regular]
+        self._copying = [lane for lane in self._dense if not lane.plan.is_regular]
+        self._updating: list[_KernelLane | _TorchLane] = [*self._copying, *by_torch]
         self._are_small = all(map(_KernelLane.is_small, self._dense))
         self._adds_up = all(lane.launch.adds_up for lane in self._of_rows)
         self._of_numbers = list(filter(_KernelLane.has_numbers, self._of_rows))
@@ -253,6 +301,10 @@ class FastLane:
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
         self._guard = LaunchSequence(self._launches)
+        self._reads = any(lane.reads for lane in self._lanes)
+        pairs = zip(self._specs, self._guarded_groups, strict=True)
+        changing = ((spec, group) for spec, group in pairs if spec.has_flags_in_tensors(group))
+        self._flags = [(spec, group, spec.settle_flags(group)) for spec, group in changing]
 
     def run(
         self,
@@ -274,19 +326,18 @@ class FastLane:
         if capturing():
             refuse_capture(self._spec.name, self._groups)
         with self._stepping.context.lock.now:
-            if not all(part.is_as_it_was() for part in self._parts):
-                self._end(fast=None)
-                return False
             if self._scheduled and (replaced := self._options.replaced_again(self._scheduled)):
                 self._take_numbers(replaced)
             found = self._look()
-            if found is not None and (found := self._look_again(found, step)) is not None:
-                self._leave(found)
+            while found is not None and self._are_settled(found, step):
+                found = self._look()
+            if found is not None and not self._lacks_all_gradients(found):
+                self._release()
                 return False
             try:
-                if self._clips:
-                    self._clip(step())
-                if not (self._take() and self._update(coefficients, step)):
+                if found is not None:
+                    self._release()
+                elif not self._step(coefficients, step):
                     self._release()
                     return False
             except BaseException:
@@ -296,23 +347,44 @@ class FastLane:
                 self._stepping.statistics.steps += 1
         return True
 
+    def _step(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
+        """Make a step in which nothing was found; return False, with nothing changed, if numbers or rows differ."""
+        if self._reads and not self._tensors_decide_the_same():
+            return False
+        if self._clips:
+            self._clip(step())
+        return self._take() and self._update(coefficients, step)
+
+    def _tensors_decide_the_same(self) -> bool:
+        """Return whether numbers in tensors, which may have changed in place, ask for the same update."""
+        self._spec.check_groups(self._groups)
+        return all(spec.settle_flags(group) == flags for spec, group, flags in self._flags)
+
     def _look(self) -> Any:
         """Look at all that may have changed; return the launch that finds something, or None."""
         if position := self._guard.run():
             return self._launches[position - 1]
         return next(filter(None, map(_Lane.look_on_threads, self._on_threads)), None)
 
-    def _look_again(self, found: Any, step: Callable[[], StepInput]) -> Any:
-        """Return what is found when options are settled, if it was these, else what was found."""
-        return self._look() if self._are_settled(found, step) else found
-
     def _are_settled(self, found: Any, step: Callable[[], StepInput]) -> bool:
-        """Return whether what was found are options that ask for the same step with other numbers, taken over now."""
-        if found is not self._options.launch:
-            return False
+        """Return whether what was found asks for the same step with other numbers or elsewhere, taken over now."""
+        if found is self._options.launch:
+            return self._only_numbers() or self._options_decide_the_same(step())
+        moved = any(guard.has_moved for part in self._parts for guard in part.guards)
+        return moved and (cache := self._cache()) is not None and cache.readmit()
+
+    def _lacks_all_gradients(self, found: Any) -> bool:
+        """Return whether what was found is only that no parameter has a gradient, so that nothing is stepped."""
+        of_tensors = any(found is guarding for part in self._parts for guarding in part.guarding)
+        over = any(guard.is_over for part in self._parts for guard in part.guards)
+        cache = self._cache()
+        return of_tensors and not over and cache is not None and all(param.grad is None for param in cache.params)
+
+    def _only_numbers(self) -> bool:
+        """Return whether options that were changed are numbers of the update, as schedules change them."""
         replaced = self._options.replaced()
         if replaced is None or not self._take_numbers(replaced):
-            return self._options_decide_the_same(step())
+            return False
         # What a schedule has replaced once it replaces before every step: the guard need not find it again.
         known = {(each.number, each.key) for each in self._scheduled}
         self._scheduled += [each for each in replaced if (each.number, each.key) not in known]
@@ -338,7 +410,7 @@ class FastLane:
         cache = self._cache()
         if cache is None or not _serves(step) or not cache.has_same_params(step):
             return False
-        if not cache.settle_options(step) or not cache.has_constant_options():
+        if not cache.settle_options(step) or not cache.has_numbers_only(step):
             return False
         for part in self._parts:
             part.settle()
@@ -357,8 +429,12 @@ class FastLane:
 
     def _take(self) -> bool:
         """Take the gradients; return whether they are such as before."""
-        for lane in self._dense:
+        for lane in self._flat:
             lane.launch.pointers[1] = lane.tensors.gradients
+        for lane in self._copying:
+            lane.plan.take_gradients(lane.tensors.gradients)
+            if not all(type(grad) in PLAIN for grad in lane.run.grads()):
+                return False
         if not all(map(_KernelLane.read_numbers, self._of_numbers)):
             return False
         return all(lane.plan.take(list(map(_GRAD, lane.run.slice.params))) for lane in self._of_rows)
@@ -373,10 +449,10 @@ class FastLane:
             of_numbers.write_numbers()
         for of_rows in self._of_rows:
             of_rows.plan.release()
-        if self._by_torch or self._custom is not None:
+        if self._updating or self._custom is not None:
             with torch.set_grad_enabled(False):
-                for by_torch in self._by_torch:
-                    by_torch.update()
+                for updating in self._updating:
+                    updating.update()
                 if self._custom is not None:
                     self._custom.step(lambda: step().make_custom_step)
         return True
@@ -403,37 +479,9 @@ class FastLane:
                 lane.launch.raise_if_stopped(lane.kernel)
         return True
 
-    def _leave(self, found: Any) -> None:
-        """Leave this step to the pipeline.
-
-        If the parameters of a bucket do not share their step counts any more, this lane ends.  Where there are few
-        counts, buckets are divided anew, one for each.
-        """
-        apart = [lane for lane in self._lanes if found is lane.reading]
-        if apart:
-            self._end(fast=False)
-            cache = self._cache()
-            if cache is not None and all(1 < lane.count_of_counts() <= MOST_COUNTS for lane in apart):
-                cache.options = None
-        self._note(changed=any(found is guarding for part in self._parts for guarding in part.guarding))
-        self._release_held()
-
-    def _end(self, *, fast: bool | None) -> None:
-        """Serve no more; `fast` says whether another lane may be made, as `StepCache.fast` does."""
-        if (cache := self._cache()) is not None:
-            cache.fast = fast
-
-    def _note(self, *, changed: bool) -> None:
-        for guard in (guard for part in self._parts for guard in part.guards):
-            guard.note(changed=changed)
-
-    def _release_held(self) -> None:
+    def _release(self) -> None:
         for part in self._parts:
             part.release_grads()
-
-    def _release(self) -> None:
-        self._note(changed=False)
-        self._release_held()
 
 
 def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
@@ -441,7 +489,7 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
     It is None where options ask for more, which may change, and False where there can be none.
     """
-    if not _serves(step) or not cache.has_constant_options():
+    if not _serves(step) or not cache.has_numbers_only(step):
         return None
     fit = type(cache.items) is DictGuard and all(map(_is_fit, cache.runs))
     fit = fit and (cache.custom is None or is_fit(step, cache.custom))
@@ -460,11 +508,11 @@ def _is_fit(run: BucketRun) -> bool:
     if run.engine is gpu:
         return False
     if run.engine is not cpu:
-        alike = guard.reads and run.bucket.row is run.shared_row
-        return plain and alike and not (_is_clipped(run) or run.bucket.is_rounded)
+        return plain and guard.reads and not (_is_clipped(run) or run.bucket.is_rounded)
     plan = run.bucket.plan
-    own = plan.is_regular and not plan.checked and plan.versions.launch is not None and plan.row is run.shared_row
-    return plain and own and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
+    own = not plan.checked and plan.versions.launch is not None
+    whole = plan.is_regular or not (run.sparse or _is_clipped(run) or not run.bucket.is_plain)
+    return plain and own and whole and (guard.reads or run.sparse) and not (run.sparse and _is_clipped(run))
 
 
 def _is_clipped(run: BucketRun) -> bool:

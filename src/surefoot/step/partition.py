@@ -10,15 +10,14 @@ from torch import Tensor
 
 from surefoot.engines import Bucket, choose
 from surefoot.engines.identity import identity_of
-from surefoot.rule import EMA, ENGINE_OPTIONS, STEP, Rule, Slot, bind
+from surefoot.rule import EMA, ENGINE_OPTIONS, Rule, Slot, bind
 from surefoot.state.check import format_param, stepped_gradient
 from surefoot.state.formats import param_format, slot_format
 from surefoot.state.make import discard_state, ensure_state
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice, Sampled, sampled_elements
 from surefoot.storage import Format, format_of
-from surefoot.tensors.memory import has_address, has_memory, is_plain, shared_memory
-from surefoot.tensors.modes import mode_is_active
+from surefoot.tensors.memory import has_address, shared_memory
 from surefoot.tensors.shards import is_sharded, to_local
 
 
@@ -60,7 +59,6 @@ def _divide(
     spec, flags = step.spec.of(group), step.flags(group)
     of_rows = tuple((name, value and name != "ema") for name, value in flags)  # averages are of all rows
     buckets: dict[tuple[Any, ...], tuple[ParamSlice, Bucket]] = {}
-    counts = _counts(step, group)
     for param in group["params"]:
         if (given := step.gradient(param)) is None:
             continue
@@ -77,8 +75,7 @@ def _divide(
         apart = [slot_format(slot, group, param, entry.get(slot.name)) for slot in every if slot.is_sampled(group)]
         dtypes = (param.dtype, grad.dtype, *(kept.dtype for kept in apart))
         together = step.transfers.bucket(param) if step.transfers else 0
-        count = counts.get(param)
-        key = (param.device, dtypes, grad.layout, is_sharded(param), formats, settled, together, count, turn)
+        key = (param.device, dtypes, grad.layout, is_sharded(param), formats, settled, together, turn)
         if key not in buckets:
             params: list[Tensor] = []
             options = {name: group.get(name) for name in ENGINE_OPTIONS}
@@ -96,36 +93,6 @@ def _divide(
         bucket.grads.append(grad if grad.is_sparse else to_local(grad))
     for (*_, turn), (part, bucket) in buckets.items():
         yield BucketRun(spec, part, bucket, choose(bucket), sparse=bucket.grads[0].is_sparse, repeats=turn > 0)
-
-
-MOST_COUNTS = 4
-
-
-def _counts(step: StepInput, group: Mapping[str, Any]) -> dict[Tensor, float]:
-    """Return how many steps each parameter has taken, if that differs: 2 to `MOST_COUNTS` numbers; else nothing.
-
-    A bucket in which it is one number can take the fast lane.  Buckets that are added up must not depend on it.
-    """
-    if not step.only_updates() or step.stages_of(group) or mode_is_active() or group.get("differentiable"):
-        return {}
-    if not all(param.is_cpu for param in group["params"]):
-        return {}
-    found = {param: step.state.get(param, {}).get(STEP.name, 0.0) for param in group["params"]}
-    if not all(map(_can_be_read, found.values())):
-        return {}
-    counts = {param: float(count) for param, count in found.items()}
-    if not 1 < len(set(counts.values())) <= MOST_COUNTS:
-        return {}
-    stored = [value for param in found for value in (param, *step.state.get(param, {}).values())]
-    stored = [value for value in stored if isinstance(value, Tensor) and has_address(value)]
-    return counts if shared_memory(stored) is None else {}  # or the order of steps would be another
-
-
-def _can_be_read(count: object) -> bool:
-    """Return whether a step count, which has not been checked yet, is a number that the host has."""
-    if not isinstance(count, Tensor):
-        return isinstance(count, (int, float))
-    return is_plain(count) and count.is_cpu and count.numel() == 1 and not count.is_complex() and has_memory(count)
 
 
 def _formats(

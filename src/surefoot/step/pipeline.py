@@ -92,7 +92,13 @@ def _run(
     finally:
         step.stepping.context.shared = []
         _release_grads(found.runs, found.custom_params)
-    if found.holds and cache is not None and cache.fast is None and found.custom_params is cache.custom:
+    if (
+        found.holds
+        and cache is not None
+        and cache.fast is None
+        and (found.runs or found.custom)
+        and found.custom_params is cache.custom
+    ):
         cache.fast = fast_lane(step, cache)
     return cache
 
@@ -120,6 +126,8 @@ class _Found(NamedTuple):
 
 def _found(step: StepInput, cache: StepCache | None) -> _Found:
     """Return the buckets and custom parameters of the last step as far as they hold, else of this one."""
+    if step.has_no_gradients():  # what the last step has left still holds, or the next one sees that it does not
+        return _Found([], validate_params(step, None), holds=True)
     watched = mode_is_active() or step.grads is not None
     known = cache if cache is not None and not watched and cache.revalidate(step) else None
     custom = validate_params(step, None if known is None else known.custom)

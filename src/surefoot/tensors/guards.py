@@ -37,6 +37,22 @@ def make_guard(
     return PlainTensorGuard(columns, states, names, gradients=gradients, given=given)
 
 
+def share_written(guards: Sequence[Any]) -> native.WrittenMemory | None:
+    """Let each of some guards see gradients that come into what the tensors of another are in; return that memory.
+
+    Returns:
+        What tells whether it is apart, None where guards are plain ones.
+    """
+    plain = [guard for guard in guards if isinstance(guard, PlainTensorGuard)]
+    for guard in plain:
+        guard.written = set().union(*(each.written for each in plain))
+    if plain:
+        return None
+    written = native.WrittenMemory(guards)
+    written.settle()
+    return written
+
+
 def make_dict_guard(dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> Any:
     """Return a guard of dicts: a `DictGuard`, or a plain one."""
     return (native.DictGuard if native.available() else PlainDictGuard)(dicts, owners)
@@ -81,7 +97,7 @@ class PlainTensorGuard:
         ]
         self.gradients = np.zeros(len(columns[0]), dtype=np.int64)
         self._held: list[Tensor | None] = []
-        self._written = {_base(tensor) for tensor in self._tensors}
+        self.written = {_base(tensor) for tensor in self._tensors}
         self._seen = self._see(given or ())
 
     def _see(self, given: Sequence[Tensor]) -> list[tuple[object, ...]]:
@@ -92,17 +108,19 @@ class PlainTensorGuard:
             self.gradients = np.array([facts[0] for facts in grads], dtype=np.int64)
             # They may move, but not to where the step writes.
             moved = zip(grads, self._held, strict=True)
-            seen += [(*facts[1:], facts[0] and _base(grad) in self._written and facts[0]) for facts, grad in moved]
+            seen += [(*facts[1:], facts[0] and _base(grad) in self.written and facts[0]) for facts, grad in moved]
         return seen
 
     def changed(self, given: Sequence[Tensor] = ()) -> bool:
         """Return whether something has changed; once it has, for good."""
-        if self._seen:
-            entries_stay = all(state.get(name) is tensor for state, name, tensor in self._entries)
-            if not entries_stay or self._seen != self._see(given):
-                self._seen = []
-                self.release_grads()
+        if self._seen and (not self.has_entries() or self._seen != self._see(given)):
+            self._seen = []
+            self.release_grads()
         return not self._seen
+
+    def has_entries(self) -> bool:
+        """Return whether the tensors still stand in the dicts in which that is watched."""
+        return all(state.get(name) is tensor for state, name, tensor in self._entries)
 
     def release_grads(self) -> None:
         """Hold the gradients no longer."""

@@ -123,6 +123,13 @@ def _repeats_an_offset(tensor: Tensor) -> bool:
     return len(np.unique(offsets)) < len(offsets)
 
 
+def spans_are_apart(start: np.ndarray, size: np.ndarray) -> bool:
+    """Return whether no two spans of memory, which begin at addresses and have so many bytes, meet."""
+    order = np.argsort(start)
+    reached = np.maximum.accumulate((start + size)[order])
+    return bool((start[order][1:] >= reached[:-1]).all())
+
+
 def shared_memory(
     tensors: Sequence[Tensor], counts: Callable[[int, int], bool] = lambda *_: True
 ) -> tuple[int, int] | None:
@@ -133,12 +140,11 @@ def shared_memory(
         counts: whether a pair of positions counts.
     """
     start = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-    end = start + np.fromiter(map(bytes_spanned, tensors), np.int64, len(tensors))
-    order = np.argsort(start, kind="stable")
-    reached = np.maximum.accumulate(end[order])
-    if not (start[order][1:] < reached[:-1]).any():
+    spanned = np.fromiter(map(bytes_spanned, tensors), np.int64, len(tensors))
+    if spans_are_apart(start, spanned):
         return None
-    for count, (one, other) in enumerate(_near_pairs(start, end, order.tolist())):
+    order = np.argsort(start, kind="stable").tolist()
+    for count, (one, other) in enumerate(_near_pairs(start, start + spanned, order)):
         exact = count < _MOST_PAIRS
         if counts(one, other) and (not exact or _share_an_element(tensors[one], tensors[other])):
             return min(one, other), max(one, other)

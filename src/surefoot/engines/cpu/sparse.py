@@ -17,7 +17,8 @@ from surefoot.codegen.threads import locked_function
 from surefoot.engines.bucket import Bucket
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu.compile import compiled_kernel
-from surefoot.engines.cpu.plan import CHUNK, FEWEST_ITEMS, LARGEST_ITEM, Launch, combined, numbers_of
+from surefoot.engines.cpu.launch import CHUNK, FEWEST_ITEMS, LARGEST_ITEM, Launch, combined
+from surefoot.engines.cpu.plan import numbers_of
 from surefoot.engines.cpu.source import LAUNCH, Layout
 from surefoot.errors import InternalError, KernelError
 from surefoot.rule import Rule
@@ -344,11 +345,15 @@ class RowsPlan:
         if self.launch.is_large:
             self.launch.release()
 
+    def set_rows(self, rows: np.ndarray) -> None:
+        """Set for each parameter its row of coefficients."""
+        if self.row is not rows:
+            self.row = rows
+            self.launch.set_coefficient_rows(rows)
+
     def run(self, bucket: Bucket) -> None:
         """Update rows, and measure what the rule measures."""
-        if self.row is not bucket.row:
-            self.row = bucket.row
-            self.launch.set_coefficient_rows(bucket.row)
+        self.set_rows(bucket.row)
         if not (self.take(bucket.grads) and self.find_rows(bucket.grads)):
             raise InternalError("a kernel was to run on sparse gradients that were not validated")
         rule, kernel = bucket.rule, self.kernel(bucket.rule)

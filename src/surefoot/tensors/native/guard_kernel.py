@@ -35,7 +35,8 @@ COUNT, SECOND, OBJECTS, THIRD, NAMES, RECORDS, ANSWER, HELD, UNDEFINED = (n * WO
 GET_DATA, GET_DTYPE, GET_DIM, GET_SIZES, GET_STRIDES, ASSIGN, LOOKUP, WALK, THREAD, NEXT, LATER, RESULT = (
     n * WORD for n in range(11, 23)
 )
-WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM, GIVEN = (n * WORD for n in range(23, 28))
+WRITTEN, SHIFT, LIST_SIZE, LIST_ITEM, GIVEN, OTHER, MOVED = (n * WORD for n in range(23, 30))
+LOW, HIGH, ENTRY = (n * WORD for n in (1, 2, 3))  # of the table of storages that a step writes: base, and how far
 
 
 def call_getter(function, tensor, answer):
@@ -129,25 +130,66 @@ def fetch(record, columns):
         record += RECORD
 
 
-def is_written(launch, base):
-    """Return whether the memory at an address is one that the step writes, by a hash table."""
-    place = load(launch + WRITTEN)
-    if place == 0:
-        return False
+def entry_of(launch, base):
+    """Return where a storage stands in the hash table of those that the step writes, or where there is room for it."""
     hashed = uint64(base) * uint64(0x9E3779B97F4A7C15) >> uint64(load(launch + SHIFT))
-    place += int64(hashed) * WORD
-    while load(place) != 0:
-        if load(place) == base:
-            return True
-        place += WORD
-    return False
+    entry = load(launch + WRITTEN) + int64(hashed) * ENTRY
+    while load(entry) != 0:
+        if load(entry) == base:
+            return entry
+        entry += ENTRY
+    return entry
+
+
+def is_written(launch, base):
+    """Return whether the memory at an address is one that the step writes."""
+    return load(launch + WRITTEN) != 0 and base != 0 and load(entry_of(launch, base)) == base
+
+
+def enter_written(launch):
+    """Enter all columns but gradients into the table of what is written; return whether some of them may overlap."""
+    columns, overlap = 2 + load(launch + SECOND), 0
+    for position in range(load(launch + COUNT) * columns):
+        record = load(launch + RECORDS) + position * RECORD
+        base, low, size = load(record + MEMORY), load(record), load(record + SPANNED)
+        if position % columns != 1 and base != 0 and size != 0:
+            entry, high = entry_of(launch, base), low + size
+            if load(entry) == 0:
+                store(entry, base)
+                store(entry + LOW, low)
+                store(entry + HIGH, high)
+            elif load(entry + HIGH) <= low:
+                store(entry + HIGH, high)
+            elif high <= load(entry + LOW):
+                store(entry + LOW, low)
+            else:
+                store(entry + LOW, min(low, load(entry + LOW)))
+                store(entry + HIGH, max(high, load(entry + HIGH)))
+                overlap = 1
+    return overlap
+
+
+def gradients_meet_written(launch):
+    """Return whether a gradient may overlap with what is written."""
+    columns = 2 + load(launch + SECOND)
+    for position in range(1, load(launch + COUNT) * columns, columns):
+        record = load(launch + RECORDS) + position * RECORD
+        if is_written(launch, load(record + MEMORY)):
+            entry, low = entry_of(launch, load(record + MEMORY)), load(record)
+            if low < load(entry + HIGH) and load(entry + LOW) < low + load(record + SPANNED):
+                return 1
+    return 0
 
 
 def changes(launch, start, end):
-    """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients."""
+    """Look for changes of parameters, gradients and other columns at some positions, and hold the gradients.
+
+    What has become another tensor is told apart from what has only moved: it is elsewhere, or a gradient is where the
+    step wrote when the guard was made.  A gradient that is not there is neither.
+    """
     not_inlined()
     tensors, entries, objects = load(launch + COUNT) * WORD, load(launch + SECOND), load(launch + OBJECTS)
-    changed = False
+    changed = moved = False
     for index in range(start, end, WORD):
         position = index // WORD * (2 + entries)
         record, facts = load(launch + RECORDS) + position * RECORD, load(launch + ANSWER) + position * FACTS
@@ -155,8 +197,9 @@ def changes(launch, start, end):
             fetch(record + AHEAD // WORD * (2 + entries) * RECORD, 2 + entries)
         for column in range(1 + entries):
             tensor = load(objects + column * tensors + index) + A_TENSOR
-            before = load(record)
-            changed |= differs(launch, tensor, record, facts) | (load(record) != before)
+            base, address = load(record + MEMORY), load(record)
+            changed |= differs(launch, tensor, record, facts)
+            moved |= (load(record + MEMORY) != base) | (load(record) != address)
             record += RECORD
             facts += FACTS
             if column == 0:
@@ -168,16 +211,26 @@ def changes(launch, start, end):
                         metadata = load(load(tensor) + A_AUTOGRAD)
                         gradient, held = metadata + A_GRAD, load(launch + HELD) + index
                         if metadata == 0 or load(gradient) == load(launch + UNDEFINED):
+                            note_changes(launch, changed, moved)
                             return True
                         call(int32, load(launch + ASSIGN), gradient, held)
                     base, address = load(record + MEMORY), load(record)
                     changed |= differs(launch, held, record, facts)
                     if load(record + MEMORY) != base or load(record) != address:
-                        changed |= is_written(launch, load(record + MEMORY))
+                        moved |= is_written(launch, load(record + MEMORY))
                     store(record + TENSOR, gradient)
                 record += RECORD
                 facts += FACTS
-    return changed
+    note_changes(launch, changed, moved)
+    return changed | moved
+
+
+def note_changes(launch, changed, moved):
+    """Note, until somebody takes it back, what has been found."""
+    if changed:
+        store(launch + OTHER, 1)
+    if moved:
+        store(launch + MOVED, 1)
 
 
 def entries_replaced(launch):
@@ -200,13 +253,17 @@ def entries_replaced(launch):
 def look(launch):
     """Look for changes of everything; each thread takes the positions that no other has.
 
-    What only one thread may look at is left for a later look, of one.
+    What only one thread may look at is left for a later look, of one.  A change that was noted is found again.
     """
+    if load(launch + OTHER) or load(launch + MOVED):
+        store(launch + RESULT, 1)
+        return
     if (
         load(launch + NAMES)
         and (load(launch + THREAD) == 0 or call(int32, load(launch + THREAD)) == 0)
         and entries_replaced(launch)
     ):
+        store(launch + OTHER, 1)
         store(launch + RESULT, 1)
     start, end = atomic_increment(launch + NEXT) * BLOCK, load(launch + COUNT) * WORD
     while start < end:
@@ -260,20 +317,19 @@ def copy_numbers(launch, reading):
 
 
 def read_shared_numbers(launch):
-    """Read numbers; whether among as many in a row as the second slot says one is not like the first."""
+    """Read numbers, and note whether one is not like that which is to stand for it."""
     copy_numbers(launch, True)
-    values, shared = load(launch + NAMES), load(launch + SECOND)
-    for index in range(load(launch + COUNT)):
-        if load(values + index * WORD) != load(values + index // shared * shared * WORD):
-            return 1
-    return 0
+    values, place, differ = load(launch + NAMES), load(launch + RECORDS), False
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        differ |= load(values + index) != load(values + load(place + index) * WORD)
+    store(launch + OTHER, int64(differ))
 
 
 def write_shared_numbers(launch):
-    """Write numbers, the first of as many in a row as the second slot says to all of them."""
-    values, shared = load(launch + NAMES), load(launch + SECOND)
-    for index in range(load(launch + COUNT)):
-        store(values + index * WORD, load(values + index // shared * shared * WORD))
+    """Write numbers, each as that which stands for it."""
+    values, place = load(launch + NAMES), load(launch + RECORDS)
+    for index in range(0, load(launch + COUNT) * WORD, WORD):
+        store(values + index, load(values + load(place + index) * WORD))
     copy_numbers(launch, False)
 
 
@@ -326,6 +382,17 @@ def release_grads(launch):
             call(int32, load(launch + ASSIGN), nothing, place)
 
 
+def perform_more(launch, task):
+    """Do what seldom has to be done."""
+    not_inlined()
+    if task == 12:
+        store(launch + RESULT, enter_written(launch))
+    elif task == 13:
+        store(launch + RESULT, gradients_meet_written(launch))
+    elif load(launch + NAMES):
+        store(launch + RESULT, int64(entries_replaced(launch)))
+
+
 def perform(launch):
     """Do what the first slot says, but for what does other tasks."""
     not_inlined()  # into the loop of a sequence: it takes LLVM half the time
@@ -339,13 +406,15 @@ def perform(launch):
     elif task == 6:
         release_grads(launch)
     elif task == 8:
-        store(launch + RESULT, read_shared_numbers(launch))
+        read_shared_numbers(launch)
     elif task == 9:
         write_shared_numbers(launch)
     elif task == 10:
         store(launch + RESULT, other_lists(launch))
     elif task == 11:
         store(launch + RESULT, has_gradient(launch))
+    elif task >= 12:
+        perform_more(launch, task)
     else:
         copy_numbers(launch, task == 3)
 
@@ -354,9 +423,9 @@ def kernel(launch):
     """Do what the first slot says.
 
     1 changes, 2 other items, 3 read and 4 write numbers, 5 count versions, 6 release gradients, 7 in sequence, 8 read
-    and 9 write shared numbers, 10 other lists, 11 has a gradient.  Several threads may look for changes at once.  A
-    sequence is tasks of this kernel and launches of others, one after the other up to the first that finds something;
-    the result is its number, from 1, or 0.
+    and 9 write shared numbers, 10 other lists, 11 has a gradient, 12 enter what is written, 13 gradients meet that,
+    14 entries replaced.  Several threads may look for changes at once.  A sequence is tasks of this kernel and launches
+    of others, one after the other up to the first that finds something; the result is its number, from 1, or 0.
     """
     several = load(launch) == 7
     entry, count = load(launch + OBJECTS), load(launch + COUNT) if several else 1

@@ -21,14 +21,15 @@ from surefoot.codegen.threads import locked_function, run_locked, thread_count, 
 from surefoot.environment import switch
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
-from surefoot.tensors.memory import bytes_spanned
+from surefoot.tensors.memory import bytes_spanned, spans_are_apart
 from surefoot.tensors.native.layout import WORD, tensor_layout
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
 _SECOND, _NAMES, _HELD, _UNDEFINED, _FUNCTIONS, _THREAD, _NEXT, _LATER, _RESULT = 3, 6, 9, 10, 11, 19, 20, 21, 22
-_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM, _GIVEN = 23, 24, 25, 26, 27
+_WRITTEN, _SHIFT, _LIST_SIZE, _LIST_ITEM, _GIVEN, _OTHER, _MOVED = 23, 24, 25, 26, 27, 28, 29
+_PLACES = 7
 _CHANGES, _OTHER_ITEMS, _READ, _WRITE, _VERSIONS, _RELEASE_GRADS, _IN_SEQUENCE = 1, 2, 3, 4, 5, 6, 7
-_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT = 8, 9, 10, 11
+_READ_SHARED, _WRITE_SHARED, _OTHER_LISTS, _HAS_GRADIENT, _ENTER, _COMPARE, _OTHER_ENTRIES = 8, 9, 10, 11, 12, 13, 14
 _FEW = 2000
 """Tensors that one thread has looked at before another has woken up: as many for each thread are enough."""
 
@@ -95,7 +96,7 @@ class _Launch:
     def __init__(self, task: int, *slots: int | np.ndarray) -> None:
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
-        self.slots = array("q", [task, 0, *given, *[0] * (_GIVEN - 1 - len(given))])
+        self.slots = array("q", [task, 0, *given, *[0] * (_MOVED - 1 - len(given))])
         if (known := tensor_layout()) is not None:
             self.slots[_UNDEFINED] = known.undefined
             self.slots[_FUNCTIONS:_THREAD] = array(
@@ -150,7 +151,6 @@ class TensorGuard:
     Attributes:
         gradients: addresses of the gradients' memory when last looked at: int64 of shape (length,).
         given: the `id` of each gradient that is given.
-        is_over: whether a change was seen, so that what was made from the tensors must not be used again.
         sound: whether the guard sees what Python sees; do not use it otherwise.
 
     Make guards with `tensors.guards.make_guard`.
@@ -176,12 +176,12 @@ class TensorGuard:
         self._records, self._facts = np.zeros((2, count, 1 + len(columns), _RECORD), dtype=np.int64)
         self._launch = _Launch(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._facts)
         self._launch.slots[_NAMES] *= bool(names)
+        self._entries: _Launch | None = None
         if gradients:
             self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
             self._launch.slots[_HELD] = self._held.ctypes.data
         self.gradients = self._records[:, 1, 0]
-        self._tensors, self.is_over = count * (1 + len(columns)) * threads, False
-        self._holds = gradients
+        self._tensors = count * (1 + len(columns)) * threads
         if self.given:
             self._launch.slots[_GIVEN] = ids.buffer_info()[0]
         grads = [param.grad for param in columns[0]] if gradients else given or [torch.empty(0)] * count
@@ -190,27 +190,69 @@ class TensorGuard:
         seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._launch.run()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
-        if gradients or given is not None:
-            bases = np.delete(self._records[:, :, _BASE], 1, axis=1)
-            written = np.array(sorted({*bases.ravel().tolist()} - {0}), dtype=np.int64)  # np.unique imports np.ma
-            self._written, self._launch.slots[_SHIFT] = _hash_table(written)
-            self._launch.slots[_WRITTEN] = self._written.ctypes.data
+        self._launch.slots[_OTHER] = self._launch.slots[_MOVED] = 0
         self.release_grads()
+        if gradients or given is not None:
+            WrittenMemory([self]).settle()
+
+    def count_written(self) -> int:
+        """Return how many tensors there are beside gradients."""
+        return sum(map(len, self._kept[0]))
+
+    def take_table(self, table: np.ndarray, shift: int) -> None:
+        """See gradients that come into memory of this table from now on; hashes shifted by `shift` are its places."""
+        self._written, self._launch.slots[_SHIFT], self._launch.slots[_WRITTEN] = table, shift, table.ctypes.data
+
+    @property
+    def launch(self) -> "_Launch":
+        """What looks; see `launches`."""
+        return self._launch
+
+    def readmit(self) -> None:
+        """Take the tensors for what they were where they are now, which somebody has found fit."""
+        self._launch.slots[_MOVED] = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether a change was seen, so that what was made from the tensors must not be used again."""
+        return bool(self._launch.slots[_OTHER] or self._launch.slots[_MOVED])
+
+    @property
+    def has_moved(self) -> bool:
+        """Return whether no other change was seen than that tensors are elsewhere."""
+        return bool(self._launch.slots[_MOVED] and not self._launch.slots[_OTHER])
+
+    @property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tensors were when last looked at, and over how many bytes.
+
+        For each the first column, the gradients, and the other columns: int64 of shape (columns + 1, length).
+        """
+        return self._records[:, :, 0].T, self._records[:, :, _SPANNED].T
+
+    def end(self) -> None:
+        """Let a change be seen that is none of memory."""
+        self._launch.slots[_OTHER] = 1
+
+    def has_entries(self) -> bool:
+        """Return whether the tensors still stand in the dicts in which that is watched."""
+        if self._entries is None:
+            self._entries = self._launch.copy(_OTHER_ENTRIES)
+        return not self._entries.run()
 
     def changed(self, given: Sequence[Tensor] = ()) -> bool:
-        """Return whether something has changed, or cannot be known not to have; once it has, for good.
+        """Return whether something has changed, or cannot be known not to have.
 
-        What was made from the tensors as they were must not be used again, whatever they are like now.
+        Once it has, for good, unless tensors have moved and are readmitted, or a gradient has not been there: what was
+        made from the tensors as they were must not be used again, whatever they are like now.
         """
-        if not self.is_over:
+        self.release_grads()
+        if self.given:
+            self.given[:] = array("q", map(id, given))
+        self._holds = self._held is not None
+        if found := self._launch.run(self._tensors):
             self.release_grads()
-            if self.given:
-                self.given[:] = array("q", map(id, given))
-            self._holds = self._held is not None
-            self.is_over = self._launch.run(self._tensors)
-            if self.is_over:
-                self.release_grads()
-        return self.is_over
+        return found
 
     @property
     def needs_threads(self) -> bool:
@@ -218,11 +260,11 @@ class TensorGuard:
         return self._tensors >= _FEW
 
     def look(self) -> bool:
-        """Return whether something has changed, as its launch tells, on several threads; see `note`."""
+        """Return whether something has changed, as its launch tells, on several threads; gradients may be held then."""
         return self._launch.run(self._tensors)
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
-        """Return the launches that look, and that release the gradients if it has some; see `note`."""
+        """Return the launches that look, and that release the gradients if it has some, which are held until then."""
         return self._launch, None if self._held is None else self._launch.copy(_RELEASE_GRADS)
 
     @property
@@ -231,38 +273,62 @@ class TensorGuard:
         known = tensor_layout()
         return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
 
-    def note(self, *, changed: bool) -> None:
-        """Take note of what a `LaunchSequence` has found: if nothing has changed, the gradients are held."""
-        self._holds = self._held is not None
-        if changed:
-            self.is_over = True
-            self.release_grads()
-
     def release_grads(self) -> None:
         """Hold the gradients no longer."""
-        if self._holds:
+        if self._held is not None:
             self._launch.slots[0], self._holds = _RELEASE_GRADS, False
             self._launch.run()
             self._launch.slots[0] = _CHANGES
 
     def __del__(self) -> None:
-        """Hold nothing that nobody can release."""
-        self.release_grads()
+        """Hold nothing that nobody can release; who has let a `LaunchSequence` look has released what that held."""
+        if self._holds:
+            self.release_grads()
 
 
-def _hash_table(keys: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return a table in which keys stand at the place that their hash tells, or as soon behind it as there is room.
+class WrittenMemory:
+    """The storages that a step writes, and how far: a table for some guards, which see gradients that come into it.
 
-    Returns:
-        The table, int64 with 0 where it is empty, and the shift that makes hashes places.
+    Each guard has one of its own until another is made for it and others.
+
+    Args:
+        guards: the guards.
     """
-    shift = 64 - max(1, int(4 * len(keys)).bit_length())
-    places = (keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(shift)).astype(np.int64)
-    order = np.argsort(places, kind="stable")
-    count = np.arange(len(keys))
-    table = np.zeros((1 << (64 - shift)) + len(keys) + 1, dtype=np.int64)
-    table[count + np.maximum.accumulate(places[order] - count)] = keys[order]
-    return table, shift
+
+    def __init__(self, guards: Sequence["TensorGuard"]) -> None:
+        self._guards, count = guards, sum(map(TensorGuard.count_written, guards))
+        bits = max(1, int(2 * count).bit_length())
+        self._table = np.zeros(((1 << bits) + count + 1, 3), dtype=np.int64)
+        for guard in guards:
+            guard.take_table(self._table, 64 - bits)
+        self._entering, comparing = ([guard.launch.copy(task) for guard in guards] for task in (_ENTER, _COMPARE))
+        self._launch = LaunchSequence([*self._entering, *comparing])
+
+    def settle(self) -> bool:
+        """Note what is written now; return whether all of it is surely apart, and apart from gradients."""
+        self._table.fill(0)
+        apart = not self._launch.run()
+        if not apart:
+            for launch in self._entering:
+                launch.run()
+        return apart
+
+    def admits_moves(self) -> bool:
+        """Return whether the tensors of the guards have moved, which is all that has changed, and are apart there."""
+        over = [guard.is_over for guard in self._guards]
+        if not any(over) or not all(not guard.changed() or guard.has_moved for guard in self._guards):
+            return False
+        apart = self.settle() or self._are_apart()
+        if not apart:
+            for guard in self._guards:
+                guard.end()
+        return apart
+
+    def _are_apart(self) -> bool:
+        """Return whether tensors were apart when last looked at, by all spans of memory."""
+        places = [guard.places for guard in self._guards]
+        start, size = (np.concatenate([each[part].ravel() for each in places]) for part in (0, 1))
+        return spans_are_apart(start, size)
 
 
 class Replaced(NamedTuple):
@@ -480,13 +546,39 @@ class ScalarIO:
         self._values[:] = values
         self._run(_WRITE)
 
-    def shared_launches(self, shared: int) -> tuple["_Launch", "_Launch", np.ndarray]:
-        """Return the launches that read and write numbers of which `shared` in a row are the same, and their values."""
+    def shared(self, count: int) -> "SharedNumbers":
+        """Return what reads and writes the numbers, rows of so many that are mostly the same, for launches."""
         reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
-        reading.slots[_SECOND] = writing.slots[_SECOND] = shared
-        return reading, writing, self._values
+        values, differ = self._values.reshape(-1, count), memoryview(reading.slots)[_OTHER : _OTHER + 1]
+        found = SharedNumbers(reading, writing, values, np.zeros(values.shape, dtype=np.int64), differ)
+        reading.slots[_PLACES] = writing.slots[_PLACES] = found.places.ctypes.data
+        found.share(np.zeros(count, dtype=np.int64))
+        return found
 
     def _run(self, task: int) -> np.ndarray:
         self._launch.slots[0] = task
         self._launch.run()
         return self._values
+
+
+class SharedNumbers(NamedTuple):
+    """Rows of numbers of which many are the same, as the launches of a `LaunchSequence` read and write them.
+
+    Attributes:
+        reading: what reads them.
+        writing: what writes them, each as that which stands for it.
+        values: where they stand between.
+        places: for each where that stands which does so for it: at first the first of its row.
+        differ: whether of those that were read last one is not like that: a number.
+    """
+
+    reading: _Launch
+    writing: _Launch
+    values: np.ndarray
+    places: np.ndarray
+    differ: memoryview
+
+    def share(self, columns: np.ndarray) -> None:
+        """Let in each row the numbers of these columns stand for those of all, in their order."""
+        rows, count = self.values.shape
+        self.places[:] = columns + np.arange(rows)[:, None] * count
