@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from memory import storage_of
+from memory import lacks_memory, storage_of
 from torch import Tensor, nn
 from worlds import LAYOUTS, OTHER_DTYPE, World, canaries, laid_out, options_of, values
 
@@ -204,10 +204,10 @@ def resize(tensor: Tensor, how: int, seed: int) -> None:
             storage.resize_(max(0, nbytes))
         if storage.data_ptr() == address:
             break  # what looks at addresses only sees no change
-    if chosen[-1] >= whole:
-        with torch.no_grad():
-            flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
-            flat.copy_(values(flat.shape, tensor.dtype, seed))
+    with torch.no_grad():  # whoever stands in the storage and still has memory is not to find garbage there
+        flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
+        flat.copy_(values(flat.shape, tensor.dtype, seed))
+        if not lacks_memory(tensor):
             tensor.detach().copy_(values(tensor.shape, tensor.dtype, seed))
 
 
@@ -687,9 +687,15 @@ def load_own(world, a, b, c):
     world.optimizer.load_state_dict(deepcopy(world.optimizer.state_dict()))
 
 
+def has_removed_state(world: World) -> bool:
+    """Whether there is state of parameters that were removed, of which torch can make no state dict."""
+    stepped = {param for group in world.optimizer.param_groups for param in group["params"]}
+    return any(isinstance(key, Tensor) and key not in stepped for key in world.optimizer.state)
+
+
 @change(raises=True)
 def load_of_twin(world, a, b, c):
-    source = world if world.partner is None or b % 2 else world.partner
+    source = world if world.partner is None or b % 2 or has_removed_state(world.partner) else world.partner
     found = deepcopy(source.optimizer.state_dict())
     groups = [options_of(group) for group in world.optimizer.param_groups]
     mine = {name for group in groups for name in group}
