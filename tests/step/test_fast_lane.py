@@ -1,5 +1,6 @@
 """The fast lane takes the steps in which nothing has changed, and no others."""
 
+import collections
 import contextlib
 import gc
 import weakref
@@ -467,6 +468,36 @@ def test_replaced_lists_of_parameters_count(edit):
     set_grads(optimizer, 79)
     optimizer.step()
     assert not torch.equal(late, torch.ones(2))
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon, surefoot.Adafactor])
+def test_parameters_replaced_in_a_list_that_has_replaced_another_count(cls):
+    optimizer, params = started(cls, sizes=[(3, 2), (3, 2)])
+    group = optimizer.param_groups[0]
+    group["params"] = list(params)
+    train(optimizer, steps=3)
+    other = group["params"][0] = torch.nn.Parameter(torch.ones(3, 2))
+    before = params[0].detach().clone()
+    train(optimizer, steps=2)
+    assert torch.equal(params[0], before)
+    assert not torch.equal(other, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+@pytest.mark.parametrize("kind", [tuple, collections.deque, collections.UserList])
+@pytest.mark.parametrize("which", ["params", "param_groups"])
+@pytest.mark.parametrize("anew", [True, False])
+def test_parameters_and_groups_need_not_stand_in_lists(cls, kind, which, anew):
+    (optimizer, params), (twin, copies) = (started(cls, sizes=[(3, 2), (3, 2)]) for _ in range(2))
+    if which == "params":
+        optimizer.param_groups[0]["params"] = kind(params)
+    else:
+        optimizer.param_groups = kind(optimizer.param_groups)
+    for each in (optimizer, twin):
+        if anew:
+            each.state.clear()
+        train(each, steps=5)
+    assert all(map(torch.equal, params, copies))
 
 
 def test_options_that_become_tensors_count_when_they_change_in_place():

@@ -21,7 +21,7 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, are_numbers_of_update
+from surefoot.step.cache import StepCache, are_guardable, are_numbers_of_update
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step
 from surefoot.step.custom_lane import CustomLane, is_fit
@@ -449,7 +449,9 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
 
 def _serves(step: StepInput) -> bool:
-    """Return whether nothing is asked for that only the pipeline can do."""
+    """Return whether nothing is asked for that only the pipeline can do, by groups that compiled code can guard."""
+    if not are_guardable(step.groups):
+        return False
     return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
 
 
