@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -484,6 +484,19 @@ def test_gradients_made_in_inference_mode(cls):
             set_grads(ours, seed)
         assert all(param.grad.is_inference() for param in params_of(ours))
         ours.step(lambda: torch.tensor(1.0))
+    assert_same(snapshot(ours), snapshot(expected))
+
+
+@each_algorithm
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_state_may_be_any_dict(cls, kind):
+    ours, expected = make(cls), make(cls)
+    for steps in (0, 2):
+        train(ours, steps=steps)
+        train(expected, steps=steps)
+        ours.state = kind(ours.state)
+    train(ours)
+    train(expected)
     assert_same(snapshot(ours), snapshot(expected))
 
 

@@ -46,7 +46,7 @@ def ensure_state(
         if corrected:
             made[CORRECTION] = new_correction(group, param)
     was_none = {name: name in entry for name in made}
-    state[param].update(made)
+    state.setdefault(param, {}).update(made)
     return was_none
 
 
