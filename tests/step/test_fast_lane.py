@@ -580,6 +580,21 @@ def test_state_is_left_as_it_was_when_making_it_fails(monkeypatch):
     assert not optimizer.state
 
 
+def test_steps_that_fail_are_counted_as_the_pipeline_counts_them():
+    counts = []
+    for again in (False, True):
+        optimizer, _ = started()
+        if not again:
+            optimizer._step_cache.fast = False
+        optimizer.param_groups[0]["betas"] = (0.5,)
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            optimizer.step()
+        optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+        optimizer.step()
+        counts.append(optimizer.step_statistics.steps)
+    assert counts[0] == counts[1]
+
+
 def test_what_coefficients_give_must_be_numbers():
     class Odd(surefoot.Optimizer):
         def __init__(self, params, lr):

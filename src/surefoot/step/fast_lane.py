@@ -291,10 +291,14 @@ class FastLane:
                     return False
             except BaseException:
                 self._release()
+                self._count()
                 raise
-            if not self._stepping.context.inside:  # else it has been counted
-                self._stepping.statistics.steps += 1
+            self._count()
         return True
+
+    def _count(self) -> None:
+        """Count the step that was asked for, unless the optimizer has done so."""
+        self._stepping.statistics.steps += not self._stepping.context.inside
 
     def _look(self) -> Any:
         """Look at all that may have changed; return the launch that finds something, or None."""
