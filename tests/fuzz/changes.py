@@ -6,6 +6,7 @@ what cannot be seen is an attribute of the change.
 """
 
 import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from typing import Any, NamedTuple
@@ -842,6 +843,35 @@ def parameter_twice_in_a_group(world, a, b, c):
         group["params"].append(group["params"][0])
         if "param_names" in group:
             group["param_names"].append(group["param_names"][0])
+
+
+@change()
+def parameters_in_another_sequence(world, a, b, c):
+    for group in world.optimizer.param_groups:
+        group["params"] = (list, list, tuple)[b % 3](group["params"])
+
+
+@change()
+def parameters_exchanged(world, a, b, c):
+    groups = world.optimizer.param_groups
+    one, other = (groups[number % len(groups)]["params"] for number in (a, b))
+    if type(one) is type(other) is list and world.setting.algorithm != "LBFGS":
+        i, j = c % len(one), a % len(other)
+        one[i], other[j] = other[j], one[i]
+
+
+@change()
+def groups_replaced(world, a, b, c):
+    groups = world.optimizer.param_groups
+    if b % 2:
+        groups[a % len(groups)] = dict(groups[a % len(groups)])
+    else:
+        world.optimizer.param_groups = list(groups)
+
+
+@change(judge="eager")
+def state_in_another_dict(world, a, b, c):
+    world.optimizer.state = (dict, OrderedDict, lambda state: defaultdict(dict, state))[b % 3](world.optimizer.state)
 
 
 @change()
