@@ -5,6 +5,7 @@ What `fuzz.py` prints of a new fault goes here, under a name that says what must
 
 from averages import AverageCase, Move
 from cases import Case, Round
+from loops import LoopCase
 from sharded import Move as ShardMove
 from sharded import ShardedCase
 from worlds import SHAPES, Kind
@@ -337,5 +338,12 @@ CASES = {
         "default",
         (Kind(0, 0), Kind(0, 0)),
         (Round(moves=(("parameter removed", 4, 9, 116),)), Round(moves=(("load of twin", 2, 6, 0),))),
+    ),
+    "gradient that is state of another bucket, where counts differ": LoopCase(
+        "adam amsgrad",
+        "foreach",
+        (Kind(10, 0), Kind(0, 0), Kind(10, 0), Kind(11, 0)),
+        (Round(), Round(grads="some"), Round(), Round(moves=(("gradient is state", 4, 10, 58),))),
+        seed=35,
     ),
 }

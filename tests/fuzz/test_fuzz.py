@@ -74,7 +74,7 @@ def test_a_cache_that_misses_a_change_is_noticed(monkeypatch):
         "adam", kinds=(Kind(0, 0),), rounds=(*[Round()] * 4, Round(moves=(("data in another layout", 0, 0, 0),)))
     )
     assert fuzz.run(case)["stepped"] == len(case.rounds)
-    monkeypatch.setattr("surefoot.step.fast_lane.FastLane._look", lambda _: None)
+    monkeypatch.setattr("surefoot.step.fast_lane.FastLane._look", lambda *_: None)
     with pytest.raises(fuzz.Failure, match="what is kept changes bits"):
         fuzz.run(case)
 

@@ -529,6 +529,17 @@ def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(look
         optimizer.step()
 
 
+@pytest.mark.parametrize("looking", ["compiled", "plain"])
+def test_a_gradient_that_moves_to_what_another_bucket_writes_is_refused(looking, monkeypatch):
+    if looking == "plain":
+        monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = train(surefoot.Adam([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]), steps=5)
+    params[0].grad = optimizer.state[params[1]]["exp_avg"]
+    with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
+        optimizer.step()
+
+
 def test_buckets_of_all_sizes_are_stepped_in_their_order():
     results = []
     for options in ({}, {"foreach": False}):

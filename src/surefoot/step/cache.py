@@ -26,7 +26,14 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.options import ALL_STEP_OPTIONS
 from surefoot.step.types import BucketRun
 from surefoot.tensors.gate import admit_rows
-from surefoot.tensors.guards import are_on_host, make_dict_guard, make_guard, make_scalar_io, same_objects
+from surefoot.tensors.guards import (
+    are_on_host,
+    make_dict_guard,
+    make_guard,
+    make_scalar_io,
+    same_objects,
+    share_written,
+)
 from surefoot.tensors.memory import PLAIN, is_plain
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import Replaced, ScalarIO, TensorGuard, VersionCounters
@@ -478,6 +485,7 @@ def _guarded(runs: Sequence[BucketRun]) -> bool:
         return False
     for run in runs:
         run.guard = BucketGuard(run)
+    share_written([run.guard.tensors for run in runs])
     return True
 
 

@@ -37,6 +37,15 @@ def make_guard(
     return PlainTensorGuard(columns, states, names, gradients=gradients, given=given)
 
 
+def share_written(guards: Iterable[Any]) -> None:
+    """Let gradients of one guard not move to where the tensors of another are, which one step writes."""
+    for kind in (native.TensorGuard, PlainTensorGuard):
+        alike = [guard for guard in guards if type(guard) is kind]
+        written = set[int]().union(*(guard.written for guard in alike))
+        for guard in alike if len(alike) > 1 else ():
+            guard.refuse_gradients_in(written)
+
+
 def make_dict_guard(dicts: Dicts, owners: Sequence[tuple[object, str]] = ()) -> Any:
     """Return a guard of dicts: a `DictGuard`, or a plain one."""
     return (native.DictGuard if native.available() else PlainDictGuard)(dicts, owners)
@@ -81,8 +90,13 @@ class PlainTensorGuard:
         ]
         self.gradients = np.zeros(len(columns[0]), dtype=np.int64)
         self._held: list[Tensor | None] = []
-        self._written = {_base(tensor) for tensor in self._tensors}
+        self.written = self._written = {_base(tensor) for tensor in self._tensors}
         self._seen = self._see(given or ())
+
+    def refuse_gradients_in(self, written: set[int]) -> None:
+        """Let gradients not move to where others are written; see `share_written`."""
+        self._written = written
+        self._seen = self._seen and self._see([grad for grad in self._held if grad is not None])
 
     def _see(self, given: Sequence[Tensor]) -> list[tuple[object, ...]]:
         seen = list(map(_facts, self._tensors))

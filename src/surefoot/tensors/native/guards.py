@@ -152,6 +152,7 @@ class TensorGuard:
         given: the `id` of each gradient that is given.
         is_over: whether a change was seen, so that what was made from the tensors must not be used again.
         sound: whether the guard sees what Python sees; do not use it otherwise.
+        written: by what it knows the memory of its tensors.
 
     Make guards with `tensors.guards.make_guard`.
     """
@@ -190,11 +191,9 @@ class TensorGuard:
         seen = np.array([list(map(Tensor.data_ptr, row)) for row in rows])
         self._launch.run()
         self.sound = np.array_equal(seen, self._records[:, :, 0])
+        self.written = {*np.delete(self._records[:, :, _BASE], 1, axis=1).ravel().tolist()} - {0}
         if gradients or given is not None:
-            bases = np.delete(self._records[:, :, _BASE], 1, axis=1)
-            written = np.array(sorted({*bases.ravel().tolist()} - {0}), dtype=np.int64)  # np.unique imports np.ma
-            self._written, self._launch.slots[_SHIFT] = _hash_table(written)
-            self._launch.slots[_WRITTEN] = self._written.ctypes.data
+            self.refuse_gradients_in(self.written)
         self.release_grads()
 
     def changed(self, given: Sequence[Tensor] = ()) -> bool:
@@ -211,6 +210,12 @@ class TensorGuard:
             if self.is_over:
                 self.release_grads()
         return self.is_over
+
+    def refuse_gradients_in(self, written: set[int]) -> None:
+        """Let gradients not move to where others are written; see `tensors.guards.share_written`."""
+        keys = np.array(sorted(written), dtype=np.int64)  # np.unique imports np.ma
+        self._written, self._launch.slots[_SHIFT] = _hash_table(keys)
+        self._launch.slots[_WRITTEN] = self._written.ctypes.data
 
     @property
     def needs_threads(self) -> bool:
