@@ -168,8 +168,8 @@ def _step(world: World, each: Round, number: int, *, forgets: bool) -> BaseExcep
 
 
 def _told(error: BaseException | None) -> str:
-    """Return what an error tells, but for the parameter that it names: of several the first in memory."""
-    return re.sub(r"`[^`]*` of shape \([^)]*\)", "a parameter", repr(error))
+    """Return what an error tells, but for the tensors that it names: of several those that come first in memory."""
+    return re.sub(r"`[^`]*`( of shape \([^)]*\))?", "a tensor", repr(error))
 
 
 def _difference(keeping: World, forgetting: World) -> str | None:
