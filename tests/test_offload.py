@@ -1,7 +1,9 @@
 """The optimizer on the CPU, parameters on a device: the numbers of the plain step, late copies, and what is refused."""
 
+import contextlib
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -273,6 +275,28 @@ def test_weights_written_through_data_count_where_another_parameter_goes():
     same(lambda m: surefoot.AdamW(m.parameters(), lr=0.01), between=change)
 
 
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.bfloat16, lambda m: m.half().float(), nn.Module.cpu])
+def test_a_model_may_be_converted_while_it_has_gradients(convert):
+    def between(model, optimizer, step):
+        loss_of(model, step).backward()
+        convert(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    same(lambda m: surefoot.SGD(m.parameters(), lr=0.01), steps=2, between=between)
+
+
+def test_weights_may_be_of_another_dtype_than_the_gradients_that_have_come():
+    def between(model, optimizer, step):
+        loss_of(model, step).backward()
+        for param in model.parameters():
+            param.data = param.data.double()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    same(lambda m: surefoot.SGD(m.parameters(), lr=0.01), steps=2, between=between)
+
+
 @pytest.mark.filterwarnings("ignore:grad and param do not obey")
 def test_the_order_of_elements_may_change_while_gradients_accumulate():
     def run(*, offloaded):
@@ -464,6 +488,73 @@ def test_gradients_are_those_that_have_not_been_dropped():
             torch.autograd.grad(loss_of(model, 1), [model.tied.weight])
 
     same(lambda m: surefoot.SGD(m.parameters(), lr=0.01, momentum=0.9), steps=8, between=between)
+
+
+def raise_once(param, at):
+    """Let a hook ahead of all others raise when a gradient of the parameter comes for the nth time."""
+    count = itertools.count(1)
+
+    def hook(_):
+        if next(count) == at:
+            raise ArithmeticError("of a hook")
+
+    param.register_post_accumulate_grad_hook(hook)
+
+
+def drop_others(model, optimizer):
+    weight = model.tied.weight
+    optimizer.zero_grad()
+    weight.grad = torch.ones_like(weight)
+
+
+def go_on(then):
+    def run(model, optimizer):
+        then(model, optimizer)
+        loss_of(model, 4).backward()
+
+    return run
+
+
+AFTER_A_FAILURE = {
+    "step": lambda *_: None,
+    "backward": go_on(lambda *_: None),
+    "zero": go_on(lambda m, o: o.zero_grad(set_to_none=False)),
+    "drop": go_on(lambda m, o: o.zero_grad()),
+    "given": drop_others,
+    "given, backward": go_on(drop_others),
+    "cast": lambda m, _: m.bfloat16(),
+    "remove": lambda m, o: o._offloaded.remove() if o._offloading() else None,
+}
+
+
+@pytest.mark.parametrize("then", AFTER_A_FAILURE.values(), ids=AFTER_A_FAILURE)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_hook_that_raises_loses_no_gradient(then, at):
+    weights = []
+    for offloaded in (False, True):
+        model = Net()
+        raise_once(model.tied.weight, at)
+        optimizer = surefoot.SGD(model.parameters(), lr=0.01)
+        if offloaded:
+            optimizer.offload(model)
+        for step in range(3):
+            with contextlib.suppress(ArithmeticError):
+                loss_of(model, step).backward()
+        then(model, optimizer)
+        optimizer.step()
+        weights.append(list(model.parameters()))
+    assert all(map(torch.equal, *weights))
+
+
+def test_hooks_are_called_in_their_order():
+    found = []
+    weight = nn.Parameter(torch.ones(2))
+    weight.register_post_accumulate_grad_hook(lambda p: found.append(p.grad.tolist()))
+    optimizer = surefoot.SGD([weight], lr=0.1)
+    optimizer.offload(nn.ParameterList([weight]))
+    weight.register_post_accumulate_grad_hook(lambda p: found.append(p.grad is not None and "away"))
+    (3 * weight).sum().backward()
+    assert found == [[3.0, 3.0], "away"]
 
 
 def test_closures():

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -435,6 +435,48 @@ def test_grad_mode_around_the_step_does_not_matter(cls, context):
 
 
 @each_algorithm
+@pytest.mark.parametrize("how", ["step", "load", "to"])
+def test_state_made_in_inference_mode_is_like_any_other(cls, how):
+    ours, expected = make(cls), train(make(cls), steps=4)
+    if how != "step":
+        train(ours, steps=1)
+    with torch.inference_mode():
+        if how == "step":
+            train(ours, steps=1)
+        elif how == "load":
+            ours.load_state_dict(ours.state_dict())
+        else:
+            ours.to("cpu")
+    train(ours, first=1, steps=3)
+    assert_same(snapshot(ours), snapshot(expected))
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Adafactor])
+@pytest.mark.parametrize("engine", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("which", ["param", "step", "slot"])
+@pytest.mark.parametrize("steady", [False, True])
+def test_tensors_of_inference_mode_are_refused_outside_of_it(cls, engine, which, steady):
+    optimizer = train(make(cls, **engine), steps=1)
+    param = params_of(optimizer)[1]
+    state = optimizer.state[param]
+    with torch.inference_mode():
+        if which == "param":
+            param.data = param.detach().clone()
+        else:
+            name = "step" if which == "step" else next(name for name in state if name != "step")
+            state[name] = state[name].clone()
+        train(optimizer, steps=3 * steady)
+    set_grads(optimizer, 5)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="is an inference tensor, which can be written in inference mode only"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    with torch.inference_mode():
+        optimizer.step()
+    assert not torch.equal(snapshot(optimizer)["values"][1], before["values"][1])
+
+
+@each_algorithm
 def test_gradients_made_in_inference_mode(cls):
     ours, expected = make(cls), train(make(cls), steps=2)
     for seed in range(2):
@@ -442,6 +484,19 @@ def test_gradients_made_in_inference_mode(cls):
             set_grads(ours, seed)
         assert all(param.grad.is_inference() for param in params_of(ours))
         ours.step(lambda: torch.tensor(1.0))
+    assert_same(snapshot(ours), snapshot(expected))
+
+
+@each_algorithm
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_state_may_be_any_dict(cls, kind):
+    ours, expected = make(cls), make(cls)
+    for steps in (0, 2):
+        train(ours, steps=steps)
+        train(expected, steps=steps)
+        ours.state = kind(ours.state)
+    train(ours)
+    train(expected)
     assert_same(snapshot(ours), snapshot(expected))
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import surefoot
 from conformance import ROWS, STEADY, STEPS, assert_close, gradients, groups, normals, results, unclipped, zoo
-from helpers import assert_same, make_params, snapshot
+from helpers import Noted, assert_same, make_params, set_grads, snapshot, train
 from surefoot.errors import NonFiniteGradientError, NotRestoredError
 from surefoot.optimizers.lbfgs import LBFGS
 from surefoot.telemetry import JsonLines, Telemetry, read
@@ -500,6 +500,26 @@ def test_options_of_the_optimizer_that_are_changed_later_are_checked(name, value
     with pytest.raises(error, match=message):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_options_that_a_closure_changes_are_checked(cls, steps):
+    optimizer = train(cls([torch.nn.Parameter(torch.ones(3, 2))]), steps=steps)
+    set_grads(optimizer, 9)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="`max_grad_norm` must be a number > 0, or None, but is: -1"):
+        optimizer.step(lambda: setattr(optimizer.step_options, "max_grad_norm", -1))
+    assert_same(snapshot(optimizer), before)
+
+
+def test_a_closure_may_end_telemetry():
+    telemetry = Noted()
+    optimizer = train(surefoot.AdamW([torch.nn.Parameter(torch.ones(3, 2))], telemetry=telemetry))
+    optimizer.step(lambda: setattr(optimizer.step_options, "telemetry", None))
+    optimizer.step(lambda: setattr(optimizer.step_options, "telemetry", telemetry))
+    train(optimizer, steps=1)
+    assert [raw.step for raw in telemetry.raw] == [1, 2, 3, 6]
 
 
 def test_options_may_be_changed_later():

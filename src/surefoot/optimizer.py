@@ -771,6 +771,9 @@ class Optimizer(torch.optim.Optimizer):
             with self._on_device(), torch.enable_grad():
                 loss = closure()
                 refuse_eval_mode(self.spec, self.param_groups)
+                check_changed(self._stepping, self.spec, self.param_groups)
+            context = self._stepping.context
+            context.wants_metrics = context.wants_metrics and self.step_options.telemetry is not None
         except Exception:
             step = self._step_input()
             with failures_told(step, due_exchange(step)):

@@ -18,7 +18,8 @@ class Round(NamedTuple):
         grads: "new", "in place" (into the gradients that are there), "kept", or "some" (new ones, some dropped).
         moves: changes by name, with the numbers by which they choose.
         where: when they happen: "before" the step, or in a "hook" or "closure" of it.
-        how: "plain", in another "thread", "both" optimizers in two threads, or with gradients "enabled".
+        how: "plain", in another "thread", "both" optimizers in two threads, or with gradients "enabled"; in loops also
+            in "inference" mode, with a "closure", one that raises, or "scaled" by a GradScaler.
     """
 
     grads: str = "new"
@@ -40,15 +41,11 @@ class Case:
     def __repr__(self) -> str:
         kinds = ", ".join(map(repr, self.kinds))
         rounds = ", ".join(f"Round({', '.join(_arguments(each))})" for each in self.rounds)
-        return (
-            (
-                f"Case({self.setting!r}, {self.engine!r}, ({kinds},), ({rounds}{',' * (len(self.rounds) == 1)}), "
-                f"seed={self.seed})"
-            )
-            .replace("layout=", "")
-            .replace("shape=", "")
-            .replace(", other_dtype=False", "")
-        )
+        last = "," * (len(self.rounds) == 1)
+        shown = f"{self.setting!r}, {self.engine!r}, ({kinds},), ({rounds}{last}), seed={self.seed}"
+        for left_out in ("layout=", "shape=", ", other_dtype=False"):
+            shown = shown.replace(left_out, "")
+        return f"{type(self).__name__}({shown})"
 
 
 def _arguments(each: Round) -> Iterator[str]:
@@ -59,6 +56,17 @@ def _arguments(each: Round) -> Iterator[str]:
 
 def draw_case(pick: Pick, *, engines: Iterable[str] = ENGINES, settings: Iterable[str] = SETTINGS) -> Case:
     """Return a case made of numbers that `pick` gives; small numbers make plain cases."""
+    name, engine, kinds = draw_kinds(pick, engines, settings)
+    rounds = [_draw_round(pick) for _ in range(2 + pick(6))]
+    if (
+        SETTINGS[name].algorithm == "LBFGS"
+    ):  # it steps before and between the calls of its closure, and keeps its parameters
+        rounds = [each._replace(where="before") for each in rounds]
+    return Case(name, engine, kinds, tuple(rounds), pick(1000))
+
+
+def draw_kinds(pick: Pick, engines: Iterable[str], settings: Iterable[str]) -> tuple[str, str, tuple[Kind, ...]]:
+    """Return a setting, an engine and parameters."""
     name = tuple(settings)[pick(len(tuple(settings)))]
     setting = SETTINGS[name]
     engine = "default" if setting.algorithm in WITHOUT_ENGINES else tuple(engines)[pick(len(tuple(engines)))]
@@ -69,10 +77,7 @@ def draw_case(pick: Pick, *, engines: Iterable[str] = ENGINES, settings: Iterabl
         if not setting.shapes and pick(60) == 59:
             shape = LARGE + pick(len(SHAPES) - LARGE)
         kinds.append(Kind(shape, pick(len(LAYOUTS)), pick(12) == 11))
-    rounds = [_draw_round(pick) for _ in range(2 + pick(6))]
-    if setting.algorithm == "LBFGS":  # it steps before and between the calls of its closure, and keeps its parameters
-        rounds = [each._replace(where="before") for each in rounds]
-    return Case(name, engine, tuple(kinds), tuple(rounds), pick(1000))
+    return name, engine, tuple(kinds)
 
 
 def _draw_round(pick: Pick) -> Round:

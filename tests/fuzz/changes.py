@@ -6,13 +6,14 @@ what cannot be seen is an attribute of the change.
 """
 
 import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from memory import storage_of
+from memory import lacks_memory, storage_of
 from torch import Tensor, nn
 from worlds import LAYOUTS, OTHER_DTYPE, World, canaries, laid_out, options_of, values
 
@@ -204,10 +205,10 @@ def resize(tensor: Tensor, how: int, seed: int) -> None:
             storage.resize_(max(0, nbytes))
         if storage.data_ptr() == address:
             break  # what looks at addresses only sees no change
-    if chosen[-1] >= whole:
-        with torch.no_grad():
-            flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
-            flat.copy_(values(flat.shape, tensor.dtype, seed))
+    with torch.no_grad():  # whoever stands in the storage and still has memory is not to find garbage there
+        flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
+        flat.copy_(values(flat.shape, tensor.dtype, seed))
+        if not lacks_memory(tensor):
             tensor.detach().copy_(values(tensor.shape, tensor.dtype, seed))
 
 
@@ -687,9 +688,15 @@ def load_own(world, a, b, c):
     world.optimizer.load_state_dict(deepcopy(world.optimizer.state_dict()))
 
 
+def has_removed_state(world: World) -> bool:
+    """Whether there is state of parameters that were removed, of which torch can make no state dict."""
+    stepped = {param for group in world.optimizer.param_groups for param in group["params"]}
+    return any(isinstance(key, Tensor) and key not in stepped for key in world.optimizer.state)
+
+
 @change(raises=True)
 def load_of_twin(world, a, b, c):
-    source = world if world.partner is None or b % 2 else world.partner
+    source = world if world.partner is None or b % 2 or has_removed_state(world.partner) else world.partner
     found = deepcopy(source.optimizer.state_dict())
     groups = [options_of(group) for group in world.optimizer.param_groups]
     mine = {name for group in groups for name in group}
@@ -836,6 +843,35 @@ def parameter_twice_in_a_group(world, a, b, c):
         group["params"].append(group["params"][0])
         if "param_names" in group:
             group["param_names"].append(group["param_names"][0])
+
+
+@change()
+def parameters_in_another_sequence(world, a, b, c):
+    for group in world.optimizer.param_groups:
+        group["params"] = (list, list, tuple)[b % 3](group["params"])
+
+
+@change()
+def parameters_exchanged(world, a, b, c):
+    groups = world.optimizer.param_groups
+    one, other = (groups[number % len(groups)]["params"] for number in (a, b))
+    if type(one) is type(other) is list and world.setting.algorithm != "LBFGS":
+        i, j = c % len(one), a % len(other)
+        one[i], other[j] = other[j], one[i]
+
+
+@change()
+def groups_replaced(world, a, b, c):
+    groups = world.optimizer.param_groups
+    if b % 2:
+        groups[a % len(groups)] = dict(groups[a % len(groups)])
+    else:
+        world.optimizer.param_groups = list(groups)
+
+
+@change(judge="eager")
+def state_in_another_dict(world, a, b, c):
+    world.optimizer.state = (dict, OrderedDict, lambda state: defaultdict(dict, state))[b % 3](world.optimizer.state)
 
 
 @change()

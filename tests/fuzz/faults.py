@@ -5,6 +5,7 @@ What `fuzz.py` prints of a new fault goes here, under a name that says what must
 
 from averages import AverageCase, Move
 from cases import Case, Round
+from loops import LoopCase
 from sharded import Move as ShardMove
 from sharded import ShardedCase
 from worlds import SHAPES, Kind
@@ -309,4 +310,40 @@ CASES = {
         "sgd momentum", "foreach", ((0, 1),), ((ShardMove("parameter laid out otherwise", 0, 0, 10),), ()), seed=850
     ),
     "shard of state without memory": sharded_after_a_step("adam", 0, ShardMove("state of one shard resized", 0, 0, 1)),
+    # What only looked like faults: numbers that nobody has written, and what torch cannot do
+    "state in larger memory than it needs, of which nobody has written the rest": Case(
+        "clamped",
+        "default",
+        (Kind(0, 0),),
+        (
+            Round(),
+            Round(moves=(("state storage resized", 3, 3, 117),)),
+            Round(moves=(("state storage resized", 1, 8, 59),)),
+        ),
+    ),
+    "neighbours in a storage that was resized": Case(
+        "rprop",
+        "foreach",
+        (Kind(11, 0), Kind(0, 0)),
+        (Round(moves=(("data overlapping", 3, 9, 117),)), Round(moves=(("storage resized", 6, 9, 33),))),
+    ),
+    "guarded parameter in a storage that was resized": Case(
+        "sgd", "foreach", (Kind(0, 1),), (Round(), Round(moves=(("storage resized", 2, 10, 51),)))
+    ),
+    "sums of rows that do not begin a storage": Case(
+        "sparse adagrad", "foreach", (Kind(5, 0),), (Round(moves=(("state in another layout", 0, 3, 85),)),), seed=932
+    ),
+    "state dict of a twin that has state of a removed parameter": Case(
+        "adagrad",
+        "default",
+        (Kind(0, 0), Kind(0, 0)),
+        (Round(moves=(("parameter removed", 4, 9, 116),)), Round(moves=(("load of twin", 2, 6, 0),))),
+    ),
+    "gradient that is state of another bucket, where counts differ": LoopCase(
+        "adam amsgrad",
+        "foreach",
+        (Kind(10, 0), Kind(0, 0), Kind(10, 0), Kind(11, 0)),
+        (Round(), Round(grads="some"), Round(), Round(moves=(("gradient is state", 4, 10, 58),))),
+        seed=35,
+    ),
 }

@@ -18,7 +18,6 @@ import re
 import signal
 import struct
 import sys
-import threading
 import time
 import warnings
 from collections import Counter
@@ -37,10 +36,11 @@ from averages import AverageCase, draw_averages, run_averages
 from cases import Case, Round, draw_case
 from changes import CHANGES
 from judge import coarsest, difference, misfits, synchronize, torch_writes_elsewhere, written_by_step
-from memory import Snapshot, everything, lacks_memory, overlaps_itself
+from loops import LoopCase, draw_loop, run_loop
+from memory import Snapshot, everything, lacks_memory
 from sharded import ShardedCase, draw_sharded, mesh, run_sharded
-from torch import Tensor
-from worlds import ENGINES, FEW, SETTINGS, WITHOUT_ENGINES, Kind, World, values
+from steps import attempt, give_gradients, take_step
+from worlds import ENGINES, FEW, SETTINGS, WITHOUT_ENGINES, Kind, World
 
 from surefoot.errors import InternalError, RuleError
 
@@ -85,9 +85,16 @@ def run(case: Case) -> Counter[str]:
             ended += run_averages(case, Failure, attempt)
         elif isinstance(case, ShardedCase):
             ended += run_sharded(case, Failure, attempt)
+        elif isinstance(case, LoopCase):
+            ended += run_loop(case, Failure)
         else:
             _Run(case, ended).all()
     return ended
+
+
+def _failed(kind: str, error: BaseException, what: str = "") -> Failure:
+    text = f"{what}: {error!r}" if what else repr(error)
+    return Failure(kind, f"{text} from {getattr(error, 'origin', '?')}")
 
 
 class _Run:
@@ -269,104 +276,6 @@ class _Alone:
                     self.world.run_deferred(each.where)
                 self.world.repair(self.case.seed + number)
         return error
-
-
-def attempt(call: Callable[[], Any]) -> Exception | None:
-    """Call something; return what it raised."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is judged)
-        error.origin = _origin(error)
-        forget_frames(error)
-        return error
-    return None
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Let an error hold no tensors: what holds a tensor keeps it from being swapped."""
-    while error is not None:
-        error.__traceback__, error = None, error.__context__
-
-
-def _failed(kind: str, error: BaseException, what: str = "") -> Failure:
-    text = f"{what}: {error!r}" if what else repr(error)
-    return Failure(kind, f"{text} from {getattr(error, 'origin', '?')}")
-
-
-def _origin(error: BaseException) -> str:
-    """Say where in surefoot an error came from."""
-    trace, place = error.__traceback__, "?"
-    while trace is not None:
-        if "surefoot" in trace.tb_frame.f_code.co_filename:
-            place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
-
-
-def give_gradients(world: World, how: str, seed: int) -> None:
-    """Let a backward pass happen."""
-    for index, param in enumerate(world.params):
-        if how == "kept" and param.grad is not None:
-            continue
-        if param.is_meta or not (param.is_floating_point() or param.is_complex()):
-            continue
-        if how == "some" and (seed + index) % 3 == 0:
-            param.grad = None
-            continue
-        new = world.new_grad(param, seed + index)
-        grad = param.grad
-        if how == "in place" and type(grad) is Tensor and _takes(grad, new):
-            grad.detach().copy_(new)
-        else:
-            param.grad = None
-            param.grad = new
-
-
-def _takes(grad: Tensor, new: Tensor) -> bool:
-    if grad.layout is not torch.strided or new.layout is not torch.strided or grad.is_meta or grad._is_zerotensor():
-        return False
-    return grad.shape == new.shape and grad.dtype == new.dtype and not lacks_memory(grad) and not overlaps_itself(grad)
-
-
-def give_gradients_of_quadratic(world: World) -> None:
-    """Return gradients of a function that falls with the steps of LBFGS."""
-    for index, param in enumerate(world.params):
-        if param.is_floating_point() or param.is_complex():
-            param.grad = None
-            target = values(param.shape, param.dtype, index)
-            param.grad = target if lacks_memory(param) else (param.detach() - target) * 0.5
-
-
-def in_threads(calls: Iterable[Callable[[], Any]], *, at_once: bool) -> list[BaseException | None]:
-    """Make calls in threads of their own, one after the other or at once; return what they raised."""
-    errors: dict[int, BaseException | None] = {}
-    threads = []
-    for index, call in enumerate(calls):
-        threads.append(threading.Thread(target=lambda i=index, c=call: errors.update({i: attempt(c)})))
-        threads[-1].start()
-        if not at_once:
-            threads[-1].join()
-    for thread in threads:
-        thread.join()
-    return [errors[index] for index in sorted(errors)]
-
-
-def take_step(world: World, how: str, with_closure: bool, number: int) -> BaseException | None:
-    """Take a step of all optimizers; return what it raised."""
-
-    def closure() -> float:
-        world.run_deferred("closure")
-        if world.setting.algorithm == "LBFGS":
-            give_gradients_of_quadratic(world)
-        return 1.0
-
-    calls = [lambda o=o: o.step(closure) if with_closure else o.step() for o in world.optimizers]
-    if world.who == "ours" and how in ("both", "thread"):
-        errors = in_threads(calls, at_once=how == "both")
-    else:
-        with torch.set_grad_enabled(how == "enabled"):
-            errors = list(map(attempt, calls))
-    return next((error for error in errors if error is not None), None)
 
 
 # Finding and reducing faults
@@ -572,7 +481,8 @@ def _case_of(options: argparse.Namespace, seed: int) -> Case:
         return draw_averages(source.randrange)
     if options.sharded or (options.suite and seed % 3 == 2):
         return draw_sharded(source.randrange, options.engines)
-    return draw_case(source.randrange, engines=options.engines, settings=options.settings)
+    draw = draw_loop if options.loops else draw_case
+    return draw(source.randrange, engines=options.engines, settings=options.settings)
 
 
 def _batch(options, place: mmap.mmap, first: int, end: int, report: Report) -> tuple[list[tuple[str, str, int]], int]:
@@ -682,6 +592,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--faults", action="store_true", help="run the cases in faults.py and print what they show")
     parser.add_argument("--averages", action="store_true", help="averages of tensors instead of optimizers")
     parser.add_argument("--sharded", action="store_true", help="sharded parameters among plain ones")
+    parser.add_argument("--loops", action="store_true", help="many steps, with what is kept between them and without")
     parser.add_argument("--suite", action="store_true", help="faults, then --few, averages and sharded in turn")
     parser.add_argument("--malloc", action="store_true", help="let the allocator check what it can")
     options = parser.parse_args(given)

@@ -138,9 +138,10 @@ def _misfits_of_slot(param: Tensor, value: Any, shape: Any, must: list[str], may
 
 
 def torch_writes_elsewhere(world: World) -> bool:
-    """Whether torch's own step would write beside a parameter: adding sparse vectors, it counts offsets twice."""
-    pairs = ((param, param.grad) for _, _, param in stepped(world))
-    return any(grad.layout is torch.sparse_coo and param.storage_offset() for param, grad in pairs)
+    """Whether torch's own step would write beside a tensor: adding sparse vectors, it counts offsets twice."""
+    of_rows = ((o, param) for o, _, param in stepped(world) if param.grad.layout is torch.sparse_coo)
+    written = ([param, *(t for _, t in tensors_in(o.state.get(param, {}), ""))] for o, param in of_rows)
+    return any(tensor.storage_offset() for tensors in written for tensor in tensors)
 
 
 # How worlds are compared

@@ -16,6 +16,7 @@ from cases import Case, Round, draw_case
 from faults import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loops import LoopCase, draw_loop
 from worlds import FEW, Kind
 
 import fuzz
@@ -62,6 +63,22 @@ def test_averages_are_right_or_refused(data):
     fuzz.run(draw_averages(lambda below: data.draw(st.integers(0, below - 1))))
 
 
+@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(data=st.data())
+def test_what_is_kept_between_steps_changes_no_bit(data):
+    fuzz.run(draw_loop(lambda below: data.draw(st.integers(0, below - 1)), settings=FEW))
+
+
+def test_a_cache_that_misses_a_change_is_noticed(monkeypatch):
+    case = LoopCase(
+        "adam", kinds=(Kind(0, 0),), rounds=(*[Round()] * 4, Round(moves=(("data in another layout", 0, 0, 0),)))
+    )
+    assert fuzz.run(case)["stepped"] == len(case.rounds)
+    monkeypatch.setattr("surefoot.step.fast_lane.FastLane._look", lambda *_: None)
+    with pytest.raises(fuzz.Failure, match="what is kept changes bits"):
+        fuzz.run(case)
+
+
 def test_what_was_wrong_once_is_right_and_memory_stays_whole():
     """Every case of `faults.py`, and drawn ones, while the allocator checks every block."""
     found = drive("--malloc", "--suite", "--cases", "300")
@@ -73,7 +90,7 @@ def test_what_was_wrong_once_is_right_and_memory_stays_whole():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["--few", "--averages", "--sharded"])
+@pytest.mark.parametrize("kind", ["--few", "--averages", "--sharded", "--loops"])
 def test_memory_stays_whole(kind):
     found = drive("--malloc", kind, "--cases", "1000")
     assert found.returncode == 0, found.stdout + found.stderr

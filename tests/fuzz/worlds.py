@@ -199,6 +199,7 @@ class World:
         partner: the twin, for changes that need it.
         pending: changes since the last repair after which a step may be refused for what cannot be seen in tensors.
         deferred: what a hook or a closure does in the coming step.
+        hooked: the handle of that hook.
     """
 
     def __init__(self, setting: Setting, engine: str, kinds: Iterable[Kind], who: str, seed: int = 0) -> None:
@@ -248,7 +249,7 @@ class World:
 
     def hook(self) -> None:
         """Let a hook run what is deferred."""
-        self.optimizer.register_step_pre_hook(lambda *_: self.run_deferred("hook"))
+        self.hooked = self.optimizer.register_step_pre_hook(lambda *_: self.run_deferred("hook"))
 
     def run_deferred(self, where: str) -> None:
         """Run what is deferred to a place."""

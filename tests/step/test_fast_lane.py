@@ -1,5 +1,6 @@
 """The fast lane takes the steps in which nothing has changed, and no others."""
 
+import collections
 import contextlib
 import gc
 import weakref
@@ -551,6 +552,36 @@ def test_replaced_lists_of_parameters_count(edit):
     assert not torch.equal(late, torch.ones(2))
 
 
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon, surefoot.Adafactor])
+def test_parameters_replaced_in_a_list_that_has_replaced_another_count(cls):
+    optimizer, params = started(cls, sizes=[(3, 2), (3, 2)])
+    group = optimizer.param_groups[0]
+    group["params"] = list(params)
+    train(optimizer, steps=3)
+    other = group["params"][0] = torch.nn.Parameter(torch.ones(3, 2))
+    before = params[0].detach().clone()
+    train(optimizer, steps=2)
+    assert torch.equal(params[0], before)
+    assert not torch.equal(other, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("cls", [surefoot.AdamW, surefoot.Muon])
+@pytest.mark.parametrize("kind", [tuple, collections.deque, collections.UserList])
+@pytest.mark.parametrize("which", ["params", "param_groups"])
+@pytest.mark.parametrize("anew", [True, False])
+def test_parameters_and_groups_need_not_stand_in_lists(cls, kind, which, anew):
+    (optimizer, params), (twin, copies) = (started(cls, sizes=[(3, 2), (3, 2)]) for _ in range(2))
+    if which == "params":
+        optimizer.param_groups[0]["params"] = kind(params)
+    else:
+        optimizer.param_groups = kind(optimizer.param_groups)
+    for each in (optimizer, twin):
+        if anew:
+            each.state.clear()
+        train(each, steps=5)
+    assert all(map(torch.equal, params, copies))
+
+
 def test_options_that_become_tensors_count_when_they_change_in_place():
     optimizer, _ = started(surefoot.SGD, lr=1.0)
     twin, _ = started(surefoot.SGD, lr=1.0)
@@ -581,13 +612,14 @@ def test_a_gradient_that_moves_within_a_storage_to_its_parameter_is_refused(look
 
 
 @pytest.mark.parametrize("looking", ["compiled", "plain"])
-def test_a_gradient_that_moves_to_the_parameter_of_another_bucket_is_refused(looking, monkeypatch):
+@pytest.mark.parametrize("of", ["parameter", "state"])
+def test_a_gradient_that_moves_to_what_another_bucket_writes_is_refused(of, looking, monkeypatch):
     if looking == "plain":
         monkeypatch.setattr("surefoot.tensors.native.guards.available", lambda: False)
     params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
-    optimizer = train(surefoot.SGD([{"params": params[:1]}, {"params": params[1:], "maximize": True}]), steps=4)
+    optimizer = train(surefoot.Adam([{"params": params[:1]}, {"params": params[1:], "maximize": True}]), steps=5)
     set_grads(optimizer, 5)
-    params[0].grad = params[1].data
+    params[0].grad = params[1].data if of == "parameter" else optimizer.state[params[1]]["exp_avg"]
     with pytest.raises(RuntimeError, match=r"the gradient of `params\[0\]` of shape \(4,\) shares memory"):
         optimizer.step()
 
@@ -820,6 +852,21 @@ def test_state_is_left_as_it_was_when_making_it_fails(monkeypatch):
     with pytest.raises(MemoryError):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_steps_that_fail_are_counted_as_the_pipeline_counts_them():
+    counts = []
+    for again in (False, True):
+        optimizer, _ = started()
+        if not again:
+            optimizer._step_cache.fast = False
+        optimizer.param_groups[0]["betas"] = (0.5,)
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            optimizer.step()
+        optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+        optimizer.step()
+        counts.append(optimizer.step_statistics.steps)
+    assert counts[0] == counts[1]
 
 
 def test_what_coefficients_give_must_be_numbers():

@@ -238,7 +238,7 @@ class LBFGS(Optimizer):
             except BaseException:
                 variables.restore(before)
                 raise
-        self.state[variables.params[0]].update(memory.entry())
+        self.state.setdefault(variables.params[0], {}).update(memory.entry())
         variables.keep_guard()
         return result
 

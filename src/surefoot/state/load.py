@@ -22,6 +22,7 @@ from surefoot.state.formats import CORRECTION, CORRECTIONS, takes_correction
 from surefoot.state.make import scalar_device
 from surefoot.state.peers import translate
 from surefoot.storage import decode, format_8_bits, scale_shape
+from surefoot.tensors.modes import outside_inference
 from surefoot.tensors.shards import (
     is_sharded,
     lay_out,
@@ -125,6 +126,7 @@ class _Unlike(NamedTuple):
         return lay_out(self.value, self.param).to(self.param.device, copy=True)  # type: ignore[no-any-return]
 
 
+@outside_inference()
 def load(target: LoadTarget, state_dict: Mapping[str, Any], *, strict: bool) -> LoadedState:
     """Prepare the loading of a state dict; see `Optimizer.load_state_dict`.
 

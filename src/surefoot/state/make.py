@@ -10,6 +10,7 @@ from surefoot.rule import EMA, STEP, AlgorithmSpec, Scalar, Slot
 from surefoot.state.formats import CORRECTION, CORRECTIONS, has_correction, slot_format
 from surefoot.storage import Format, encode, scale_shape
 from surefoot.tensors.fit import unfit_param
+from surefoot.tensors.modes import outside_inference
 from surefoot.tensors.shards import is_sharded, to_local, wrap_local
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -33,15 +34,19 @@ def ensure_state(
 ) -> dict[str, bool]:
     """Make what is missing of a parameter's state; return the names of what was made, and whether each was None."""
     entry = state.get(param, {})
-    made: dict[str, Any] = {s.name: s.new(group, scalar_device(group, param)) for s in scalars if s.name not in entry}
-    for slot in slots:
-        if entry.get(slot.name) is None and slot.shape_for(param, group) is not None:
+    scalars = [scalar for scalar in scalars if scalar.name not in entry]
+    slots = [slot for slot in slots if entry.get(slot.name) is None and slot.shape_for(param, group) is not None]
+    corrected = has_correction(group, param) and entry.get(CORRECTION) is None
+    if not (scalars or slots or corrected):
+        return {}
+    with outside_inference():
+        made: dict[str, Any] = {scalar.name: scalar.new(group, scalar_device(group, param)) for scalar in scalars}
+        for slot in slots:
             made |= new_slot(slot, group, param)
-    if has_correction(group, param) and entry.get(CORRECTION) is None:
-        made[CORRECTION] = new_correction(group, param)
+        if corrected:
+            made[CORRECTION] = new_correction(group, param)
     was_none = {name: name in entry for name in made}
-    if made:
-        state[param].update(made)
+    state.setdefault(param, {}).update(made)
     return was_none
 
 
@@ -78,6 +83,7 @@ def scalar_device(group: Mapping[str, Any], param: Tensor) -> torch.device:
     return param.device if is_on_device(group, param) else torch.device("cpu")
 
 
+@outside_inference()
 def relocated(
     spec: AlgorithmSpec, group: Mapping[str, Any], entry: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:

@@ -510,6 +510,13 @@ class StepCache:
         return self.options is not None and self.options.are_numbers(step)
 
 
+def are_guardable(groups: object) -> bool:
+    """Return whether compiled code can guard groups: a list of dicts with lists of parameters."""
+    if not isinstance(groups, list):
+        return False
+    return all(isinstance(group, dict) and isinstance(group["params"], list) for group in groups)
+
+
 def _pattern_of(params: Iterable[Tensor]) -> bytes:
     """Return which parameters have gradients."""
     return bytes([param.grad is not None for param in params])
@@ -565,6 +572,9 @@ def _reusable(run: BucketRun) -> bool:
     params = run.bucket.params if sharded else run.params
     grads = run.bucket.grads if sharded or run.derives_grads() else run.grads()
     stored = params if run.sparse else (*params, *grads)
+    written = chain(run.params, *run.bucket.slots, () if _on_device(run) else _scalars(run))
+    if any(isinstance(tensor, Tensor) and tensor.is_inference() for tensor in written):
+        return False  # whether it can be written the mode says
     return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
 
 

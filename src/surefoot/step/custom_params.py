@@ -81,6 +81,8 @@ class CustomParams:
                 tensors: list[Any] = [param, param.grad, *(entry[name] for name in names)]
                 if type(entry) is not dict or not all(isinstance(t, Tensor) and is_plain(t) for t in tensors):
                     return False
+                if any(tensor.is_inference() for tensor in (param, *tensors[2:])):
+                    return False  # whether it can be written the mode says
                 places[-1].append((names, len(alike[names])))
                 alike[names].append((param, entry))
         if any(group.get("capturable") for group in step.groups):

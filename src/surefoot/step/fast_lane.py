@@ -22,7 +22,7 @@ from surefoot.rule import ROUNDING_STEP, STEP, gradient_rule
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
 from surefoot.state.scalars import write_scalars
-from surefoot.step.cache import StepCache, are_numbers_of_update, is_constant
+from surefoot.step.cache import StepCache, are_guardable, are_numbers_of_update, is_constant
 from surefoot.step.clipping import clip_or_skip
 from surefoot.step.coefficients import count_step, distinct_columns, number_of
 from surefoot.step.custom_lane import CustomLane, is_fit
@@ -342,9 +342,9 @@ class FastLane:
                     return False
             except BaseException:
                 self._release()
+                self._count()
                 raise
-            if not self._stepping.context.inside:  # else it has been counted
-                self._stepping.statistics.steps += 1
+            self._count()
         return True
 
     def _step(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
@@ -359,6 +359,10 @@ class FastLane:
         """Return whether numbers in tensors, which may have changed in place, ask for the same update."""
         self._spec.check_groups(self._groups)
         return all(spec.settle_flags(group) == flags for spec, group, flags in self._flags)
+
+    def _count(self) -> None:
+        """Count the step that was asked for, unless the optimizer has done so."""
+        self._stepping.statistics.steps += not self._stepping.context.inside
 
     def _look(self) -> Any:
         """Look at all that may have changed; return the launch that finds something, or None."""
@@ -497,7 +501,9 @@ def fast_lane(step: StepInput, cache: StepCache) -> FastLane | bool | None:
 
 
 def _serves(step: StepInput) -> bool:
-    """Return whether nothing is asked for that only the pipeline can do."""
+    """Return whether nothing is asked for that only the pipeline can do, by groups that compiled code can guard."""
+    if not are_guardable(step.groups):
+        return False
     return step.only_updates() or (step.only_clips() and due_exchange(step) is None)
 
 

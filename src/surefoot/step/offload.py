@@ -24,7 +24,7 @@ from surefoot.step.mirrors import Groups, MirroredGroups
 from surefoot.tensors import links
 from surefoot.tensors.fit import unfit_param
 from surefoot.tensors.memory import fingerprint, is_dense, is_plain, shared_memory, version
-from surefoot.tensors.offloaded import OffloadedGradient, offloaded_gradient
+from surefoot.tensors.offloaded import OffloadedGradient, offloaded_gradient, put_gradient
 from surefoot.tensors.shards import is_sharded
 
 BUCKET_BYTES = 32 << 20
@@ -59,7 +59,11 @@ class _Bucket:
         return flat.set_(self.memory[use].untyped_storage(), offset // like.element_size(), like.shape, strides)
 
 
-@dataclass(eq=False, slots=True)
+def _nothing() -> None:
+    """Return None."""
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class _Member:
     """A parameter of the device and what stands for it on the host.
 
@@ -74,6 +78,7 @@ class _Member:
         has_addend: whether `addend` is still to be added to `grad`.
         accumulates: whether the next gradient is to be added to the one that is there, None before it is about to come.
         comes: whether what is accumulated is a gradient; a function's backward may have given None.
+        late: the gradient on the device that is to be added to the one on the host, until that has been done.
         fetched: the last copy to the host.
         sent: the last copy to the device.
         param_version: version and address of the parameter when the two were last alike.
@@ -92,6 +97,7 @@ class _Member:
     has_addend: bool = False
     accumulates: bool | None = None
     comes: bool = True
+    late: Callable[[], Tensor | None] = _nothing
     fetched: Any = None
     sent: Any = None
     param_version: tuple[int, int] | None = None
@@ -153,11 +159,22 @@ class _Member:
         self.hooks = []
         self.return_grad()
 
+    def has_late(self) -> bool:
+        """Return whether the parameter has a gradient that is still to be added to the one on the host."""
+        grad = self.param.grad
+        return grad is not None and grad is self.late()
+
     def return_grad(self) -> None:
         """Let the parameter have its gradient itself."""
+        late = self.param.grad if self.has_late() else None
+        if late is not None or self.param.grad is self.placeholder:
+            whole = self.device_grad()
+            put_gradient(self.param, whole if late is None else whole + late)
+
+    def device_grad(self) -> Tensor:
+        """Return a copy, on the device, of the gradient that is on the host, of which there is a placeholder."""
         self.wait()
-        if self.param.grad is self.placeholder:
-            self.param.grad = self.grad.to(self.param.device, copy=True) if self.grad is not None else None
+        return self.grad.to(self.bucket.kind[0], copy=True)  # type: ignore[union-attr]
 
 
 class OffloadedOptimizer:
@@ -313,7 +330,9 @@ class OffloadedOptimizer:
             bucket.size += size
         for param, bucket, offset in placed:
             host = bucket.view("weights", offset, param.detach())
-            member = _Member(param, bucket, offset, host, offloaded_gradient(param))
+            placeholder = offloaded_gradient(param)
+            member = _Member(param, bucket, offset, host, placeholder)
+            placeholder.on_device = functools.partial(_device_grad, weakref.ref(member))
             self._members[param] = self._of_host[host] = member
 
     def _filling(self, first: int, kind: tuple[torch.device, torch.dtype], size: int) -> _Bucket:
@@ -330,8 +349,12 @@ class OffloadedOptimizer:
 
     def _hook(self, member: _Member) -> None:
         """Let a parameter tell when a gradient is about to be accumulated, and when it has been."""
-        arrived = functools.partial(_arrived, weakref.ref(self))
-        member.hooks = [member.param.register_post_accumulate_grad_hook(arrived)]  # type: ignore[no-untyped-call]
+        own = weakref.ref(self)
+        member.hooks = [
+            member.param.register_post_accumulate_grad_hook(functools.partial(hook, own))  # type: ignore[no-untyped-call]
+            for hook in (_accumulated, _arrived)
+        ]
+        _call_first(member.hooks[0])  # others may raise
         self._hook_node(member)
 
     def _hook_node(self, member: _Member) -> None:
@@ -339,7 +362,7 @@ class OffloadedOptimizer:
         before_accumulation = functools.partial(_before_accumulation, weakref.ref(self), weakref.ref(member.param))
         with torch.enable_grad():
             member.node = member.param.view_as(member.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        member.hooks[1:] = [member.node.register_prehook(before_accumulation)]
+        member.hooks[2:] = [member.node.register_prehook(before_accumulation)]
 
     def _before_accumulation(self, param: Tensor, grad: Tensor | None) -> None:
         """Make room for a gradient on the device; note whether there is one on the host to which it is to be added."""
@@ -350,9 +373,22 @@ class OffloadedOptimizer:
                 return
             if not (member.fits() and self.active):
                 member.return_grad()
+            self._add_late(member)
             member.accumulates = param.grad is member.placeholder
             if member.accumulates:
                 param.grad = None
+
+    def _accumulated(self, param: Tensor) -> None:
+        """Note a gradient that is to be added to the one on the host, in case that the next hook raises."""
+        member = self._members.get(param)
+        if member is not None and member.comes and member.accumulates:
+            member.late = weakref.ref(param.grad)
+
+    def _add_late(self, member: _Member) -> None:
+        """Add what a hook that raised has kept from us."""
+        if member.has_late():
+            member.accumulates = True
+            self._arrived(member.param)
 
     def _arrived(self, param: Tensor) -> None:
         """Copy a gradient to the host and leave its placeholder."""
@@ -376,12 +412,13 @@ class OffloadedOptimizer:
             return
         with self._lock, torch.no_grad():
             member.fetch_grad(grad)
-            param.grad = member.placeholder
+            param.grad, member.late = member.placeholder, _nothing
             self._arrivals += 1
             self._order[member.bucket.number] = self._arrivals
 
     def _follow_grad(self, member: _Member) -> None:
         """Let the copy have the gradient that the parameter has now."""
+        self._add_late(member)
         grad, found = member.param.grad, member.grad
         if grad is None:
             found = None
@@ -402,9 +439,12 @@ class OffloadedOptimizer:
     def zero(self, param: Tensor) -> bool:
         """Fill a gradient with zeros if it is on the host; return whether it is."""
         member = self._members.get(param)
-        is_here = member is not None and param.grad is member.placeholder
+        if member is None:
+            return False
+        self._add_late(member)
+        is_here = param.grad is member.placeholder
         if is_here:
-            member.wait()  # type: ignore[union-attr]
+            member.wait()
             member.grad.zero_()  # type: ignore[union-attr]
         return is_here
 
@@ -476,6 +516,13 @@ def _fingerprints(members: Sequence[_Member]) -> Tensor:
     return torch.stack([fingerprint(member.param.detach()) for member in members])
 
 
+def _call_first(handle: Any) -> None:
+    """Let a hook of a tensor be called before all others, which torch calls in the order of their keys in memory."""
+    hooks = handle.hooks_dict_ref()
+    for number in [each for each in hooks if each != handle.id]:
+        hooks[number] = hooks.pop(number)
+
+
 @opaque
 def _before_accumulation(
     handle: "weakref.ref[OffloadedOptimizer]", param: "weakref.ref[Tensor]", grads: tuple[Tensor | None, ...]
@@ -484,6 +531,19 @@ def _before_accumulation(
     offloaded, coming = handle(), param()
     if offloaded is not None and coming is not None:
         offloaded._before_accumulation(coming, grads[0])
+
+
+@opaque
+def _accumulated(handle: "weakref.ref[OffloadedOptimizer]", param: Tensor) -> None:
+    """Tell a handle that a gradient has been accumulated; the first hook, which keeps no optimizer alive."""
+    if (offloaded := handle()) is not None and offloaded.active:
+        offloaded._accumulated(param)
+
+
+def _device_grad(member: "weakref.ref[_Member]") -> Tensor | None:
+    """Return the gradient for which a placeholder stands, on its device; None if there is none any more."""
+    known = member()
+    return None if known is None or known.param.grad is not known.placeholder else known.device_grad()
 
 
 @opaque

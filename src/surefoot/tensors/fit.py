@@ -7,6 +7,7 @@ from torch import Tensor
 
 from surefoot.tensors.gate import lost_memory
 from surefoot.tensors.memory import has_address, overlaps_itself
+from surefoot.tensors.modes import is_writable
 from surefoot.tensors.shards import is_sharded, sharding_mismatch, to_local
 
 
@@ -21,8 +22,6 @@ def unfit_param(param: Tensor) -> str | None:
         )
     if param.is_complex() and param.is_conj():
         return "is conjugated lazily; give it values of its own with `p.data = p.data.resolve_conj()`"
-    if param.is_inference() and not torch.is_inference_mode_enabled():
-        return "is an inference tensor, which can be written in inference mode only; clone it"
     return unfit_memory(param)
 
 
@@ -71,6 +70,8 @@ def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None, *, kinds: 
 def unfit_memory(tensor: Tensor, *, written: bool = True) -> str | None:
     """Return why the memory of a strided tensor cannot be read, or written, None if it can."""
     local = to_local(tensor) if is_sharded(tensor) else tensor
+    if written and not is_writable(local):
+        return "is an inference tensor, which can be written in inference mode only; clone it"
     if not has_address(local):
         return None  # what such a tensor's memory is, only its own operations know
     with torch._C.DisableTorchFunctionSubclass():

@@ -5,6 +5,8 @@ missing from what they find, and a tensor under them may be a stand-in without m
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,21 @@ def _only_places(mode: object) -> bool:
     """Return whether a mode is that of `torch.set_default_device`, which says where tensors are made."""
     device: Any = sys.modules.get("torch.utils._device")
     return device is not None and isinstance(mode, device.DeviceContext)
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Let tensors that are made be such as may be written in every mode, though inference mode is on."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(False):
+        yield
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Return whether a tensor may be written in the mode of now."""
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
 def is_stand_in(tensor: Tensor) -> bool:

@@ -63,9 +63,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("Tensor._values", "tensors.gate", "checking the memory of sparse gradients", "their step raises"),
     PrivateName(
         "torch._C.DisableTorchFunctionSubclass",
-        "tensors.fit",
-        "asking a tensor subclass for its memory",
+        "tensors",
+        "asking a tensor subclass for its memory, or for its dtype",
         "refusals raise",
+    ),
+    PrivateName(
+        "torch._has_compatible_shallow_copy_type",
+        "tensors.offloaded",
+        "converting a module that has offloaded gradients",
+        "that conversion raises",
     ),
     PrivateName("DTensor._local_tensor", "tensors.shards", "the shard of a sharded tensor", "sharded steps raise"),
     PrivateName("DTensor._spec", "tensors.shards", "the layout of a sharded tensor", "sharded steps raise"),
