@@ -184,6 +184,12 @@ class _Training:
                     param.grad = param.grad.to_sparse(1)
         return loss
 
+    def take_over(self, other: "_Training") -> None:
+        """Go on from another one's parameters: training makes what rounding has made of them ever larger."""
+        with torch.no_grad():
+            for own, param in zip(self.params, other.params, strict=True):
+                own.copy_(param)
+
     def step(self, batch: tuple[Tensor, Tensor]) -> float:
         """Take a step and return its seconds."""
         arguments = self._prepared(batch)
@@ -260,8 +266,9 @@ def measure_small(variant: Variant, model: SmallModel, rounds: int) -> SmallMeas
     for batch, _ in zip(batches, range(_WARM_UP), strict=False):
         for training in trainings.values():
             training.step(batch)
-    if not _agree(trainings[OURS].params, trainings[FOR_LOOP].params):
-        raise InternalError(f"{variant.name}, {model.title}: surefoot's step computes something else than torch's")
+        if not _agree(trainings[OURS].params, trainings[FOR_LOOP].params):
+            raise InternalError(f"{variant.name}, {model.title}: surefoot's step computes something else than torch's")
+        trainings[OURS].take_over(trainings[FOR_LOOP])
     batch = next(batches)
     calls = {name: training.calls(batch) for name, training in trainings.items()}
     return SmallMeasurement(variant, model, _rounds(trainings, batches, rounds), calls)
