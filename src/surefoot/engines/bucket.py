@@ -149,6 +149,7 @@ class Bucket:
         options: the group's engine options (`foreach`, `fused`, `capturable`, `differentiable`).
         row_name: what the parameter at a position is called in a message.
         plan: what the engine keeps of the bucket between steps.
+        overwrites: whether the eager engine may overwrite values on the way to new ones, None until it has found out.
         measured: what the last run has measured, for each parameter and each of `rule.reductions`: float64, on the
             parameters' device.
         found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
@@ -168,6 +169,7 @@ class Bucket:
     gradient_addresses: np.ndarray | None = None
     row_name: Callable[[int], str] = "tensor {}".format
     plan: Any = None
+    overwrites: bool | None = None
     measured: Tensor | None = None
     found_inf: Tensor | None = None
     formats: tuple[Format, ...] = ()

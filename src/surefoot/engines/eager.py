@@ -5,13 +5,17 @@ step when `differentiable=True`.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from surefoot.engines.bucket import Bucket, reduce
+from surefoot.engines.in_place import graph_of, update_of
 from surefoot.rule import Rule
+from surefoot.tensors.memory import PLAIN, is_plain, shared_memory
+from surefoot.tensors.modes import mode_is_active
 
 __all__ = ["evaluate", "evaluate_rows", "measure", "prepare", "run", "supports"]
 
@@ -22,11 +26,42 @@ def supports(bucket: Bucket) -> str | None:  # noqa: ARG001 (every engine is ask
 
 
 def prepare(bucket: Bucket) -> None:
-    """Do nothing: torch's operations look at every tensor themselves."""
+    """Find out whether values may be overwritten on the way to new ones; operations look at tensors themselves."""
+    if bucket.overwrites is None:
+        bucket.overwrites = _may_overwrite(bucket)
+
+
+def _may_overwrite(bucket: Bucket) -> bool:
+    """Return whether tensors of a bucket are values of the dtype of the arithmetic, each in memory of its own."""
+    stored, rule = list(chain(bucket.params, *bucket.slots)), bucket.rule
+    if not bucket.is_plain or bucket.options.get("differentiable") or rule.reductions or mode_is_active():
+        return False
+    if any(type(tensor) not in PLAIN or tensor.dtype != bucket.compute_dtype for tensor in (*stored, *bucket.grads)):
+        return False
+    once = len(set(map(id, bucket.params))) == len(bucket.params)
+    return once and all(map(is_plain, stored)) and shared_memory(stored) is None
 
 
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
+    numbers = [[row[name] for name in bucket.rule.coefficients] for row in bucket.coefficients]
+    if bucket.overwrites and not any(isinstance(number, Tensor) for number in chain.from_iterable(numbers)):
+        _run_overwriting(bucket, numbers)
+    else:
+        _run_and_store(bucket)
+
+
+def _run_overwriting(bucket: Bucket, numbers: Sequence[Sequence[Any]]) -> None:
+    """Update every parameter by operations that write where their first argument stands, as soon as nobody reads it."""
+    updates = [update_of(graph_of(bucket.rule, coefficients)) for coefficients in bucket.coefficients]
+    for row, grad, *stored in zip(bucket.row.tolist(), bucket.grads, bucket.params, *bucket.slots, strict=True):
+        results = updates[row](stored[0], grad, *stored[1:], *numbers[row])
+        for target, new in zip(stored, results, strict=True):
+            if new is not target:
+                target.copy_(new)
+
+
+def _run_and_store(bucket: Bucket) -> None:
     measured: list[Tensor] = []
 
     def measured_rows() -> Iterator[Sequence[Tensor]]:
