@@ -120,11 +120,14 @@ def rule_of_mixtures(mixed):
             outputs = []
             for op, _, spelling, kinds in mixed:
                 value = spelling(*(pair[kind == "n"] for pair, kind in zip(tensors_and_numbers, kinds, strict=False)))
-                value = torch.where(value, 1.0, 0.0) if op.compares else value
+                value = torch.where(value, 1.0, 0.0) if op.name in COMPARISONS else value
                 outputs.append(value if "t" in kinds else torch.full_like(x, value))
             return param, x, y, z, *outputs
 
     return Operations
+
+
+COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
 
 
 def in_torch(spelling, arguments):
@@ -273,7 +276,7 @@ WRONG = {
     branch: "a rule may branch on flags only, not on the value of `gt`; use torch.where, or declare a flag",
     branch_on_elements: "",
     unpacked: "`getitem` is not among the operations of a rule",
-    iterated: "a rule is elementwise; `grad` cannot be iterated or unpacked",
+    iterated: "a rule works on whole tensors; `grad` cannot be iterated or unpacked",
     indexed: "`getitem` is not among the operations of a rule",
     keyword: "",
     rounding_mode: "",

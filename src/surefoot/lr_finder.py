@@ -235,13 +235,13 @@ def unchanged(models: Sequence[Module], optimizer: torch.optim.Optimizer) -> Ite
             back()
 
 
-def _remember(value: Any, *, keep: frozenset[str] = frozenset({"params"})) -> Callable[[], Any]:
+def _remember(value: Any) -> Callable[[], Any]:
     """Return a function that puts a value's contents back, in place where it can be, and returns it."""
     if isinstance(value, Tensor):
         return _remember_tensor(value)
     if isinstance(value, dict):
-        items = {key: _remember(item) for key, item in value.items() if key not in keep}
-        kept = {key: item for key, item in value.items() if key in keep}
+        items = {key: _remember(item) for key, item in value.items() if key != "params"}
+        kept = {key: item for key, item in value.items() if key == "params"}
         return lambda: _refill(
             value, value.clear, lambda: value.update(kept | {key: back() for key, back in items.items()})
         )

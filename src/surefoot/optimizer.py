@@ -60,7 +60,7 @@ from surefoot.step.options import (
     refuse_unsupported,
 )
 from surefoot.step.pipeline import finish, run_step
-from surefoot.step.ranks import due_exchange, failures_told
+from surefoot.step.ranks import due_exchange, report_failure
 from surefoot.step.release import BUCKET_BYTES, ReleasedGradients
 from surefoot.step.types import CustomStep, PreparedParam
 from surefoot.tensors.modes import mode_is_active
@@ -258,8 +258,9 @@ class Optimizer(torch.optim.Optimizer):
     def update(param: Tensor, grad: Tensor, *slots_coefficients_flags: Any) -> Any:
         """Return the new parameter and the new slots: `update(param, grad, *slots, c, flags)`.
 
-        Elementwise and out of place, in the operations of `surefoot.rule.ops`.  It is traced, once for each setting
-        of the flags: an `if` on `flags.name` is settled then; on numbers use `torch.where`.
+        Out of place, elementwise but for sums, means and norms of whole tensors, in the operations of
+        `surefoot.rule.ops`.  It is traced, once for each setting of the flags: an `if` on `flags.name` is settled then;
+        on numbers use `torch.where`.
 
         Args:
             param: the parameter, seen as real numbers.
@@ -437,7 +438,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _reset_grads_unseen = opaque(_reset_grads)  # a compiler cannot look at gradients that are on the host
 
-    # The step
+    # The step; `with_hooks`, below, wraps it and tries the fast lane first
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -455,8 +456,8 @@ class Optimizer(torch.optim.Optimizer):
         if not (self.is_rule() or self.prepares_params):
             raise NotImplementedError(f"{type(self).__name__} defines neither `update` nor `step`")
         loss = self.evaluate(closure)
-        untried = not self._stepping.context.tried and self._releasing() is None and self._is_alone()
-        if untried and self._step_again():
+        declined = self._stepping.context.fast_lane_declined or self._releasing() is not None
+        if not declined and self._may_take_fast_lane() and self._try_fast_lane():
             return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             cache = self.__dict__.pop("_step_cache", None)
@@ -499,19 +500,19 @@ class Optimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise RuntimeError(f"{format_param(group, param)} cannot be stepped: {error}") from error
 
-    def _step_at_once(self) -> bool:
+    def _try_fast_step(self) -> bool:
         """Step if nothing has changed since the last step and nothing is asked for; return whether it was done.
 
         Where gradients are released, close an iteration of which nothing is left to be done.
         """
         if self.__dict__.get("_released") is not None and (released := self._releasing()) is not None:
-            return released.close_at_once()
-        made = self._step_again()
+            return released.try_close()
+        made = self._try_fast_lane()
         if made and self._stepping.options.zero_grad_after_step:
             self.zero_grad()
         return made
 
-    def _step_again(self) -> bool:
+    def _try_fast_lane(self) -> bool:
         """Step by what the last step has left, or an earlier one in which the same parameters had gradients.
 
         Returns:
@@ -542,7 +543,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         return bool(hooks or _is_profiled())
 
-    def _is_alone(self) -> bool:
+    def _may_take_fast_lane(self) -> bool:
         """Return whether no GradScaler, offloaded parameter or mode that must see operations has to do with a step."""
         own = self.__dict__
         scaled = own.get("grad_scale") is not None or own.get("found_inf") is not None
@@ -776,7 +777,7 @@ class Optimizer(torch.optim.Optimizer):
             context.wants_metrics = context.wants_metrics and self.step_options.telemetry is not None
         except Exception:
             step = self._step_input()
-            with failures_told(step, due_exchange(step)):
+            with report_failure(step, due_exchange(step)):
                 raise
         return loss
 
@@ -1156,8 +1157,8 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     def hooked_step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         context = self._stepping.context
         plain = is_whole and not args and not kwargs and not context.inside
-        tried = plain and not self._is_observed() and self._is_alone()
-        if tried and self._step_at_once():
+        tried = plain and not self._is_observed() and self._may_take_fast_lane()
+        if tried and self._try_fast_step():
             return None
         if context.inside:  # the hooks of a step that calls its base's have been run
             return step(self, *args, **kwargs)
@@ -1169,7 +1170,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             for hook in pre:
                 positional, kwargs = _new_arguments(hook(self, positional, kwargs), positional, kwargs)
             self._begin_step(positional[1:], kwargs)
-            context.tried = tried
+            context.fast_lane_declined = tried
             with context, self._on_host(wait=False):
                 result = step(*positional, **kwargs)
                 metrics = self._finish_step()

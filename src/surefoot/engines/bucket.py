@@ -153,7 +153,7 @@ class Bucket:
         measured: what the last run has measured, for each parameter and each of `rule.reductions`: float64, on the
             parameters' device.
         found_inf: on the device, a number that when not zero tells the GPU engine to change nothing.
-        formats: those of the parameters and of each slot, if they are not the tensors' dtypes.
+        formats: those of the parameters and of each slot; none where they are the tensors' dtypes.
         parts: what stands beside the tensors of these formats that have a second one, in their order, format by format.
         identities: who the parameters are to random bits, where values are rounded by them.
         seed: what random bits begin from.

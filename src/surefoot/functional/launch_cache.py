@@ -85,11 +85,11 @@ class ListLaunch:
 
     Attributes:
         sound: whether compiled code sees what Python sees; do not use it otherwise.
-        reads: whether scalars stand in memory.
+        scalars_in_memory: whether scalars stand in memory.
         scalars: those that may need a gradient: none.
     """
 
-    reads, scalars = True, ()
+    scalars_in_memory, scalars = True, ()
 
     def __init__(self, run: BucketRun, columns: Sequence[Sequence[Tensor]]) -> None:
         tensors = list(chain.from_iterable(columns))

@@ -263,7 +263,7 @@ class _Rows(NamedTuple):
         step = self._step(self.params, [dict(entry) for entry in self.entries], self.group | eager)
         with step.stepping.context:
             found = {param: new for made, rows in evaluate_step(step) for param, new in _evaluated(made, rows)}
-            told = {name: new for numbers in step.stepping.context.shared for name, new in numbers.items()}
+            told = {name: new for numbers in step.stepping.context.group_scalars for name, new in numbers.items()}
         for param, entry in zip(self.params, self.entries, strict=True):
             new_param, new = found.get(param, (param, entry))
             yield new_param, new | {name: _stored_scalar(value, entry.get(name, value)) for name, value in told.items()}

@@ -46,11 +46,6 @@ class Rule:
     new_shared: tuple[str, ...] = ()
     sampled: "Rule | None" = None
 
-    @property
-    def writes(self) -> bool:
-        """Return whether the update changes anything."""
-        return any(self.written)
-
     @functools.cached_property
     def read(self) -> tuple[bool, ...]:
         """Of the parameter, the gradient and each slot, whether anything follows from its values."""

@@ -30,7 +30,6 @@ class Op:
         foreach: name of the `torch._foreach_*` function (without the prefix), or None where torch has none;
             the in-place form has the same name with an underscore at the end.
         methods: further method names of tensors that mean it.
-        compares: whether its value is a truth value.
         reduces: whether its value is one number for the whole tensor.
         over: of what it is a number if it reduces: of a tensor, of the tensors of a group, or of those of all groups.
         takes: for each argument t where it must be a tensor, n where it must be a number, a dot where it may be either.
@@ -42,7 +41,6 @@ class Op:
     eager: Callable[..., Any]
     foreach: str | None = None
     methods: tuple[str, ...] = ()
-    compares: bool = False
     reduces: bool = False
     over: Literal["tensor", "group", "all"] = "tensor"
     takes: str = ""
@@ -170,12 +168,12 @@ OPS: tuple[Op, ...] = (
     Op("addcmul", 4, (), _addcmul, "addcmul", takes="tttn"),
     Op("addcdiv", 4, (), _addcdiv, "addcdiv", takes="tttn"),
     Op("where", 3, (torch.where,), _where),
-    Op("gt", 2, (operator.gt, torch.gt), operator.gt, methods=("greater",), compares=True),
-    Op("ge", 2, (operator.ge, torch.ge), operator.ge, compares=True),
-    Op("lt", 2, (operator.lt, torch.lt), operator.lt, methods=("less",), compares=True),
-    Op("le", 2, (operator.le, torch.le), operator.le, compares=True),
-    Op("eq", 2, (operator.eq, torch.eq), operator.eq, compares=True),
-    Op("ne", 2, (operator.ne, torch.ne), operator.ne, compares=True),
+    Op("gt", 2, (operator.gt, torch.gt), operator.gt, methods=("greater",)),
+    Op("ge", 2, (operator.ge, torch.ge), operator.ge),
+    Op("lt", 2, (operator.lt, torch.lt), operator.lt, methods=("less",)),
+    Op("le", 2, (operator.le, torch.le), operator.le),
+    Op("eq", 2, (operator.eq, torch.eq), operator.eq),
+    Op("ne", 2, (operator.ne, torch.ne), operator.ne),
     Op("sum", 1, (torch.sum,), torch.sum, reduces=True, takes="t"),
     Op("mean", 1, (torch.mean,), torch.mean, reduces=True, takes="t"),
     Op("sum_of_squares", 1, (), lambda x: x.square().sum(), reduces=True, takes="t"),

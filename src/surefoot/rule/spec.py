@@ -48,8 +48,8 @@ class AlgorithmSpec:
         refused_options: why some of them are not taken.
         own_options: hyperparameters of its own that are called like an option of `StepOptions` that it does not take.
         constructor: the constructor's arguments that have a default, with it.
-        algorithms: of a combination of several algorithms: each by its name, which groups have under `algorithm`.
         later_options: those of them that go by keyword only, which state dicts, as those of torch, need not know.
+        algorithms: of a combination of several algorithms: each by its name, which groups have under `algorithm`.
     """
 
     name: str

@@ -79,7 +79,9 @@ class _Tracer(fx.Tracer):
         )
 
     def iter(self, obj: fx.Proxy) -> Any:
-        raise RuleError(f"{self.source()}: a rule is elementwise; `{obj.node.name}` cannot be iterated or unpacked")
+        raise RuleError(
+            f"{self.source()}: a rule works on whole tensors; `{obj.node.name}` cannot be iterated or unpacked"
+        )
 
 
 class _Coefficients:
@@ -116,7 +118,7 @@ def bind(spec: AlgorithmSpec, flags: Flags) -> Rule:
     """Trace the rule of an algorithm under settled flags; once for each pair.
 
     Raises:
-        RuleError: the rule is not elementwise, branches on a number, uses an operation outside the list, or does not
+        RuleError: the rule takes a tensor apart, branches on a number, uses an operation outside the list, or does not
             return what its slots promise.  The message names the file and line.
     """
     update: Callable[..., Any] = spec.update  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from surefoot.state.scalars import write_scalars
 from surefoot.step.cache import is_constant
 from surefoot.step.coefficients import count_step, distinct_columns, number_of
 from surefoot.step.types import BucketRun
-from surefoot.tensors.native.guards import SharedNumbers, TensorGuard
+from surefoot.tensors.native.guards import ScalarRows, TensorGuard
 
 
 class BucketLane:
@@ -33,7 +33,7 @@ class BucketLane:
         self.rounds = ROUNDING_STEP.name in run.bucket.rule.coefficients
         self.scalar_names = [scalar.name for scalar in run.bucket.rule.scalars]
         self.count = len(run.params)
-        self.numbers: SharedNumbers | None = guard.numbers.shared(self.count) if guard.reads else None
+        self.numbers: ScalarRows | None = guard.numbers.shared(self.count) if guard.scalars_in_memory else None
         values: Any = np.zeros((len(self.scalar_names), self.count))
         if self.numbers is not None:
             values = self.numbers.values
@@ -58,7 +58,7 @@ class BucketLane:
             (i, name, known[name] if is_number(known[name]) else None) for i, name in enumerate(names)
         ]
         self.read_at_once = {name: options[name] for name in names if isinstance(options.get(name), Tensor)}
-        self.reads = not all(map(is_constant, options.values()))
+        self.has_tensor_options = not all(map(is_constant, options.values()))
 
     def take_numbers(self, numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over numbers among the options of groups, each by the id of its group, where these are settled."""
@@ -108,7 +108,7 @@ class BucketLane:
             if STEP.name in scalars:
                 scalars[STEP.name] += 1
             derived = coefficients(SimpleNamespace(**self.options), **scalars)
-        if self.reads:
+        if self.has_tensor_options:
             derived = {name: number_of(value) for name, value in {**self.read_at_once, **derived}.items()}
         table, start = self.table, row * len(self.constants)
         for index, name, constant in self.constants:

@@ -19,7 +19,6 @@ from surefoot.codegen.threads import needs_threads
 from surefoot.engines import cpu, gpu
 from surefoot.rule import ENGINE_OPTIONS, STORAGE_OPTIONS, AlgorithmSpec
 from surefoot.state.check import stepped_gradient
-from surefoot.state.make import is_on_device
 from surefoot.state.scalars import is_between_processes, read_scalars, write_scalars
 from surefoot.step.custom_params import CustomParams
 from surefoot.step.inputs import StepInput
@@ -76,13 +75,14 @@ class BucketGuard:
             gradients = not run.sparse and given is None
             self.tensors = make_guard(columns, run.entries, names, gradients=gradients, given=given, threads=busy)
         self._derived = run.derives_grads()
-        on_host = run.engine is not gpu and run.params[0].is_cpu
-        own = on_host and not (run.sparse or self._derived or self._shards is not None)
+        own = run.engine is not gpu and run.params[0].is_cpu
+        own = own and not (run.sparse or self._derived or self._shards is not None)
         self._can_move = own and type(self.tensors) is TensorGuard
         self._arrays = 2 + len(slots)
         self._fixed = self._can_move and self.tensors.places[0][self._arrays :].tobytes()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
-        self.scalars = of_host = [] if _on_device(run) else list(chain.from_iterable(entries[name] for name in held))
+        on_host = () if run.has_device_scalars else held
+        self.scalars = of_host = list(chain.from_iterable(entries[name] for name in on_host))
         self._shared = (run.entries, scalars) if any(map(is_between_processes, of_host)) else None
         self.numbers, self.versions = make_scalar_io(of_host), VersionCounters(of_host)
         self._kept_numbers = {slot.name: _KeptNumbers.of(entries[slot.name]) for slot in run.bucket.rule.number_slots}
@@ -166,7 +166,7 @@ class BucketGuard:
         return native and self.versions.launch is not None and own and self._shared is None
 
     @property
-    def reads(self) -> bool:
+    def scalars_in_memory(self) -> bool:
         """Whether scalars stand in memory; else they are replaced at every step, or have no values."""
         return self._in_memory
 
@@ -534,11 +534,6 @@ def _params(step: StepInput) -> Iterable[Tensor]:
     return chain.from_iterable(group["params"] for group in step.groups)
 
 
-def _on_device(run: BucketRun) -> bool:
-    """Return whether only the parameters' device knows their scalars."""
-    return is_on_device(run.group, run.params[0]) and not run.group.get("differentiable")
-
-
 def _bring_home(run: BucketRun) -> None:
     """Let the host have the scalars that it reads at every step, if somebody has put them on a device."""
     for entry, scalar in product(run.entries, run.bucket.rule.scalars):
@@ -549,7 +544,7 @@ def _bring_home(run: BucketRun) -> None:
 def _guarded(runs: Sequence[BucketRun]) -> bool:
     """Guard buckets from now on; return whether all can be used again."""
     for run in runs:
-        if run.engine is gpu and not _on_device(run):
+        if run.engine is gpu and not run.has_device_scalars:
             _bring_home(run)
     if not all(map(_reusable, runs)):
         return False
@@ -564,7 +559,7 @@ def _reusable(run: BucketRun) -> bool:
         return False
     if not all(type(entry) is dict for entry in run.entries):
         return False
-    if run.params[0].is_complex() and not _on_device(run):
+    if run.params[0].is_complex() and not run.has_device_scalars:
         return False  # their real views, if kept, would keep them from being swapped
     if run.sparse and (run.engine is gpu or run.group.get("ema")):
         return False  # averages are none of a sparse update's slots
@@ -572,10 +567,10 @@ def _reusable(run: BucketRun) -> bool:
     params = run.bucket.params if sharded else run.params
     grads = run.bucket.grads if sharded or run.derives_grads() else run.grads()
     stored = params if run.sparse else (*params, *grads)
-    written = chain(run.params, *run.bucket.slots, () if _on_device(run) else _scalars(run))
+    written = chain(run.params, *run.bucket.slots, () if run.has_device_scalars else _scalars(run))
     if any(isinstance(tensor, Tensor) and tensor.is_inference() for tensor in written):
         return False  # whether it can be written the mode says
-    return all(map(is_plain, stored)) and (_on_device(run) or _are_replaced(run) or are_on_host(_scalars(run)))
+    return all(map(is_plain, stored)) and (run.has_device_scalars or _are_replaced(run) or are_on_host(_scalars(run)))
 
 
 def _is_simple(run: BucketRun) -> bool:
@@ -590,4 +585,4 @@ def _scalars(run: BucketRun) -> Iterable[Any]:
 
 def _are_replaced(run: BucketRun) -> bool:
     """Return whether scalars are Python's numbers, so that every step puts others into the state."""
-    return not _on_device(run) and all(isinstance(value, (int, float)) for value in _scalars(run))
+    return not run.has_device_scalars and all(isinstance(value, (int, float)) for value in _scalars(run))

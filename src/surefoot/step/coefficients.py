@@ -16,11 +16,10 @@ from surefoot.errors import RuleError
 from surefoot.rule import EMA, ROUNDING_STEP, STEP
 from surefoot.rule.hyperparameters import is_number
 from surefoot.state.check import hyperparameters
-from surefoot.state.make import is_on_device
 from surefoot.state.scalars import read_scalars, write_scalars
 from surefoot.step.device import DeviceScalars, number_on, numbers_on, refuse_new_buckets
+from surefoot.step.group_scalars import read_group_scalars
 from surefoot.step.inputs import StepInput
-from surefoot.step.shared import shared_numbers
 from surefoot.step.types import BucketRun, Fresh
 from surefoot.tensors.modes import has_no_values, mode_is_active
 
@@ -33,7 +32,7 @@ def compute_coefficients(step: StepInput, run: BucketRun) -> None:
     fresh = _fresh(run) if run.made else []
     if run.group.get("ema") and EMA not in run.bucket.rule.slots:
         run.slice.fresh = [new for _, new in fresh]
-    if is_on_device(run.group, run.params[0]) and not run.group.get("differentiable"):
+    if run.has_device_scalars:
         _compute_on_device(step, run, fresh)
         return
     if run.group.get("differentiable") or mode_is_active() or _are_shown(run):
@@ -100,7 +99,7 @@ def _on_host(
 
 def _with_shared(step: StepInput, run: BucketRun, h: SimpleNamespace) -> SimpleNamespace:
     """Return hyperparameters, and the numbers that parameters share as they are now."""
-    return SimpleNamespace(**{**vars(h), **shared_numbers(step, run)})
+    return SimpleNamespace(**{**vars(h), **read_group_scalars(step, run)})
 
 
 def _check_numbers(run: BucketRun, coefficients: Coefficients) -> None:
@@ -189,7 +188,7 @@ def _fitting(number: Any, param: Tensor) -> Any:
 
 def _are_shown(run: BucketRun) -> bool:
     """Return whether a scalar must stay a tensor; of those that a guard reads only the need of a gradient is new."""
-    if run.guard and run.guard.reads:
+    if run.guard and run.guard.scalars_in_memory:
         return torch.is_grad_enabled() and any(map(_needs_grad, run.guard.scalars))
     return any(_is_shown(entry[scalar.name]) for entry in run.entries for scalar in run.bucket.rule.scalars)
 

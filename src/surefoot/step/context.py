@@ -19,22 +19,22 @@ class StepContext(threading.local):
     Attributes:
         lock: what they take turns by; an interrupted turn does not shut its own thread out.
         inside: whether the algorithm runs, so that a call of `step` is one of its base's.
-        tried: whether this step was tried to be made by what the last one has left.
+        fast_lane_declined: whether the fast lane has declined this step.
         step: the step's number.
         slices: its parameters.
         wants_metrics: whether telemetry is to get something of it.
         skips: whether it changes nothing.
         left_out: parameters whose gradients hold inf or NaN, for which it has not been made: it is to be made without.
-        shared: for each group the new values of numbers that its parameters share.
+        group_scalars: for each group the new values of numbers that its parameters share.
         start: when it began.
     """
 
     def __init__(self, lock: Any) -> None:
         self.lock, self._holds = lock, False
-        self.inside = self.tried = self.wants_metrics = self.skips = False
+        self.inside = self.fast_lane_declined = self.wants_metrics = self.skips = False
         self.slices: list[ParamSlice] = []
         self.left_out: list[Tensor] = []
-        self.shared: list[dict[str, Any]] = []
+        self.group_scalars: list[dict[str, Any]] = []
         self.step, self.start = 0, 0.0
 
     def begin(self) -> None:

@@ -26,17 +26,17 @@ from surefoot.tensors.shards import to_local
 
 
 class CustomRun(NamedTuple):
-    """The parameters of custom steps in a step that is being made; `validate_params` gives it.
+    """The parameters of custom steps in a step that is being made; `find_custom_params` gives it.
 
     Attributes:
-        found: they, found fit.
+        params: the parameters, found fit.
         known: whether the last step has found them fit, so that all state is there.
         slices: the parameters of each group that has some.
         grads: as many lists of their gradients.
         rows: the parameters, once they are prepared.
     """
 
-    found: CustomParams
+    params: CustomParams
     known: bool
     slices: list[ParamSlice]
     grads: list[list[Tensor]]
@@ -44,7 +44,7 @@ class CustomRun(NamedTuple):
 
     def measure(self) -> None:
         """Measure the gradients."""
-        for part, measured in zip(self.slices, self.found.measure(self.grads), strict=True):
+        for part, measured in zip(self.slices, self.params.measure(self.grads), strict=True):
             part.gradients = measured
 
     def prepare(self, step: StepInput) -> None:
@@ -54,11 +54,11 @@ class CustomRun(NamedTuple):
             for part in () if self.known else self.slices:
                 made += _make_state(step, part)
             if made:
-                self.found.take_entries(step)
+                self.params.take_entries(step)
             new = {param for param, names in made if EMA.name in names}
-            for part, grads, entries in zip(self.slices, self.grads, self.found.entries, strict=True):
-                self.rows.extend(_prepared(step, part, grads, entries, new, apart=self.found.overlap))
-            if self.found.overlap:
+            for part, grads, entries in zip(self.slices, self.grads, self.params.entries, strict=True):
+                self.rows.extend(_prepared(step, part, grads, entries, new, apart=self.params.overlap))
+            if self.params.overlap:
                 _refuse_short(self.rows)
         except BaseException:
             for param, names in made:
@@ -67,11 +67,11 @@ class CustomRun(NamedTuple):
 
     def update(self, step: StepInput) -> None:
         """Count the step of every parameter and make it."""
-        with _full_precision(step, _counted(self.rows, self.found.repeated)) as rows:
+        with _full_precision(step, _counted(self.rows, self.params.repeated)) as rows:
             step.make_custom_step(rows)(rows)
 
 
-def validate_params(step: StepInput, known: CustomParams | None) -> CustomRun | None:
+def find_custom_params(step: StepInput, known: CustomParams | None) -> CustomRun | None:
     """Return the parameters of custom steps that have a gradient, all of them checked; nothing is changed.
 
     Args:
@@ -79,7 +79,7 @@ def validate_params(step: StepInput, known: CustomParams | None) -> CustomRun | 
         known: those of the last step, if nothing of them has changed but values.
 
     Returns:
-        They, None if there are none.
+        The parameters, None if there are none.
     """
     groups = custom_groups(step)
     if not groups:

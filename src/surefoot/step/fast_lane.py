@@ -2,8 +2,9 @@
 
 It is the pipeline with the stages left out that are known to have nothing to do: one compiled call that guards all that
 may have changed and reads the scalars (many tensors are guarded by a call of their own, on several threads), the
-algorithm's `coefficients`, and one compiled call that runs the kernels, counts versions and writes the scalars.  What
-it cannot do it leaves to the pipeline, with nothing changed.
+algorithm's `coefficients`, and one compiled call that runs the kernels, counts versions and writes the scalars (kernels
+that several threads run are called one by one before that).  What it cannot do it leaves to the pipeline, with nothing
+changed.
 """
 
 import operator
@@ -81,7 +82,7 @@ class FastLane:
         lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
         self._launches = [self._options.launch, lists, *self._guarded]
         self._guard = LaunchSequence(self._launches)
-        self._reads = any(lane.reads for lane in self._lanes)
+        self._has_tensor_options = any(lane.has_tensor_options for lane in self._lanes)
         pairs = zip(self._specs, self._guarded_groups, strict=True)
         changing = ((spec, group) for spec, group in pairs if spec.has_flags_in_tensors(group))
         self._flags = [(spec, group, spec.settle_flags(group)) for spec, group in changing]
@@ -129,7 +130,7 @@ class FastLane:
 
     def _step(self, coefficients: Callable[..., dict[str, Any]], step: Callable[[], StepInput]) -> bool:
         """Make a step in which nothing was found; return False, with nothing changed, if numbers or rows differ."""
-        if self._reads and not self._tensors_decide_the_same():
+        if self._has_tensor_options and not self._tensors_decide_the_same():
             return False
         if self._clips:
             self._clip(step())
@@ -294,8 +295,8 @@ def _is_fit(run: BucketRun) -> bool:
     if run.engine is gpu:
         return False
     if run.engine is not cpu:
-        return plain and guard.reads and not (is_clipped(run) or run.bucket.is_rounded)
+        return plain and guard.scalars_in_memory and not (is_clipped(run) or run.bucket.is_rounded)
     plan = run.bucket.plan
     own = not plan.checked and plan.versions.launch is not None
     whole = plan.is_regular or not (run.sparse or is_clipped(run) or not run.bucket.is_plain)
-    return plain and own and whole and (guard.reads or run.sparse) and not (run.sparse and is_clipped(run))
+    return plain and own and whole and (guard.scalars_in_memory or run.sparse) and not (run.sparse and is_clipped(run))

@@ -52,6 +52,10 @@ class StepInput(NamedTuple):
         own = self.spec.of(group)
         return [each for each in self.groups if self.spec.of(each) is own]
 
+    def params(self) -> list[Tensor]:
+        """Return all parameters, group by group."""
+        return [param for group in self.groups for param in group["params"]]
+
     def gradient(self, param: Tensor) -> Any:
         """Return the gradient of a parameter, None if it has none and is not stepped."""
         return param.grad if self.grads is None else self.grads.get(param)

@@ -20,16 +20,16 @@ from surefoot.step.cache import OptionsGuard, StepCache
 from surefoot.step.clipping import clip_or_skip, measure_gradients, refuse_unmeasurable, warn_left_out
 from surefoot.step.coefficients import compute_coefficients, forget_fresh, store_device_scalars, store_scalars
 from surefoot.step.context import StepContext
-from surefoot.step.custom import CustomRun, validate_params
+from surefoot.step.custom import CustomRun, find_custom_params
 from surefoot.step.custom_params import CustomParams
 from surefoot.step.device import refuse_capture
 from surefoot.step.fast_lane import fast_lane
+from surefoot.step.group_scalars import store_group_scalars
 from surefoot.step.inputs import StepInput
 from surefoot.step.metrics import measured_sums, step_metrics
 from surefoot.step.partition import detach_state, partition
-from surefoot.step.ranks import RankSums, due_exchange, failures_told, sums_over_ranks
+from surefoot.step.ranks import RankSums, due_exchange, report_failure, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
-from surefoot.step.shared import store_shared_numbers
 from surefoot.step.types import BucketRun, ParamSlice
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
@@ -57,7 +57,7 @@ def run_step(
         return cache
     left_out, context.left_out = set(context.left_out), []
     context.slices = []  # what was measured with them
-    params = [param for group in step.groups for param in group["params"]]
+    params = step.params()
     finite = {param: None if param in left_out else param.grad for param in params}
     _run(step._replace(grads=finite), None, stepped)
     warn_left_out(step.whole or step, [param for param in params if param in left_out])
@@ -77,34 +77,28 @@ def _run(
     exchange = due_exchange(step)
     if exchange is None and _skip(step):
         return cache
-    with failures_told(step, exchange):
+    with report_failure(step, exchange):
         _wait_for_gradients(step)
-        found = _found(step, cache)
+        parts = _find_parts(step, cache)
     try:
-        made = _prepare(step, found, exchange)
-        if made is None:
-            return cache if found.holds else None  # what was kept has been found not to hold
-        if not found.holds:
-            cache = _kept(step, found, cache)
-        _update_all(made, found, exchange)
+        agreed = _prepare(step, parts, exchange)
+        if agreed is None:
+            return cache if parts.holds else None  # what was kept has been found not to hold
+        if not parts.holds:
+            cache = _new_cache(step, parts, cache)
+        _update_all(agreed, parts, exchange)
         if stepped is not None:
-            stepped(found.runs)
+            stepped(parts.runs)
     finally:
-        step.stepping.context.shared = []
-        _release_grads(found.runs, found.custom_params)
-    if (
-        found.holds
-        and cache is not None
-        and cache.fast is None
-        and (found.runs or found.custom)
-        and found.custom_params is cache.custom
-    ):
-        cache.fast = fast_lane(step, cache)
+        step.stepping.context.group_scalars = []
+        _release_grads(parts.runs, parts.custom_params)
+    if parts.holds and cache is not None and cache.fast is None and parts.are_all_of(cache):
+        cache.fast = fast_lane(step, cache)  # from the second step like this one on
     return cache
 
 
-class _Found(NamedTuple):
-    """What a step has to do with.
+class _Parts(NamedTuple):
+    """The buckets and custom parameters that a step updates.
 
     Attributes:
         runs: the buckets.
@@ -121,50 +115,54 @@ class _Found(NamedTuple):
     @property
     def custom_params(self) -> CustomParams | None:
         """The parameters of custom steps, as a cache keeps them."""
-        return None if self.custom is None else self.custom.found
+        return None if self.custom is None else self.custom.params
+
+    def are_all_of(self, cache: StepCache) -> bool:
+        """Return whether a cache has these, and there are some."""
+        return bool(self.runs or self.custom) and self.custom_params is cache.custom
 
 
-def _found(step: StepInput, cache: StepCache | None) -> _Found:
+def _find_parts(step: StepInput, cache: StepCache | None) -> _Parts:
     """Return the buckets and custom parameters of the last step as far as they hold, else of this one."""
     if step.has_no_gradients():  # what the last step has left still holds, or the next one sees that it does not
-        return _Found([], validate_params(step, None), holds=True)
+        return _Parts([], find_custom_params(step, None), holds=True)
     watched = mode_is_active() or step.grads is not None
     known = cache if cache is not None and not watched and cache.revalidate(step) else None
-    custom = validate_params(step, None if known is None else known.custom)
+    custom = find_custom_params(step, None if known is None else known.custom)
     if known is not None and known.runs:
         for run in known.runs:
             if run.sampled is not None:
                 run.sampled.renew(run)
-        return _Found(known.runs, custom, holds=True)
+        return _Parts(known.runs, custom, holds=True)
     if cache is not None:
         for run in cache.runs:
             forget_fresh(run)
         _release_grads(cache.runs, None if known is not None else cache.custom)
     runs = partition(step)
     if known is not None and not runs:
-        return _Found(runs, custom, holds=True)
+        return _Parts(runs, custom, holds=True)
     kept = not watched and (runs or custom is not None)
-    return _Found(runs, custom, options=OptionsGuard(step) if kept else None)
+    return _Parts(runs, custom, options=OptionsGuard(step) if kept else None)
 
 
-def _kept(step: StepInput, found: _Found, before: StepCache | None) -> StepCache | None:
+def _new_cache(step: StepInput, parts: _Parts, before: StepCache | None) -> StepCache | None:
     """Return what the next step may use again of what this one has to do with."""
-    if found.options is None:
+    if parts.options is None:
         return None
-    return StepCache.of(step, found.options, found.runs, found.custom_params, before)
+    return StepCache.of(step, parts.options, parts.runs, parts.custom_params, before)
 
 
-def _update_all(step: StepInput, found: _Found, exchange: Exchange | None) -> None:
+def _update_all(step: StepInput, parts: _Parts, exchange: Exchange | None) -> None:
     """Update buckets and custom parameters, for which all is prepared."""
-    runs = found.runs
+    runs = parts.runs
     for run in _in_order(step, runs):
         if run.repeats:
             compute_coefficients(step, run)
             measure_tensors(step, [run], exchange)
         _update(run)
-    if found.custom is not None:
-        found.custom.update(step)
-    store_shared_numbers(step, step.stepping.context.shared, runs[0].bucket.found_inf if runs else None)
+    if parts.custom is not None:
+        parts.custom.update(step)
+    store_group_scalars(step, step.stepping.context.group_scalars, runs[0].bucket.found_inf if runs else None)
 
 
 def _skip(step: StepInput) -> bool:
@@ -206,7 +204,7 @@ def evaluate_step(step: StepInput) -> list[tuple[BucketRun, list[tuple[Tensor, .
         raise RuntimeError(
             f"{step.spec.name} with state of every n-th element cannot be transformed by torch.func; let it keep all"
         )
-    made = _prepare(step, _Found(runs, None), None)
+    made = _prepare(step, _Parts(runs, None), None)
     return [] if made is None else [(run, list(eager.evaluate_rows(run.bucket))) for run in runs]
 
 
@@ -220,11 +218,11 @@ def _found_infinities(step: StepInput) -> bool:
     return not on_device and bool(step.found_inf)
 
 
-def _prepare(step: StepInput, found: _Found, exchange: Exchange | None) -> StepInput | None:
+def _prepare(step: StepInput, parts: _Parts, exchange: Exchange | None) -> StepInput | None:
     """Prepare a step and return it, as all ranks know it; None if it is not to be made, and then no state is left."""
-    made, runs, custom = None, found.runs, found.custom
+    made, runs, custom = None, parts.runs, parts.custom
     try:
-        with failures_told(step, exchange):
+        with report_failure(step, exchange):
             _measure(step, runs, custom)
         sums = None if exchange is None else sums_over_ranks(step, exchange, step.slices)
         known = step if sums is None else step._replace(found_inf=sums.found_inf)

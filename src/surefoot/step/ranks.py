@@ -51,7 +51,7 @@ def due_exchange(step: StepInput) -> Exchange | None:
         return None
     exchange = exchange_of(step)
     if exchange is None and (totals or step.needs_gradients()):
-        refuse_flattened([param for group in step.groups for param in group["params"]], step.spec.name)
+        refuse_flattened(step.params(), step.spec.name)
     return exchange
 
 
@@ -62,7 +62,7 @@ def any_sharded(params: Iterable[Tensor]) -> bool:
 
 def exchange_of(step: StepInput) -> Exchange | None:
     """Return what puts numbers of the parameters together over ranks; kept for steps of the same parameters."""
-    params = [param for group in step.groups for param in group["params"]]
+    params = step.params()
     known, process_group = step.stepping.exchange, step.stepping.options.process_group
     if known is not None and known.process_group is process_group and known.is_of(params):
         return known  # type: ignore[no-any-return]
@@ -71,13 +71,13 @@ def exchange_of(step: StepInput) -> Exchange | None:
 
 
 @contextmanager
-def failures_told(step: StepInput, exchange: Exchange | None) -> Iterator[None]:
+def report_failure(step: StepInput, exchange: Exchange | None) -> Iterator[None]:
     """Tell the other ranks, which wait in the same exchange, when this one fails inside of the `with` block."""
     try:
         yield
     except Exception:
         if exchange is not None:
-            _told(step, exchange, (), failed=True)
+            _exchange_sums(step, exchange, (), failed=True)
         raise
 
 
@@ -103,10 +103,10 @@ def sums_over_ranks(step: StepInput, exchange: Exchange, slices: Sequence[ParamS
         RuntimeError: another rank has failed in this step, so that this one must not make it either; or the algorithm
             needs whole tensors, and some ranks have no gradient of a parameter of which others have one.
     """
-    return _told(step, exchange, slices, failed=False)
+    return _exchange_sums(step, exchange, slices, failed=False)
 
 
-def _told(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, failed: bool) -> RankSums:
+def _exchange_sums(step: StepInput, exchange: Exchange, slices: Sequence[ParamSlice], *, failed: bool) -> RankSums:
     place = exchange.device
     rows = torch.zeros(len(exchange.params), _COLUMNS, dtype=torch.float64, device=place)
     divided = torch.zeros(len(step.groups), _COLUMNS, dtype=torch.float64, device=place)

@@ -14,8 +14,8 @@ from surefoot.engines import cpu, eager
 from surefoot.engines.bucket import EachParameter
 from surefoot.errors import RuleError
 from surefoot.rule import AlgorithmSpec, Stage
+from surefoot.step.group_scalars import new_group_scalars
 from surefoot.step.inputs import StepInput
-from surefoot.step.shared import new_shared_numbers
 from surefoot.step.types import BucketRun
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.shards import to_local
@@ -48,7 +48,7 @@ def measure_tensors(step: StepInput, runs: Sequence[BucketRun], exchange: Exchan
             _add_numbers(run, numbers, stage, found)
     for run, numbers in zip(measured, known, strict=True):
         run.new_numbers = [_of_each(numbers[name], run) for name in run.bucket.rule.new_numbers]
-    step.stepping.context.shared = new_shared_numbers(step, measured, known, exchange)
+    step.stepping.context.group_scalars = new_group_scalars(step, measured, known, exchange)
 
 
 class _Sums(NamedTuple):

@@ -99,7 +99,7 @@ class _Bucket:
     Attributes:
         stepping: options of the optimizer; statistics and context of its own.
         device: where they are.
-        members: they.
+        members: the parameters.
         size: bytes of their gradients.
         waiting: those of them whose gradient waits, whole.
         awaited: how many have to wait until it is stepped, where nothing else is to be decided; else 0.
@@ -409,7 +409,7 @@ class ReleasedGradients:
             "and set `optimizer.grad_scale` to it, or remove() the handle of release_gradients"
         )
 
-    def close_at_once(self) -> bool:
+    def try_close(self) -> bool:
         """Close an iteration after which nothing is left to be done; return whether it is such a one.
 
         Raises:
@@ -554,7 +554,7 @@ def refuse_release(step: StepInput, model: nn.Module, options: ReleaseOptions) -
         raise TypeError(f"release_gradients needs the model, a torch.nn.Module, but got {type(model).__name__}")
     refuse_divided_by_module(model)
     refuse_options(step)
-    params = [param for group in step.groups for param in group["params"]]
+    params = step.params()
     if len(params) != len(set(params)):
         raise RuntimeError(
             "a parameter stands in the groups twice, and its gradient would be dropped after its first step; leave it "

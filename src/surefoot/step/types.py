@@ -1,4 +1,4 @@
-"""The values that go through a step; each concept once."""
+"""The values that stages of a step hand on, beside `StepInput`, `StepContext` and `CustomRun`."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -169,10 +169,14 @@ class BucketRun:
         return self.slice.params
 
     @property
+    def has_device_scalars(self) -> bool:
+        """Return whether only the parameters' device knows their scalars."""
+        return is_on_device(self.group, self.params[0]) and not self.group.get("differentiable")
+
+    @property
     def is_unread(self) -> bool:
         """Return whether a step reads none of its numbers: they are on an accelerator, or steps may be captured."""
-        on_device = is_on_device(self.group, self.params[0]) and not self.group.get("differentiable")
-        return on_device or self.bucket.device.type not in ("cpu", "meta")
+        return self.has_device_scalars or self.bucket.device.type not in ("cpu", "meta")
 
     def stored_names(self) -> list[str]:
         """Return the keys of what of the state an engine writes, in the order of the bucket's columns."""

@@ -1,6 +1,6 @@
 """Knowing cheaply whether parameters, gradients and state are what they were, and reading many numbers at once.
 
-Nothing here is about tensors of the CPU, but for `ScalarIO`.  Make guards with `tensors.guards`, which does without the
+All but `ScalarIO` is for tensors of any device.  Make guards with `tensors.guards`, which does without the
 guard kernel where there is none.
 """
 
@@ -546,11 +546,11 @@ class ScalarIO:
         self._values[:] = values
         self._run(_WRITE)
 
-    def shared(self, count: int) -> "SharedNumbers":
+    def shared(self, count: int) -> "ScalarRows":
         """Return what reads and writes the numbers, rows of so many that are mostly the same, for launches."""
         reading, writing = self._launch.copy(_READ_SHARED), self._launch.copy(_WRITE_SHARED)
         values, differ = self._values.reshape(-1, count), memoryview(reading.slots)[_OTHER : _OTHER + 1]
-        found = SharedNumbers(reading, writing, values, np.zeros(values.shape, dtype=np.int64), differ)
+        found = ScalarRows(reading, writing, values, np.zeros(values.shape, dtype=np.int64), differ)
         reading.slots[_PLACES] = writing.slots[_PLACES] = found.places.ctypes.data
         found.share(np.zeros(count, dtype=np.int64))
         return found
@@ -561,7 +561,7 @@ class ScalarIO:
         return self._values
 
 
-class SharedNumbers(NamedTuple):
+class ScalarRows(NamedTuple):
     """Rows of numbers of which many are the same, as the launches of a `LaunchSequence` read and write them.
 
     Attributes:

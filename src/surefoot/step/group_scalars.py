@@ -15,7 +15,7 @@ from surefoot.step.types import BucketRun
 from surefoot.tensors.modes import has_no_values
 
 
-def shared_numbers(step: StepInput, run: BucketRun) -> dict[str, Any]:
+def read_group_scalars(step: StepInput, run: BucketRun) -> dict[str, Any]:
     """Return the numbers that the parameters of a bucket share, on their device where these must not be waited for."""
     found, place = {}, run.bucket.device
     for scalar in run.spec.group_scalars:
@@ -30,7 +30,7 @@ def shared_numbers(step: StepInput, run: BucketRun) -> dict[str, Any]:
     return found
 
 
-def new_shared_numbers(
+def new_group_scalars(
     step: StepInput, runs: Sequence[BucketRun], known: Sequence[Mapping[str, Any]], exchange: Exchange | None
 ) -> list[dict[str, Any]]:
     """Return for each group the new values of the numbers that its parameters share, none where no run tells them.
@@ -52,7 +52,7 @@ def new_shared_numbers(
         names = zip(run.spec.group_scalars, run.bucket.rule.new_shared, strict=True)
         found[index[id(run.group)]] = {scalar.name: _one(run, scalar, numbers[name]) for scalar, name in names}
     if exchange is not None and exchange.process_group is not None:
-        found = _told(step, found, exchange)
+        found = _gather(step, found, exchange)
     for numbers, group in zip(found, step.groups, strict=True):
         for scalar in step.spec.of(group).group_scalars:
             sharing = [found[index[id(each)]] for each in _sharing(step, scalar, group)]
@@ -73,7 +73,7 @@ def _one(run: BucketRun, scalar: GroupScalar, value: Any) -> Any:
     return value[0]
 
 
-def store_shared_numbers(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
+def store_group_scalars(step: StepInput, new: Sequence[Mapping[str, Any]], found_inf: Tensor | None) -> None:
     """Write the numbers that parameters share, unless the device has found infinities."""
     for group, numbers in zip(step.groups, new, strict=bool(new)):
         for scalar in step.spec.of(group).group_scalars:
@@ -108,7 +108,7 @@ def _written(scalar: GroupScalar, old: Any, new: Any, found_inf: Tensor | None) 
     return old.copy_(new if found_inf is None else torch.where(found_inf.to(new.device) != 0, old.to(new), new))
 
 
-def _told(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
+def _gather(step: StepInput, found: Sequence[Mapping[str, Any]], exchange: Exchange) -> list[dict[str, Any]]:
     """Return the new numbers that some rank of the process group knows: not all have a parameter in every group."""
     scalars = [step.spec.of(group).group_scalars for group in step.groups]
     width = 1 + max(map(len, scalars))
