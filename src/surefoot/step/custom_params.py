@@ -15,7 +15,7 @@ from surefoot.step.clipping import measure_gradients
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_guard
-from surefoot.tensors.memory import PLAIN, has_address, is_plain, shared_memory
+from surefoot.tensors.memory import PLAIN, has_address, is_always_writable, is_plain, shared_memory
 from surefoot.tensors.shards import to_local
 
 
@@ -81,7 +81,7 @@ class CustomParams:
                 tensors: list[Any] = [param, param.grad, *(entry[name] for name in names)]
                 if type(entry) is not dict or not all(isinstance(t, Tensor) and is_plain(t) for t in tensors):
                     return False
-                if any(tensor.is_inference() for tensor in (param, *tensors[2:])):
+                if not all(map(is_always_writable, (param, *tensors[2:]))):
                     return False  # whether it can be written the mode says
                 places[-1].append((names, len(alike[names])))
                 alike[names].append((param, entry))
