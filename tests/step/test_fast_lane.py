@@ -13,7 +13,7 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
-from surefoot.engines.cpu import copied
+from surefoot.engines.cpu import copied, sparse
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
@@ -1016,6 +1016,36 @@ def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
         table.grad = torch.sparse_coo_tensor(table.grad._indices(), table.grad._values(), (40, 6))
     assert takes_fast_lane(optimizer)
     other.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_for_which_there_is_no_memory_are_stepped_when_there_is_again(monkeypatch):
+    (optimizer, other), ours, theirs, set_grads = sparse_started("SparseAdam")
+    set_grads(range(40))
+    monkeypatch.setattr(np, "empty", raises_memory_error)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    monkeypatch.undo()
+    set_grads(range(40))
+    assert takes_fast_lane(optimizer)
+    other.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def raises_memory_error(*_, **__):
+    raise MemoryError
+
+
+def test_memory_of_many_rows_is_not_kept(monkeypatch):
+    (optimizer, other), ours, theirs, set_grads = sparse_started("SparseAdam")
+    monkeypatch.setattr(sparse, "_KEPT", 0)
+    for rows in (range(9), (4, 5), (6, 7), (8, 9), (9, 9)):
+        set_grads(rows)
+        assert takes_fast_lane(optimizer)
+        other.step()
+        memory = plan_of(optimizer).launch._memory
+        assert not memory.size
+        assert memory.base is None
     torch.testing.assert_close(ours, theirs)
 
 

@@ -104,14 +104,15 @@ class CustomParams:
     def readmit(self) -> None:
         """Take the tensors for what they were where they are now, which somebody has found fit."""
         self.moves += 1
-        places = [np.zeros((2, 0), dtype=np.int64)]
-        for guard in self.guards or ():
-            guard.readmit()
-            places.append(guard.places[0][:2])
-        addresses = np.concatenate(places, axis=1)
+        guards = self.guards or []
+        addresses = np.concatenate(
+            [np.zeros((2, 0), dtype=np.int64), *(guard.places[0][:2] for guard in guards)], axis=1
+        )
         for bucket, order in zip(self._measuring or (), self._order, strict=False):
             if bucket is not None and bucket.plan is not None:
                 bucket.plan.move(addresses[:, order])
+        for guard in guards:
+            guard.readmit()
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""
