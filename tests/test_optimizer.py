@@ -476,6 +476,24 @@ def test_tensors_of_inference_mode_are_refused_outside_of_it(cls, engine, which,
     assert not torch.equal(snapshot(optimizer)["values"][1], before["values"][1])
 
 
+@pytest.mark.parametrize("cls", [surefoot.SGD, surefoot.AdamW, surefoot.Adafactor])
+@pytest.mark.parametrize("engine", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_parameters_of_inference_mode_are_refused_outside_of_it_whatever_their_data(cls, engine):
+    with torch.inference_mode():
+        param = torch.nn.Parameter(torch.zeros(3))
+    param.data = torch.ones(3)
+    assert not param.is_inference()
+    optimizer = cls([param], lr=0.1, **(engine if cls.is_rule() else {}))
+    param.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="is an inference tensor, which can be written in inference mode only"):
+        optimizer.step()
+    assert not optimizer.state
+    with torch.inference_mode():
+        optimizer.step()
+        optimizer.step()
+    assert (param < 1).all()
+
+
 @each_algorithm
 def test_gradients_made_in_inference_mode(cls):
     ours, expected = make(cls), train(make(cls), steps=2)

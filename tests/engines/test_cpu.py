@@ -18,7 +18,7 @@ from surefoot.codegen.processor import host
 from surefoot.engines import eager
 from surefoot.engines.checked import checked
 from surefoot.engines.cpu import copied, launch, plan
-from surefoot.engines.cpu.source import Layout, print_kernel
+from surefoot.engines.cpu.source import LAUNCH, Layout, print_kernel
 from surefoot.errors import InternalError, KernelError, NonFiniteGradientError
 from surefoot.explain import rule_of
 from surefoot.step import coefficients
@@ -902,3 +902,18 @@ def test_indices_outside_of_a_parameter_are_refused():
     param.grad._indices()[0, 0] = 7
     with pytest.raises(IndexError, match=r"a sparse gradient of shape \(4, 2\) has indices outside of it"):
         surefoot.SparseAdam([param]).step()
+
+
+def test_room_for_numbers_is_made_anew_when_that_was_interrupted():
+    class Interrupted(list):
+        def __setitem__(self, *_):
+            raise KeyboardInterrupt
+
+    tensors = launch.TensorLaunch(2, np.array([4]))
+    known, tensors.words = tensors.words, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        tensors.make_room((1, 3))
+    tensors.words = known
+    tensors.make_room((1, 3))
+    assert tensors.coefficients.shape == (1, 3)
+    assert known[LAUNCH.index("coefficients")] == tensors.coefficients.ctypes.data

@@ -13,7 +13,7 @@ from torch.autograd.profiler import profile
 import surefoot
 from helpers import set_grads, train
 from surefoot import optimizer as optimizer_module
-from surefoot.engines.cpu import copied
+from surefoot.engines.cpu import copied, sparse
 from surefoot.step import pipeline
 from surefoot.step.partition import partition
 from surefoot.step.pipeline import run_step
@@ -741,6 +741,18 @@ def test_tensors_that_are_laid_out_otherwise_take_it(of, laid_out, name, monkeyp
         assert one.detach().contiguous().view(torch.int32).equal(other.detach().view(torch.int32))
 
 
+@pytest.mark.parametrize(("name", "options"), [("SGD", {}), ("Prodigy", {"slice_p": 2})])
+def test_copies_are_made_in_inference_mode_and_outside_of_it(name, options):
+    params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    for inferring, param in enumerate(params):
+        optimizer = getattr(surefoot, name)([param], **options)
+        for step in range(4):
+            param.grad = torch.full((3, 2), step + 1.0).t()
+            with torch.inference_mode(step < 2 * inferring):
+                optimizer.step()
+    assert torch.equal(*params)
+
+
 def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
     param = torch.nn.Parameter(torch.ones(2, 3))
     optimizer, storages = surefoot.SGD([param], lr=0.1), []
@@ -750,6 +762,43 @@ def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
         optimizer.step()
         optimizer.zero_grad()
     assert [storage() for storage in storages] == [None] * 4
+
+
+def test_parameters_that_come_apart_are_stepped_as_such():
+    results = []
+    for forgets in (False, True):
+        flat = torch.linspace(-1, 1, 9)
+        params = [torch.nn.Parameter(flat[:6]), torch.nn.Parameter(flat[3:])]
+        optimizer = train(surefoot.ASGD(params, lr=0.1), steps=3)
+        params[1].data = params[1].data.clone()
+        for step in range(3):
+            if forgets:
+                optimizer._step_cache = None
+            train(optimizer, first=step, steps=1)
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("unlike", ["custom", "rule"])
+def test_what_is_not_kept_is_stepped_when_it_has_a_gradient_again(unlike):
+    results = []
+    for forgets in (False, True):
+        matrix = torch.nn.Parameter(torch.ones(2, 3))
+        vector = torch.nn.Parameter(torch.ones(5, dtype=torch.complex64 if unlike == "rule" else torch.float32))
+        parts = [surefoot.Part(surefoot.Muon, lambda _, param: param.dim() > 1), surefoot.Part(surefoot.AdamW)]
+        optimizer = train(surefoot.Combined([("matrix", matrix), ("vector", vector)], parts), steps=2)
+        if unlike == "custom":
+            state = optimizer.state[matrix]
+            state["momentum_buffer"] = torch._neg_view(state["momentum_buffer"])
+        for step, without in enumerate([None, unlike, unlike, unlike, None, None]):
+            set_grads(optimizer, step)
+            if without:
+                (matrix if without == "custom" else vector).grad = None
+            if forgets:
+                optimizer._step_cache = None
+            optimizer.step()
+        results.append([matrix, vector])
+    assert all(map(torch.equal, *results))
 
 
 def test_a_parameter_that_moves_to_its_gradient_is_refused():
@@ -967,6 +1016,36 @@ def test_sparse_rows_that_are_there_twice_though_coalesced_are_added_up(cls):
         table.grad = torch.sparse_coo_tensor(table.grad._indices(), table.grad._values(), (40, 6))
     assert takes_fast_lane(optimizer)
     other.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_for_which_there_is_no_memory_are_stepped_when_there_is_again(monkeypatch):
+    (optimizer, other), ours, theirs, set_grads = sparse_started("SparseAdam")
+    set_grads(range(40))
+    monkeypatch.setattr(np, "empty", raises_memory_error)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    monkeypatch.undo()
+    set_grads(range(40))
+    assert takes_fast_lane(optimizer)
+    other.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def raises_memory_error(*_, **__):
+    raise MemoryError
+
+
+def test_memory_of_many_rows_is_not_kept(monkeypatch):
+    (optimizer, other), ours, theirs, set_grads = sparse_started("SparseAdam")
+    monkeypatch.setattr(sparse, "_KEPT", 0)
+    for rows in (range(9), (4, 5), (6, 7), (8, 9), (9, 9)):
+        set_grads(rows)
+        assert takes_fast_lane(optimizer)
+        other.step()
+        memory = plan_of(optimizer).launch._memory
+        assert not memory.size
+        assert memory.base is None
     torch.testing.assert_close(ours, theirs)
 
 

@@ -33,7 +33,7 @@ from surefoot.tensors.guards import (
     same_objects,
     share_written,
 )
-from surefoot.tensors.memory import PLAIN, has_memory, is_plain
+from surefoot.tensors.memory import PLAIN, has_memory, is_always_writable, is_plain, shared_memory
 from surefoot.tensors.modes import has_no_values
 from surefoot.tensors.native.guards import Replaced, ScalarIO, TensorGuard, VersionCounters
 from surefoot.tensors.shards import ShardGuard, is_sharded, to_local
@@ -77,7 +77,7 @@ class BucketGuard:
         self._derived = run.derives_grads()
         own = run.engine is not gpu and run.params[0].is_cpu
         own = own and not (run.sparse or self._derived or self._shards is not None)
-        self._can_move = own and type(self.tensors) is TensorGuard
+        self._can_move = own and type(self.tensors) is TensorGuard and (run.engine is cpu or _are_apart(run))
         self._arrays = 2 + len(slots)
         self._fixed = self._can_move and self.tensors.places[0][self._arrays :].tobytes()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []
@@ -217,6 +217,11 @@ class _KeptNumbers:
         """Set the numbers, rounded to the dtype of each."""
         self._numbers.write(values.numpy())
         self._versions.count()
+
+
+def _are_apart(run: BucketRun) -> bool:
+    """Return whether tensors share no memory, for which else an engine was chosen that takes them in turns."""
+    return shared_memory(list(chain.from_iterable(run.bucket.columns()))) is None
 
 
 def _kind(grad: Any) -> tuple[Any, ...]:
@@ -408,6 +413,8 @@ class StepCache:
         pattern = _pattern_of(params)
         made = cls(options, groups, params, idle, step.state, items, kept_runs, kept_custom, pattern=pattern)
         made.written = share_written(made.guards())
+        if kept_runs != runs or kept_custom is not custom:
+            made.fast = False  # which would leave out what is not kept
         if before is not None:
             made._succeed(before)
         return made
@@ -568,7 +575,7 @@ def _reusable(run: BucketRun) -> bool:
     grads = run.bucket.grads if sharded or run.derives_grads() else run.grads()
     stored = params if run.sparse else (*params, *grads)
     written = chain(run.params, *run.bucket.slots, () if run.has_device_scalars else _scalars(run))
-    if any(isinstance(tensor, Tensor) and tensor.is_inference() for tensor in written):
+    if not all(is_always_writable(tensor) for tensor in written if isinstance(tensor, Tensor)):
         return False  # whether it can be written the mode says
     return all(map(is_plain, stored)) and (run.has_device_scalars or _are_replaced(run) or are_on_host(_scalars(run)))
 

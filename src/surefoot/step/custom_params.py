@@ -15,7 +15,7 @@ from surefoot.step.clipping import measure_gradients
 from surefoot.step.inputs import StepInput
 from surefoot.step.types import ParamSlice
 from surefoot.tensors.guards import make_guard
-from surefoot.tensors.memory import PLAIN, has_address, is_plain, shared_memory
+from surefoot.tensors.memory import PLAIN, has_address, is_always_writable, is_plain, shared_memory
 from surefoot.tensors.shards import to_local
 
 
@@ -81,7 +81,7 @@ class CustomParams:
                 tensors: list[Any] = [param, param.grad, *(entry[name] for name in names)]
                 if type(entry) is not dict or not all(isinstance(t, Tensor) and is_plain(t) for t in tensors):
                     return False
-                if any(tensor.is_inference() for tensor in (param, *tensors[2:])):
+                if not all(map(is_always_writable, (param, *tensors[2:]))):
                     return False  # whether it can be written the mode says
                 places[-1].append((names, len(alike[names])))
                 alike[names].append((param, entry))
@@ -104,14 +104,15 @@ class CustomParams:
     def readmit(self) -> None:
         """Take the tensors for what they were where they are now, which somebody has found fit."""
         self.moves += 1
-        places = [np.zeros((2, 0), dtype=np.int64)]
-        for guard in self.guards or ():
-            guard.readmit()
-            places.append(guard.places[0][:2])
-        addresses = np.concatenate(places, axis=1)
+        guards = self.guards or []
+        addresses = np.concatenate(
+            [np.zeros((2, 0), dtype=np.int64), *(guard.places[0][:2] for guard in guards)], axis=1
+        )
         for bucket, order in zip(self._measuring or (), self._order, strict=False):
             if bucket is not None and bucket.plan is not None:
                 bucket.plan.move(addresses[:, order])
+        for guard in guards:
+            guard.readmit()
 
     def release_grads(self) -> None:
         """Hold this step's gradients no longer."""

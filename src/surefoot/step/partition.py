@@ -18,6 +18,7 @@ from surefoot.step.inputs import StepInput
 from surefoot.step.types import BucketRun, ParamSlice, Sampled, sampled_elements
 from surefoot.storage import Format, format_of
 from surefoot.tensors.memory import has_address, shared_memory
+from surefoot.tensors.modes import outside_inference
 from surefoot.tensors.shards import is_sharded, to_local
 
 
@@ -156,9 +157,10 @@ def _sampled(run: BucketRun, rule: Rule) -> Sampled:
     """Return the slots of a bucket that are kept of some elements, with copies of those elements."""
     every, bucket = run.group[str(rule.slots[0].sampled)], run.bucket
     params, grads = sampled_elements(run, every)
-    params = [value.to(bucket.compute_dtype, copy=True) for value in params]
+    with outside_inference():  # later steps write them in another mode
+        params, grads = [value.to(bucket.compute_dtype, copy=True) for value in params], list(map(torch.clone, grads))
     slots = [[to_local(entry[slot.name]) for entry in run.entries] for slot in rule.slots]
-    found = Bucket(rule, params, [grad.clone() for grad in grads], bucket.options, slots, row_name=bucket.row_name)
+    found = Bucket(rule, params, grads, bucket.options, slots, row_name=bucket.row_name)
     return Sampled(found, choose(found), every)
 
 

@@ -31,6 +31,7 @@ from surefoot.step.partition import detach_state, partition
 from surefoot.step.ranks import RankSums, due_exchange, report_failure, sums_over_ranks
 from surefoot.step.reductions import measure_tensors, store_numbers
 from surefoot.step.types import BucketRun, ParamSlice
+from surefoot.tensors.memory import counts_versions
 from surefoot.tensors.modes import mode_is_active
 from surefoot.tensors.shards import is_sharded, to_local
 
@@ -327,8 +328,7 @@ def _count_versions(run: BucketRun) -> None:
         run.guard.count_versions()
     elif is_sharded(run.params[0]):
         slots = [entry[name] for name in run.stored_names() for entry in run.entries]
-        written = [tensor for tensor in (*run.params, *slots) if not tensor.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version(list(filter(counts_versions, (*run.params, *slots))))
 
 
 def _run_engine(run: BucketRun) -> None:

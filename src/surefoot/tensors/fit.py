@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from surefoot.tensors.gate import lost_memory
-from surefoot.tensors.memory import has_address, overlaps_itself
-from surefoot.tensors.modes import is_writable
+from surefoot.tensors.memory import has_address, is_writable, overlaps_itself
 from surefoot.tensors.shards import is_sharded, sharding_mismatch, to_local
 
 
@@ -70,11 +69,11 @@ def unfit_state(tensor: Any, param: Tensor, shape: torch.Size | None, *, kinds: 
 def unfit_memory(tensor: Tensor, *, written: bool = True) -> str | None:
     """Return why the memory of a strided tensor cannot be read, or written, None if it can."""
     local = to_local(tensor) if is_sharded(tensor) else tensor
-    if written and not is_writable(local):
-        return "is an inference tensor, which can be written in inference mode only; clone it"
-    if not has_address(local):
-        return None  # what such a tensor's memory is, only its own operations know
     with torch._C.DisableTorchFunctionSubclass():
+        if written and not is_writable(local):
+            return "is an inference tensor, which can be written in inference mode only; clone it"
+        if not has_address(local):
+            return None  # what such a tensor's memory is, only its own operations know
         if (reason := lost_memory(local)) is not None:
             return reason
         if written and overlaps_itself(local):

@@ -66,6 +66,24 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def counts_versions(tensor: Tensor) -> bool:
+    """Return whether a tensor has such a number; one that was made in inference mode has none, whatever its data."""
+    try:
+        return version(tensor) >= 0
+    except RuntimeError:
+        return False
+
+
+def is_always_writable(tensor: Tensor) -> bool:
+    """Return whether a tensor may be written in every mode: neither it nor its data were made in inference mode."""
+    return not tensor.is_inference() and counts_versions(tensor)
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Return whether a tensor may be written in the mode of now."""
+    return torch.is_inference_mode_enabled() or is_always_writable(tensor)
+
+
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return a number that another content of a strided tensor hardly ever has, on its device: a 0-d int64 tensor.
 

@@ -44,11 +44,6 @@ def outside_inference() -> Iterator[None]:
         yield
 
 
-def is_writable(tensor: Tensor) -> bool:
-    """Return whether a tensor may be written in the mode of now."""
-    return not tensor.is_inference() or torch.is_inference_mode_enabled()
-
-
 def is_stand_in(tensor: Tensor) -> bool:
     """Return whether a tensor of torch's own type stands for another one in a transform, and has no memory itself."""
     if _transform() is None:

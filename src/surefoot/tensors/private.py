@@ -57,7 +57,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
             "torch.utils._device",
         )
     ),
-    PrivateName("Tensor._version", "tensors.memory", "seeing what was written", "offload raises AttributeError"),
+    PrivateName(
+        "Tensor._version",
+        "tensors.memory",
+        "seeing what was written, and what can be",
+        "the step raises AttributeError",
+    ),
     PrivateName("Tensor._is_zerotensor", "tensors", "refusing zero tensors", "the step raises AttributeError"),
     PrivateName("Tensor._indices", "tensors.gate", "checking the rows of sparse gradients", "their step raises"),
     PrivateName("Tensor._values", "tensors.gate", "checking the memory of sparse gradients", "their step raises"),

@@ -17,6 +17,7 @@ from surefoot.rule import Rule
 from surefoot.storage import BLOCK
 from surefoot.tensors.gate import admit, admit_scales
 from surefoot.tensors.memory import is_dense, same_dense_layout
+from surefoot.tensors.modes import outside_inference
 
 TILE = 131072
 """Elements of irregular tensors that are copied at a time."""
@@ -33,7 +34,8 @@ def copying(bucket: Bucket, grads: Sequence[Tensor], rows: Iterable[int]) -> lis
                 together.append([])
             together[-1].append(_Tile.of(row, views, whole[_GRADIENT]))
     most = max(map(_size, together), default=0)
-    rooms = [torch.empty(most, dtype=column[0].dtype) for column in columns]
+    with outside_inference():  # later steps write them in another mode
+        rooms = [torch.empty(most, dtype=column[0].dtype) for column in columns]
     return [CopyLaunch(bucket, tiles, rooms) for tiles in together]
 
 

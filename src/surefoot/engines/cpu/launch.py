@@ -90,8 +90,10 @@ class Launch:
     def make_room(self, shape: tuple[int, ...]) -> None:
         """Let there be room for coefficients: for so many sets, and of each so many."""
         if self.coefficients.shape != shape:
-            self.coefficients = np.zeros(shape)
-            self.words[_COEFFICIENTS], self.words[_ROWS] = self.coefficients.ctypes.data, shape[0]
+            made: np.ndarray = np.zeros(shape)
+            self.coefficients = made[:0, :0]  # if interrupted, it is to be done again
+            self.words[_COEFFICIENTS], self.words[_ROWS] = made.ctypes.data, shape[0]
+            self.coefficients = made
 
     def set_random(self, seed: int, parameters: Sequence[int], first: Sequence[int]) -> None:
         """Set what random bits begin from, and for each tensor who it is and the number of its first element."""

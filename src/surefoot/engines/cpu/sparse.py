@@ -166,7 +166,7 @@ class RowsLaunch(Launch):
         """Have working memory for so many rows, segments, and words of added values."""
         if rows <= self._capacity[0] and segments <= self._capacity[1] and sums <= self._capacity[2]:
             return
-        self._capacity = rows, segments, sums
+        self.release()  # until all of it is there
         arrays = 1 + self._arrays
         lengths = [arrays * rows, rows, rows, 4 * rows, segments, segments, segments, segments + 1, sums]
         ends = np.cumsum(lengths)
@@ -178,10 +178,11 @@ class RowsLaunch(Launch):
         for name, start in zip(names, starts, strict=False):
             if name:
                 self.words[LAUNCH.index(name)] = start
+        self._capacity = rows, segments, sums
 
     def release(self) -> None:
         """Release working memory."""
-        self._memory, self._capacity = self._memory[:0], (-1, -1, -1)
+        self._capacity, self._memory = (-1, -1, -1), np.zeros(0, dtype=np.int64)
 
     @property
     def owner(self) -> np.ndarray:

@@ -21,7 +21,7 @@ from surefoot.codegen.threads import locked_function, run_locked, thread_count, 
 from surefoot.environment import switch
 from surefoot.errors import KernelError
 from surefoot.tensors.gate import admit
-from surefoot.tensors.memory import bytes_spanned, spans_are_apart
+from surefoot.tensors.memory import bytes_spanned, counts_versions, spans_are_apart, version
 from surefoot.tensors.native.layout import WORD, tensor_layout
 
 _RECORD, _BASE, _SPANNED = 24, 4, 8
@@ -497,13 +497,13 @@ class VersionCounters:
     """Counts the versions of tensors: what tells autograd that they have been written behind its back."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._launch = tensors, None
-        if not available() or any(tensor.is_inference() for tensor in tensors):
+        self._tensors, self._launch = list(filter(counts_versions, tensors)), None
+        if not available():
             return
-        objects, seen = _ids(tensors), np.zeros(len(tensors), dtype=np.int64)
-        launch = _Launch(_VERSIONS, len(tensors), 1, objects, seen)
+        objects, seen = _ids(self._tensors), np.zeros(len(self._tensors), dtype=np.int64)
+        launch = _Launch(_VERSIONS, len(self._tensors), 1, objects, seen)
         launch.run()
-        if seen.tolist() == [tensor._version for tensor in tensors]:
+        if seen.tolist() == list(map(version, self._tensors)):
             launch.slots[_SECOND] = 0
             self._objects, self._launch = objects, launch
 
