@@ -256,6 +256,13 @@ class Bucket:
         param, *slots = (column.reader(dtype) for column in self._stored())
         return [param, lambda row: self.grads[row].to(dtype), *slots]
 
+    def values(self, positions: Sequence[int]) -> list[list[Tensor]]:
+        """Return the values at some positions in the dtype of the arithmetic, as `readers` give them one by one."""
+        columns, dtype = (self.params, self.grads, *self.slots), self.compute_dtype
+        if all(kept == format_of(dtype) for kept in self.kept) and all(grad.dtype is dtype for grad in self.grads):
+            return [list(map(column.__getitem__, positions)) for column in columns]
+        return [list(map(read, positions)) for read in self.readers()]
+
     def store(self, rows: Iterable[int], values: Iterable[Sequence[Tensor]]) -> None:
         """Write the new values of parameters and of their slots, each before the next is asked for.
 
@@ -293,4 +300,5 @@ class Bucket:
     def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
         """Yield the positions of the parameters that share coefficients, and those."""
         for row, coefficients in enumerate(self.coefficients):
-            yield np.flatnonzero(self.row == row).tolist(), coefficients
+            alone = len(self.coefficients) == 1
+            yield list(range(len(self.params))) if alone else np.flatnonzero(self.row == row).tolist(), coefficients

@@ -45,7 +45,7 @@ def run(bucket: Bucket) -> None:
 def _run_list(bucket: Bucket, positions: Sequence[int], coefficients: Coefficients) -> list[Tensor]:
     """Run the schedule over the tensors at some positions, which share their coefficients; return what is measured."""
     graph = graph_of(bucket.rule, coefficients)
-    working = [list(map(read, positions)) for read in bucket.readers()]
+    working = bucket.values(positions)
     numbers = [coefficients[name] for name in bucket.rule.coefficients]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(inputs, [*working, *numbers], strict=True))

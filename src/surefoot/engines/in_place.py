@@ -41,6 +41,7 @@ def _settled(rule: Rule, *, fresh: bool) -> fx.Graph:
     return choose(rule.graph, 1 + len(rule.slots), _FRESH, value=fresh)
 
 
+@functools.cache
 def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """Nodes of the new param, the new slots, and what is measured."""
     results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]
