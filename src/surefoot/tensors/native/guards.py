@@ -271,10 +271,15 @@ class TensorGuard:
         return self._launch, self._releasing
 
     @property
-    def deleters(self) -> np.ndarray:
-        """What frees the memory of each gradient, by which allocators are told apart: int64 of shape (length,)."""
+    def all_deleters(self) -> np.ndarray:
+        """What frees the memory of each tensor, by which allocators are told apart: int64 of shape (length, all)."""
         known = tensor_layout()
-        return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
+        return self._records[:, :, _BASE + (known.deleter // WORD if known else 0)]
+
+    @property
+    def deleters(self) -> np.ndarray:
+        """What frees the memory of each gradient: int64 of shape (length,)."""
+        return self.all_deleters[:, 1]
 
     def release_grads(self) -> None:
         """Hold the gradients no longer."""
@@ -320,11 +325,16 @@ class WrittenMemory:
         over = [guard.is_over for guard in self._guards]
         if not any(over) or not all(not guard.changed() or guard.has_moved for guard in self._guards):
             return False
-        apart = self.settle() or self._are_apart()
+        apart = (self.settle() and self._are_of_one_allocator()) or self._are_apart()
         if not apart:
             for guard in self._guards:
                 guard.end()
         return apart
+
+    def _are_of_one_allocator(self) -> bool:
+        """Return whether one allocator owns all storages, so that those that begin elsewhere are apart."""
+        deleters = [guard.all_deleters for guard in self._guards]
+        return all((every == deleters[0].flat[0]).all() for every in deleters)
 
     def _are_apart(self) -> bool:
         """Return whether tensors were apart when last looked at, by all spans of memory."""
