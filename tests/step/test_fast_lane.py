@@ -764,6 +764,23 @@ def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
     assert [storage() for storage in storages] == [None] * 4
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_parameters_that_move_over_one_another_in_storages_that_begin_elsewhere(name):
+    results = []
+    for forgets in (False, True):
+        params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+        optimizer = train(getattr(surefoot, name)(params, lr=0.1), steps=4)
+        shared = np.linspace(0, 1, 9, dtype=np.float32)
+        for param, part in zip(params, (shared[:6], shared[3:]), strict=True):
+            param.data = torch.from_numpy(part.reshape(2, 3))
+        for step in range(3):
+            if forgets:
+                optimizer._step_cache = None
+            train(optimizer, first=step, steps=1)
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 def test_parameters_that_come_apart_are_stepped_as_such():
     results = []
     for forgets in (False, True):

@@ -51,8 +51,7 @@ class FastLane:
         self._lanes: list[BucketLane] = [*kernels, *by_torch]
         self._custom = None if cache.custom is None else CustomLane(step, cache.custom)
         self._parts = [*self._lanes, *([self._custom] if self._custom else ())]
-        idle, self._idle = gradients_launch(cache.idle)
-        self._guarded = [cache.items.launch, idle]
+        self._guarded = [cache.items.launch, gradients_launch(cache.idle)]
         for part in self._parts:
             self._guarded += part.launches_before()
         self._on_threads = [lane for lane in self._lanes if lane.tensors.needs_threads]
@@ -75,17 +74,17 @@ class FastLane:
         self._whole = LaunchSequence([*(lane.launch.finding for lane in self._sparse), *whole])
 
     def _guard_options(self) -> None:
-        self._guarded_groups = list(self._groups)
-        self._specs = list(map(self._spec.of, self._groups))
-        self._options = DictGuard([*self._groups, vars(self._stepping.options)])
-        self._scheduled: list[Replaced] = []
-        lists, self._lists = lists_launch([self._groups, *(group["params"] for group in self._groups)])
-        self._launches = [self._options.launch, lists, *self._guarded]
-        self._guard = LaunchSequence(self._launches)
-        self._has_tensor_options = any(lane.has_tensor_options for lane in self._lanes)
-        pairs = zip(self._specs, self._guarded_groups, strict=True)
+        groups, specs = list(self._groups), list(map(self._spec.of, self._groups))
+        options = DictGuard([*groups, vars(self._stepping.options)])
+        lists = lists_launch([self._groups, *(group["params"] for group in groups)])
+        launches = [options.launch, lists, *self._guarded]
+        guard, pairs = LaunchSequence(launches), zip(specs, groups, strict=True)
         changing = ((spec, group) for spec, group in pairs if spec.has_flags_in_tensors(group))
         self._flags = [(spec, group, spec.settle_flags(group)) for spec, group in changing]
+        self._has_tensor_options = any(lane.has_tensor_options for lane in self._lanes)
+        self._scheduled: list[Replaced] = []
+        self._guarded_groups, self._specs, self._options, self._launches = groups, specs, options, launches
+        self._guard = guard  # at last: what comes to an end before that is found once more
 
     def run(
         self,
@@ -180,13 +179,13 @@ class FastLane:
         self._spec.check_groups(self._groups)
         if not are_numbers_of_update(replaced, self._specs):
             return False
-        self._options.renew(replaced)
         groups = self._guarded_groups  # those of now are compared later
         numbers: dict[int, dict[str, Any]] = {id(group): {} for group in groups}
         for each in replaced:
             numbers[id(groups[each.number])][each.key] = each.value
         for part in self._parts:
             part.take_numbers(numbers)
+        self._options.renew(replaced)  # now that all have them
         return True
 
     def _options_decide_the_same(self, step: StepInput) -> bool:

@@ -91,9 +91,10 @@ def _has_guard_kernel() -> bool:
 
 
 class _Launch:
-    """What the guard kernel is to do; arrays stand in it by their address and must outlive it."""
+    """What the guard kernel is to do, with the arrays that stand in it by their address; `keeps` is what these tell."""
 
-    def __init__(self, task: int, *slots: int | np.ndarray) -> None:
+    def __init__(self, task: int, *slots: int | np.ndarray, keeps: object = None) -> None:
+        self._kept = slots, keeps
         given = [slot.ctypes.data if isinstance(slot, np.ndarray) else slot for slot in slots]
         # An array of the standard library: its elements are set ten times as fast as NumPy's.
         self.slots = array("q", [task, 0, *given, *[0] * (_MOVED - 1 - len(given))])
@@ -113,7 +114,7 @@ class _Launch:
     def copy(self, task: int) -> "_Launch":
         """Return a launch for another task on the same arrays."""
         other = _Launch(task)
-        other.slots[1:] = self.slots[1:]
+        other.slots[1:], other._kept = self.slots[1:], self._kept
         return other
 
     def run(self, tensors: int = 0) -> bool:
@@ -177,9 +178,11 @@ class TensorGuard:
         self._launch = _Launch(_CHANGES, count, len(columns) - 1, *self._arrays, self._records, self._facts)
         self._launch.slots[_NAMES] *= bool(names)
         self._entries: _Launch | None = None
+        self._releasing: _Launch | None = None
         if gradients:
             self._held = np.full(count + 1, known.undefined if (known := tensor_layout()) else 0, dtype=np.int64)
             self._launch.slots[_HELD] = self._held.ctypes.data
+            self._releasing = self._launch.copy(_RELEASE_GRADS)
         self.gradients = self._records[:, 1, 0]
         self._tensors = count * (1 + len(columns)) * threads
         if self.given:
@@ -265,20 +268,24 @@ class TensorGuard:
 
     def launches(self) -> tuple["_Launch", "_Launch | None"]:
         """Return the launches that look, and that release the gradients if it has some, which are held until then."""
-        return self._launch, None if self._held is None else self._launch.copy(_RELEASE_GRADS)
+        return self._launch, self._releasing
+
+    @property
+    def all_deleters(self) -> np.ndarray:
+        """What frees the memory of each tensor, by which allocators are told apart: int64 of shape (length, all)."""
+        known = tensor_layout()
+        return self._records[:, :, _BASE + (known.deleter // WORD if known else 0)]
 
     @property
     def deleters(self) -> np.ndarray:
-        """What frees the memory of each gradient, by which allocators are told apart: int64 of shape (length,)."""
-        known = tensor_layout()
-        return self._records[:, 1, _BASE + (known.deleter // WORD if known else 0)]
+        """What frees the memory of each gradient: int64 of shape (length,)."""
+        return self.all_deleters[:, 1]
 
     def release_grads(self) -> None:
         """Hold the gradients no longer."""
-        if self._held is not None:
-            self._launch.slots[0], self._holds = _RELEASE_GRADS, False
-            self._launch.run()
-            self._launch.slots[0] = _CHANGES
+        if self._releasing is not None:
+            self._releasing.run()
+            self._holds = False
 
     def __del__(self) -> None:
         """Hold nothing that nobody can release; who has let a `LaunchSequence` look has released what that held."""
@@ -318,11 +325,16 @@ class WrittenMemory:
         over = [guard.is_over for guard in self._guards]
         if not any(over) or not all(not guard.changed() or guard.has_moved for guard in self._guards):
             return False
-        apart = self.settle() or self._are_apart()
+        apart = (self.settle() and self._are_of_one_allocator()) or self._are_apart()
         if not apart:
             for guard in self._guards:
                 guard.end()
         return apart
+
+    def _are_of_one_allocator(self) -> bool:
+        """Return whether one allocator owns all storages, so that those that begin elsewhere are apart."""
+        deleters = [guard.all_deleters for guard in self._guards]
+        return all((every == deleters[0].flat[0]).all() for every in deleters)
 
     def _are_apart(self) -> bool:
         """Return whether tensors were apart when last looked at, by all spans of memory."""
@@ -370,7 +382,7 @@ class DictGuard:
             np.zeros(1 + sum(map(len, items)), dtype=np.int64),
         ]
         self._noted = memoryview(self._arrays[-1])  # type: ignore[arg-type]
-        self._launch = _Launch(_OTHER_ITEMS, len(dicts), 0, *self._arrays)
+        self._launch = _Launch(_OTHER_ITEMS, len(dicts), 0, *self._arrays, keeps=self._kept)
 
     def changed(self) -> bool:
         """Return whether an item has come, gone or been replaced."""
@@ -417,17 +429,16 @@ class DictGuard:
         return self._launch
 
 
-def lists_launch(lists: Sequence[list[Any]]) -> tuple["_Launch", Any]:
-    """Return what tells whether lists have other items than now, and what must live as long as it."""
+def lists_launch(lists: Sequence[list[Any]]) -> "_Launch":
+    """Return what tells whether lists have other items than now."""
     copies = [list(items) for items in lists]
     arrays = (_ids(lists), np.array([len(items) for items in lists]), _ids(chain.from_iterable(copies)))
-    return _Launch(_OTHER_LISTS, len(lists), 0, *arrays), (lists, copies, arrays)
+    return _Launch(_OTHER_LISTS, len(lists), 0, *arrays, keeps=(lists, copies))
 
 
-def gradients_launch(tensors: Sequence[Tensor]) -> tuple["_Launch", Any]:
-    """Return what tells whether one of some tensors has a gradient, and what must live as long as it."""
-    objects = _ids(tensors)
-    return _Launch(_HAS_GRADIENT, len(tensors), 0, objects), (tensors, objects)
+def gradients_launch(tensors: Sequence[Tensor]) -> "_Launch":
+    """Return what tells whether one of some tensors has a gradient."""
+    return _Launch(_HAS_GRADIENT, len(tensors), 0, _ids(tensors), keeps=tensors)
 
 
 class LaunchSequence:
@@ -500,12 +511,12 @@ class VersionCounters:
         self._tensors, self._launch = list(filter(counts_versions, tensors)), None
         if not available():
             return
-        objects, seen = _ids(self._tensors), np.zeros(len(self._tensors), dtype=np.int64)
-        launch = _Launch(_VERSIONS, len(self._tensors), 1, objects, seen)
+        seen = np.zeros(len(self._tensors), dtype=np.int64)
+        launch = _Launch(_VERSIONS, len(self._tensors), 1, _ids(self._tensors), seen, keeps=self._tensors)
         launch.run()
         if seen.tolist() == list(map(version, self._tensors)):
             launch.slots[_SECOND] = 0
-            self._objects, self._launch = objects, launch
+            self._launch = launch
 
     @property
     def launch(self) -> "_Launch | None":
