@@ -1,6 +1,7 @@
 """A step that is interrupted anywhere leaves nothing behind that makes later ones wrong."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ CHANGES = {
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_interrupted_step_leaves_the_next_ones_right(change, name):
+    with ThreadPoolExecutor(1) as thread:  # an interruption may leave torch's modes as they are, which are a thread's
+        thread.submit(interrupt_steps, change, name).result()
+
+
+def interrupt_steps(change, name):
+    """Interrupt step after step, each a line later, and compare the next one with one that nothing is left for."""
     params = [torch.nn.Parameter(torch.linspace(-1, i, 6).view(2, 3)) for i in range(1, 4)]
     optimizer = train(getattr(surefoot, name)(params, lr=0.1), steps=5)
     for step in range(1, 250):
