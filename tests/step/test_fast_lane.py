@@ -781,6 +781,18 @@ def test_parameters_that_move_over_one_another_in_storages_that_begin_elsewhere(
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("engine", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_steps_that_are_measured_later(engine):
+    results = []
+    for telemetry in (None, Telemetry(every=2)):
+        params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+        optimizer = train(surefoot.AdamW(params, lr=0.1, **engine), steps=2)
+        optimizer.step_options.telemetry = telemetry
+        train(optimizer, steps=4)
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 def test_parameters_that_come_apart_are_stepped_as_such():
     results = []
     for forgets in (False, True):

@@ -33,8 +33,8 @@ def prepare(bucket: Bucket) -> None:
 
 def _may_overwrite(bucket: Bucket) -> bool:
     """Return whether tensors of a bucket are values of the dtype of the arithmetic, each in memory of its own."""
-    stored, rule = list(chain(bucket.params, *bucket.slots)), bucket.rule
-    if not bucket.is_plain or bucket.options.get("differentiable") or rule.reductions or mode_is_active():
+    stored = list(chain(bucket.params, *bucket.slots))
+    if not bucket.is_plain or bucket.options.get("differentiable") or mode_is_active():
         return False
     if any(type(tensor) not in PLAIN or tensor.dtype != bucket.compute_dtype for tensor in (*stored, *bucket.grads)):
         return False
@@ -45,7 +45,9 @@ def _may_overwrite(bucket: Bucket) -> bool:
 def run(bucket: Bucket) -> None:
     """Update every parameter of the bucket and its slots in place."""
     numbers = [[row[name] for name in bucket.rule.coefficients] for row in bucket.coefficients]
-    if bucket.overwrites and not any(isinstance(number, Tensor) for number in chain.from_iterable(numbers)):
+    measures = bool(bucket.rule.reductions)  # which telemetry may ask for in some steps
+    on_host = not any(isinstance(number, Tensor) for number in chain.from_iterable(numbers))
+    if bucket.overwrites and on_host and not measures:
         _run_overwriting(bucket, numbers)
     else:
         _run_and_store(bucket)
