@@ -764,21 +764,46 @@ def test_of_gradients_that_are_laid_out_otherwise_nothing_is_kept():
     assert [storage() for storage in storages] == [None] * 4
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Muon"])
-def test_parameters_that_move_over_one_another_in_storages_that_begin_elsewhere(name):
+def same_without_cache(make, steps=3):
+    """Return whether some steps have the bits that they have where nothing is kept of the step before.
+
+    Args:
+        make: returns an optimizer and its parameters.
+        steps: how many.
+    """
     results = []
     for forgets in (False, True):
+        optimizer, params = make()
+        for step in range(steps):
+            if forgets:
+                optimizer._step_cache = None
+            train(optimizer, first=step, steps=1)
+        results.append(params)
+    return all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_parameters_that_move_over_one_another_in_storages_that_begin_elsewhere(name):
+    def make():
         params = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
         optimizer = train(getattr(surefoot, name)(params, lr=0.1), steps=4)
         shared = np.linspace(0, 1, 9, dtype=np.float32)
         for param, part in zip(params, (shared[:6], shared[3:]), strict=True):
             param.data = torch.from_numpy(part.reshape(2, 3))
-        for step in range(3):
-            if forgets:
-                optimizer._step_cache = None
-            train(optimizer, first=step, steps=1)
-        results.append(params)
-    assert all(map(torch.equal, *results))
+        return optimizer, params
+
+    assert same_without_cache(make)
+
+
+def test_parameters_that_come_apart_are_stepped_as_such():
+    def make():
+        flat = torch.linspace(-1, 1, 9)
+        params = [torch.nn.Parameter(flat[:6]), torch.nn.Parameter(flat[3:])]
+        optimizer = train(surefoot.ASGD(params, lr=0.1), steps=3)
+        params[1].data = params[1].data.clone()
+        return optimizer, params
+
+    assert same_without_cache(make)
 
 
 @pytest.mark.parametrize("engine", [{}, {"foreach": True}, {"foreach": False}], ids=str)
@@ -789,21 +814,6 @@ def test_steps_that_are_measured_later(engine):
         optimizer = train(surefoot.AdamW(params, lr=0.1, **engine), steps=2)
         optimizer.step_options.telemetry = telemetry
         train(optimizer, steps=4)
-        results.append(params)
-    assert all(map(torch.equal, *results))
-
-
-def test_parameters_that_come_apart_are_stepped_as_such():
-    results = []
-    for forgets in (False, True):
-        flat = torch.linspace(-1, 1, 9)
-        params = [torch.nn.Parameter(flat[:6]), torch.nn.Parameter(flat[3:])]
-        optimizer = train(surefoot.ASGD(params, lr=0.1), steps=3)
-        params[1].data = params[1].data.clone()
-        for step in range(3):
-            if forgets:
-                optimizer._step_cache = None
-            train(optimizer, first=step, steps=1)
         results.append(params)
     assert all(map(torch.equal, *results))
 

@@ -299,6 +299,8 @@ class Bucket:
 
     def by_coefficients(self) -> Iterator[tuple[list[int], Coefficients]]:
         """Yield the positions of the parameters that share coefficients, and those."""
+        if len(self.coefficients) == 1:
+            yield list(range(len(self.params))), self.coefficients[0]
+            return
         for row, coefficients in enumerate(self.coefficients):
-            alone = len(self.coefficients) == 1
-            yield list(range(len(self.params))) if alone else np.flatnonzero(self.row == row).tolist(), coefficients
+            yield np.flatnonzero(self.row == row).tolist(), coefficients

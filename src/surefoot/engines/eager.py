@@ -64,6 +64,7 @@ def _run_overwriting(bucket: Bucket, numbers: Sequence[Sequence[Any]]) -> None:
 
 
 def _run_and_store(bucket: Bucket) -> None:
+    """Evaluate the update of every parameter, store it before that of the next, and measure what the rule measures."""
     measured: list[Tensor] = []
 
     def measured_rows() -> Iterator[Sequence[Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from surefoot.engines.bucket import Bucket, Coefficients, overlap, reduce
 from surefoot.engines.eager import measure
-from surefoot.engines.in_place import Call, graph_of, outputs, schedule
+from surefoot.engines.in_place import Call, graph_of, inputs, outputs, schedule
 from surefoot.rule.ops import Op
 from surefoot.tensors.memory import PLAIN, has_address
 
@@ -47,8 +47,7 @@ def _run_list(bucket: Bucket, positions: Sequence[int], coefficients: Coefficien
     graph = graph_of(bucket.rule, coefficients)
     working = bucket.values(positions)
     numbers = [coefficients[name] for name in bucket.rule.coefficients]
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    values: dict[fx.Node, Any] = dict(zip(inputs, [*working, *numbers], strict=True))
+    values: dict[fx.Node, Any] = dict(zip(inputs(graph), [*working, *numbers], strict=True))
     for call in schedule(graph):
         values[call.node] = _apply(call, [values[a] if isinstance(a, fx.Node) else a for a in call.node.args])
         for node in call.last_read:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from surefoot.engines.bucket import Coefficients
 from surefoot.rule import Rule
 from surefoot.rule.ops import Op
-from surefoot.rule.passes import choose
+from surefoot.rule.passes import settle_selections
 
 _FRESH = "fresh"
 
@@ -38,12 +38,18 @@ def graph_of(rule: Rule, coefficients: Coefficients) -> fx.Graph:
 
 @functools.cache
 def _settled(rule: Rule, *, fresh: bool) -> fx.Graph:
-    return choose(rule.graph, 1 + len(rule.slots), _FRESH, value=fresh)
+    return settle_selections(rule.graph, 1 + len(rule.slots), _FRESH, value=fresh)
+
+
+@functools.cache
+def inputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Return the nodes of the parameter, the gradient, the slots, and the numbers."""
+    return tuple(node for node in graph.nodes if node.op == "placeholder")
 
 
 @functools.cache
 def outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Nodes of the new param, the new slots, and what is measured."""
+    """Return the nodes of the new parameter, the new slots, and what is measured."""
     results: tuple[fx.Node, ...] = next(iter(reversed(graph.nodes))).args[0]
     return results
 
@@ -53,8 +59,8 @@ def schedule(graph: fx.Graph) -> tuple[Call, ...]:
     """Decide for every operation of a rule's graph whether it works in place, and which values end with it."""
     order: dict[fx.Node, int] = {node: position for position, node in enumerate(graph.nodes)}
     last_reader = {node: max(node.users, key=order.__getitem__, default=None) for node in order}
-    inputs = [node for node in order if node.op == "placeholder" and node.meta["tensor"]]
-    lineage = _lineages([inputs[0], *inputs[2:]], outputs(graph))
+    param, _, *slots = (node for node in inputs(graph) if node.meta["tensor"])
+    lineage = _lineages([param, *slots], outputs(graph))
     calls = []
     for node in order:
         if node.op == "call_function":

@@ -116,24 +116,25 @@ def remove_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def choose(graph: fx.Graph, stored: int, name: str, *, value: bool) -> fx.Graph:
+def settle_selections(graph: fx.Graph, stored: int, name: str, *, value: bool) -> fx.Graph:
     """Return a copy of a graph where a coefficient is known, and selections by it are what they choose.
 
     Its first `stored` outputs are to be stored.
     """
-    chosen, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    settled, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        nodes[node] = chosen.node_copy(node, nodes.__getitem__)
-    for node in list(chosen.nodes):
-        condition = node.args[0] if node.target is BY_NAME["where"] else None
-        branch = node.args[1 if value else 2] if condition is not None else None
-        if isinstance(condition, fx.Node) and condition.meta.get("coefficient") == name and isinstance(branch, fx.Node):
-            node.replace_all_uses_with(branch)
-    next(iter(reversed(chosen.nodes))).meta |= {"stored": stored, "source": "a selection"}
-    copy_outputs(chosen)
-    remove_unused(chosen)
-    check_spec(chosen)
-    return chosen
+        nodes[node] = settled.node_copy(node, nodes.__getitem__)
+    for node in list(settled.nodes):
+        if node.target is not BY_NAME["where"]:
+            continue
+        condition, chosen = node.args[0], node.args[1 if value else 2]
+        if all(isinstance(each, fx.Node) for each in (condition, chosen)) and condition.meta.get("coefficient") == name:
+            node.replace_all_uses_with(chosen)
+    next(iter(reversed(settled.nodes))).meta |= {"stored": stored, "source": "a selection"}
+    copy_outputs(settled)
+    remove_unused(settled)
+    check_spec(settled)
+    return settled
 
 
 PASSES: tuple[Callable[[fx.Graph], None], ...] = (

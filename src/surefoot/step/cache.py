@@ -75,9 +75,9 @@ class BucketGuard:
             gradients = not run.sparse and given is None
             self.tensors = make_guard(columns, run.entries, names, gradients=gradients, given=given, threads=busy)
         self._derived = run.derives_grads()
-        own = run.engine is not gpu and run.params[0].is_cpu
-        own = own and not (run.sparse or self._derived or self._shards is not None)
-        self._can_move = own and type(self.tensors) is TensorGuard and (run.engine is cpu or _are_apart(run))
+        own = not (run.sparse or self._derived or self._shards is not None)
+        own_on_cpu = own and run.engine is not gpu and run.params[0].is_cpu
+        self._can_move = own_on_cpu and type(self.tensors) is TensorGuard and (run.engine is cpu or _are_apart(run))
         self._arrays = 2 + len(slots)
         self._fixed = self._can_move and self.tensors.places[0][self._arrays :].tobytes()
         self._kinds = list(map(_kind, run.grads())) if run.sparse else []

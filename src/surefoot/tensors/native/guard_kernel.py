@@ -394,7 +394,7 @@ def perform_more(launch, task):
 
 
 def perform(launch):
-    """Do what the first slot says, but for what does other tasks."""
+    """Do one task, that which the first slot says; sequences are `kernel`'s."""
     not_inlined()  # into the loop of a sequence: it takes LLVM half the time
     task = load(launch)
     if task == 1:
